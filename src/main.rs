@@ -1,1 +1,3 @@
+//! The `mica` command.
+#![forbid(unsafe_code)]
 fn main() {}
