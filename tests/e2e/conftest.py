@@ -90,3 +90,44 @@ def code():
     assert sandbox.run_code("1+1", timeout=PATIENCE_S, request_timeout=PATIENCE_S).text == "2"
     yield sandbox
     sandbox.kill()
+
+
+def template_variant(name: str, kernel: bytes = b"", vcpus: int = 1, memory_mib: int = 512) -> str:
+    """Registers the template `base` under another name, with other sizes or another kernel. The
+    disk is a reflink, so this costs nothing."""
+    have_kernel = "1" if kernel else ""
+    lab(
+        f"""
+        folder=$(mica template list --json | tr '}}' '\\n' | grep '"name": *"base"' |
+          grep -o '"id": *"[^"]*"' | cut -d'"' -f4)
+        from=/var/lib/mica/templates/$folder
+        image=$from/kernel
+        if [ -n "{have_kernel}" ]; then image=$(mktemp); cat > "$image"; fi
+        mica template delete {name} 2>/dev/null || true
+        mica template add --name {name} --kernel "$image" --initramfs $from/initramfs \
+          --disk $from/disk --ready agent --vcpus {vcpus} --memory {memory_mib}
+        """,
+        stdin=kernel,
+    )
+    return name
+
+
+@pytest.fixture
+def variant():
+    made = []
+
+    def make_variant(name, **options):
+        made.append(template_variant(name, **options))
+        return name
+
+    yield make_variant
+    for name in made:
+        lab(f"mica template delete {name}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_base():
+    """`base` on one vCPU and little memory: quick to boot many times."""
+    template_variant("tiny-base", vcpus=1, memory_mib=256)
+    yield
+    lab("mica template delete tiny-base")
