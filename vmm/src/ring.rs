@@ -117,6 +117,11 @@ impl DiskRing {
         self.free.len() == SLOTS
     }
 
+    /// Whether every buffer is taken.
+    pub(crate) fn is_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
     /// The buffer of a slot, [`SLOT_BYTES`] long. Its contents are what this VM's disk or guest left
     /// there, or 0.
     pub(crate) fn bytes(&mut self, slot: &Slot) -> &mut [u8] {

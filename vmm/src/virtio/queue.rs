@@ -6,7 +6,7 @@
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
 use super::{DeviceKind, GuestFault, GuestRam, Rule};
 
@@ -56,6 +56,58 @@ impl Chain {
 #[must_use]
 pub fn total_bytes(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.bytes)).sum()
+}
+
+/// The segments from byte `skip` on. Lies within them, so no address can overflow.
+pub(super) fn pieces(segments: &[Segment], skip: u64) -> impl Iterator<Item = Segment> {
+    let mut skip = skip;
+    segments.iter().filter_map(move |segment| {
+        let here = skip.min(u64::from(segment.bytes));
+        skip -= here;
+        let bytes = u32::try_from(u64::from(segment.bytes) - here).ok()?;
+        let address = segment.address.checked_add(here)?;
+        (bytes > 0).then_some(Segment { address, bytes })
+    })
+}
+
+/// Fills `buffer` from the segments, starting at byte `skip`; how much there was.
+pub(super) fn copy_from_guest(
+    memory: &GuestRam,
+    segments: &[Segment],
+    skip: u64,
+    buffer: &mut [u8],
+) -> Result<usize, GuestMemoryError> {
+    let mut copied = 0;
+    for piece in pieces(segments, skip) {
+        let rest = buffer.get_mut(copied..).unwrap_or_default();
+        let length = rest.len().min(usize::try_from(piece.bytes).unwrap_or(usize::MAX));
+        if length == 0 {
+            break;
+        }
+        memory.read_slice(&mut rest[..length], piece.address)?;
+        copied += length;
+    }
+    Ok(copied)
+}
+
+/// Copies `data` into the segments, starting at byte `skip`; how much had room.
+pub(super) fn copy_to_guest(
+    memory: &GuestRam,
+    segments: &[Segment],
+    skip: u64,
+    data: &[u8],
+) -> Result<usize, GuestMemoryError> {
+    let mut copied = 0;
+    for piece in pieces(segments, skip) {
+        let rest = data.get(copied..).unwrap_or_default();
+        let length = rest.len().min(usize::try_from(piece.bytes).unwrap_or(usize::MAX));
+        if length == 0 {
+            break;
+        }
+        memory.write_slice(&rest[..length], piece.address)?;
+        copied += length;
+    }
+    Ok(copied)
 }
 
 /// One queue of one device.
