@@ -26,10 +26,14 @@
 
 mod blk;
 mod device_loop;
+#[cfg(test)]
+mod driver;
 mod event;
 mod fault;
 mod interrupt;
 mod mmio;
+#[cfg(test)]
+mod mmio_tests;
 mod queue;
 mod rng;
 mod vsock;
