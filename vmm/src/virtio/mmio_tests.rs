@@ -5,6 +5,9 @@ use proptest::prelude::*;
 use super::driver::{Driver, EVENT_IDX, VERSION_1};
 use super::{DeviceError, GuestFault, Rng, Rule};
 
+/// Where the driver puts the descriptor table of queue 0.
+const TABLE: u64 = 0x1_0000;
+
 fn rng() -> Driver {
     Driver::new(Box::new(Rng::new()))
 }
@@ -153,7 +156,7 @@ fn rings_outside_memory_or_out_of_form_are_faults() {
 #[test]
 fn rings_and_chains_that_lie_are_faults() {
     type Lie = fn(&mut Driver);
-    let table = 0x1_0000;
+
     let lies: [(Lie, Rule); 9] = [
         // The index runs ahead.
         (|d| d.put(0x1_4002, 65u16), Rule::AvailIndex),
@@ -163,20 +166,20 @@ fn rings_and_chains_that_lie_are_faults() {
         // A loop.
         (
             |d| {
-                d.descriptor(table, 0, (0x10_0000, 8), 3, 1);
-                d.descriptor(table, 1, (0x10_0000, 8), 3, 0);
+                d.descriptor(TABLE, 0, (0x10_0000, 8), 3, 1);
+                d.descriptor(TABLE, 1, (0x10_0000, 8), 3, 0);
                 d.offer(0, 0);
             },
             Rule::ChainBroken,
         ),
         // A buffer past the end, and one around the end of the address space.
-        (|d| drop(d.add(0, &[], &[((8 << 20) - 8, 9)])), Rule::BufferOutsideMemory),
-        (|d| drop(d.add(0, &[], &[(u64::MAX - 3, 8)])), Rule::BufferOutsideMemory),
+        (|d| assert_eq!(d.add(0, &[], &[((8 << 20) - 8, 9)]), 0), Rule::BufferOutsideMemory),
+        (|d| assert_eq!(d.add(0, &[], &[(u64::MAX - 3, 8)]), 0), Rule::BufferOutsideMemory),
         // Readable after writable.
         (
             |d| {
-                d.descriptor(table, 0, (0x10_0000, 8), 3, 1);
-                d.descriptor(table, 1, (0x10_0000, 8), 0, 0);
+                d.descriptor(TABLE, 0, (0x10_0000, 8), 3, 1);
+                d.descriptor(TABLE, 1, (0x10_0000, 8), 0, 0);
                 d.offer(0, 0);
             },
             Rule::ChainOrder,
@@ -184,14 +187,14 @@ fn rings_and_chains_that_lie_are_faults() {
         // An indirect table whose length is no multiple of 16, and one outside memory.
         (
             |d| {
-                d.descriptor(table, 0, (0x10_0000, 24), 4, 0);
+                d.descriptor(TABLE, 0, (0x10_0000, 24), 4, 0);
                 d.offer(0, 0);
             },
             Rule::ChainBroken,
         ),
         (
             |d| {
-                d.descriptor(table, 0, (u64::MAX - 15, 16), 4, 0);
+                d.descriptor(TABLE, 0, (u64::MAX - 15, 16), 4, 0);
                 d.offer(0, 0);
             },
             Rule::ChainBroken,
