@@ -191,7 +191,7 @@ impl Driver {
 
     /// The next returned chain: head and length.
     pub(super) fn take_used(&mut self, queue: usize) -> Option<(u16, u32)> {
-        let ring = &mut self.rings[queue];
+        let ring = self.rings.get_mut(queue)?;
         let area = ring.device_area();
         let index: u16 = self.memory.read_obj(GuestAddress(area + 2)).unwrap();
         if index == ring.used {

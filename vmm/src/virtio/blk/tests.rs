@@ -241,7 +241,7 @@ fn disks_of_odd_length_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
     /// Any bytes in the descriptor table and the available ring: an answer or a fault, in bounded
     /// time, and the disk keeps its length.
     #[test]

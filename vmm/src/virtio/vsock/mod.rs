@@ -17,6 +17,8 @@
 
 mod connection;
 mod connector;
+#[cfg(test)]
+mod guest;
 mod packet;
 mod socket;
 mod table;

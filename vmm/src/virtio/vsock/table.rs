@@ -78,11 +78,6 @@ impl Table {
             }
         }
     }
-
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.live
-    }
 }
 
 fn slot_of(port: u32) -> usize {
