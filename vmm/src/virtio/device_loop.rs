@@ -121,3 +121,71 @@ impl DeviceLoop {
         DeviceError::Host { device, operation: "wait for events", source }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread::JoinHandle;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+    use crate::virtio::driver::{BUFFERS, Driver};
+    use crate::virtio::{Blk, GuestFault, Rng, Rule};
+
+    /// Long enough for any machine; a test that waits for it has failed.
+    const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
+
+    fn start(drivers: &[&Driver]) -> (Event, JoinHandle<Result<(), DeviceError>>) {
+        let stop = Event::new().unwrap();
+        let devices = drivers.iter().map(|driver| Arc::clone(&driver.device)).collect();
+        let device_loop = DeviceLoop::new(devices, stop.try_clone().unwrap()).unwrap();
+        (stop, std::thread::spawn(move || device_loop.run()))
+    }
+
+    fn wait_for_interrupt(driver: &Driver) {
+        let mut fds = [PollFd::new(&driver.line, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&PATIENCE)).unwrap(), 1, "no interrupt came");
+        driver.line.clear().unwrap();
+    }
+
+    #[test]
+    fn kicks_are_served_until_it_is_stopped() {
+        let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(fd);
+        file.set_len(4096).unwrap();
+        let mut rng = Driver::new(Box::new(Rng::new()));
+        let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+        let (stop, thread) = start(&[&rng, &blk]);
+        // The drivers come up while the loop runs, as a guest's do.
+        rng.start(u64::MAX);
+        blk.start(u64::MAX);
+        for _ in 0..3 {
+            rng.add(0, &[], &[(BUFFERS, 64)]);
+            rng.kick(0);
+            wait_for_interrupt(&rng);
+            assert_eq!(rng.take_used(0).unwrap().1, 64);
+            blk.put(BUFFERS, 4u32);
+            blk.put(BUFFERS + 16, 9u8);
+            blk.add(0, &[(BUFFERS, 16)], &[(BUFFERS + 16, 1)]);
+            blk.kick(0);
+            wait_for_interrupt(&blk);
+            assert_eq!(blk.take_used(0).unwrap().1, 1);
+            assert_eq!(blk.bytes(BUFFERS + 16, 1), [0]);
+        }
+        stop.signal().unwrap();
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_fault_of_the_guest_ends_it_and_names_the_rule() {
+        let mut rng = Driver::new(Box::new(Rng::new()));
+        let (_stop, thread) = start(&[&rng]);
+        rng.start(u64::MAX);
+        rng.offer(0, 64);
+        rng.kick(0);
+        match thread.join().unwrap() {
+            Err(DeviceError::Guest(GuestFault { queue: 0, rule: Rule::ChainBroken, .. })) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -14,7 +14,7 @@
 //!                                                                         rng: getrandom
 //! ```
 //! Making them:
-//! ```ignore
+//! ```text
 //! let blk = Blk::new(disk_file, read_only)?;
 //! let (vsock, connector) = Vsock::new(GUEST_CID, Box::new(move || doorbell()))?;
 //! let device = MmioDevice::new(Box::new(blk), Arc::clone(&memory), irq_event)?;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::sync::OnceLock;
 
 use proptest::prelude::*;
 
@@ -18,12 +19,15 @@ const DATA: u64 = BUFFERS + 0x1000;
 fn disk() -> File {
     let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let mut file = File::from(fd);
-    file.write_all(&contents()).unwrap();
+    file.write_all(contents()).unwrap();
     file
 }
 
-fn contents() -> Vec<u8> {
-    (0..DISK_BYTES).map(|at| u8::try_from((at / 512 + at % 512) % 251).unwrap()).collect()
+fn contents() -> &'static [u8] {
+    static CONTENTS: OnceLock<Vec<u8>> = OnceLock::new();
+    CONTENTS.get_or_init(|| {
+        (0..DISK_BYTES).map(|at| u8::try_from((at / 512 + at % 512) % 251).unwrap()).collect()
+    })
 }
 
 fn driver(file: &File, read_only: bool) -> Driver {

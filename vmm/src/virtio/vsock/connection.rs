@@ -278,7 +278,13 @@ impl Connection {
             self.forward(data.len());
             return;
         }
-        self.to_host.extend(rest);
+        if !rest.is_empty() {
+            if self.to_host.capacity() == 0 {
+                // Once and in full: growing by halves would take up to twice as much.
+                self.to_host.reserve_exact(BUFFER_BYTES as usize);
+            }
+            self.to_host.extend(rest);
+        }
         self.forward(taken);
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Called by the tests of the device. Refuses nothing.
 
+use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,6 +12,8 @@ use super::{Connector, Vsock};
 use crate::virtio::driver::{BUFFERS, Driver};
 
 pub(super) const CID: u32 = 3;
+/// A guest's receive window, Linux's default.
+pub(super) const WINDOW: u32 = 256 * 1024;
 /// Where packets from the guest lie; the receive buffers come after.
 const OUT: u64 = BUFFERS;
 const IN: u64 = BUFFERS + 0x10_0000;
@@ -207,5 +210,21 @@ impl End {
         let length = length.min(self.inbox.len());
         self.taken = self.taken.wrapping_add(u32::try_from(length).unwrap());
         self.inbox.drain(..length).collect()
+    }
+}
+
+/// Reads what is there: `None` at the end of the stream.
+pub(super) fn read_now(socket: &mut UnixStream) -> Option<Vec<u8>> {
+    let mut all = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) if all.is_empty() => return None,
+            Ok(0) => return Some(all),
+            Ok(bytes) => all.extend_from_slice(&buffer[..bytes]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(all),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+            Err(error) => panic!("{error}"),
+        }
     }
 }

@@ -21,6 +21,8 @@ mod connector;
 mod guest;
 mod packet;
 mod socket;
+#[cfg(test)]
+mod stream_tests;
 mod table;
 #[cfg(test)]
 mod tests;
