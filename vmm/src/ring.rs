@@ -1,0 +1,1 @@
+//! The restricted io_uring of the root disk.
