@@ -5,7 +5,8 @@
 //! because the guest may write at any moment.
 
 use mica_units::Mebibytes;
-use vm_memory::{FromRangesError, GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::layout::{MEMORY_MIN, memory_spans};
 

@@ -101,11 +101,7 @@ pub fn load(
     Ok(loaded)
 }
 
-fn write_cmdline(
-    memory: &GuestMemory,
-    cmdline: &str,
-    loaded: &Loaded,
-) -> Result<u32, BootError> {
+fn write_cmdline(memory: &GuestMemory, cmdline: &str, loaded: &Loaded) -> Result<u32, BootError> {
     let max = loaded.cmdline_bytes_max().min(layout::CMDLINE_BYTES_MAX);
     let refused = BootError::Cmdline { max };
     let Ok(length) = u32::try_from(cmdline.len()) else { return Err(refused) };
@@ -118,12 +114,7 @@ fn write_cmdline(
     Ok(length)
 }
 
-fn write(
-    memory: &GuestMemory,
-    what: &'static str,
-    at: Gpa,
-    bytes: &[u8],
-) -> Result<(), BootError> {
+fn write(memory: &GuestMemory, what: &'static str, at: Gpa, bytes: &[u8]) -> Result<(), BootError> {
     memory
         .write_slice(bytes, GuestAddress(at.raw()))
         .map_err(|source| BootError::Write { what, source })

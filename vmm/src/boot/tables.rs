@@ -23,11 +23,9 @@ pub struct Descriptor {
 }
 
 /// 64-bit code, execute and read.
-pub const CODE: Descriptor =
-    Descriptor { kind: 0xb, code_or_data: true, long: true, pages: true };
+pub const CODE: Descriptor = Descriptor { kind: 0xb, code_or_data: true, long: true, pages: true };
 /// Data, read and write.
-pub const DATA: Descriptor =
-    Descriptor { kind: 0x3, code_or_data: true, long: false, pages: true };
+pub const DATA: Descriptor = Descriptor { kind: 0x3, code_or_data: true, long: false, pages: true };
 /// A busy 64-bit task state segment: the processor wants one, nothing uses it.
 pub const TSS: Descriptor =
     Descriptor { kind: 0xb, code_or_data: false, long: false, pages: false };

@@ -4,7 +4,7 @@
 //! not overwrite the ACPI tables before it has read them.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use vm_memory::{ByteValued, GuestMemoryBackend, GuestMemoryRegion, Address};
+use vm_memory::{Address, ByteValued, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::kernel::{Initramfs, Loaded};
 use super::{BootError, write as write_bytes};
@@ -15,11 +15,6 @@ const E820_RAM: u32 = 1;
 const E820_ACPI: u32 = 3;
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
-
-/// A local wrapper, so that the plain C struct can be written as bytes.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-struct Params(boot_params);
 
 /// Writes the zero page.
 pub fn write(
@@ -51,7 +46,7 @@ fn low_u32(address: u64) -> u32 {
 }
 
 fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
-    let entry = |addr, end: u64, kind| boot_e820_entry { addr, size: end - addr, type_: kind };
+    let entry = |addr, end: u64, kind| boot_e820_entry { addr, size: end - addr, r#type: kind };
     let mut map = vec![
         entry(0, layout::LOW_RAM_END.raw(), E820_RAM),
         entry(layout::ACPI.raw(), layout::ACPI.raw() + layout::ACPI_BYTES_MAX, E820_ACPI),

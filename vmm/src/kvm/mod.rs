@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::virtio::Event;
 
 pub use kick::{KickError, install as install_kick, kick};
 pub use vcpu::{Exits, Parked, Pause, Vcpu};
@@ -52,6 +53,9 @@ pub enum KvmError {
     /// The kernel accepted only the first `{0}` MSRs.
     #[error("KVM refused MSR number {0} of the boot set")]
     Msr(usize),
+    /// The process is out of descriptors.
+    #[error("duplicating an event failed")]
+    Duplicate(#[source] std::io::Error),
     /// The CPUID table is full.
     #[error("the CPUID table has no room for the topology leaves")]
     CpuidFull,
@@ -87,8 +91,7 @@ impl Machine {
         let base = cpuid::Base::read(&kvm, vcpus)?;
         let vcpus = (0..vcpus.get())
             .map(|index| {
-                let vcpu =
-                    vm.create_vcpu(u64::from(index)).map_err(failed("create a vCPU"))?;
+                let vcpu = vm.create_vcpu(u64::from(index)).map_err(failed("create a vCPU"))?;
                 vcpu.set_cpuid2(&base.of_vcpu(index)?).map_err(failed("set CPUID"))?;
                 registers::reset(&vcpu)?;
                 Ok(vcpu)
@@ -106,22 +109,22 @@ impl Machine {
         registers::enter_64bit(boot_vcpu, entry)
     }
 
-    /// Makes KVM signal `fd` when the guest writes `value` (32 bits) at `address`, without an exit.
+    /// Makes KVM signal `event` when the guest writes `value` (32 bits) at `address`, without an exit.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn signal_on_write(&self, fd: &EventFd, address: Gpa, value: u32) -> Result<(), KvmError> {
+    pub fn signal_on_write(&self, event: &Event, address: Gpa, value: u32) -> Result<(), KvmError> {
         self.vm
-            .register_ioevent(fd, &IoEventAddress::Mmio(address.raw()), value)
+            .register_ioevent(&for_kvm(event)?, &IoEventAddress::Mmio(address.raw()), value)
             .map_err(failed("register an ioeventfd"))
     }
 
-    /// Makes KVM raise the edge-triggered line `gsi` when `fd` is signalled.
+    /// Makes KVM raise the edge-triggered line `gsi` when `event` is signalled.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn interrupt_on_signal(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
-        self.vm.register_irqfd(fd, gsi).map_err(failed("register an irqfd"))
+    pub fn interrupt_on_signal(&self, event: &Event, gsi: u32) -> Result<(), KvmError> {
+        self.vm.register_irqfd(&for_kvm(event)?, gsi).map_err(failed("register an irqfd"))
     }
 
     /// Hands the vCPUs to their threads. The VM lives until the last of them is dropped: each holds
@@ -139,6 +142,14 @@ impl Machine {
 pub struct Held {
     _vm: VmFd,
     _memory: GuestMemory,
+}
+
+/// A second descriptor of the event, in the type that kvm-ioctls wants. KVM keeps a reference of its
+/// own, so it is closed after the call.
+fn for_kvm(event: &Event) -> Result<EventFd, KvmError> {
+    let twin = event.try_clone().map_err(KvmError::Duplicate)?;
+    // SAFETY: `into_raw_fd` gives up an open eventfd that nobody else owns.
+    Ok(unsafe { EventFd::from_raw_fd(OwnedFd::from(twin).into_raw_fd()) })
 }
 
 fn check_host(kvm: &Kvm) -> Result<(), KvmError> {

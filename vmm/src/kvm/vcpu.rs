@@ -130,9 +130,9 @@ fn handle(exit: VcpuExit<'_>, exits: &impl Exits) -> Result<(), Ending> {
         VcpuExit::FailEntry(reason, cpu) => Err(Ending::GuestFault(format!(
             "the processor refused to enter the guest (reason {reason:#x}, host CPU {cpu})"
         ))),
-        VcpuExit::InternalError => Err(Ending::GuestFault(
-            "KVM could not emulate an instruction of the guest".to_owned(),
-        )),
+        VcpuExit::InternalError => {
+            Err(Ending::GuestFault("KVM could not emulate an instruction of the guest".to_owned()))
+        }
         other => Err(Ending::Internal(format!("unexpected exit {other:?}"))),
     }
 }
