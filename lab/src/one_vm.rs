@@ -150,7 +150,11 @@ impl OneVm {
     pub fn expect(&self, wanted: &Event, patience: Duration) -> Result<()> {
         match self.next_event(patience)? {
             Some(event) if event == *wanted => Ok(()),
-            other => bail!("expected {wanted:?}, got {other:?}; console: {:?}", self.console_text()),
+            other => {
+                let text = self.console_text();
+                let tail = text.get(text.len().saturating_sub(400)..).unwrap_or_default();
+                bail!("expected {wanted:?}, got {other:?}; console ends with {tail:?}")
+            }
         }
     }
 

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
 }
 
 fn run(socket: &ControlSocket, ids: Ids) -> ExitCode {
+    control::warm_clocks();
     if let Err(error) = jail::enter(ids) {
         let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         return end(socket, Ending::Internal(format!("{error}: {cause}")));

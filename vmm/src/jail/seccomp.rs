@@ -95,7 +95,6 @@ const SETUP: &[c_long] = &[
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_eventfd2,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_getrandom,
     libc::SYS_io_uring_register,
@@ -194,6 +193,13 @@ fn rules(kind: ThreadKind) -> Compiled<Rules> {
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls.into_iter().map(ioctl).collect::<Compiled<_>>()?);
     }
+    // Debug builds of the standard library check each descriptor they close.
+    let mut fcntls = vec![libc::F_GETFD];
+    if kind == ThreadKind::Setup {
+        fcntls.push(libc::F_DUPFD_CLOEXEC);
+    }
+    let fcntls = fcntls.into_iter().map(|op| argument(1, SeccompCmpOp::Eq, op.cast_unsigned()));
+    rules.insert(libc::SYS_fcntl, fcntls.collect::<Compiled<_>>()?);
     rules.insert(libc::SYS_mmap, vec![never_executable()?]);
     if kind == ThreadKind::Setup {
         rules.insert(libc::SYS_mprotect, vec![never_executable()?]);
