@@ -1,1 +1,11 @@
-//! mica-guest.
+//! The program inside the VM: first process, agent, envd, code interpreter.
+//!
+//! Called by `main.rs`, which is `mica-guest`. Refuses to trust anything a client of the sandbox
+//! sends, and to hold a secret the sandbox's owner may not see: the guest belongs to its user.
+
+#![forbid(unsafe_code)]
+
+pub mod connect;
+pub mod http;
+pub mod sandbox;
+pub mod users;
