@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 pub mod connect;
+pub mod filesystem;
 pub mod http;
+pub mod interpreter;
 pub mod sandbox;
 pub mod users;

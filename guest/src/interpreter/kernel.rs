@@ -256,7 +256,7 @@ impl Kernel {
     ) -> Result<(), KernelError> {
         tokio::select! {
             status = self.child.wait() => {
-                let status = status.map_or_else(|error| error.to_string(), |s| s.to_string());
+                let status = status_text(status);
                 Err(KernelError::EndedEarly { status, output: text(&self.tail) })
             }
             () = sleep(moment) => {
@@ -291,29 +291,20 @@ impl Kernel {
 
     /// The next thing that happens. May be dropped and called again at any point.
     pub async fn next(&mut self) -> Signalled {
-        loop {
-            let received = tokio::select! {
-                biased;
-                message = self.iopub.recv() => message,
-                message = self.shell.recv() => message,
-                status = self.child.wait() => {
-                    return Signalled::Ended(
-                        status.map_or_else(|error| error.to_string(), |s| s.to_string()),
-                    );
-                }
-            };
-            // The sockets fail when the process ends; its end is reported, not their failure.
-            let Ok(message) = received else {
-                let ended = self.child.wait().await;
-                return Signalled::Ended(
-                    ended.map_or_else(|error| error.to_string(), |s| s.to_string()),
-                );
-            };
-            let frames: Vec<Bytes> = message.into_vec();
-            return match protocol::decode(&frames, &self.key) {
-                Ok(message) => Signalled::Message(message),
-                Err(error) => Signalled::Unreadable(error),
-            };
+        let received = tokio::select! {
+            biased;
+            message = self.iopub.recv() => message,
+            message = self.shell.recv() => message,
+            status = self.child.wait() => return Signalled::Ended(status_text(status)),
+        };
+        // The sockets fail when the process ends; its end is reported, not their failure.
+        let Ok(message) = received else {
+            return Signalled::Ended(status_text(self.child.wait().await));
+        };
+        let frames: Vec<Bytes> = message.into_vec();
+        match protocol::decode(&frames, &self.key) {
+            Ok(message) => Signalled::Message(message),
+            Err(error) => Signalled::Unreadable(error),
         }
     }
 
@@ -325,7 +316,7 @@ impl Kernel {
     fn signal(&self, signal: Signal) {
         if let Some(pid) = self.pid {
             // The group may be gone already, and then there is nothing to signal.
-            drop(kill_process_group(pid, signal));
+            kill_process_group(pid, signal).unwrap_or_default();
         }
     }
 
@@ -404,6 +395,10 @@ fn remove_directory(directory: &Path) {
     drop(std::fs::remove_dir_all(directory));
 }
 
+fn status_text(status: std::io::Result<std::process::ExitStatus>) -> String {
+    status.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
 /// Reads a process's output to its end and keeps the last of it.
 async fn keep_tail(mut output: impl AsyncRead + Unpin, tail: Tail) {
     let mut buffer = [0_u8; 1024];
@@ -426,7 +421,7 @@ pub fn now() -> String {
     let since = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap_or(Duration::ZERO);
-    super::super::filesystem::rfc3339(since.as_secs().try_into().unwrap_or(0), since.subsec_nanos())
+    crate::filesystem::rfc3339(since.as_secs().try_into().unwrap_or(0), since.subsec_nanos())
 }
 
 #[cfg(test)]
