@@ -84,14 +84,22 @@ def _mica_install():
         print_method = ObjectName("_repr_e2b_chart_")
         _return_type = (dict, str)
 
+        # Not by type: when matplotlib is first imported, IPython removes figures from the types
+        # of every formatter that it finds.
+        def __call__(self, value):
+            figures = sys.modules.get("matplotlib.figure")
+            if figures is not None and isinstance(value, figures.Figure):
+                return figure_chart(value)
+            return super().__call__(value)
+
     data = DataFormatter(parent=shell.display_formatter)
     # The module that a frame says it is from differs between pandas 2 and 3.
     data.for_type_by_name("pandas.core.frame", "DataFrame", frame_data)
     data.for_type_by_name("pandas", "DataFrame", frame_data)
-    chart = ChartFormatter(parent=shell.display_formatter)
-    chart.for_type_by_name("matplotlib.figure", "Figure", figure_chart)
     shell.display_formatter.formatters["e2b/data"] = data
-    shell.display_formatter.formatters["e2b/chart"] = chart
+    shell.display_formatter.formatters["e2b/chart"] = ChartFormatter(
+        parent=shell.display_formatter
+    )
 
 
 try:
