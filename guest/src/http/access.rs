@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn a_token_opens_and_another_does_not() {
         let none = Query::default();
-        let check = |headers| Access::Token.check(Some("secret"), headers, &none, 0);
+        let check = |headers: &HeaderMap| Access::Token.check(Some("secret"), headers, &none, 0);
         assert_eq!(check(&headers("secret")), Ok(()));
         for bad in [headers("secreT"), headers("secret1"), headers(""), HeaderMap::new()] {
             assert_eq!(check(&bad), Err(HttpError::unauthorized(UNAUTHORIZED)), "{bad:?}");
