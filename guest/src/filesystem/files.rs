@@ -1,6 +1,6 @@
 //! The route `/files`: download and upload.
 //!
-//! Called by the agent through [`super::add_routes`]. Refuses unknown users (401), paths that
+//! Called by the agent through [`super::register`]. Refuses unknown users (401), paths that
 //! cannot be (400), codings that it does not have (406), and an upload that stands still for
 //! [`STILL_MAX`]. Nothing of a file is gathered in memory: chunks go through channels of
 //! [`CHUNKS_AHEAD`].

@@ -29,7 +29,7 @@ pub use time::rfc3339;
 use crate::http::Router;
 
 /// Adds the file routes and the filesystem service.
-pub fn add_routes(router: &mut Router) {
+pub fn register(router: &mut Router) {
     files::add_routes(router);
     rpc::add_methods(router);
 }

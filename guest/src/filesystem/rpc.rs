@@ -1,6 +1,6 @@
 //! `filesystem.Filesystem` on the router.
 //!
-//! Called by the agent through [`super::add_routes`]. Refuses watching (`unimplemented`).
+//! Called by the agent through [`super::register`]. Refuses watching (`unimplemented`).
 
 use std::path::PathBuf;
 
