@@ -5,7 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod connect;
 pub mod http;
+pub mod init;
+pub mod process;
 pub mod sandbox;
 pub mod users;
