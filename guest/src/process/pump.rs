@@ -3,13 +3,11 @@
 //! Called by the service: one task per process. Refuses to end the story before the output is told,
 //! except for a killed process whose output others keep open.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::process::Child;
 use tokio::time::Instant;
@@ -33,7 +31,7 @@ pub enum Output {
     /// Two pipes.
     Pipes(pipe::Receiver, pipe::Receiver),
     /// A terminal.
-    Pty(Arc<AsyncFd<OwnedFd>>),
+    Pty(pipe::Receiver),
 }
 
 /// Sees a process through to its end and, a while later, out of the table.
@@ -46,6 +44,7 @@ pub async fn supervise(
 ) {
     let end = run_to_end(&process, child, output, deadline).await;
     process.hub.finish(end).await;
+    process.close_terminal();
     *process.input.lock().await = InputEnd::Closed;
     tokio::time::sleep(Duration::from_secs(RETAIN_SECONDS)).await;
     table.remove(&process);
@@ -106,55 +105,23 @@ async fn tell_all(process: &Process, output: Output) {
     match output {
         Output::Pipes(stdout, stderr) => {
             tokio::join!(
-                tell_pipe(process, stdout, Data::Stdout),
-                tell_pipe(process, stderr, Data::Stderr)
+                tell_pipe(process, stdout, PIPE_CHUNK_BYTES, Data::Stdout),
+                tell_pipe(process, stderr, PIPE_CHUNK_BYTES, Data::Stderr)
             );
         }
-        Output::Pty(pty) => tell_pty(process, &pty).await,
+        Output::Pty(pty) => tell_pipe(process, pty, PTY_CHUNK_BYTES, Data::Pty).await,
     }
 }
 
-async fn tell_pipe(process: &Process, mut pipe: impl AsyncRead + Unpin, data: fn(Vec<u8>) -> Data) {
-    let mut buffer = vec![0; PIPE_CHUNK_BYTES];
-    // A pipe that fails is a pipe that has ended: there is nothing more to tell.
+async fn tell_pipe(
+    process: &Process,
+    mut pipe: pipe::Receiver,
+    chunk_bytes: usize,
+    data: fn(Vec<u8>) -> Data,
+) {
+    let mut buffer = vec![0; chunk_bytes];
+    // One that fails has ended: a terminal's master reads EIO once nobody has the terminal open.
     while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
         process.hub.publish(data(buffer[..length].to_vec())).await;
     }
-}
-
-async fn tell_pty(process: &Process, pty: &AsyncFd<OwnedFd>) {
-    let mut buffer = vec![0; PTY_CHUNK_BYTES];
-    // The master reads EIO once nobody has the terminal open: its way to say the end.
-    while let Ok(length @ 1..) = read_pty(pty, &mut buffer).await {
-        process.hub.publish(Data::Pty(buffer[..length].to_vec())).await;
-    }
-}
-
-async fn read_pty(pty: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> std::io::Result<usize> {
-    loop {
-        let mut ready = pty.readable().await?;
-        let read = ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut *buffer)?));
-        match read {
-            Ok(Err(error)) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Ok(result) => return result,
-            Err(_would_block) => {}
-        }
-    }
-}
-
-/// Writes all of `bytes` to a terminal.
-///
-/// # Errors
-/// When nobody has the terminal open.
-pub async fn write_pty(pty: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        let mut ready = pty.writable().await?;
-        match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
-            Ok(Ok(written)) => bytes = bytes.get(written..).unwrap_or_default(),
-            Ok(Err(error)) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return Err(error),
-            Err(_would_block) => {}
-        }
-    }
-    Ok(())
 }

@@ -124,15 +124,13 @@ fn take_in(
     request: StartRequest,
 ) -> (Arc<Process>, tokio::process::Child, Output) {
     let Spawned { child, pid, pidfd, ends } = spawned;
-    let (input, pty, output) = match ends {
+    let (input, terminal, output) = match ends {
         Ends::Pipes { stdin, stdout, stderr } => {
             let input = stdin.map_or(InputEnd::Closed, InputEnd::Pipe);
             (input, None, Output::Pipes(stdout, stderr))
         }
-        Ends::Pty(pty) => {
-            let pty = Arc::new(pty);
-            let weak = Arc::downgrade(&pty);
-            (InputEnd::Pty(Arc::clone(&pty)), Some(weak), Output::Pty(pty))
+        Ends::Pty { input, output, control } => {
+            (InputEnd::Pty(input), Some(control), Output::Pty(output))
         }
     };
     let process = Process {
@@ -142,7 +140,7 @@ fn take_in(
         pidfd,
         hub: Hub::default(),
         input: tokio::sync::Mutex::new(input),
-        pty,
+        terminal: std::sync::Mutex::new(terminal),
         killed: Notify::new(),
     };
     (Arc::new(process), child, output)

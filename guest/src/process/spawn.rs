@@ -13,7 +13,6 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
-use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
@@ -69,8 +68,16 @@ pub enum Ends {
         /// What it writes to standard error.
         stderr: pipe::Receiver,
     },
-    /// Of the terminal.
-    Pty(AsyncFd<OwnedFd>),
+    /// Of the terminal: its master, once for each use. tokio's pipe ends read and write whatever
+    /// can be waited for, which a terminal can.
+    Pty {
+        /// What the command reads.
+        input: pipe::Sender,
+        /// What it writes.
+        output: pipe::Receiver,
+        /// To set the size of.
+        control: OwnedFd,
+    },
 }
 
 /// A command that runs.
@@ -152,7 +159,10 @@ fn descriptors(terminal: Terminal) -> std::io::Result<(Ends, [OwnedFd; FDS])> {
             let theirs = ioctl_tiocgptpeer(&ours, flags)?;
             tcsetwinsize(&ours, winsize(size))?;
             let copies = [theirs.try_clone()?, theirs.try_clone()?, theirs];
-            Ok((Ends::Pty(AsyncFd::new(nonblocking(ours)?)?), copies))
+            let control = nonblocking(ours)?;
+            let input = pipe::Sender::from_owned_fd_unchecked(control.try_clone()?)?;
+            let output = pipe::Receiver::from_owned_fd_unchecked(control.try_clone()?)?;
+            Ok((Ends::Pty { input, output, control }, copies))
         }
     }
 }

@@ -10,13 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::process::{Signal, pidfd_send_signal};
 use rustix::termios::tcsetwinsize;
 use tokio::io::AsyncWriteExt as _;
-use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
 
 use super::hub::Hub;
 use super::messages::{ListResponse, ProcessConfig, ProcessInfo, PtySize, Selector};
-use super::pump::write_pty;
 use super::spawn::winsize;
 use crate::connect::{Code, ConnectError};
 
@@ -33,7 +31,7 @@ pub enum InputEnd {
     /// Into a pipe, until it is closed.
     Pipe(pipe::Sender),
     /// Into a terminal.
-    Pty(Arc<AsyncFd<OwnedFd>>),
+    Pty(pipe::Sender),
     /// Nowhere (any more).
     Closed,
 }
@@ -53,8 +51,8 @@ pub struct Process {
     pub hub: Hub,
     /// Where its input goes. The lock keeps two writers from mixing their bytes.
     pub input: tokio::sync::Mutex<InputEnd>,
-    /// Its terminal, for the size.
-    pub pty: Option<std::sync::Weak<AsyncFd<OwnedFd>>>,
+    /// Its terminal, for the size, while it runs.
+    pub terminal: Mutex<Option<OwnedFd>>,
     /// Somebody ended it; its output need not be waited for.
     pub killed: Notify,
 }
@@ -107,8 +105,9 @@ impl Process {
     /// # Errors
     /// `failed_precondition` when it has none.
     pub async fn write_terminal(&self, bytes: &[u8]) -> Result<(), ConnectError> {
-        match &*self.input.lock().await {
-            InputEnd::Pty(pty) => write_pty(pty, bytes)
+        match &mut *self.input.lock().await {
+            InputEnd::Pty(pty) => pty
+                .write_all(bytes)
                 .await
                 .map_err(|error| ConnectError::io("error writing to tty", &error)),
             _ => Err(no_terminal()),
@@ -136,9 +135,15 @@ impl Process {
     /// # Errors
     /// `failed_precondition` when it has none.
     pub fn resize(&self, size: PtySize) -> Result<(), ConnectError> {
-        let pty = self.pty.as_ref().and_then(std::sync::Weak::upgrade).ok_or_else(no_terminal)?;
-        tcsetwinsize(pty.get_ref(), winsize(size))
+        let terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner);
+        let terminal = terminal.as_ref().ok_or_else(no_terminal)?;
+        tcsetwinsize(terminal, winsize(size))
             .map_err(|errno| ConnectError::io("error resizing tty", &errno.into()))
+    }
+
+    /// Gives the terminal's descriptor back.
+    pub fn close_terminal(&self) {
+        *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
