@@ -1,7 +1,7 @@
 //! `mica-guest`: init, agent, or the shim between the agent and a command.
 //!
-//! Started by the kernel as `/init`, by init as `agent`, by the agent as `exec-as`, and by hand or
-//! tests as `agent --unix`. Refuses anything else on the command line.
+//! Started by the kernel as `/init`, by init as `agent`, by the agent as `exec-as` and `launch-as`,
+//! and by hand or tests as `agent --unix`. Refuses anything else on the command line.
 
 #![forbid(unsafe_code)]
 
@@ -26,25 +26,23 @@ enum Role {
     Init,
     /// Serve envd, the code interpreter and the gateway to the host
     Agent(AgentArgs),
-    /// Become a command as another user; only the agent calls this
-    #[command(hide = true)]
-    ExecAs,
 }
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {
         init::run();
     }
-    // The shim runs for every command, so it does not wait for the command line's parser.
-    if std::env::args_os().nth(1).is_some_and(|role| role == "exec-as") {
-        return process::shim::run();
+    // The shims run for every command, so they do not wait for the command line's parser.
+    match std::env::args_os().nth(1) {
+        Some(role) if role == "exec-as" => return process::shim::run(),
+        Some(role) if role == process::launch::ROLE => return process::launch::run(),
+        _ => {}
     }
     match Cli::parse().role {
         Role::Init => {
             eprintln!("mica-guest init: this is not process 1; nothing was done");
             ExitCode::from(2)
         }
-        Role::ExecAs => process::shim::run(),
         Role::Agent(args) => match agent::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

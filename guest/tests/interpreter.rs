@@ -65,11 +65,8 @@ async fn server_with(python: PathBuf, env_vars: BTreeMap<String, String>) -> Ser
     // A unique name: the address of a listener that is still held.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let directory = std::env::temp_dir().join(format!(
-        "mica-i-{}-{}",
-        std::process::id(),
-        address.port()
-    ));
+    let directory =
+        std::env::temp_dir().join(format!("mica-i-{}-{}", std::process::id(), address.port()));
     let interpreter = Arc::new(Interpreter::new(
         Arc::clone(&sandbox),
         plain_launcher(),
@@ -188,7 +185,10 @@ async fn a_cell_gives_its_output_and_its_result() {
     let events = server.code("x + 1").await;
     assert_eq!(events[0]["execution_count"], 3);
     assert_eq!(events[1]["text"], "6");
-    assert_eq!(server.stdout(json!({"code": "print(sorted(n for n in dir() if 'mica' in n))"})).await, "[]\n");
+    assert_eq!(
+        server.stdout(json!({"code": "print(sorted(n for n in dir() if 'mica' in n))"})).await,
+        "[]\n"
+    );
     assert_eq!(server.ask("GET", "/health", "").await, (200, "\"OK\"".to_owned()));
 }
 
@@ -290,7 +290,8 @@ async fn a_client_that_leaves_interrupts_its_cell() {
     let waiting = json!({"code": "skipped = False"}).to_string();
     drop(server.open("POST", "/execute", &waiting).await);
     drop(reader);
-    let seen = json!({"code": "import os\nprint(interrupted, 'skipped' in dir(), 'LEFT' in os.environ)"});
+    let seen =
+        json!({"code": "import os\nprint(interrupted, 'skipped' in dir(), 'LEFT' in os.environ)"});
     let stdout = timeout(Duration::from_secs(30), server.stdout(seen)).await.unwrap();
     assert_eq!(stdout, "True False False\n");
 }
@@ -298,7 +299,8 @@ async fn a_client_that_leaves_interrupts_its_cell() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_that_dies_is_told_and_replaced() {
     let Some(server) = server().await else { return };
-    let events = server.code("x = 1\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)").await;
+    let events =
+        server.code("x = 1\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)").await;
     let error = of_type(&events, "error")[0];
     assert_eq!(error["name"], "UnexpectedEndOfExecution");
     assert!(error["value"].as_str().unwrap().contains("signal: 9"), "{error}");

@@ -18,6 +18,9 @@ use std::sync::Arc;
 pub use listen::ListenError;
 
 use crate::http::Router;
+use crate::http::error::chain;
+use crate::interpreter::{self, Interpreter, find_python};
+use crate::process;
 use crate::sandbox::{Sandbox, SettingsError, TemplateSettings};
 use control::Surroundings;
 use gateway::Gateway;
@@ -92,10 +95,7 @@ async fn serve_all(args: &AgentArgs, settings: TemplateSettings) -> Result<(), A
     let mut envd = Router::new(Arc::clone(&sandbox));
     envd::register(&mut envd);
     let envd = Arc::new(envd);
-    let interpreter = has_interpreter.then(|| {
-        let router = Router::new(Arc::clone(&sandbox));
-        Arc::new(router)
-    });
+    let interpreter = has_interpreter.then(|| start_interpreter(&sandbox, surroundings));
 
     let gateway = Gateway::new(Arc::clone(&sandbox), surroundings, envd, interpreter);
     let gateway = Arc::new(gateway);
@@ -108,6 +108,29 @@ async fn serve_all(args: &AgentArgs, settings: TemplateSettings) -> Result<(), A
         None => listen::vsock(gateway).await?,
     }
     Ok(())
+}
+
+/// The code interpreter's routes. Its first kernel starts now, before anyone asks for it; one
+/// that cannot is told on the console and again to whoever asks.
+fn start_interpreter(sandbox: &Arc<Sandbox>, surroundings: Surroundings) -> Arc<Router> {
+    let directory = match surroundings {
+        Surroundings::Guest => PathBuf::from("/run/mica/kernels"),
+        Surroundings::Foreign => {
+            std::env::temp_dir().join(format!("mica-kernels-{}", std::process::id()))
+        }
+    };
+    let interpreter = Arc::new(Interpreter::new(
+        Arc::clone(sandbox),
+        process::launch::launcher(),
+        find_python(),
+        directory,
+    ));
+    if let Err(error) = interpreter.warm() {
+        eprintln!("mica-guest: cannot start the Python kernel: {}", chain(&error));
+    }
+    let mut router = Router::new(Arc::clone(sandbox));
+    interpreter::add_routes(&mut router, &interpreter);
+    Arc::new(router)
 }
 
 #[cfg(test)]

@@ -133,11 +133,7 @@ impl Interpreter {
         Ok(info.id)
     }
 
-    fn add(
-        &self,
-        contexts: &mut Contexts,
-        cwd: Option<&str>,
-    ) -> Result<ContextInfo, ContextError> {
+    fn add(&self, contexts: &mut Contexts, cwd: Option<&str>) -> Result<ContextInfo, ContextError> {
         if contexts.by_id.len() >= CONTEXTS_MAX {
             return Err(ContextError::TooMany);
         }
@@ -226,11 +222,7 @@ impl Interpreter {
         let contexts = self.lock();
         let context = contexts.by_id.get(&id).ok_or(ContextError::NotFound(id))?;
         let (events, receiver) = mpsc::channel(EVENTS_AHEAD);
-        context
-            .handle
-            .jobs
-            .try_send(Job { code, env, events })
-            .map_err(|_| ContextError::Busy)?;
+        context.handle.jobs.try_send(Job { code, env, events }).map_err(|_| ContextError::Busy)?;
         Ok(receiver)
     }
 }

@@ -411,8 +411,7 @@ async fn keep_tail(mut output: impl AsyncRead + Unpin, tail: Tail) {
 }
 
 fn text(tail: &Tail) -> String {
-    let bytes: Vec<u8> =
-        tail.lock().map(|tail| tail.iter().copied().collect()).unwrap_or_default();
+    let bytes: Vec<u8> = tail.lock().map(|tail| tail.iter().copied().collect()).unwrap_or_default();
     String::from_utf8_lossy(&bytes).trim().to_owned()
 }
 

@@ -155,14 +155,24 @@ pub struct Incoming {
 pub enum Body {
     Busy,
     Idle,
-    Input { execution_count: u64 },
+    Input {
+        execution_count: u64,
+    },
     Stdout(String),
     Stderr(String),
     Display(Map<String, Value>),
     MainResult(Map<String, Value>),
-    Error { name: String, value: String, traceback: String },
+    Error {
+        name: String,
+        value: String,
+        traceback: String,
+    },
     ReplyOk,
-    ReplyError { name: String, value: String, traceback: String },
+    ReplyError {
+        name: String,
+        value: String,
+        traceback: String,
+    },
     ReplyAborted,
     KernelInfo,
     /// Content that is not JSON we can read, for example with half of a surrogate pair.
@@ -350,10 +360,7 @@ mod tests {
             read("stream", r#"{"name":"stdout","text":"a\n"}"#),
             Body::Stdout("a\n".to_owned())
         );
-        assert_eq!(
-            read("stream", r#"{"name":"stderr","text":"b"}"#),
-            Body::Stderr("b".to_owned())
-        );
+        assert_eq!(read("stream", r#"{"name":"stderr","text":"b"}"#), Body::Stderr("b".to_owned()));
         let Body::MainResult(data) =
             read("execute_result", r#"{"data":{"text/plain":"2"},"execution_count":1}"#)
         else {

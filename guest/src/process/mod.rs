@@ -12,6 +12,7 @@
 
 mod events;
 mod hub;
+pub mod launch;
 mod messages;
 mod pump;
 mod service;

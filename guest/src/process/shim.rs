@@ -11,6 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -33,7 +34,7 @@ pub struct Spec {
     /// All of its environment.
     pub env: Vec<(String, String)>,
     /// Its directory.
-    pub cwd: std::path::PathBuf,
+    pub cwd: PathBuf,
     /// Its user, when the agent may choose one.
     pub user: Option<SpecUser>,
     /// Standard input is a terminal and becomes the controlling one.
@@ -53,7 +54,7 @@ pub struct SpecUser {
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
-enum ShimError {
+pub(super) enum ShimError {
     #[error("the shim was not started by the agent: {what}")]
     Handover {
         what: &'static str,
@@ -144,7 +145,7 @@ fn receive(socket: &OwnedFd) -> std::io::Result<(usize, [OwnedFd; FDS])> {
 
 /// Does every step and execs. Only a failure comes back.
 fn become_command(spec: &Spec) -> ShimError {
-    if let Err(error) = prepare(spec) {
+    if let Err(error) = prepare(spec.user.as_ref(), &spec.cwd, spec.controlling_terminal) {
         return error;
     }
     let source = Command::new(&spec.cmd)
@@ -155,36 +156,45 @@ fn become_command(spec: &Spec) -> ShimError {
     ShimError::Exec { cmd: spec.cmd.clone(), source }
 }
 
-fn prepare(spec: &Spec) -> Result<(), ShimError> {
-    let fail = |what| move |source: std::io::Error| ShimError::Prepare { what, source };
-    let os = |what| move |errno: rustix::io::Errno| fail(what)(errno.into());
+/// Everything between a plain child of the agent and the command: session, terminal, user,
+/// directory.
+pub(super) fn prepare(
+    user: Option<&SpecUser>,
+    cwd: &Path,
+    controlling_terminal: bool,
+) -> Result<(), ShimError> {
     // Its own session, so that a signal to its process group never reaches the agent.
-    rustix::process::setsid().map_err(os("make a session"))?;
-    if spec.controlling_terminal {
+    rustix::process::setsid().map_err(failed("make a session"))?;
+    if controlling_terminal {
         rustix::process::ioctl_tiocsctty(std::io::stdin().as_fd())
-            .map_err(os("take the terminal"))?;
+            .map_err(failed("take the terminal"))?;
     }
-    let Some(user) = &spec.user else { return enter(spec) };
+    if let Some(user) = user {
+        become_user(user, controlling_terminal)?;
+    }
+    // As the user, so that a directory it may not enter is refused.
+    std::env::set_current_dir(cwd)
+        .map_err(|source| ShimError::Cwd { cwd: cwd.display().to_string(), source })
+}
+
+fn failed<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> ShimError {
+    move |source| ShimError::Prepare { what, source: source.into() }
+}
+
+fn become_user(user: &SpecUser, owns_terminal: bool) -> Result<(), ShimError> {
     // The agent is worth more than what it runs: it is neither niced nor the first to be killed.
-    std::fs::write("/proc/self/oom_score_adj", b"100").map_err(fail("set oom_score_adj"))?;
-    rustix::process::setpriority_process(None, 0).map_err(os("reset the priority"))?;
+    std::fs::write("/proc/self/oom_score_adj", b"100").map_err(failed("set oom_score_adj"))?;
+    rustix::process::setpriority_process(None, 0).map_err(failed("reset the priority"))?;
     let uid = Uid::from_raw(user.uid);
-    if spec.controlling_terminal {
+    if owns_terminal {
         // Programs that open their terminal by name must be allowed to.
         rustix::fs::fchown(std::io::stdin().as_fd(), Some(uid), None)
-            .map_err(os("hand over the terminal"))?;
+            .map_err(failed("hand over the terminal"))?;
     }
     let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     // This process has one thread, so the thread's ids are the process's.
-    rustix::thread::set_thread_groups(&groups).map_err(os("set the groups"))?;
+    rustix::thread::set_thread_groups(&groups).map_err(failed("set the groups"))?;
     let gid = Gid::from_raw(user.gid);
-    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(os("set the group"))?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(os("set the user"))?;
-    // As the user, so that a directory it may not enter is refused.
-    enter(spec)
-}
-
-fn enter(spec: &Spec) -> Result<(), ShimError> {
-    std::env::set_current_dir(&spec.cwd)
-        .map_err(|source| ShimError::Cwd { cwd: spec.cwd.display().to_string(), source })
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("set the group"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(failed("set the user"))
 }
