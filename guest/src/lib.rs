@@ -5,9 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod connect;
 pub mod filesystem;
 pub mod http;
+pub mod init;
 pub mod interpreter;
+pub mod process;
 pub mod sandbox;
 pub mod users;
