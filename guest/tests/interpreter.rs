@@ -4,6 +4,8 @@
 //! `MICA_TEST_PYTHON`. Without it every test here says so and checks nothing, unless
 //! `REQUIRE_TEST_PYTHON=1`, which makes that a failure.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;

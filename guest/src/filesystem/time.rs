@@ -18,6 +18,27 @@ pub fn rfc3339(unix_seconds: i64, nanoseconds: u32) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{fraction}Z")
 }
 
+/// `Thu, 01 Jan 1970 00:00:00 GMT`, as HTTP headers have it.
+#[must_use]
+pub fn http_date(unix_seconds: u64) -> String {
+    const DAY: u64 = 86_400;
+    // 1970-01-01 was a Thursday.
+    const WEEKDAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let days = unix_seconds / DAY;
+    let (year, month, day) = civil(i64::try_from(days).unwrap_or(0));
+    let weekday = WEEKDAYS.iter().cycle().nth(usize::try_from(days % 7).unwrap_or(0));
+    let month = usize::try_from(month - 1).ok().and_then(|month| MONTHS.get(month));
+    let (hour, minute, second) =
+        (unix_seconds % DAY / 3600, unix_seconds / 60 % 60, unix_seconds % 60);
+    format!(
+        "{}, {day:02} {} {year:04} {hour:02}:{minute:02}:{second:02} GMT",
+        weekday.unwrap_or(&"Thu"),
+        month.unwrap_or(&"Jan"),
+    )
+}
+
 /// Year, month and day of a count of days since 1970-01-01, in the Gregorian calendar. Counts in
 /// eras of 400 years from 0000-03-01, so that the leap day is the last of its year.
 fn civil(days: i64) -> (i64, i64, i64) {
@@ -52,5 +73,11 @@ mod tests {
         ] {
             assert_eq!(rfc3339(seconds, nanoseconds), wanted);
         }
+    }
+
+    #[test]
+    fn http_dates() {
+        assert_eq!(http_date(0), "Thu, 01 Jan 1970 00:00:00 GMT");
+        assert_eq!(http_date(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
     }
 }

@@ -23,6 +23,7 @@ mod session;
 pub use contexts::{CONTEXTS_MAX, ContextError, Interpreter};
 pub use http::add_routes;
 pub use launch::{LaunchError, LaunchSpec, Launcher, find_python};
+pub(crate) use protocol::hex;
 pub use session::WAITING_CELLS_MAX;
 
 /// The language of every context until there are others.
