@@ -7,8 +7,12 @@ use std::io;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Locked memory for one executor: its three rings and registered buffers, with room to spare.
-const MEMLOCK_BYTES_PER_SEAT: u64 = 16 << 20;
+/// Locked memory for one executor: [`crate::seat::IO_MEMORY_BYTES`], registered with each of its three
+/// rings, and what else glommio asks for (512 KiB at the least).
+const MEMLOCK_BYTES_PER_SEAT: u64 = 1 << 20;
+
+const _: () = assert!(MEMLOCK_BYTES_PER_SEAT >= 3 * crate::seat::IO_MEMORY_BYTES as u64);
+const _: () = assert!(MEMLOCK_BYTES_PER_SEAT >= 512 << 10);
 
 /// Open files that are asked for: a sandbox holds about five.
 const OPEN_FILES: u64 = 1 << 20;

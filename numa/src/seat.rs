@@ -19,7 +19,7 @@ use crate::{Plan, ShardSeat, StopSignal};
 const RING_ENTRIES: usize = 256;
 
 /// Registered memory of an executor, for direct I/O.
-const IO_MEMORY_BYTES: usize = 1 << 20;
+pub(crate) const IO_MEMORY_BYTES: usize = 256 << 10;
 
 /// Why the seats did not run, or not to their end.
 #[derive(Debug, thiserror::Error)]
@@ -174,7 +174,9 @@ fn tell(report: &Sender<Result<(), SeatError>>, result: Result<(), SeatError>) {
 fn executor(seat: ShardSeat) -> Result<LocalExecutor, SeatError> {
     let (shard, core) = (seat.shard.index(), seat.core);
     let id = usize::try_from(core).unwrap_or(usize::MAX);
-    if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
+    // core_affinity aborts the process on a number that does not fit its set.
+    let fits = id < rustix::thread::CpuSet::MAX_CPU;
+    if !fits || !core_affinity::set_for_current(core_affinity::CoreId { id }) {
         return Err(SeatError::Pin { shard, core });
     }
     LocalExecutorBuilder::new(Placement::Unbound)

@@ -2,6 +2,8 @@
 //!
 //! Run by `cargo test`. Needs io_uring; one core is enough, two seats may share it.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -174,13 +176,9 @@ fn readiness_is_seen_on_descriptors_that_are_not_sockets() {
 fn a_packet_socket_is_read_packet_by_packet() {
     let sizes = on_one(|| async {
         use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
-        let (near, far) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
+        let (near, far) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
         let mut near = net::UnixStream::from_fd(near);
         let mut sizes = Vec::new();
         let mut buffer = [0; 64];
