@@ -122,8 +122,7 @@ impl Agent {
     /// Starts `mica-guest agent` and waits until it says that it listens.
     fn start(guest: Option<PathBuf>) -> Result<Self> {
         let guest = guest.map_or_else(beside_this_program, Ok)?;
-        let directory =
-            std::env::temp_dir().join(format!("mica-standin-{}", std::process::id()));
+        let directory = std::env::temp_dir().join(format!("mica-standin-{}", std::process::id()));
         std::fs::create_dir(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
         // setpriv, so that the agent dies with this process even when that is killed outright.
