@@ -47,10 +47,11 @@ pub fn run(args: ServeArgs) -> Result<()> {
         }
     };
     mica_shards::run(&plan, config.host, stop, serve)?;
-    match failure.get() {
-        None => Ok(tracing::info!("stopped")),
-        Some(why) => bail!("{why}"),
+    if let Some(why) = failure.get() {
+        bail!("{why}");
     }
+    tracing::info!("stopped");
+    Ok(())
 }
 
 fn check_kvm(needs_usable_kvm: bool) -> Result<()> {

@@ -4,10 +4,12 @@
 //! structure beside the bell. glommio's own cross-thread wakers are not used: a bell is one ring
 //! completion like any other, and rings that nobody heard yet are merged into one.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_lite::AsyncReadExt;
 
 /// The end that any thread may ring.
 #[derive(Clone, Debug)]
@@ -19,11 +21,18 @@ struct Rope {
     far: UnixStream,
 }
 
-/// The end that one executor listens to.
+/// The end that one executor will listen to, on its way there.
 #[derive(Debug)]
 pub(crate) struct Listener {
     rope: Arc<Rope>,
     near: UnixStream,
+}
+
+/// The end that this executor listens to.
+#[derive(Debug)]
+pub(crate) struct Ear {
+    rope: Arc<Rope>,
+    near: crate::rt::net::UnixStream,
 }
 
 /// Both ends.
@@ -50,17 +59,20 @@ impl Bell {
 }
 
 impl Listener {
+    /// Starts to listen on this executor.
+    pub(crate) fn attach(self) -> Ear {
+        Ear { rope: self.rope, near: crate::rt::net::UnixStream::from_fd(self.near.into()) }
+    }
+}
+
+impl Ear {
     /// Waits for a ring. What was put beside the bell before the ring is visible afterwards.
-    pub(crate) async fn heard(&mut self) -> io::Result<()> {
-        crate::rt::readable(&self.near).await?;
+    /// `false` when the socket failed.
+    pub(crate) async fn heard(&mut self) -> bool {
         let mut bytes = [0u8; 64];
-        match self.near.read(&mut bytes) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
+        let heard = matches!(self.near.read(&mut bytes).await, Ok(1..));
         // Only now: a ring after this line writes a new byte.
         self.rope.rung.store(false, Ordering::Release);
-        Ok(())
+        heard
     }
 }

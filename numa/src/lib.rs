@@ -8,7 +8,7 @@
 #![warn(missing_docs)]
 
 mod bell;
-pub mod blocking;
+mod blocking;
 pub mod mailbox;
 pub mod plan;
 pub mod preflight;

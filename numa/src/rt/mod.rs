@@ -9,5 +9,6 @@ mod ready;
 mod task;
 pub mod time;
 
+pub use crate::blocking::{BlockingError, blocking};
 pub use ready::{readable, writable};
 pub use task::{Task, spawn, yield_now};

@@ -26,7 +26,6 @@ pub struct Sender<T>(Rc<RefCell<Slot<T>>>);
 pub struct Receiver<T>(Rc<RefCell<Slot<T>>>);
 
 /// Both ends.
-#[must_use]
 pub fn channel<T>() -> (Sender<T>, Receiver<T>) {
     let slot = Rc::new(RefCell::new(Slot { value: None, waker: None, sender_gone: false }));
     (Sender(Rc::clone(&slot)), Receiver(slot))
