@@ -93,9 +93,9 @@ pub struct ServeArgs {
     /// Seconds that requests and streams may still take after SIGTERM.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     drain: u32,
-    /// Seconds that a client may take to send a request head.
+    /// Seconds that a client may take to send a request head, or the body of an API request.
     #[arg(long, value_name = "SECONDS", default_value_t = 15)]
-    head_timeout: u32,
+    client_timeout: u32,
     #[command(flatten)]
     plan: PlanArgs,
 }
@@ -130,7 +130,8 @@ impl ServeArgs {
         let limits = Limits {
             connections_max: usize::try_from(self.connections_max)?,
             drain_timeout: seconds(self.drain),
-            head_timeout: at_least_one("--head-timeout", self.head_timeout)?,
+            head_timeout: at_least_one("--client-timeout", self.client_timeout)?,
+            body_timeout: at_least_one("--client-timeout", self.client_timeout)?,
             sandbox_timeout_max: at_least_one("--sandbox-timeout-max", self.sandbox_timeout_max)?,
             ..Limits::default()
         };

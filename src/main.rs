@@ -14,6 +14,7 @@ mod signals;
 mod topology;
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -41,7 +42,12 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(logs).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(logs)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .init();
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Topology(args) => topology::print(&args),

@@ -59,7 +59,7 @@ impl Default for Limits {
             head_bytes_max: 64 * 1024,
             head_fields_max: 100,
             head_timeout: Duration::from_secs(15),
-            body_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(15),
             body_bytes_max: API_BODY_BYTES_MAX,
             idle_timeout: Duration::from_secs(620),
             connect_timeout: Duration::from_secs(10),

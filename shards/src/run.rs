@@ -14,14 +14,19 @@ use crate::{Host, HostConfig, RunError};
 /// # Errors
 /// See [`RunError`].
 pub fn run<S, F>(
-    _plan: &Plan,
+    plan: &Plan,
     config: HostConfig,
-    _stop: StopSignal,
-    _serve: S,
+    stop: StopSignal,
+    serve: S,
 ) -> Result<(), RunError>
 where
     S: Fn(Host, StopSignal) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + 'static,
 {
-    config.check()
+    config.check()?;
+    let inputs = plan.seats.iter().map(|_| ()).collect();
+    let st = stop.clone();
+    mica_numa::seat::run_all(plan, inputs, &stop, move |seat, ()| serve(Host::hack(seat.shard), st.clone()))
+        .map_err(|e| RunError::Machine(Box::new(e)))?;
+    Ok(())
 }
