@@ -11,6 +11,7 @@ mod key_file;
 mod kvm_kind;
 mod serve;
 mod signals;
+mod template;
 mod topology;
 
 use std::ffi::OsString;
@@ -34,6 +35,8 @@ enum Command {
     Serve(config::ServeArgs),
     /// Print which core and memory node each shard and the vCPUs would sit on.
     Topology(config::PlanArgs),
+    /// Make, list and move templates.
+    Template(template::TemplateArgs),
     /// Another program of Mica beside this one: `mica lab …` runs `mica-lab …`.
     #[command(external_subcommand)]
     Helper(Vec<OsString>),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Topology(args) => topology::print(&args),
+        Command::Template(args) => template::run(&args),
         Command::Helper(words) => helper::become_helper(&words),
     };
     match outcome {

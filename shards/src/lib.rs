@@ -12,13 +12,19 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod cgroup;
 mod config;
+mod console;
 mod error;
+mod event;
 mod host;
 pub mod rt;
 mod run;
+mod sandbox;
+mod shard;
 mod stream;
 mod types;
+mod uids;
 
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};

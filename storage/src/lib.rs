@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod archive;
 mod crashsafe;
 mod error;
 mod manifest;
@@ -27,6 +28,7 @@ mod staging;
 mod store;
 mod template;
 
+pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,

@@ -153,6 +153,14 @@ impl Manifest {
         self.disk.map_or(0, |disk| disk.bytes)
     }
 
+    /// Whether both are the same template but for their ids and dates.
+    #[must_use]
+    pub fn same_content(&self, other: &Self) -> bool {
+        let as_ours =
+            Self { id: self.id.clone(), created_unix_ms: self.created_unix_ms, ..other.clone() };
+        *self == as_ours
+    }
+
     /// The bytes to store.
     ///
     /// # Errors

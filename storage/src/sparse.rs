@@ -117,9 +117,12 @@ fn copy_through_memory(from: &File, to: &File, start: u64, end: u64) -> io::Resu
 /// Calls `visit` with each block of the file that is not all zeros, in order. Blocks start at
 /// multiples of [`BLOCK_BYTES`] and have that length, but for the last one of the file. Which
 /// blocks are visited depends on the content alone, not on where the file has holes.
-pub(crate) fn for_each_block<E: From<io::Error>>(
+///
+/// `read_failed` says what a failed read means to the caller.
+pub(crate) fn for_each_block<E>(
     file: &File,
     len: u64,
+    read_failed: impl FnOnce(io::Error) -> E,
     mut visit: impl FnMut(u64, &[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let block = BLOCK_BYTES as u64;
@@ -144,7 +147,7 @@ pub(crate) fn for_each_block<E: From<io::Error>>(
     });
     match failed {
         Some(error) => Err(error),
-        None => Ok(walked?),
+        None => walked.map_err(read_failed),
     }
 }
 
@@ -159,10 +162,15 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 /// offset. A hole and written zeros are the same.
 pub(crate) fn digest(file: &File, len: u64) -> io::Result<u32> {
     let mut crc = 0;
-    for_each_block(file, len, |offset, block| {
-        crc = crc32c::crc32c_append(crc, &offset.to_le_bytes());
-        crc = crc32c::crc32c_append(crc, block);
-        Ok::<(), io::Error>(())
-    })?;
+    for_each_block(
+        file,
+        len,
+        |error| error,
+        |offset, block| {
+            crc = crc32c::crc32c_append(crc, &offset.to_le_bytes());
+            crc = crc32c::crc32c_append(crc, block);
+            Ok::<(), io::Error>(())
+        },
+    )?;
     Ok(crc)
 }

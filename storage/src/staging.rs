@@ -150,7 +150,7 @@ impl Staging {
         &self.id
     }
 
-    fn part_path(&self, part: Part) -> PathBuf {
+    pub(crate) fn part_path(&self, part: Part) -> PathBuf {
         self.dir.join(part.file_name())
     }
 }
