@@ -11,13 +11,13 @@ use super::{progress, run};
 use anyhow::{Context as _, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest as _, Sha256};
-use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Changed by hand when the steps below change in a way that the inputs do not show.
-const BUILDER_VERSION: u32 = 1;
+const BUILDER_VERSION: u32 = 2;
 
 /// Beyond debootstrap's minbase. libhwloc15 is linked by the daemon; tini reaps orphans.
 const PACKAGES: [&str; 8] = [
@@ -27,7 +27,17 @@ const PACKAGES: [&str; 8] = [
 const INIT: &str = include_str!("init.sh");
 
 /// Sparse; what is written to it lives in an overlay that goes with the lab.
-const ROOT_SIZE: &str = "4G";
+const ROOT_MIB: u32 = 4096;
+
+/// The root is a partition, not a bare file system: without an initramfs the kernel finds a root
+/// only by a device name or a partition's id, and it names NVMe drives in no fixed order.
+const PARTITION_START: u32 = 1024 * 1024;
+const DISK_SIGNATURE: u32 = 0x4d49_4341;
+
+/// What the kernel calls that partition.
+pub fn root_partuuid() -> String {
+    format!("{DISK_SIGNATURE:08x}-01")
+}
 
 /// Documentation and translations, which nobody reads in the host.
 const LEFT_OUT: [&str; 4] =
@@ -60,7 +70,7 @@ impl Inputs {
     fn describe(&self) -> String {
         format!(
             "builder {BUILDER_VERSION}\nsuite {SUITE}\npackages {}\nleft out {}\nkernel {} {}\n\
-             root size {ROOT_SIZE}\ninit {}\n",
+             root MiB {ROOT_MIB}\ninit {}\n",
             PACKAGES.join(" "),
             LEFT_OUT.join(" "),
             self.kernel.package,
@@ -152,15 +162,40 @@ fn build(inputs: &Inputs, work: &Path) -> Result<()> {
     run::watched(
         "pack the root file system",
         Command::new("mkfs.ext4")
-            .args(["-q", "-F", "-L", "mica-root", "-O", "^has_journal", "-m", "0", "-d"])
+            .args(["-q", "-F", "-L", "mica-root", "-O", "^has_journal", "-m", "0"])
+            .args(["-E", &format!("offset={PARTITION_START}"), "-d"])
             .arg(&root)
             .arg(&image)
-            .arg(ROOT_SIZE),
+            .arg(format!("{ROOT_MIB}M")),
     )?;
+    write_partition_table(&image)?;
     fs::remove_dir_all(&root).context("remove the unpacked root file system")?;
     let note = work.join("inputs.txt");
     fs::write(&note, inputs.describe()).with_context(|| format!("write {}", note.display()))?;
-    File::open(&image).and_then(|file| file.sync_all()).context("sync the image")
+    Ok(())
+}
+
+/// Gives the image its length and a partition table with the one partition.
+fn write_partition_table(image: &Path) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let file = OpenOptions::new().write(true).open(image)?;
+        file.set_len(u64::from(PARTITION_START) + (u64::from(ROOT_MIB) << 20))?;
+        file.write_all_at(&partition_table(), 0)
+    };
+    write().context("write the image's partition table")
+}
+
+/// A classic master boot record: a signature, one Linux partition, the magic at its end.
+fn partition_table() -> [u8; 512] {
+    const SECTOR: u32 = 512;
+    let mut record = [0_u8; 512];
+    record[440..444].copy_from_slice(&DISK_SIGNATURE.to_le_bytes());
+    let entry = &mut record[446..462];
+    entry[4] = 0x83;
+    entry[8..12].copy_from_slice(&(PARTITION_START / SECTOR).to_le_bytes());
+    entry[12..16].copy_from_slice(&(ROOT_MIB * (1024 * 1024 / SECTOR)).to_le_bytes());
+    record[510..].copy_from_slice(&[0x55, 0xaa]);
+    record
 }
 
 /// In a mount namespace of its own: whatever debootstrap mounts goes away with it.
@@ -256,12 +291,18 @@ mod tests {
     }
 
     #[test]
-    fn the_init_script_mounts_the_drives_in_the_order_that_qemu_attaches_them() {
-        for (drive, place) in [("nvme0n2", "/opt/mica"), ("nvme0n3", "/var/lib/mica")] {
-            assert!(
-                INIT.lines().any(|line| line.contains("mount") && line.contains(drive) && line.contains(place)),
-                "{drive} {place}"
-            );
+    fn the_partition_lies_where_the_file_system_was_made() {
+        let record = partition_table();
+        assert_eq!(record[446 + 8..446 + 12], 2048_u32.to_le_bytes());
+        assert_eq!(record[446 + 12..446 + 16], (4096_u32 * 2048).to_le_bytes());
+        assert_eq!(record[510..], [0x55, 0xaa]);
+        assert_eq!(root_partuuid(), "4d494341-01");
+    }
+
+    #[test]
+    fn the_init_script_finds_each_drive_by_its_serial() {
+        for serial in ["mica-tools", "mica-store"] {
+            assert!(INIT.contains(&format!("drive {serial}")), "{serial}");
         }
     }
 }

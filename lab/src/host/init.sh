@@ -29,15 +29,26 @@ try ip link set eth0 up
 try ip addr add 10.0.2.15/24 dev eth0
 try ip route add default via 10.0.2.2
 
-# The order on the drive is fixed by qemu.rs: 1 root, 2 tools, 3 store.
-try mount -t ext4 -o noatime /dev/nvme0n2 /opt/mica
+# The kernel numbers NVMe drives in no fixed order; qemu.rs gives each a serial number.
+drive() {
+    for disk in /sys/block/nvme*; do
+        if [ "$(tr -d ' ' < "$disk/device/serial" 2>/dev/null)" = "$1" ]; then
+            echo "/dev/${disk##*/}"
+            return
+        fi
+    done
+    say "FAILED: there is no drive $1" >&2
+}
+
+try mount -t ext4 -o noatime "$(drive mica-tools)" /opt/mica
 
 try modprobe xfs
-if [ -z "$(blkid -p -s TYPE -o value /dev/nvme0n3)" ]; then
+store=$(drive mica-store)
+if [ -z "$(blkid -p -s TYPE -o value "$store")" ]; then
     say "making the store's file system"
-    try mkfs.xfs -q -m reflink=1,bigtime=1 /dev/nvme0n3
+    try mkfs.xfs -q -m reflink=1,bigtime=1 "$store"
 fi
-try mount -t xfs -o noatime /dev/nvme0n3 /var/lib/mica
+try mount -t xfs -o noatime "$store" /var/lib/mica
 
 try modprobe kvm-amd
 for module in tun vhost_vsock; do modprobe -q "$module" || say "no module $module"; done

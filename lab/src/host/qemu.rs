@@ -4,7 +4,7 @@
 //! emulation is asked for always, also where KVM works: the lab is the same machine everywhere,
 //! and nested paging of AMD is something that few outer machines could give.
 
-use super::image::Image;
+use super::image::{self, Image};
 use super::run;
 use super::state::{Home, Lab};
 use anyhow::{Context as _, Result};
@@ -22,13 +22,14 @@ pub const HOT_PLUG_SLOT: &str = "hot0";
 /// while a nested guest boots.
 const TRANSLATION_CACHE_MIB: u32 = 1024;
 
-/// Drives in the order in which the host sees them: /dev/nvme0n1, n2, n3. They are namespaces of
-/// one controller because the kernel numbers several controllers in no fixed order.
-const NAMESPACES: [&str; 3] = ["root", "tools", "store"];
-
 /// The host's kernel command line. No mitigations: they slow emulation and guard nothing here.
-pub const KERNEL_COMMAND_LINE: &str = "root=/dev/nvme0n1 rootfstype=ext4 rw init=/usr/sbin/mica-init \
-     console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr net.ifnames=0";
+fn kernel_command_line() -> String {
+    format!(
+        "root=PARTUUID={} rootfstype=ext4 rw rootwait init=/usr/sbin/mica-init console=ttyS0 \
+         loglevel=4 panic=-1 mitigations=off nokaslr net.ifnames=0",
+        image::root_partuuid()
+    )
+}
 
 /// Every argument after the program's name.
 pub fn arguments(home: &Home, lab: &Lab, image: &Image) -> Vec<String> {
@@ -57,13 +58,19 @@ pub fn arguments(home: &Home, lab: &Lab, image: &Image) -> Vec<String> {
         add("-numa", format!("node,nodeid={node},cpus={first}-{last},memdev=ram{node}"));
     }
     add("-kernel", image.kernel().display().to_string());
-    add("-append", KERNEL_COMMAND_LINE.to_owned());
-    add("-drive", drive("root", &home.root_overlay().display().to_string(), "qcow2", "unsafe"));
-    add("-drive", drive("tools", &home.tools_drive().display().to_string(), "raw", "unsafe"));
-    add("-drive", drive("store", &home.store_drive().display().to_string(), "raw", "writeback"));
-    add("-device", "nvme,id=nvme0,serial=mica-lab".to_owned());
-    for (name, number) in NAMESPACES.iter().zip(1..) {
-        add("-device", format!("nvme-ns,bus=nvme0,drive={name},nsid={number}"));
+    add("-append", kernel_command_line());
+    for (name, path, format, cache) in [
+        ("root", home.root_overlay(), "qcow2", "unsafe"),
+        ("tools", home.tools_drive(), "raw", "unsafe"),
+        ("store", home.store_drive(), "raw", "writeback"),
+    ] {
+        let file = path.display();
+        add(
+            "-drive",
+            format!("if=none,id={name},file={file},format={format},cache={cache},discard=unmap"),
+        );
+        // The host finds its drives by these serial numbers.
+        add("-device", format!("nvme,drive={name},serial=mica-{name}"));
     }
     add("-netdev", network(lab));
     add("-device", "virtio-net-pci,netdev=net0,romfile=".to_owned());
@@ -77,10 +84,6 @@ pub fn arguments(home: &Home, lab: &Lab, image: &Image) -> Vec<String> {
         words.push(flag.to_owned());
     }
     words
-}
-
-fn drive(id: &str, path: &str, format: &str, cache: &str) -> String {
-    format!("if=none,id={id},file={path},format={format},cache={cache},discard=unmap")
 }
 
 /// User-mode networking; the two ports are forwarded on loopback only.
