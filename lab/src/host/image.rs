@@ -20,9 +20,8 @@ use std::process::Command;
 const BUILDER_VERSION: u32 = 2;
 
 /// Beyond debootstrap's minbase. libhwloc15 is linked by the daemon; tini reaps orphans.
-const PACKAGES: [&str; 8] = [
-    "kmod", "iproute2", "xfsprogs", "procps", "util-linux", "numactl", "libhwloc15", "tini",
-];
+const PACKAGES: [&str; 8] =
+    ["kmod", "iproute2", "xfsprogs", "procps", "util-linux", "numactl", "libhwloc15", "tini"];
 
 const INIT: &str = include_str!("init.sh");
 

@@ -127,8 +127,7 @@ mod tests {
         arguments(&home, &lab, &image)
     }
 
-    const SHAPE: Shape =
-        Shape { sockets: 2, cores_per_socket: 3, memory_mib: 4097, drive_gib: 1 };
+    const SHAPE: Shape = Shape { sockets: 2, cores_per_socket: 3, memory_mib: 4097, drive_gib: 1 };
 
     #[test]
     fn each_socket_is_a_node_with_its_cores_and_half_the_memory() {

@@ -146,7 +146,8 @@ impl Home {
         {
             return Ok(lab);
         }
-        let flag = if self.name == "default" { String::new() } else { format!(" --name {}", self.name) };
+        let flag =
+            if self.name == "default" { String::new() } else { format!(" --name {}", self.name) };
         bail!("the lab is down; start it with `mica lab up{flag}`")
     }
 
@@ -219,11 +220,9 @@ pub fn random_hex(bytes: usize) -> Result<String> {
     let mut buffer = vec![0_u8; bytes];
     let mut filled = 0;
     while filled < bytes {
-        filled += rustix::rand::getrandom(
-            &mut buffer[filled..],
-            rustix::rand::GetRandomFlags::empty(),
-        )
-        .context("draw random bytes")?;
+        filled +=
+            rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty())
+                .context("draw random bytes")?;
     }
     Ok(buffer.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -17,7 +17,8 @@ pub fn status(home: &Home) -> Result<(String, bool)> {
         return Ok((format!("lab {}: down", home.name), false));
     };
     let Some(lab) = home.load()? else {
-        let line = format!("lab {}: QEMU runs as pid {} without state", home.name, pid.as_raw_nonzero());
+        let line =
+            format!("lab {}: QEMU runs as pid {} without state", home.name, pid.as_raw_nonzero());
         return Ok((line, false));
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());

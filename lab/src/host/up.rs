@@ -150,7 +150,10 @@ fn boot(home: &Home, lab: &Lab, image: &Image) -> Result<()> {
             bail!("QEMU ended while the host booted; its console said:\n{}", console_tail(home));
         }
         if started.elapsed() > BOOT_MAX {
-            bail!("the host did not come up in {BOOT_MAX:?}; its console said:\n{}", console_tail(home));
+            bail!(
+                "the host did not come up in {BOOT_MAX:?}; its console said:\n{}",
+                console_tail(home)
+            );
         }
         if told.elapsed() > Duration::from_secs(5) {
             told = Instant::now();
@@ -174,7 +177,8 @@ fn console_tail(home: &Home) -> String {
 
 /// Starts the daemon and says what can be done now.
 fn finish(home: &Home, lab: &Lab) -> Result<()> {
-    let flag = if home.name == "default" { String::new() } else { format!(" --name {}", home.name) };
+    let flag =
+        if home.name == "default" { String::new() } else { format!(" --name {}", home.name) };
     if !lab.daemon {
         say(&format!("the host is up without the daemon; try: mica lab exec{flag} -- uname -a"));
         return Ok(());

@@ -106,11 +106,7 @@ fn send_input(to: &mut TcpStream, input: &mut impl Read) -> io::Result<()> {
     }
 }
 
-fn receive(
-    mut stream: TcpStream,
-    stdout: &mut impl Write,
-    stderr: &mut impl Write,
-) -> Result<i32> {
+fn receive(mut stream: TcpStream, stdout: &mut impl Write, stderr: &mut impl Write) -> Result<i32> {
     loop {
         let frame = frame::read(&mut stream)
             .context("read from the host's exec channel")?

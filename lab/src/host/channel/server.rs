@@ -8,24 +8,24 @@ use super::supervisor::Supervisor;
 use super::{Hello, Request};
 use anyhow::{Context as _, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{
-    Pid, PidfdFlags, Signal, kill_process_group, pidfd_open,
-};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use rustix::system::{RebootCommand, reboot};
 use std::fs::File;
 use std::io::{self, Read, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CONNECTIONS_MAX: usize = 64;
 /// A connection that says nothing must not hold a thread for ever.
 const HELLO_MAX: Duration = Duration::from_secs(10);
+/// A client closes as soon as it has the exit code.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
 
 /// Programs run with this, whatever the init script had.
 const PATH: &str = "/opt/mica/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -81,7 +81,19 @@ fn handle(server: &Server, mut stream: TcpStream) -> Result<()> {
         Request::DaemonStatus => status(&stream, &server.supervisor),
         Request::PowerOff => power_off(&stream, &server.supervisor),
     };
-    outcome.or_else(|error| fail(&stream, &format!("{error:#}")))
+    outcome.or_else(|error| fail(&stream, &format!("{error:#}")))?;
+    drain(&stream)
+}
+
+/// Reads what the client still sends until it closes. A socket that is closed with unread bytes is
+/// reset, and the reset could overtake the answer.
+fn drain(mut stream: &TcpStream) -> Result<()> {
+    stream.shutdown(Shutdown::Write).context("end the answer")?;
+    stream.set_read_timeout(Some(DRAIN_MAX)).context("set the read timeout")?;
+    let mut scrap = vec![0; 64 * 1024];
+    let deadline = Instant::now() + DRAIN_MAX;
+    while Instant::now() < deadline && stream.read(&mut scrap).is_ok_and(|count| count > 0) {}
+    Ok(())
 }
 
 fn parse_hello(first: &Frame, token: &str) -> Result<Hello> {
@@ -155,8 +167,7 @@ fn pump(from: &OwnedFd, ended: &OwnedFd, writer: &Mutex<TcpStream>, kind: Kind) 
     };
     let mut buffer = vec![0; 64 * 1024];
     loop {
-        let mut watched =
-            [PollFd::new(from, PollFlags::IN), PollFd::new(ended, PollFlags::IN)];
+        let mut watched = [PollFd::new(from, PollFlags::IN), PollFd::new(ended, PollFlags::IN)];
         match poll(&mut watched, None) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,

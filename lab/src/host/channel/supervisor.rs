@@ -117,7 +117,9 @@ impl Supervisor {
         self.shared.wait(KILL_MAX, begun);
         match self.status() {
             Status::Runs { .. } => Ok(()),
-            other => bail!("the daemon did not start ({other}); its log is {} in the host", self.log),
+            other => {
+                bail!("the daemon did not start ({other}); its log is {} in the host", self.log)
+            }
         }
     }
 
