@@ -1,1 +1,4 @@
 //! mica-lab.
+
+pub mod one_vm;
+pub mod tiny_guest;
