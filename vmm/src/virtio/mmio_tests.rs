@@ -64,6 +64,20 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
 }
 
 #[test]
+fn the_event_index_says_when_the_next_interrupt_is_due() {
+    let mut driver = rng();
+    driver.start(VERSION_1 | EVENT_IDX);
+    let event = driver.rings[0].driver_area() + 4 + 2 * 64;
+    driver.put(event, 2u16);
+    for number in 0..3 {
+        assert!(!driver.line.clear().unwrap(), "no interrupt after {number}");
+        driver.add(0, &[], &[(0x10_0000, 64)]);
+        driver.run().unwrap();
+    }
+    assert!(driver.line.clear().unwrap(), "the third is the one it asked for");
+}
+
+#[test]
 fn features_not_offered_or_legacy_are_refused() {
     for features in [1 << 50 | VERSION_1, 0] {
         let driver = rng();

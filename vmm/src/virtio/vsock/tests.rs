@@ -401,6 +401,43 @@ fn resets_for_strangers_are_bounded_by_the_guest_itself() {
 }
 
 #[test]
+fn resets_that_go_out_let_the_next_packets_in_without_a_kick() {
+    let mut guest = Guest::started(200);
+    let stranger = Header {
+        src_cid: u64::from(CID),
+        dst_cid: 2,
+        kind: 1,
+        op: Op::Data as u16,
+        ..Header::default()
+    };
+    guest.driver.put_bytes(BUFFERS, &stranger.encode());
+    for _ in 0..200 {
+        guest.driver.add(1, &[(BUFFERS, 44)], &[]);
+    }
+    guest.driver.kick(1);
+    guest.driver.run().unwrap();
+    let answers = std::iter::from_fn(|| guest.driver.take_used(0)).count();
+    assert_eq!(answers, 200);
+}
+
+#[test]
+fn buffers_that_a_short_read_did_not_need_are_still_there() {
+    let mut guest = Guest::started(33);
+    let (mut socket, _end) = guest.established(1, WINDOW);
+    let count = |guest: &mut Guest| {
+        guest.driver.run().unwrap();
+        std::iter::from_fn(|| guest.driver.take_used(0)).count()
+    };
+    // The request's buffer was given back, so there are 33; each of these takes one.
+    for _ in 0..3 {
+        socket.write_all(b"short").unwrap();
+        assert_eq!(count(&mut guest), 1);
+    }
+    socket.write_all(&vec![0; 29 * (3776 - 44) + 1]).unwrap();
+    assert_eq!(count(&mut guest), 30);
+}
+
+#[test]
 fn the_table_is_bounded_and_finished_connections_make_room() {
     let mut guest = Guest::started(64);
     let mut sockets = Vec::new();
