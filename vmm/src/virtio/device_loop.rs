@@ -130,7 +130,7 @@ mod tests {
 
     use super::*;
     use crate::virtio::driver::{BUFFERS, Driver};
-    use crate::virtio::{Blk, GuestFault, Rng, Rule};
+    use crate::virtio::{Blk, GuestFault, Rng, Rule, Vsock};
 
     /// Long enough for any machine; a test that waits for it has failed.
     const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -187,5 +187,58 @@ mod tests {
             Err(DeviceError::Guest(GuestFault { queue: 0, rule: Rule::ChainBroken, .. })) => {}
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Every check must hold on the copy that is used, not on what lies in guest memory a moment
+    /// later: here the rings and buffers change all the time while the devices run.
+    #[test]
+    fn a_guest_that_scribbles_while_the_devices_run_gets_a_fault_at_most() {
+        let mut state = 1u64;
+        let mut random = move |bound: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % bound
+        };
+        let (mut ended, mut stopped) = (0, 0);
+        for _ in 0..60 {
+            let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            let file = std::fs::File::from(fd);
+            file.set_len(1 << 20).unwrap();
+            let (vsock, connector) = Vsock::new(3, Box::new(|| {})).unwrap();
+            let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+            let mut vsock = Driver::new(Box::new(vsock));
+            let (stop, thread) = start(&[&blk, &vsock]);
+            blk.start(u64::MAX);
+            vsock.start(u64::MAX);
+            let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+            connector.connect(far.into(), 1).unwrap();
+            for driver in [&mut blk, &mut vsock] {
+                for ring in 0..driver.rings.len() {
+                    for chain in 0..16 {
+                        let at = BUFFERS + chain * 0x1000;
+                        driver.add(ring, &[(at, 44)], &[(at + 64, 512), (at + 1024, 1)]);
+                    }
+                }
+            }
+            for _ in 0..2000 {
+                let driver = if random(2) == 0 { &blk } else { &vsock };
+                let ring = &driver.rings[usize::try_from(random(2)).unwrap() % driver.rings.len()];
+                let word = u16::try_from(random(0x1_0000)).unwrap();
+                match random(4) {
+                    // The descriptors in use, a buffer, the index by a little.
+                    0 => driver.put(ring.descriptors() + 2 * random(16 * 8), word % 8),
+                    1 => driver.put(ring.driver_area() + 4 + 2 * random(16), word % 64),
+                    2 => driver.put(BUFFERS + 2 * random(0x4000), word),
+                    _ => driver.put(ring.driver_area() + 2, u16::try_from(random(96)).unwrap()),
+                }
+                driver.kick(u32::try_from(random(3)).unwrap());
+            }
+            stop.signal().unwrap();
+            match thread.join().unwrap() {
+                Ok(()) => stopped += 1,
+                Err(DeviceError::Guest(_)) => ended += 1,
+                Err(error) => panic!("the host was blamed: {error:?}"),
+            }
+        }
+        assert!(ended > 0, "no lie was noticed in {stopped} rounds");
     }
 }
