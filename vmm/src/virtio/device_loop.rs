@@ -129,6 +129,7 @@ mod tests {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     use super::*;
+    use crate::jail::seccomp::{self, ThreadKind};
     use crate::virtio::driver::{BUFFERS, Driver};
     use crate::virtio::{Blk, GuestFault, Rng, Rule, Vsock};
 
@@ -187,6 +188,64 @@ mod tests {
             Err(DeviceError::Guest(GuestFault { queue: 0, rule: Rule::ChainBroken, .. })) => {}
             other => panic!("{other:?}"),
         }
+    }
+
+    /// The list of system calls in [`DeviceLoop::run`] against the filter that the thread has: one
+    /// that is missing kills the test.
+    #[test]
+    fn all_devices_work_under_the_filter_of_their_thread() {
+        let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(fd);
+        file.set_len(1 << 20).unwrap();
+        let (vsock, connector) = Vsock::new(3, Box::new(|| {})).unwrap();
+        let mut rng = Driver::new(Box::new(Rng::new()));
+        let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+        let mut vsock = Driver::new(Box::new(vsock));
+        let stop = Event::new().unwrap();
+        let devices = [&rng, &blk, &vsock].map(|driver| Arc::clone(&driver.device)).to_vec();
+        let device_loop = DeviceLoop::new(devices, stop.try_clone().unwrap()).unwrap();
+        let thread = std::thread::spawn(move || {
+            seccomp::install(ThreadKind::Devices).unwrap();
+            device_loop.run()
+        });
+        for driver in [&mut rng, &mut blk, &mut vsock] {
+            driver.start(u64::MAX);
+        }
+        rng.add(0, &[], &[(BUFFERS, 64)]);
+        rng.kick(0);
+        wait_for_interrupt(&rng);
+        // A long read, a write and a flush; the header of each at its own place.
+        for (operation, bytes) in [(0u32, 300 * 1024), (1, 4096), (4, 0)] {
+            blk.put(BUFFERS, operation);
+            let (data, status) = ((BUFFERS + 0x1000, bytes), (BUFFERS + 16, 1));
+            match operation {
+                1 => blk.add(0, &[(BUFFERS, 16), data], &[status]),
+                _ => blk.add(0, &[(BUFFERS, 16)], &[data, status]),
+            };
+            blk.kick(0);
+            wait_for_interrupt(&blk);
+            assert!(blk.take_used(0).is_some());
+            assert_eq!(blk.bytes(BUFFERS + 16, 1), [0]);
+        }
+        // A connection that the guest resets: the socket is added, read, shut down and closed.
+        let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+        connector.connect(far.into(), 7).unwrap();
+        vsock.add(0, &[], &[(BUFFERS, 4096)]);
+        vsock.kick(0);
+        wait_for_interrupt(&vsock);
+        let request = vsock.bytes(BUFFERS, 44);
+        let mut reset = request.clone();
+        for (to, from) in [(0..8, 8..16), (8..16, 0..8), (16..20, 20..24), (20..24, 16..20)] {
+            reset[to].copy_from_slice(&request[from]);
+        }
+        reset[30] = 3;
+        vsock.put_bytes(BUFFERS + 0x1000, &reset);
+        vsock.add(1, &[(BUFFERS + 0x1000, 44)], &[]);
+        vsock.kick(1);
+        let mut fds = [PollFd::new(&near, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&PATIENCE)).unwrap(), 1, "the socket was not closed");
+        stop.signal().unwrap();
+        thread.join().unwrap().unwrap();
     }
 
     /// Every check must hold on the copy that is used, not on what lies in guest memory a moment
