@@ -129,8 +129,9 @@ mod tests {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     use super::*;
+    use crate::jail::seccomp::{self, ThreadKind};
     use crate::virtio::driver::{BUFFERS, Driver};
-    use crate::virtio::{Blk, GuestFault, Rng, Rule};
+    use crate::virtio::{Blk, GuestFault, Rng, Rule, Vsock};
 
     /// Long enough for any machine; a test that waits for it has failed.
     const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -187,5 +188,116 @@ mod tests {
             Err(DeviceError::Guest(GuestFault { queue: 0, rule: Rule::ChainBroken, .. })) => {}
             other => panic!("{other:?}"),
         }
+    }
+
+    /// The list of system calls in [`DeviceLoop::run`] against the filter that the thread has: one
+    /// that is missing kills the test.
+    #[test]
+    fn all_devices_work_under_the_filter_of_their_thread() {
+        let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(fd);
+        file.set_len(1 << 20).unwrap();
+        let (vsock, connector) = Vsock::new(3, Box::new(|| {})).unwrap();
+        let mut rng = Driver::new(Box::new(Rng::new()));
+        let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+        let mut vsock = Driver::new(Box::new(vsock));
+        let stop = Event::new().unwrap();
+        let devices = [&rng, &blk, &vsock].map(|driver| Arc::clone(&driver.device)).to_vec();
+        let device_loop = DeviceLoop::new(devices, stop.try_clone().unwrap()).unwrap();
+        let thread = std::thread::spawn(move || {
+            seccomp::install(ThreadKind::Devices).unwrap();
+            device_loop.run()
+        });
+        for driver in [&mut rng, &mut blk, &mut vsock] {
+            driver.start(u64::MAX);
+        }
+        rng.add(0, &[], &[(BUFFERS, 64)]);
+        rng.kick(0);
+        wait_for_interrupt(&rng);
+        // A long read, a write and a flush; the header of each at its own place.
+        for (operation, bytes) in [(0u32, 300 * 1024), (1, 4096), (4, 0)] {
+            blk.put(BUFFERS, operation);
+            let (data, status) = ((BUFFERS + 0x1000, bytes), (BUFFERS + 16, 1));
+            match operation {
+                1 => blk.add(0, &[(BUFFERS, 16), data], &[status]),
+                _ => blk.add(0, &[(BUFFERS, 16)], &[data, status]),
+            };
+            blk.kick(0);
+            wait_for_interrupt(&blk);
+            assert!(blk.take_used(0).is_some());
+            assert_eq!(blk.bytes(BUFFERS + 16, 1), [0]);
+        }
+        // A connection that the guest resets: the socket is added, read, shut down and closed.
+        let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+        connector.connect(far.into(), 7).unwrap();
+        vsock.add(0, &[], &[(BUFFERS, 4096)]);
+        vsock.kick(0);
+        wait_for_interrupt(&vsock);
+        let request = vsock.bytes(BUFFERS, 44);
+        let mut reset = request.clone();
+        for (to, from) in [(0..8, 8..16), (8..16, 0..8), (16..20, 20..24), (20..24, 16..20)] {
+            reset[to].copy_from_slice(&request[from]);
+        }
+        reset[30] = 3;
+        vsock.put_bytes(BUFFERS + 0x1000, &reset);
+        vsock.add(1, &[(BUFFERS + 0x1000, 44)], &[]);
+        vsock.kick(1);
+        let mut fds = [PollFd::new(&near, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&PATIENCE)).unwrap(), 1, "the socket was not closed");
+        stop.signal().unwrap();
+        thread.join().unwrap().unwrap();
+    }
+
+    /// Every check must hold on the copy that is used, not on what lies in guest memory a moment
+    /// later: here the rings and buffers change all the time while the devices run.
+    #[test]
+    fn a_guest_that_scribbles_while_the_devices_run_gets_a_fault_at_most() {
+        let mut state = 1u64;
+        let mut random = move |bound: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % bound
+        };
+        let (mut ended, mut stopped) = (0, 0);
+        for _ in 0..60 {
+            let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            let file = std::fs::File::from(fd);
+            file.set_len(1 << 20).unwrap();
+            let (vsock, connector) = Vsock::new(3, Box::new(|| {})).unwrap();
+            let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+            let mut vsock = Driver::new(Box::new(vsock));
+            let (stop, thread) = start(&[&blk, &vsock]);
+            blk.start(u64::MAX);
+            vsock.start(u64::MAX);
+            let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+            connector.connect(far.into(), 1).unwrap();
+            for driver in [&mut blk, &mut vsock] {
+                for ring in 0..driver.rings.len() {
+                    for chain in 0..16 {
+                        let at = BUFFERS + chain * 0x1000;
+                        driver.add(ring, &[(at, 44)], &[(at + 64, 512), (at + 1024, 1)]);
+                    }
+                }
+            }
+            for _ in 0..2000 {
+                let driver = if random(2) == 0 { &blk } else { &vsock };
+                let ring = &driver.rings[usize::try_from(random(2)).unwrap() % driver.rings.len()];
+                let word = u16::try_from(random(0x1_0000)).unwrap();
+                match random(4) {
+                    // The descriptors in use, a buffer, the index by a little.
+                    0 => driver.put(ring.descriptors() + 2 * random(16 * 8), word % 8),
+                    1 => driver.put(ring.driver_area() + 4 + 2 * random(16), word % 64),
+                    2 => driver.put(BUFFERS + 2 * random(0x4000), word),
+                    _ => driver.put(ring.driver_area() + 2, u16::try_from(random(96)).unwrap()),
+                }
+                driver.kick(u32::try_from(random(3)).unwrap());
+            }
+            stop.signal().unwrap();
+            match thread.join().unwrap() {
+                Ok(()) => stopped += 1,
+                Err(DeviceError::Guest(_)) => ended += 1,
+                Err(error) => panic!("the host was blamed: {error:?}"),
+            }
+        }
+        assert!(ended > 0, "no lie was noticed in {stopped} rounds");
     }
 }

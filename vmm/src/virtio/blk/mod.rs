@@ -51,6 +51,8 @@ const DISK_ID: &[u8; 20] = b"mica-root\0\0\0\0\0\0\0\0\0\0\0";
 const STEPS_PER_ROUND: usize = 64;
 /// Looks at the ring in one turn: what the page cache has is complete as soon as it is submitted.
 const ROUNDS_PER_TURN: usize = 4;
+/// Times a step that the kernel could not take just now is tried again.
+const RETRIES_MAX: u32 = 64;
 /// Least time between two returns of bounce memory to the host: often enough for an idle VM, not
 /// so often that a busy one pays for it.
 const TRIM_EVERY: Duration = Duration::from_secs(1);
@@ -227,7 +229,10 @@ impl Blk {
     ) -> Result<(), DeviceError> {
         let request = &mut self.requests[slot.index()];
         let status = match (request.operation, moved) {
-            (_, Err(error)) if is_transient(&error) => return self.start(slot, queue, memory),
+            (_, Err(error)) if is_transient(&error) && request.retries < RETRIES_MAX => {
+                request.retries += 1;
+                return self.start(slot, queue, memory);
+            }
             // Nothing moved: the file is shorter than it was. It will not get longer.
             (_, Err(_)) | (Operation::Read | Operation::Write, Ok(0)) => Status::IoError,
             (Operation::Read, Ok(bytes)) => {
@@ -236,10 +241,12 @@ impl Blk {
                     .copy_out(memory, data)
                     .map_err(|_| queue.fault(Rule::BufferOutsideMemory))?;
                 request.done += copied as u64;
+                request.retries = 0;
                 Status::Ok
             }
             (Operation::Write, Ok(bytes)) => {
                 request.done += bytes as u64;
+                request.retries = 0;
                 Status::Ok
             }
             (Operation::Flush | Operation::GetId, Ok(_)) => Status::Ok,

@@ -48,6 +48,8 @@ pub(super) struct Request {
     pub(super) total: u64,
     /// Bytes of it already moved.
     pub(super) done: u64,
+    /// Steps that were tried again since the last that moved something.
+    pub(super) retries: u32,
     status: GuestAddress,
 }
 
@@ -60,6 +62,7 @@ impl Default for Request {
             segments: Vec::new(),
             total: 0,
             done: 0,
+            retries: 0,
             status: GuestAddress(0),
         }
     }
@@ -82,6 +85,7 @@ impl Request {
         }
         self.head = chain.head();
         self.done = 0;
+        self.retries = 0;
         self.segments.clear();
         self.status = last_byte(chain.writable()).ok_or(Rule::RequestTooShort)?;
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;

@@ -46,7 +46,7 @@ use connector::Requests;
 pub use connector::{ConnectError, Connector};
 use packet::{HEADER_BYTES, HOST_CID, Header, Op, TYPE_STREAM};
 use socket::Socket;
-use table::Table;
+use table::{CONNECTIONS_MAX, Table};
 
 /// Resets owed to packets of no connection.
 const RESETS_MAX: usize = 64;
@@ -72,7 +72,8 @@ pub struct Vsock {
     /// Holds the sockets and the event of `requests`; readable itself when one of them has news.
     epoll: Arc<OwnedFd>,
     table: Table,
-    /// Host-side ports of connections with something for the guest; each at most once.
+    /// Host-side ports of connections with something for the guest, each at most once, and some of
+    /// connections that are over.
     line: VecDeque<u32>,
     resets: VecDeque<Header>,
     live: bool,
@@ -130,6 +131,10 @@ impl Vsock {
         let take = |fd, guest_port| {
             // No room, or no memory for epoll: the socket closes, and its other end sees that.
             let Some(port) = table.free_port() else { return };
+            // Connections that ended without the guest taking a packet leave their port behind.
+            if line.len() >= 2 * CONNECTIONS_MAX {
+                line.retain(|port| table.get(*port).is_some());
+            }
             let Ok(socket) = Socket::new(fd, epoll, port) else { return };
             let cid = u64::from(*guest_cid);
             let mut connection = Connection::new(socket, cid, guest_port, port);

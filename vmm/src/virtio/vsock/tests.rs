@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use mica_wire::guest::DOORBELL_PORT;
 
+use super::Vsock;
 use super::connection::BUFFER_BYTES;
 use super::guest::{CID, Guest, WINDOW, read_now};
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
@@ -475,4 +476,18 @@ fn one_connection_does_not_starve_another() {
         greedy_end.inbox.clear();
     }
     assert!(before <= 64 * 1024, "it waited for {before} bytes of the other");
+}
+
+#[test]
+fn hosts_that_come_and_go_before_the_driver_is_ready_leave_nothing_behind() {
+    let (mut vsock, connector) = Vsock::new(CID, Box::new(|| {})).unwrap();
+    for _ in 0..5 * CONNECTIONS_MAX {
+        let (near, far) = UnixStream::pair().unwrap();
+        connector.connect(far.into(), 1).unwrap();
+        drop(near);
+        // Once for the request, once for the end of its socket.
+        vsock.take_events().unwrap();
+        vsock.take_events().unwrap();
+        assert!(vsock.line.len() <= 2 * CONNECTIONS_MAX);
+    }
 }
