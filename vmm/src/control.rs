@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::build::{self, Built, Running};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::notices::Notices;
+use crate::virtio::ConnectError;
 
 /// How long a guest shows no sign of life before its vCPUs are asked. The wait doubles each time,
 /// so that an idle guest is left alone, and starts short, because a guest that dies at boot does so
@@ -29,8 +30,7 @@ const NOISE: Duration = Duration::from_micros(200);
 /// Reads the processor clocks once. The first reading looks for the kernel's fast path with system
 /// calls that no filter allows, so it belongs before the jail.
 pub fn warm_clocks() {
-    let _: [rustix::time::Timespec; 2] =
-        [ClockId::ProcessCPUTime, ClockId::ThreadCPUTime].map(clock_gettime);
+    std::hint::black_box([ClockId::ProcessCPUTime, ClockId::ThreadCPUTime].map(clock_gettime));
 }
 
 /// Serves one VM from the first frame to the last. Everything that ends it is an [`Ending`], which
@@ -151,7 +151,9 @@ fn take_frame(socket: &ControlSocket, running: &Running) -> Result<Option<Ending
             };
             // A refusal closes the descriptor, which tells whoever holds its other end.
             match running.connector.connect(stream, vsock_port) {
-                Ok(()) | Err(_) => Ok(None),
+                // A thread that is gone said why in a notice.
+                Ok(()) | Err(ConnectError::Busy | ConnectError::Gone) => Ok(None),
+                Err(error) => Err(Ending::Internal(error.to_string())),
             }
         }
         Ok((Command::Stop, _)) | Err(SocketError::Closed) => Ok(Some(Ending::Asked)),

@@ -87,14 +87,6 @@ pub struct Span {
     pub bytes: u64,
 }
 
-impl Span {
-    /// One past its last byte.
-    #[must_use]
-    pub fn end(self) -> u64 {
-        self.start.raw() + self.bytes
-    }
-}
-
 /// Cuts memory of this size around the hole: one span, or two.
 #[must_use]
 pub fn memory_spans(memory: Mebibytes) -> Vec<Span> {
@@ -127,7 +119,7 @@ mod tests {
         assert_eq!(memory_spans(Mebibytes::new(512)).len(), 1);
         assert_eq!(memory_spans(Mebibytes::new(3072)).len(), 1);
         let spans = memory_spans(Mebibytes::new(3073));
-        assert_eq!(spans[0].end(), HOLE.raw());
+        assert_eq!(spans[0].bytes, HOLE.raw());
         assert_eq!(spans[1], Span { start: HOLE_END, bytes: 1 << 20 });
         for mebibytes in [2, 3071, 3072, 3073, 4096, 500_000] {
             let total: u64 =

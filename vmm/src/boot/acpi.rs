@@ -28,7 +28,7 @@ const OEM_TABLE: [u8; 8] = *b"MICAVM  ";
 const REVISION: u32 = 1;
 /// Bytes of the header that every table starts with.
 const HEADER_BYTES: u32 = 36;
-const TABLE_ALIGN: u64 = 64;
+const TABLE_ALIGN: usize = 64;
 /// Boot architecture flags: no VGA, no CMOS clock. No bit says "keyboard controller", so absent.
 const NO_VGA_NO_CMOS: u16 = (1 << 2) | (1 << 5);
 
@@ -42,7 +42,7 @@ pub fn write(memory: &GuestMemory, vcpus: VcpuCount, devices: usize) -> Result<(
 fn tables(base: Gpa, vcpus: VcpuCount, devices: usize) -> Vec<u8> {
     let mut image = vec![0; Rsdp::len()];
     let mut place = |table: &dyn Aml| {
-        image.resize(image.len().next_multiple_of(TABLE_ALIGN as usize), 0);
+        image.resize(image.len().next_multiple_of(TABLE_ALIGN), 0);
         let at = base.raw() + image.len() as u64;
         table.to_aml_bytes(&mut Sink(&mut image));
         at

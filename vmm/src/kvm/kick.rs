@@ -33,9 +33,11 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     let page = RUN_PAGE.get();
     if !page.is_null() {
         // SAFETY: `Reachable` set the pointer on this very thread and clears it before the page is
-        // unmapped, and a handler runs on the thread it interrupts. The field is one byte, written
-        // whole, so neither the interrupted code nor KVM can see half of it.
-        unsafe { (&raw mut (*page).immediate_exit).write_volatile(1) };
+        // unmapped, and a handler runs on the thread it interrupts, so the page is there.
+        let immediate_exit = unsafe { &raw mut (*page).immediate_exit };
+        // SAFETY: as above. It is one byte, written whole, so neither the interrupted code nor KVM
+        // can see half of it.
+        unsafe { immediate_exit.write_volatile(1) };
     }
 }
 

@@ -1,0 +1,229 @@
+//! Native KVM tests of the jail: what a running `mica-vm` still has, read from `/proc`.
+//!
+//! Run like `kvm_endings.rs`. As root, because the jail is closed from root.
+
+#![forbid(unsafe_code)]
+
+mod common;
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use common::{PATIENCE, fresh_id, have_kvm, start};
+use mica_lab::one_vm::{Boot, OneVm, find_mica_vm, memfd_of};
+use mica_lab::tiny_guest::{Then, vmlinux};
+use mica_wire::vm::{BootConfig, Command, Ending, Event, FdRole};
+
+fn idle() -> Boot {
+    let mut boot = Boot::of_image(&vmlinux("up\n", Then::Idle)).unwrap();
+    boot.vcpus = 2;
+    boot.disk = Some(memfd_of("disk", &[0; 4096]).unwrap());
+    boot
+}
+
+/// A running guest with every device.
+fn running() -> OneVm {
+    let vm = start(&idle());
+    vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
+    vm
+}
+
+fn proc(vm: &OneVm) -> PathBuf {
+    Path::new("/proc").join(vm.pid().to_string())
+}
+
+/// The value of a line of `/proc/PID/status`.
+fn status(file: &Path, key: &str) -> String {
+    let text = fs::read_to_string(file).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    line.trim_start_matches(':').trim().to_owned()
+}
+
+#[test]
+fn every_thread_has_its_own_user_no_privilege_and_a_filter() {
+    if !have_kvm() {
+        return;
+    }
+    let vm = running();
+    let tasks: Vec<_> =
+        fs::read_dir(proc(&vm).join("task")).unwrap().map(|task| task.unwrap().path()).collect();
+    assert!(tasks.len() >= 4, "control, devices and two vCPUs, got {tasks:?}");
+    for task in tasks {
+        let name = fs::read_to_string(task.join("comm")).unwrap();
+        // KVM's own helper thread is a kernel thread in all but name.
+        if name.starts_with("kvm-") {
+            continue;
+        }
+        let file = task.join("status");
+        let uids = status(&file, "Uid");
+        let uid = uids.split_whitespace().next().unwrap();
+        assert!(uid.parse::<u32>().unwrap() >= 100_000, "{name}: {uids}");
+        assert!(uids.split_whitespace().all(|id| id == uid), "{name}: {uids}");
+        assert_eq!(status(&file, "Groups"), "", "{name}");
+        assert_eq!(status(&file, "NoNewPrivs"), "1", "{name}");
+        assert_eq!(status(&file, "Seccomp"), "2", "{name}");
+        assert_eq!(status(&file, "Seccomp_filters"), "2", "{name}");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(status(&file, set), "0000000000000000", "{name} {set}");
+        }
+    }
+}
+
+#[test]
+fn its_root_is_empty_and_read_only_and_its_namespaces_are_its_own() {
+    if !have_kvm() {
+        return;
+    }
+    let vm = running();
+    let root = proc(&vm).join("root");
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    assert!(fs::create_dir(root.join("x")).is_err(), "the root must be read-only");
+    let mounts = fs::read_to_string(proc(&vm).join("mounts")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains("tmpfs ro,nosuid,nodev,noexec"), "{mounts}");
+    for namespace in ["mnt", "ipc", "uts", "net"] {
+        let inode = |pid: &str| {
+            fs::metadata(Path::new("/proc").join(pid).join("ns").join(namespace)).unwrap().ino()
+        };
+        assert_ne!(inode(&vm.pid().to_string()), inode("self"), "{namespace}");
+    }
+}
+
+#[test]
+fn its_descriptors_are_the_ones_it_was_given() {
+    if !have_kvm() {
+        return;
+    }
+    // One that the parent leaves open on purpose.
+    let leaked = fs::File::open("/etc/hostname").or_else(|_| fs::File::open("/etc/passwd")).unwrap();
+    rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
+    let vm = running();
+    let mut sockets = 0;
+    for entry in fs::read_dir(proc(&vm).join("fd")).unwrap() {
+        let target = fs::read_link(entry.unwrap().path()).unwrap();
+        let target = target.to_string_lossy().into_owned();
+        sockets += usize::from(target.starts_with("socket:"));
+        let expected = [
+            "/dev/null",
+            "socket:",
+            "anon_inode:kvm-vm",
+            "anon_inode:kvm-vcpu",
+            "anon_inode:[eventfd]",
+            "anon_inode:[eventpoll]",
+            "anon_inode:[io_uring]",
+            "/memfd:disk",
+            "/memfd:console",
+        ];
+        assert!(expected.iter().any(|known| target.starts_with(known)), "{target}");
+    }
+    assert_eq!(sockets, 1, "the control socket and nothing else");
+    let limits = fs::read_to_string(proc(&vm).join("limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        line.trim_start_matches(name).split_whitespace().next().unwrap().to_owned()
+    };
+    assert_eq!(limit("Max core file size"), "0");
+    assert_eq!(limit("Max file size"), "4096");
+    assert_eq!(limit("Max open files"), "1024");
+}
+
+/// What a VM process answers to a boot command with these descriptors.
+fn refusal(config: BootConfig, fds: &[std::os::fd::BorrowedFd<'_>]) -> Option<Event> {
+    let vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+    vm.expect(&Event::Jailed, PATIENCE).unwrap();
+    vm.send(&Command::Boot(config), fds).unwrap();
+    let event = vm.next_event(PATIENCE).unwrap();
+    assert!(vm.wait(PATIENCE).unwrap().success());
+    event
+}
+
+#[test]
+fn broken_images_are_a_bad_configuration() {
+    if !have_kvm() {
+        return;
+    }
+    let good = vmlinux("never\n", Then::Halt);
+    let mut absurd = good.clone();
+    // The segment's address in memory: far outside.
+    absurd[64 + 24..64 + 32].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut bzimage = vec![0; 0x400];
+    bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+    bzimage[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+    bzimage[0x211] = 1;
+    let cases: [(&str, &[u8]); 6] = [
+        ("empty", &[]),
+        ("text", b"#!/bin/sh\nexit 0\n"),
+        ("header only", &good[..64]),
+        ("cut in its code", &good[..0x1001]),
+        ("absurd address", &absurd),
+        ("bzImage of nothing", &bzimage),
+    ];
+    for (name, image) in cases {
+        let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+        vm.expect(&Event::Jailed, PATIENCE).unwrap();
+        vm.boot(&Boot::of_image(image).unwrap()).unwrap();
+        let event = vm.next_event(PATIENCE).unwrap();
+        assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
+    }
+}
+
+#[test]
+fn a_wrong_boot_command_is_a_bad_configuration() {
+    if !have_kvm() {
+        return;
+    }
+    let kernel = memfd_of("kernel", &vmlinux("never\n", Then::Halt)).unwrap();
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm").unwrap();
+    let console = memfd_of("console", &[0; 4096]).unwrap();
+    let good = BootConfig {
+        vcpus: 1,
+        memory_mib: 16,
+        cmdline: String::new(),
+        disk_read_only: false,
+        console_bytes: 4096,
+        fds: vec![FdRole::Kvm, FdRole::Kernel, FdRole::Console],
+    };
+    let fds = [kvm.as_fd(), kernel.as_fd(), console.as_fd()];
+    let missing = BootConfig { fds: vec![FdRole::Kernel, FdRole::Console], ..good.clone() };
+    let not_kvm = [console.as_fd(), kernel.as_fd(), console.as_fd()];
+    for (name, config, fds) in [
+        ("no vCPU", BootConfig { vcpus: 0, ..good.clone() }, &fds[..]),
+        ("nine vCPUs", BootConfig { vcpus: 9, ..good.clone() }, &fds),
+        ("no memory", BootConfig { memory_mib: 0, ..good.clone() }, &fds),
+        ("absurd memory", BootConfig { memory_mib: u32::MAX, ..good.clone() }, &fds),
+        ("zero in cmdline", BootConfig { cmdline: "a\0b".to_owned(), ..good.clone() }, &fds),
+        ("long cmdline", BootConfig { cmdline: "x".repeat(4000), ..good.clone() }, &fds),
+        ("console length", BootConfig { console_bytes: 8192, ..good.clone() }, &fds),
+        ("no KVM", missing, &fds[1..]),
+        ("another file as KVM", good.clone(), &not_kvm),
+        ("too few descriptors", good.clone(), &fds[..2]),
+    ] {
+        let event = refusal(config, fds);
+        assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
+    }
+}
+
+#[test]
+fn a_shard_that_breaks_the_protocol_is_told() {
+    if !have_kvm() {
+        return;
+    }
+    let vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+    vm.expect(&Event::Jailed, PATIENCE).unwrap();
+    let null = fs::File::open("/dev/null").unwrap();
+    vm.send(&Command::OpenStream { vsock_port: 1 }, &[null.as_fd()]).unwrap();
+    let event = vm.next_event(PATIENCE).unwrap();
+    assert!(matches!(event, Some(Event::Ended(Ending::Internal(_)))), "{event:?}");
+}
+
+#[test]
+fn it_refuses_to_stay_root() {
+    let output = std::process::Command::new(find_mica_vm().unwrap())
+        .args(["--uid", "0", "--gid", "0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("usage"));
+}
