@@ -95,7 +95,7 @@ download)
         vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport rng-core virtio-rng; do
         echo "kernel/$module.ko"
     done >pkg/lib/modules/6.12/modules.builtin
-    dpkg-deb -q -b pkg k.deb
+    dpkg-deb -b pkg k.deb >/dev/null
     rm -r pkg ;;
 esac
 "#;
@@ -163,7 +163,7 @@ fn bad_input_is_refused_with_the_reason_and_nothing_is_made() {
         (&["build", "--name", "x", "--vcpus", "9"], "outside 1 to 8"),
         (&["build", "--name", "x", "--packages", "git,-y"], "`-y` is not the name"),
         (&["build", "--name", "x", "--packages", "a b"], "`a b` is not the name"),
-        (&["build", "--name", "x", "--pip", "-rx"], "`-rx` is not a PyPI requirement"),
+        (&["build", "--name", "x", "--pip=-rx"], "`-rx` is not a PyPI requirement"),
         (&["build", "--name", "x", "--from", "docker"], "invalid value 'docker'"),
         (&["delete", "../x"], "a template name is"),
     ];
@@ -324,11 +324,11 @@ fn own_templates_are_added_listed_carried_and_deleted() {
     }
     assert!(text(&there.run(&["list"])).contains("tiny"));
 
+    assert!(there.run(&["delete", "tiny"]).status.success());
     fs::write(&carried, &archive[..2000]).unwrap();
     let output = there.run(&import);
     assert!(text(&output).contains("not a whole template archive"), "{}", text(&output));
 
-    assert!(there.run(&["delete", "tiny"]).status.success());
     assert!(!there.run(&["delete", "tiny"]).status.success());
     assert_eq!(names(&there.path("store/templates")), [""; 0]);
 }
