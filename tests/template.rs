@@ -4,6 +4,8 @@
 //! before the real ones in PATH. The builds need root for their namespaces; without it those tests
 //! say so and do nothing. What a real build makes is checked by the end-to-end tests.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
