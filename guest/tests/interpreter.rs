@@ -38,7 +38,12 @@ fn python() -> Option<PathBuf> {
 fn plain_launcher() -> Launcher {
     Arc::new(|spec: &LaunchSpec| {
         let mut command = tokio::process::Command::new(&spec.program);
-        command.args(&spec.args).env_clear().envs(&spec.env).current_dir(&spec.cwd);
+        command
+            .args(&spec.args)
+            .env_clear()
+            .envs(&spec.env)
+            .current_dir(&spec.cwd)
+            .process_group(0);
         Ok(command)
     })
 }

@@ -180,8 +180,6 @@ impl Kernel {
             .stdin(std::process::Stdio::null())
             .stdout(std::process::Stdio::piped())
             .stderr(std::process::Stdio::piped())
-            // A group of its own, so that an interrupt reaches what the cell has started too.
-            .process_group(0)
             .kill_on_drop(true);
         let mut child = command
             .spawn()
@@ -323,6 +321,8 @@ impl Kernel {
     /// Ends the process and what it has started, and removes the kernel's directory.
     pub async fn stop(mut self) {
         self.signal(Signal::KILL);
+        // One that has only just begun does not lead a group yet. It may also have ended.
+        self.child.start_kill().unwrap_or_default();
         // An error here means that the process has been waited for before.
         drop(self.child.wait().await);
         remove_directory(&self.directory);

@@ -42,7 +42,9 @@ pub struct LaunchError {
 }
 
 /// Turns a spec into a command that runs as the spec's user. The command must execute the program
-/// in the process it spawns (no fork in between), because signals go to that process.
+/// in the process it spawns (no fork in between) and make it the leader of a process group,
+/// because signals go to that process and to its group: what a cell has started is interrupted
+/// with it.
 pub type Launcher =
     Arc<dyn Fn(&LaunchSpec) -> Result<tokio::process::Command, LaunchError> + Send + Sync>;
 
