@@ -7,7 +7,7 @@ use http::{Method, StatusCode};
 use serde::Serialize;
 
 use crate::http::{Access, Call, HttpError, Response, Router, json, status};
-use crate::{http as plumbing, process};
+use crate::{filesystem, http as plumbing, process};
 
 /// Registers all of them.
 pub fn register(router: &mut Router) {
@@ -19,6 +19,7 @@ pub fn register(router: &mut Router) {
     });
     router.add(Method::GET, "/metrics", Access::Token, |_: Call| metrics());
     process::register(router);
+    filesystem::register(router);
 }
 
 #[derive(Debug, Serialize)]

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode};
 
+use super::server::HEAD_BYTES_MAX;
 use super::{Access, HttpError, Query, Request, Response, query, status};
 use crate::sandbox::Sandbox;
 
@@ -90,6 +91,7 @@ impl Router {
     }
 
     async fn dispatch(&self, request: Request) -> Result<Response, HttpError> {
+        check_head(&request)?;
         let method = match request.method() {
             &Method::HEAD => &Method::GET,
             other => other,
@@ -125,6 +127,20 @@ impl Router {
             HttpError::not_found(format!("there is nothing at {path}"))
         })
     }
+}
+
+/// hyper bounds what it buffers before it knows a head to be whole; this bounds a whole one.
+fn check_head(request: &Request) -> Result<(), HttpError> {
+    let headers = request.headers().iter();
+    let bytes: usize = headers.map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let bytes = bytes + request.uri().to_string().len();
+    if bytes <= HEAD_BYTES_MAX {
+        return Ok(());
+    }
+    Err(HttpError::new(
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+        format!("the request's head is over {HEAD_BYTES_MAX} bytes; send less"),
+    ))
 }
 
 /// What stands for each `{}`, if `path` has the form of `pattern`.

@@ -163,8 +163,12 @@ pub(super) fn prepare(
     cwd: &Path,
     controlling_terminal: bool,
 ) -> Result<(), ShimError> {
-    // Its own session, so that a signal to its process group never reaches the agent.
-    rustix::process::setsid().map_err(failed("make a session"))?;
+    // Its own process group, so that a signal to it never reaches the agent: as a session, unless
+    // it was started as the leader of a group already.
+    let leads_group = rustix::process::getpgrp() == rustix::process::getpid();
+    if !leads_group {
+        rustix::process::setsid().map_err(failed("make a session"))?;
+    }
     if controlling_terminal {
         rustix::process::ioctl_tiocsctty(std::io::stdin().as_fd())
             .map_err(failed("take the terminal"))?;
@@ -172,6 +176,10 @@ pub(super) fn prepare(
     if let Some(user) = user {
         become_user(user, controlling_terminal)?;
     }
+    // Nobody could reach a command whose agent is gone. (Changing the user resets this, so it
+    // comes after.)
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(failed("tie the command to the agent"))?;
     // As the user, so that a directory it may not enter is refused.
     std::env::set_current_dir(cwd)
         .map_err(|source| ShimError::Cwd { cwd: cwd.display().to_string(), source })
