@@ -318,14 +318,28 @@ impl Kernel {
         }
     }
 
-    /// Ends the process and what it has started, and removes the kernel's directory.
+    /// Ends the process and what it has started, removes the kernel's directory, and waits until
+    /// the process is gone.
     pub async fn stop(mut self) {
-        self.signal(Signal::KILL);
-        // One that has only just begun does not lead a group yet. It may also have ended.
-        self.child.start_kill().unwrap_or_default();
+        self.end();
         // An error here means that the process has been waited for before.
         drop(self.child.wait().await);
+    }
+
+    fn end(&mut self) {
+        self.signal(Signal::KILL);
+        // The number may become another process's from here on.
+        self.pid = None;
+        // One that has only just begun does not lead a group yet. It may also have ended.
+        self.child.start_kill().unwrap_or_default();
         remove_directory(&self.directory);
+    }
+}
+
+/// A start that is given up half-way leaves nothing behind either.
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -5,12 +5,12 @@
 //! give way to interrupts is replaced, so one cell cannot hold a context for ever.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
@@ -36,6 +36,10 @@ const INTERRUPTS_MAX: u32 = 12;
 
 /// A kernel that dies sooner than this after its start is started again only for a cell.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
+
+/// How long the code that surrounds a cell may take. It is a few lines; a kernel that does not get
+/// through them is stuck in something that an earlier cell left running.
+const SILENT_MAX: Duration = Duration::from_secs(120);
 
 /// One cell.
 #[derive(Debug)]
@@ -157,13 +161,11 @@ impl Session {
         let mut env = self.config.sandbox.environment();
         self.base_env.clone_from(&env);
         let user = &self.config.user;
-        let path = std::env::var("PATH")
-            .unwrap_or_else(|_| "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin".to_owned());
         for (name, value) in [
             ("HOME", user.home.display().to_string()),
             ("USER", user.name.clone()),
             ("LOGNAME", user.name.clone()),
-            ("PATH", path),
+            ("PATH", search_path(&self.config.kernel.python)),
             ("LANG", "C.UTF-8".to_owned()),
             // Python would otherwise hold back what a child process prints after it.
             ("PYTHONUNBUFFERED", "1".to_owned()),
@@ -311,6 +313,18 @@ impl Session {
     }
 }
 
+/// The agent's own search path, with the kernel's Python first: `!pip` in a cell must install for
+/// the kernel that the cell runs in.
+fn search_path(python: &Path) -> String {
+    let own = std::env::var("PATH").unwrap_or_else(|_| {
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()
+    });
+    match python.parent().filter(|parent| parent.is_absolute()) {
+        Some(parent) => format!("{}:{own}", parent.display()),
+        None => own,
+    }
+}
+
 /// Python that hands a map of texts to a function of the bootstrap's module. The map travels as
 /// JSON inside a Python literal of bytes, so no character of it can be read as code.
 fn call(function: &str, variables: &BTreeMap<String, String>) -> String {
@@ -337,6 +351,12 @@ enum Silent {
 
 /// Runs code that no client sees, to its end.
 async fn silent(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
+    timeout(SILENT_MAX, silent_unbounded(kernel, code))
+        .await
+        .unwrap_or_else(|_| Err(Silent::Ended("it did not answer in time".to_owned())))
+}
+
+async fn silent_unbounded(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
     let id = kernel.send(&Request::Silent { code }).await.map_err(Silent::Kernel)?;
     loop {
         match kernel.next().await {
