@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::support::{Agent, PATIENCE};
+use crate::support::{Agent, PATIENCE, TOKEN};
 
 #[test]
 fn code_runs_in_a_kernel_of_the_agent() {
@@ -30,7 +30,10 @@ fn code_runs_in_a_kernel_of_the_agent() {
         assert!(start.elapsed() < 4 * PATIENCE, "the kernel did not become ready");
     }
     let head = "POST /execute HTTP/1.1\r\ncontent-type: application/json";
-    let mut answer = agent.request_to(49999, head, br#"{"code":"import os; os.getsid(0)"}"#);
+    let cell = br#"{"code":"import os; os.getsid(0)"}"#;
+    assert_eq!(agent.request_to(49999, head, cell).status, 401);
+    let head = format!("{head}\r\nx-access-token: {TOKEN}");
+    let mut answer = agent.request_to(49999, &head, cell);
     assert_eq!(answer.status, 200);
     let body = String::from_utf8(answer.body()).unwrap();
     assert!(body.contains(r#""type":"result""#), "{body}");
