@@ -259,6 +259,13 @@ fn another_user_is_another_user() {
     let lines: Vec<&str> = out.lines().collect();
     assert_eq!(lines[..3], ["65534", "65534", "100"], "{end}");
     assert_eq!(lines[3], lines[4], "a command leads its own session");
+
+    let mut message = shell("stat -c %u $(tty)");
+    message["process"]["cwd"] = json!("/");
+    message["pty"] = json!({"size": {"cols": 80, "rows": 24}});
+    let mut answer = agent.stream_with("Start", "\r\nauthorization: Basic bm9ib2R5Og==", &message);
+    answer.event().unwrap();
+    assert_eq!(answer.rest().0, "65534\r\n", "a terminal belongs to its user");
 }
 
 #[test]
