@@ -3,6 +3,10 @@
 //! Called by [`super::session`]. The sockets are unix sockets in a directory that only the
 //! kernel's user and root may enter, so no other user of the guest can speak to a kernel and no
 //! port of the guest is taken. Refuses to wait longer than its deadline for a kernel to come up.
+//!
+//! A message's size is looked at when it has been received: the `zeromq` crate has no limit of its
+//! own. So user code that writes an endless frame into a kernel's socket can exhaust the guest's
+//! memory, which it can do in any process of its sandbox, and in its own sandbox only.
 
 use std::collections::VecDeque;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -143,11 +147,14 @@ impl Kernel {
         let connection = make_directory(&directory, &key, user)?;
         let spec = LaunchSpec {
             program: config.python.clone(),
-            args: ["-m", "ipykernel_launcher", "-f"]
-                .map(Into::into)
-                .into_iter()
-                .chain([connection.into_os_string()])
-                .collect(),
+            args: vec![
+                "-m".into(),
+                "ipykernel_launcher".into(),
+                "-f".into(),
+                connection.into_os_string(),
+                // Kernels would share one history file, each writing to the disk for every cell.
+                "--HistoryManager.hist_file=:memory:".into(),
+            ],
             env,
             cwd: cwd.to_owned(),
             user: user.clone(),
