@@ -232,3 +232,33 @@ fn a_drain_ends_everything_and_refuses_what_comes_late() {
     ended.unwrap();
     assert_eq!(bench.leftovers(), Leftovers::default());
 }
+
+#[test]
+fn a_vm_process_inherits_nothing_of_the_daemon() {
+    let bench = Bench::new();
+    let cgroup = bench.cgroup.clone();
+    bench.host("good", move |host| async move {
+        let listener = rt::net::TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = rt::net::TcpStream::connect(address).await.unwrap();
+        let waiting = listener.accept().await.unwrap();
+        let second = rt::spawn(async move { listener.accept().await.unwrap() });
+        rt::yield_now().await;
+        let late = rt::net::TcpStream::connect(address).await.unwrap();
+        let waited = second.join().await.unwrap();
+        let id = host.create(request("agent")).await.unwrap().id;
+        let pid = std::fs::read_to_string(cgroup.join(id.as_str()).join("cgroup.procs")).unwrap();
+        let theirs = sockets(pid.trim());
+        assert_eq!(theirs.len(), 1, "its control socket and no other: {theirs:?}");
+        assert!(theirs.is_disjoint(&sockets("self")));
+        drop((client, waiting, late, waited));
+    });
+}
+
+fn sockets(pid: &str) -> std::collections::BTreeSet<String> {
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    // One may be closed while we look.
+    let names = links.filter_map(|link| std::fs::read_link(link.ok()?.path()).ok());
+    let names = names.map(|name| name.to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("socket:")).collect()
+}

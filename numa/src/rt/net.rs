@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use futures_lite::{AsyncRead, AsyncWrite};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 /// Connections that the kernel completes ahead of `accept`, for each listener.
@@ -17,8 +18,11 @@ const BACKLOG: i32 = 1024;
 
 /// A listening TCP socket. Every shard binds its own to the same address (`SO_REUSEPORT`), and the
 /// kernel spreads connections among them.
+///
+/// glommio's listener is not used: it accepts without close-on-exec, and a VM process must not
+/// inherit a client's connection.
 #[derive(Debug)]
-pub struct TcpListener(glommio::net::TcpListener);
+pub struct TcpListener(OwnedFd);
 
 impl TcpListener {
     /// Binds and listens.
@@ -35,7 +39,7 @@ impl TcpListener {
         sockopt::set_socket_reuseport(&socket, true)?;
         rustix::net::bind(&socket, &address)?;
         rustix::net::listen(&socket, BACKLOG)?;
-        Ok(Self(crate::sys::glommio_tcp_listener(socket)))
+        Ok(Self(socket))
     }
 
     /// Waits for the next connection. `TCP_NODELAY` is on.
@@ -43,9 +47,18 @@ impl TcpListener {
     /// # Errors
     /// When the process has no descriptor left, or the connection broke before it was taken.
     pub async fn accept(&self) -> io::Result<TcpStream> {
-        let stream = self.0.accept().await.map_err(io::Error::from)?;
-        stream.set_nodelay(true).map_err(io::Error::from)?;
-        Ok(TcpStream(stream))
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        loop {
+            match rustix::net::accept_with(&self.0, flags) {
+                Ok(connection) => {
+                    sockopt::set_tcp_nodelay(&connection, true)?;
+                    return Ok(TcpStream::from_fd(connection));
+                }
+                Err(Errno::AGAIN) => super::ready::connecting(&self.0).await?,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// The address it listens on, with the port the kernel chose if 0 was asked for.
@@ -53,7 +66,8 @@ impl TcpListener {
     /// # Errors
     /// Only what `getsockname` can fail with.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr().map_err(io::Error::from)
+        let address = rustix::net::getsockname(&self.0)?;
+        SocketAddr::try_from(address).map_err(io::Error::from)
     }
 }
 

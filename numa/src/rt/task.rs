@@ -25,9 +25,10 @@ impl<T> Task<T> {
         self.0.await
     }
 
-    /// Stops the task at its next await and drops its future.
-    pub fn cancel(&self) {
+    /// Stops the task at its next await, and waits until its future is dropped.
+    pub async fn cancel(self) {
         self.0.cancel();
+        self.join().await;
     }
 }
 
