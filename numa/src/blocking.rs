@@ -128,7 +128,7 @@ impl Pool {
 impl Closer {
     /// Takes the pool from this executor, whose last work this is, and waits for the threads.
     pub(crate) async fn close(self) {
-        self.results.cancel().await;
+        self.results.end().await;
         LOCAL.with_borrow_mut(|slot| *slot = None);
         for thread in self.threads {
             if thread.join().is_err() {

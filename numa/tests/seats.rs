@@ -64,7 +64,7 @@ fn seats_are_pinned_and_blocking_threads_are_not_with_them() {
 
 #[test]
 fn messages_cross_between_executors() {
-    const ROUNDS: u32 = 5_000;
+    const ROUNDS: u32 = 1_000;
     let (to_first, first) = mailbox::<u32>(8).unwrap();
     let (to_second, second) = mailbox::<u32>(8).unwrap();
     let inputs = vec![(first, to_second), (second, to_first)];

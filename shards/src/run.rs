@@ -70,7 +70,7 @@ where
             shard.drain().await;
             // The executor would not drop what they hold.
             for task in tasks {
-                task.cancel().await;
+                task.end().await;
             }
         }
     });
