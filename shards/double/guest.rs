@@ -1,6 +1,6 @@
 //! The "guest" of the double: an agent on a thread, in several tempers.
 //!
-//! Called by `double` for each stream. Refuses nothing that a hostile guest could do.
+//! Called by `main` for each stream. Refuses nothing that a hostile guest could do.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
