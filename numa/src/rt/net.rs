@@ -7,7 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 use rustix::io::Errno;
@@ -71,11 +71,41 @@ impl TcpListener {
     }
 }
 
+/// Lets other tasks run when this one has had its share of time.
+///
+/// A socket whose other end is fast enough is always ready, and a task that only reads from it would
+/// never end its turn: one guest could hold up a shard.
+#[derive(Debug, Default)]
+struct Turn {
+    given_up: bool,
+}
+
+impl Turn {
+    fn poll(&mut self, cx: &Context<'_>) -> Poll<()> {
+        if !self.given_up && glommio::executor().need_preempt() {
+            self.given_up = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.given_up = false;
+        Poll::Ready(())
+    }
+}
+
 macro_rules! stream_type {
     ($(#[$doc:meta])* $name:ident, $inner:ty) => {
         $(#[$doc])*
         #[derive(Debug)]
-        pub struct $name($inner);
+        pub struct $name {
+            inner: $inner,
+            turn: Turn,
+        }
+
+        impl $name {
+            fn over(inner: $inner) -> Self {
+                Self { inner, turn: Turn::default() }
+            }
+        }
 
         impl AsyncRead for $name {
             fn poll_read(
@@ -83,7 +113,8 @@ macro_rules! stream_type {
                 cx: &mut Context<'_>,
                 buffer: &mut [u8],
             ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.0).poll_read(cx, buffer)
+                ready!(self.turn.poll(cx));
+                Pin::new(&mut self.inner).poll_read(cx, buffer)
             }
         }
 
@@ -93,15 +124,16 @@ macro_rules! stream_type {
                 cx: &mut Context<'_>,
                 bytes: &[u8],
             ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.0).poll_write(cx, bytes)
+                ready!(self.turn.poll(cx));
+                Pin::new(&mut self.inner).poll_write(cx, bytes)
             }
 
             fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.0).poll_flush(cx)
+                Pin::new(&mut self.inner).poll_flush(cx)
             }
 
             fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.0).poll_close(cx)
+                Pin::new(&mut self.inner).poll_close(cx)
             }
         }
     };
@@ -125,13 +157,13 @@ impl TcpStream {
     pub async fn connect(address: SocketAddr) -> io::Result<Self> {
         let stream = glommio::net::TcpStream::connect(address).await.map_err(io::Error::from)?;
         stream.set_nodelay(true).map_err(io::Error::from)?;
-        Ok(Self(stream))
+        Ok(Self::over(stream))
     }
 
     /// Takes over a connected socket, from another shard for instance.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(crate::sys::glommio_tcp_stream(fd))
+        Self::over(crate::sys::glommio_tcp_stream(fd))
     }
 
     /// The other end's address.
@@ -139,7 +171,7 @@ impl TcpStream {
     /// # Errors
     /// When the connection is already broken.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.0.peer_addr().map_err(io::Error::from)
+        self.inner.peer_addr().map_err(io::Error::from)
     }
 }
 
@@ -147,6 +179,6 @@ impl UnixStream {
     /// Takes over a connected socket.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(crate::sys::glommio_unix_stream(fd))
+        Self::over(crate::sys::glommio_unix_stream(fd))
     }
 }
