@@ -227,10 +227,10 @@ pub(crate) enum TakeBackError {
 impl VmProcess {
     /// Kills it, waits for its death without blocking, and reaps it.
     pub(crate) async fn end(mut self, id: &SandboxId) {
-        if let Err(errno) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            if errno != rustix::io::Errno::SRCH {
-                tracing::error!(%id, %errno, "cannot kill a VM process");
-            }
+        if let Err(errno) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL)
+            && errno != rustix::io::Errno::SRCH
+        {
+            tracing::error!(%id, %errno, "cannot kill a VM process");
         }
         loop {
             let dead = time::timeout(REAP_WARNING, rt::readable(&self.pidfd)).await;

@@ -98,7 +98,7 @@ fn any_ready() -> impl Strategy<Value = Ready> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn effects_come_once_and_in_order(
