@@ -19,7 +19,7 @@ use super::runner::Runner;
 
 /// The kernel command line of a template, unless another is given.
 pub const CMDLINE: &str =
-    "console=ttyS0 reboot=t panic=-1 quiet tsc=reliable no_timer_check random.trust_cpu=on";
+    "console=ttyS0 reboot=k panic=-1 quiet tsc=reliable no_timer_check random.trust_cpu=on";
 /// Memory a guest of ours can have: less does not boot a stock kernel with its initramfs.
 const MEMORY_MIB: std::ops::RangeInclusive<u32> = 128..=262_144;
 const DISK_MIB: std::ops::RangeInclusive<u32> = 256..=1_048_576;

@@ -5,6 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -176,7 +177,9 @@ fn neutral_network_files(root: &Path) -> Result<()> {
     ];
     for (name, text) in files {
         let path = root.join(name);
-        fs::write(&path, text).with_context(|| format!("could not write {}", path.display()))?;
+        fs::write(&path, text)
+            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o644)))
+            .with_context(|| format!("could not write {}", path.display()))?;
     }
     Ok(())
 }

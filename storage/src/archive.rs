@@ -200,12 +200,15 @@ impl<'a, R: Read> Entries<'a, R> {
         if entry.size > MANIFEST_BYTES_MAX as u64 {
             return Err(not_whole("its manifest is too long"));
         }
-        let mut bytes = Vec::new();
+        let (mut bytes, size) = (Vec::new(), entry.size);
         entry
             .content
             .take(MANIFEST_BYTES_MAX as u64)
             .read_to_end(&mut bytes)
             .map_err(read_error)?;
+        if bytes.len() as u64 != size {
+            return Err(not_whole("it was cut off"));
+        }
         let path = Path::new("in the template archive").to_path_buf();
         Manifest::decode(&bytes).map_err(|source| StorageError::Manifest { path, source })
     }
@@ -291,4 +294,4 @@ fn run_offset(name: &str) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {}
+mod tests;

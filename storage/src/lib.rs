@@ -20,6 +20,8 @@
 #![warn(missing_docs)]
 
 mod archive;
+#[cfg(test)]
+mod crash_tests;
 mod crashsafe;
 mod error;
 mod manifest;
@@ -27,6 +29,8 @@ mod sparse;
 mod staging;
 mod store;
 mod template;
+#[cfg(test)]
+mod testing;
 
 pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};

@@ -305,4 +305,4 @@ fn part(name: &'static str, info: PartInfo) -> Result<(), ManifestError> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {}
+pub(crate) mod tests;

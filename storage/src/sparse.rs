@@ -174,3 +174,98 @@ pub(crate) fn digest(file: &File, len: u64) -> io::Result<u32> {
     )?;
     Ok(crc)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TempDir;
+    use std::os::unix::fs::MetadataExt;
+
+    fn make(dir: &TempDir, name: &str) -> File {
+        let path = dir.join(name);
+        File::options().read(true).write(true).create_new(true).open(path).unwrap()
+    }
+
+    #[test]
+    fn copies_keep_content_length_and_holes() {
+        let dir = TempDir::new();
+        let from = make(&dir, "from");
+        from.set_len((8 << 20) + 3).unwrap();
+        from.write_all_at(&[7; 100], 3 << 20).unwrap();
+        from.write_all_at(&[8; 3], 8 << 20).unwrap();
+        for through_memory in [false, true] {
+            let to = make(&dir, if through_memory { "memory" } else { "kernel" });
+            if through_memory {
+                to.set_len((8 << 20) + 3).unwrap();
+                for_each_extent(&from, (8 << 20) + 3, |start, end| {
+                    copy_through_memory(&from, &to, start, end)
+                })
+                .unwrap();
+            } else {
+                copy(&from, &to).unwrap();
+            }
+            let (mut a, mut b) = (vec![0; (8 << 20) + 3], vec![0; (8 << 20) + 3]);
+            from.read_exact_at(&mut a, 0).unwrap();
+            to.read_exact_at(&mut b, 0).unwrap();
+            assert!(a == b);
+            assert!(to.metadata().unwrap().blocks() * 512 < 1 << 20, "holes were filled");
+        }
+    }
+
+    #[test]
+    fn the_digest_depends_on_content_and_not_on_holes() {
+        let dir = TempDir::new();
+        let (sparse, full) = (make(&dir, "sparse"), make(&dir, "full"));
+        let len = 3 * BLOCK_BYTES as u64 + 100;
+        sparse.set_len(len).unwrap();
+        full.write_all_at(&vec![0; usize::try_from(len).unwrap()], 0).unwrap();
+        assert_eq!(digest(&sparse, len).unwrap(), digest(&full, len).unwrap());
+        let at = 2 * BLOCK_BYTES as u64 + 5;
+        sparse.write_all_at(b"x", at).unwrap();
+        let one = digest(&sparse, len).unwrap();
+        assert_ne!(one, digest(&full, len).unwrap());
+        full.write_all_at(b"x", at).unwrap();
+        assert_eq!(one, digest(&full, len).unwrap());
+        // The same block somewhere else is another content.
+        let moved = make(&dir, "moved");
+        moved.set_len(len).unwrap();
+        moved.write_all_at(b"x", at - BLOCK_BYTES as u64).unwrap();
+        assert_ne!(one, digest(&moved, len).unwrap());
+    }
+
+    #[test]
+    fn blocks_are_visited_once_and_in_order() {
+        let dir = TempDir::new();
+        let file = make(&dir, "file");
+        let len = 4 * BLOCK_BYTES as u64;
+        file.set_len(len).unwrap();
+        // Two runs of data within one block, with a hole between them.
+        file.write_all_at(&[1; 10], 0).unwrap();
+        file.write_all_at(&[1; 10], 32 * 1024).unwrap();
+        file.write_all_at(&[1; 10], len - 10).unwrap();
+        let mut seen = Vec::new();
+        for_each_block(
+            &file,
+            len,
+            |e| e,
+            |offset, block| {
+                seen.push((offset, block.len()));
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!(seen, [(0, BLOCK_BYTES), (3 * BLOCK_BYTES as u64, BLOCK_BYTES)]);
+    }
+
+    #[test]
+    fn zeros_are_recognised_whatever_their_number() {
+        for len in [0, 1, 31, 32, 33, 4096] {
+            assert!(is_zero(&vec![0; len]));
+            for at in 0..len {
+                let mut bytes = vec![0; len];
+                bytes[at] = 1;
+                assert!(!is_zero(&bytes), "{at} of {len}");
+            }
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! `mica-lab`: the emulated dual-socket host, from the command line. `mica lab …` runs it.
+//!
+//! Thin: it parses arguments and calls `mica_lab::host`. `inside` is for the host's own init only.
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand};
+use mica_lab::host::channel::server;
+use mica_lab::host::drives::TOOLS;
+use mica_lab::host::options::Shape;
+use mica_lab::host::qemu::CHANNEL_PORT_INSIDE;
+use mica_lab::host::state::Home;
+use mica_lab::host::{down, progress, status, template, up};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, Parser)]
+#[command(name = "mica-lab", version, about = "An emulated dual-socket host to run Mica in")]
+struct Cli {
+    /// Which lab; several can run side by side on different ports.
+    #[arg(long, global = true, default_value = "default")]
+    name: String,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Start the host and its daemon, or bring a running one up to date.
+    Up(Up),
+    /// Say whether it runs; the exit code is 0 only when it does.
+    Status,
+    /// Run a program in the host as root, with this terminal's streams.
+    Exec {
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Print the exports that a client needs: eval "$(mica lab env)".
+    Env,
+    /// Import a template archive (made by `mica template export`) in the host.
+    PushTemplate { archive: PathBuf },
+    /// Switch the host off.
+    Down {
+        /// Also remove the store with its templates, and the API key.
+        #[arg(long)]
+        wipe: bool,
+    },
+    /// Serve the exec channel; started by the host's init.
+    #[command(hide = true)]
+    Inside,
+}
+
+#[derive(Debug, Args)]
+struct Up {
+    #[arg(long, default_value_t = 2)]
+    sockets: u32,
+    /// Cores of each socket.
+    #[arg(long, default_value_t = 2)]
+    cores: u32,
+    /// Memory of the whole host in MiB.
+    #[arg(long, default_value_t = 8192)]
+    memory: u32,
+    /// Size of the emulated NVMe store in GiB; used when the store is made.
+    #[arg(long, default_value_t = 32)]
+    drive: u32,
+    /// The port on loopback where the API appears.
+    #[arg(long, default_value_t = 3000)]
+    port: u16,
+    /// Where mica, mica-vm and mica-guest are; default: beside this program.
+    #[arg(long)]
+    binaries: Option<PathBuf>,
+    /// Start the host alone.
+    #[arg(long)]
+    no_daemon: bool,
+}
+
+fn main() -> ExitCode {
+    progress::seconds();
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("mica-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let home = Home::new(&cli.name)?;
+    match cli.verb {
+        Verb::Up(options) => up::up(&home, &request(options)?)?,
+        Verb::Status => {
+            let (text, good) = status::status(&home)?;
+            println!("{text}");
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Verb::Exec { command } => {
+            return home.running()?.channel().exec_attached(command).map(exit_code);
+        }
+        Verb::Env => println!("{}", status::exports(&home)?),
+        Verb::PushTemplate { archive } => return template::push(&home, &archive).map(exit_code),
+        Verb::Down { wipe } => down::down(&home, wipe)?,
+        Verb::Inside => inside()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A program's code fits a byte; anything else is a failure.
+fn exit_code(code: i32) -> ExitCode {
+    u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+fn request(options: Up) -> Result<up::Request> {
+    let beside = || -> Result<PathBuf> {
+        let own = std::env::current_exe().context("find the path of mica-lab itself")?;
+        Ok(own.parent().map(PathBuf::from).unwrap_or_default())
+    };
+    Ok(up::Request {
+        shape: Shape {
+            sockets: options.sockets,
+            cores_per_socket: options.cores,
+            memory_mib: options.memory,
+            drive_gib: options.drive,
+        },
+        api_port: options.port,
+        binaries: options.binaries.map_or_else(beside, Ok)?,
+        daemon: !options.no_daemon,
+    })
+}
+
+fn inside() -> Result<()> {
+    let path = format!("{TOOLS}/token");
+    let token = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, CHANNEL_PORT_INSIDE))
+        .context("listen for the exec channel")?;
+    server::serve(&listener, token)
+}
