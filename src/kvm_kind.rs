@@ -8,6 +8,8 @@ use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 
+use anyhow::{Context, Result, bail};
+
 /// What `/dev/kvm` is good for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KvmKind {
@@ -74,6 +76,19 @@ impl fmt::Display for KvmKind {
             Self::Missing(why) => write!(f, "no KVM: {why}"),
         }
     }
+}
+
+/// `mica kvm-kind`: prints the kind, and fails where no Linux guest runs.
+///
+/// # Errors
+/// When this machine's KVM cannot run Linux, with the reason and what to do instead.
+pub fn print() -> Result<()> {
+    let kind = KvmKind::detect().context("cannot read /proc/cpuinfo")?;
+    if !kind.runs_linux() {
+        bail!("{kind}. `mica lab up` boots an emulated host instead");
+    }
+    println!("{kind}");
+    Ok(())
 }
 
 #[cfg(test)]

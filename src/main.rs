@@ -37,6 +37,8 @@ enum Command {
     Topology(config::PlanArgs),
     /// Make, list and move templates.
     Template(template::TemplateArgs),
+    /// Say what KVM here is; the exit code is 0 only where a Linux guest runs.
+    KvmKind,
     /// Another program of Mica beside this one: `mica lab …` runs `mica-lab …`.
     #[command(external_subcommand)]
     Helper(Vec<OsString>),
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Topology(args) => topology::print(&args),
+        Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
         Command::Helper(words) => helper::become_helper(&words),
     };

@@ -12,7 +12,7 @@ use mica_shards::StopSignal;
 
 use crate::config::ServeArgs;
 use crate::kvm_kind::KvmKind;
-use crate::{key_file, signals, topology};
+use crate::{helper, key_file, signals, topology};
 
 /// Runs the host until a signal.
 ///
@@ -20,7 +20,9 @@ use crate::{key_file, signals, topology};
 /// Says what is wrong and what to change.
 pub fn run(args: ServeArgs) -> Result<()> {
     let mut config = args.parse()?;
-    check_kvm(config.needs_usable_kvm)?;
+    if let Some(why) = unusable_kvm(config.needs_usable_kvm)? {
+        return in_the_lab(&why, config.http.listen.port());
+    }
     config.http.listen = free_address(config.http.listen)?;
     config.http.keys = key_file::load_or_create(&config.key_file)?;
     let plan = topology::planned(&config.plan)?;
@@ -59,6 +61,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     Ok(())
 }
 
+<<<<<<< HEAD
 /// A shard that returns from serving ends its sandboxes, and streams into them may still be served
 /// on other shards. So each waits until all have drained.
 #[derive(Clone)]
@@ -86,15 +89,23 @@ impl Drop for Part {
 }
 
 fn check_kvm(needs_usable_kvm: bool) -> Result<()> {
+=======
+/// Why this machine cannot be the host, if it cannot.
+fn unusable_kvm(needs_usable_kvm: bool) -> Result<Option<KvmKind>> {
+>>>>>>> main
     let kind = KvmKind::detect().context("cannot read /proc/cpuinfo")?;
     if kind.runs_linux() || !needs_usable_kvm {
         tracing::info!("{kind}");
-        return Ok(());
+        return Ok(None);
     }
-    bail!(
-        "{kind}. Run the host in the lab instead: `mica lab up` boots an emulated one, and \
-         `eval \"$(mica lab env)\"` points clients at it"
-    )
+    Ok(Some(kind))
+}
+
+/// Says why, and becomes the lab: the same port, an emulated host behind it.
+fn in_the_lab(why: &KvmKind, port: u16) -> Result<()> {
+    eprintln!("{why}.\nRunning in the lab instead: an emulated host, about 24 times slower.");
+    let words = ["lab".into(), "serve".into(), "--port".into(), port.to_string().into()];
+    helper::become_helper(&words)
 }
 
 /// Every shard shares the address, so a second daemon of the same user could share it too. Binding

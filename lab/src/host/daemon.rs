@@ -32,6 +32,9 @@ pub fn command_line() -> Vec<String> {
         "/var/lib/mica",
         "--key-file",
         &format!("{TOOLS}/api-key"),
+        // Emulated guests boot about 24 times slower than real ones.
+        "--boot-deadline",
+        "300",
     ]
     .map(ToString::to_string)
     .to_vec()
