@@ -61,7 +61,6 @@ pub fn run(args: ServeArgs) -> Result<()> {
     Ok(())
 }
 
-<<<<<<< HEAD
 /// A shard that returns from serving ends its sandboxes, and streams into them may still be served
 /// on other shards. So each waits until all have drained.
 #[derive(Clone)]
@@ -88,11 +87,8 @@ impl Drop for Part {
     }
 }
 
-fn check_kvm(needs_usable_kvm: bool) -> Result<()> {
-=======
 /// Why this machine cannot be the host, if it cannot.
 fn unusable_kvm(needs_usable_kvm: bool) -> Result<Option<KvmKind>> {
->>>>>>> main
     let kind = KvmKind::detect().context("cannot read /proc/cpuinfo")?;
     if kind.runs_linux() || !needs_usable_kvm {
         tracing::info!("{kind}");
