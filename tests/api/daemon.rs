@@ -58,6 +58,7 @@ impl Daemon {
             .arg("--cgroup-root")
             .arg(&cgroup)
             .args(options)
+            .env("MICA_LOG", "error")
             .stdin(Stdio::null());
         if !limits {
             command.arg("--without-cgroup-limits");
@@ -177,10 +178,8 @@ impl Drop for Daemon {
 }
 
 pub fn kill(signal: &str, process: u32) {
-    let status = Command::new("kill")
-        .args(["-s", signal, &process.to_string()])
-        .status()
-        .expect("kill");
+    let status =
+        Command::new("kill").args(["-s", signal, &process.to_string()]).status().expect("kill");
     assert!(status.success(), "process {process} is gone");
 }
 
