@@ -38,7 +38,12 @@ enum Verb {
     /// Print the exports that a client needs: eval "$(mica lab env)".
     Env,
     /// Import a template archive (made by `mica template export`) in the host.
-    PushTemplate { archive: PathBuf },
+    PushTemplate {
+        archive: PathBuf,
+        /// Replace a template of the same name.
+        #[arg(long)]
+        force: bool,
+    },
     /// Switch the host off.
     Down {
         /// Also remove the store with its templates, and the API key.
@@ -98,7 +103,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             return home.running()?.channel().exec_attached(command).map(exit_code);
         }
         Verb::Env => println!("{}", status::exports(&home)?),
-        Verb::PushTemplate { archive } => return template::push(&home, &archive).map(exit_code),
+        Verb::PushTemplate { archive, force } => {
+            return template::push(&home, &archive, force).map(exit_code);
+        }
         Verb::Down { wipe } => down::down(&home, wipe)?,
         Verb::Inside => inside()?,
     }
