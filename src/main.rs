@@ -1,1 +1,70 @@
-fn main() {}
+//! The binary `mica`: command line, configuration, signals, and nothing else.
+//!
+//! Called by people and by service managers. Refuses to do any work of its own: a command here is
+//! read, checked, and handed to the crate that does it.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod helper;
+mod key_file;
+mod kvm_kind;
+mod serve;
+mod signals;
+mod template;
+mod topology;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Hosts thousands of hardware-isolated sandboxes on one bare-metal Linux server.
+#[derive(Parser, Debug)]
+#[command(version, arg_required_else_help = true, allow_external_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the host: the API, the sandbox proxy, and the sandboxes.
+    Serve(config::ServeArgs),
+    /// Print which core and memory node each shard and the vCPUs would sit on.
+    Topology(config::PlanArgs),
+    /// Make, list and move templates.
+    Template(template::TemplateArgs),
+    /// Say what KVM here is; the exit code is 0 only where a Linux guest runs.
+    KvmKind,
+    /// Another program of Mica beside this one: `mica lab …` runs `mica-lab …`.
+    #[command(external_subcommand)]
+    Helper(Vec<OsString>),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(logs)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .init();
+    let outcome = match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Topology(args) => topology::print(&args),
+        Command::KvmKind => kvm_kind::print(),
+        Command::Template(args) => template::run(&args),
+        Command::Helper(words) => helper::become_helper(&words),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mica: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,1 +1,30 @@
-//! mica-http.
+//! Bytes to wire types to shards: E2B's REST endpoints and the sandbox proxy, on every shard.
+//!
+//! Called by the binary, which runs [`serve`] once on each shard. Refuses to hold any state that
+//! outlives a connection: what a sandbox is, its shard knows.
+//!
+//! ```text
+//!  conn    one connection: hyper, deadlines, the answers hyper does not give
+//!   └ serve   whom is it for? ──▶ api    control plane: key, route, body ──▶ Host
+//!                            └──▶ proxy  stream into a guest, bodies both ways ──▶ Host::connect
+//! ```
+
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod api;
+mod body;
+mod config;
+mod conn;
+mod error;
+mod ids;
+mod keys;
+mod percent;
+mod proxy;
+mod rfc3339;
+mod route;
+mod serve;
+
+pub use config::{HttpConfig, Limits};
+pub use keys::{ApiKey, KeyError, KeyRing};
+pub use serve::{ListenError, serve};

@@ -1,8 +1,11 @@
 //! The lab: everything that tests and measures Mica without the machine it is meant for.
 //!
-//! `host` is the emulated dual-socket machine behind `mica-lab`. Nothing in production depends on
-//! this crate.
+//! Called by tests, by `mica-lab` and by the benchmarks; nothing in production depends on it. `host` is
+//! the emulated dual-socket machine, `tiny_guest` the freestanding guest that runs on any KVM, `one_vm`
+//! one VM process driven by hand. Refuses to be a dependency of anything else.
 
 #![forbid(unsafe_code)]
 
 pub mod host;
+pub mod one_vm;
+pub mod tiny_guest;

@@ -1,1 +1,23 @@
-//! mica-numa.
+//! The machine: which cores and memory nodes it has, who sits where, and the executor on each seat.
+//!
+//! Called by `shards` and `storage`, and by the binary to print the plan. The only crate that
+//! imports glommio, hwloc or `core_affinity`, or starts shard threads. Refuses to know what runs on
+//! its executors.
+
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+mod bell;
+mod blocking;
+pub mod mailbox;
+pub mod plan;
+pub mod preflight;
+pub mod rt;
+pub mod seat;
+mod stop;
+mod sys;
+pub mod topology;
+
+pub use plan::{Plan, PlanConfig, PlanError, Reserved, ShardSeat, Shards, plan};
+pub use stop::StopSignal;
+pub use topology::Topology;

@@ -1,1 +1,35 @@
-//! mica-shards.
+//! One shard = one core = one event loop. Sandboxes live here: made, found, timed out, removed.
+//!
+//! Called by `http` (through [`Host`]) and by the binary (through [`run`]). Refuses to know HTTP,
+//! and to touch a sandbox from any shard but its owner: everything else is a message.
+//!
+//! ```text
+//!  http on shard A ── Host ──▶ owner is A?  ── yes ─▶ Shard A
+//!                                   │ no
+//!                                   └── bounded mailbox ──▶ Shard B ── control socket ──▶ mica-vm
+//! ```
+
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod cgroup;
+mod config;
+mod console;
+mod error;
+mod event;
+mod host;
+pub mod rt;
+mod run;
+mod sandbox;
+mod shard;
+mod stream;
+mod types;
+mod uids;
+
+pub use config::HostConfig;
+pub use error::{ConnectError, RunError, ShardError};
+pub use host::Host;
+pub use mica_numa::StopSignal;
+pub use run::run;
+pub use stream::GuestStream;
+pub use types::{CreateRequest, SandboxInfo, TemplateInfo};

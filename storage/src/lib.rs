@@ -1,1 +1,42 @@
-//! mica-storage.
+//! The store: templates, their manifests, and the disks of sandboxes. Knows no VM.
+//!
+//! Called by `shards` (on a thread that may block) and by `mica template`. Refuses a directory it
+//! did not make, a manifest that fails any check, and any name that is not exactly in form.
+//!
+//! ```text
+//! <root>/mica-store                 marker and version; a directory without it is refused
+//! <root>/lock                       flock: exclusive while a template is written or deleted
+//! <root>/templates/<id>/            manifest, kernel, initramfs, disk: immutable once committed
+//! <root>/names/<name> -> <id>       THE commit: a template exists when its name points at it
+//! <root>/sandboxes/<sandbox id>/disk
+//! ```
+//!
+//! One symlink, replaced by one rename, is both the index by name and the commit point. So the
+//! index cannot disagree with what is committed, and replacing a template is atomic. A directory
+//! in `templates/` that no name points at was never committed, or has been replaced or deleted;
+//! start-up removes it.
+
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod archive;
+#[cfg(test)]
+mod crash_tests;
+mod crashsafe;
+mod error;
+mod manifest;
+mod sparse;
+mod staging;
+mod store;
+mod template;
+#[cfg(test)]
+mod testing;
+
+pub use archive::{Imported, OnExisting, write_archive};
+pub use error::{Result, StorageError};
+pub use manifest::{
+    MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,
+};
+pub use staging::{Staging, TemplateSpec};
+pub use store::Store;
+pub use template::{Part, Template};

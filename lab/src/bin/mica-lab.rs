@@ -9,7 +9,7 @@ use mica_lab::host::drives::TOOLS;
 use mica_lab::host::options::Shape;
 use mica_lab::host::qemu::CHANNEL_PORT_INSIDE;
 use mica_lab::host::state::Home;
-use mica_lab::host::{down, progress, status, template, up};
+use mica_lab::host::{down, ensure, foreground, progress, status, template, up};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,7 +18,7 @@ use std::process::ExitCode;
 #[command(name = "mica-lab", version, about = "An emulated dual-socket host to run Mica in")]
 struct Cli {
     /// Which lab; several can run side by side on different ports.
-    #[arg(long, global = true, default_value = "default")]
+    #[arg(long, global = true, env = "MICA_LAB_NAME", default_value = "default")]
     name: String,
     #[command(subcommand)]
     verb: Verb,
@@ -37,6 +37,11 @@ enum Verb {
     },
     /// Print the exports that a client needs: eval "$(mica lab env)".
     Env,
+    /// Start the host, follow its daemon's log, and switch it off at the end: `mica serve` where
+    /// KVM cannot run Linux.
+    Serve(Up),
+    /// Build a template on this machine and bring it into the host, if it is not there already.
+    Template { template: String },
     /// Import a template archive (made by `mica template export`) in the host.
     PushTemplate {
         archive: PathBuf,
@@ -69,7 +74,7 @@ struct Up {
     #[arg(long, default_value_t = 32)]
     drive: u32,
     /// The port on loopback where the API appears.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, env = "MICA_LAB_PORT", default_value_t = 3000)]
     port: u16,
     /// Where mica, mica-vm and mica-guest are; default: beside this program.
     #[arg(long)]
@@ -105,6 +110,14 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Env => println!("{}", status::exports(&home)?),
         Verb::PushTemplate { archive, force } => {
             return template::push(&home, &archive, force).map(exit_code);
+        }
+        Verb::Serve(options) => {
+            up::up(&home, &request(options)?)?;
+            foreground::follow(&home)?;
+        }
+        Verb::Template { template } => {
+            let own = std::env::current_exe().context("find the path of mica-lab itself")?;
+            ensure::ensure(&home, &own.with_file_name("mica"), &template)?;
         }
         Verb::Down { wipe } => down::down(&home, wipe)?,
         Verb::Inside => inside()?,

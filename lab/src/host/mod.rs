@@ -10,6 +10,8 @@ pub mod channel;
 pub mod daemon;
 pub mod down;
 pub mod drives;
+pub mod ensure;
+pub mod foreground;
 pub mod image;
 pub mod options;
 pub mod progress;

@@ -1,0 +1,60 @@
+# The doors to the project. `make demo` shows it working, `make test` is what CI runs.
+# Everything made outside the tree goes to $MICA_CACHE_DIR (default /var/cache/mica).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+STATIC_TARGET := x86_64-unknown-linux-gnu
+PROFILE := lab
+OUT := target/mica
+HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http
+STATIC_PROGRAMS := mica-vm mica-guest
+CARGO := cargo
+
+.PHONY: help packages build demo test check unit kvm-test lab-test bench-smoke clean
+
+help:
+	@echo 'make demo         bring up a host, build the template, run examples/hello.py'
+	@echo 'make test         format, lints, unit, tidy, KVM and end-to-end tests'
+	@echo 'make build        the programs, into $(OUT)/'
+	@echo 'make bench-smoke  cold boot and HTTP figures of this machine'
+	@echo 'make clean        remove build output (caches in $${MICA_CACHE_DIR:-/var/cache/mica} stay)'
+
+packages:
+	@tools/install-packages
+
+# mica-vm and mica-guest are static: one runs in an empty root, the other is a guest's /init.
+build: packages
+	$(CARGO) build --locked --profile $(PROFILE) --workspace --bins
+	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --locked --profile $(PROFILE) \
+	  --target $(STATIC_TARGET) -p mica-vmm -p mica-guest --bins
+	@mkdir -p $(OUT)
+	@for program in $(HOST_PROGRAMS); do \
+	  install -C -m 755 target/$(PROFILE)/$$program $(OUT)/$$program; done
+	@for program in $(STATIC_PROGRAMS); do \
+	  install -C -m 755 target/$(STATIC_TARGET)/$(PROFILE)/$$program $(OUT)/$$program; done
+
+demo: build
+	@tools/demo $(OUT)
+
+test: check unit lab-test
+
+check: packages
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+# Unit, tidy and KVM tests, and the daemon's own with a stand-in for the VM.
+unit: build
+	MICA_BIN_DIR=$(CURDIR)/$(OUT) MICA_TEST_PYTHON="$$(tools/python-env)/bin/python" \
+	  $(CARGO) test --locked --profile $(PROFILE) --workspace
+
+lab-test: build
+	@tools/lab-test $(OUT)
+
+bench-smoke: build
+	$(OUT)/bench-boot --vm-program $(OUT)/mica-vm
+	$(OUT)/bench-http --mica $(OUT)/mica
+
+clean:
+	rm -rf target

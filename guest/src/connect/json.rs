@@ -1,0 +1,119 @@
+//! proto3 JSON's own ideas of numbers and bytes, for `#[serde(with = ...)]`.
+//!
+//! Called by the message types of the services. Refuses text that is not the number or the
+//! base64 it should be.
+
+/// A 64-bit integer: written as a string, read from a string or a number.
+pub mod int64 {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// Writes it as a string.
+    ///
+    /// # Errors
+    /// The serialiser's.
+    pub fn serialize<S: Serializer>(value: &i64, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    /// Reads it from either form.
+    ///
+    /// # Errors
+    /// When it is neither.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<i64, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Either {
+            Number(i64),
+            Text(String),
+        }
+        match Either::deserialize(from)? {
+            Either::Number(number) => Ok(number),
+            Either::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// A 32-bit unsigned integer that may come as a string as well.
+pub mod uint32 {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// Writes it as a number.
+    ///
+    /// # Errors
+    /// The serialiser's.
+    pub fn serialize<S: Serializer>(value: &u32, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u32(*value)
+    }
+
+    /// Reads it from either form.
+    ///
+    /// # Errors
+    /// When it is neither, or too large.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Either {
+            Number(u32),
+            Text(String),
+        }
+        match Either::deserialize(from)? {
+            Either::Number(number) => Ok(number),
+            Either::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// Bytes, as base64: standard on the way out, standard or URL-safe, padded or not, on the way in.
+pub mod base64 {
+    use base64::Engine as _;
+    use base64::engine::DecodePaddingMode;
+    use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// Writes base64.
+    ///
+    /// # Errors
+    /// The serialiser's.
+    pub fn serialize<S: Serializer>(value: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&STANDARD.encode(value))
+    }
+
+    /// Reads base64.
+    ///
+    /// # Errors
+    /// When it is not base64.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        const LENIENT: GeneralPurpose = GeneralPurpose::new(
+            &base64::alphabet::STANDARD,
+            GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+        );
+        let text = String::deserialize(from)?.replace('-', "+").replace('_', "/");
+        LENIENT.decode(text).map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    struct All {
+        #[serde(with = "super::int64")]
+        size: i64,
+        #[serde(with = "super::uint32")]
+        pid: u32,
+        #[serde(with = "super::base64")]
+        data: Vec<u8>,
+    }
+
+    #[test]
+    fn both_forms_are_read_and_one_is_written() {
+        let all = All { size: -5, pid: 7, data: b"hi>".to_vec() };
+        let written = r#"{"size":"-5","pid":7,"data":"aGk+"}"#;
+        assert_eq!(serde_json::to_string(&all).unwrap(), written);
+        for text in [written, r#"{"size":-5,"pid":"7","data":"aGk-"}"#] {
+            assert_eq!(serde_json::from_str::<All>(text).unwrap(), all);
+        }
+        assert!(serde_json::from_str::<All>(r#"{"size":"x","pid":7,"data":""}"#).is_err());
+        assert!(serde_json::from_str::<All>(r#"{"size":1,"pid":-7,"data":""}"#).is_err());
+        assert!(serde_json::from_str::<All>(r#"{"size":1,"pid":7,"data":"!"}"#).is_err());
+    }
+}

@@ -1,0 +1,201 @@
+//! The answer of a server stream: envelopes from a handler, keepalives, the deadline, one end.
+//!
+//! Made by `rpc`, written by handlers, polled by hyper. Refuses to run ahead of the client by more
+//! than [`FRAMES_AHEAD_MAX`] envelopes, and to end without saying how.
+
+use std::future::Future as _;
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::Frame;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, Sleep};
+
+use super::{Code, Codec, ConnectError, Json, Message, envelope};
+use crate::http::body::Disconnected;
+
+/// How many envelopes a handler may be ahead of the client.
+const FRAMES_AHEAD_MAX: usize = 16;
+
+/// Writes messages of one type to the client.
+#[derive(Debug)]
+pub struct StreamSender<T> {
+    frames: mpsc::Sender<Bytes>,
+    message: PhantomData<fn(T)>,
+}
+
+/// Why a message could not be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The client is gone, or its deadline has passed.
+    #[error(transparent)]
+    Disconnected(#[from] Disconnected),
+    /// The message did not serialise.
+    #[error(transparent)]
+    Message(#[from] ConnectError),
+}
+
+impl<T: Message> StreamSender<T> {
+    /// Sends one message, waiting while the client is behind.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn send(&self, message: &T) -> Result<(), SendError> {
+        let frame = envelope::message(&Json.encode(message)?);
+        self.frames.send(frame).await.map_err(|_| SendError::Disconnected(Disconnected))
+    }
+
+    /// Waits until the client has gone or its deadline has passed.
+    pub async fn closed(&self) {
+        self.frames.closed().await;
+    }
+}
+
+/// How a stream keeps its connection alive and when it must end.
+#[derive(Clone, Debug)]
+pub(super) struct Pace {
+    /// Sent after `every` without another message.
+    pub keepalive: Option<Bytes>,
+    /// How long that is.
+    pub every: Duration,
+    /// When the stream ends with `deadline_exceeded`.
+    pub deadline: Option<Instant>,
+}
+
+/// What ends the stream: sent by the task that runs the handler.
+pub(super) type Outcome = Result<(), ConnectError>;
+
+/// The body of the answer.
+pub(super) struct StreamBody {
+    frames: mpsc::Receiver<Bytes>,
+    outcome: tokio::sync::oneshot::Receiver<Outcome>,
+    pace: Pace,
+    keepalive: Pin<Box<Sleep>>,
+    deadline: Option<Pin<Box<Sleep>>>,
+    ended: bool,
+}
+
+/// A stream: what the handler writes to, where its outcome goes, and the body.
+pub(super) fn stream<T: Message>(
+    pace: Pace,
+) -> (StreamSender<T>, tokio::sync::oneshot::Sender<Outcome>, StreamBody) {
+    let (sender, frames) = mpsc::channel(FRAMES_AHEAD_MAX);
+    let (done, outcome) = tokio::sync::oneshot::channel();
+    let body = StreamBody {
+        frames,
+        outcome,
+        keepalive: Box::pin(tokio::time::sleep(pace.every)),
+        deadline: pace.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
+        pace,
+        ended: false,
+    };
+    (StreamSender { frames: sender, message: PhantomData }, done, body)
+}
+
+impl StreamBody {
+    fn finish(&mut self, error: Option<&ConnectError>) -> Bytes {
+        self.ended = true;
+        self.frames.close();
+        envelope::end(error)
+    }
+
+    fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        // The deadline first: a stream with much to say ends on time as well.
+        if let Some(deadline) = &mut self.deadline
+            && deadline.as_mut().poll(context).is_ready()
+        {
+            let error = ConnectError::new(Code::DeadlineExceeded, "context deadline exceeded");
+            return Poll::Ready(Some(self.finish(Some(&error))));
+        }
+        match self.frames.poll_recv(context) {
+            Poll::Ready(Some(frame)) => {
+                self.keepalive.as_mut().reset(Instant::now() + self.pace.every);
+                return Poll::Ready(Some(frame));
+            }
+            Poll::Ready(None) => {
+                let broken =
+                    |_| Err(ConnectError::internal("the handler of this stream broke off"));
+                let outcome =
+                    ready!(Pin::new(&mut self.outcome).poll(context)).unwrap_or_else(broken);
+                return Poll::Ready(Some(self.finish(outcome.err().as_ref())));
+            }
+            Poll::Pending => {}
+        }
+        if let Some(frame) = self.pace.keepalive.clone() {
+            ready!(self.keepalive.as_mut().poll(context));
+            self.keepalive.as_mut().reset(Instant::now() + self.pace.every);
+            return Poll::Ready(Some(frame));
+        }
+        Poll::Pending
+    }
+}
+
+impl http_body::Body for StreamBody {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        self.poll_bytes(context).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt;
+
+    fn pace(deadline: Option<Instant>) -> Pace {
+        let keepalive = Some(envelope::message(b"{\"keepalive\":{}}"));
+        Pace { keepalive, every: Duration::from_secs(5), deadline }
+    }
+
+    async fn next(body: &mut StreamBody) -> Option<Bytes> {
+        Some(body.frame().await?.unwrap().into_data().unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_filled_and_data_puts_it_off() {
+        let (sender, done, mut body) = stream::<u32>(pace(None));
+        let start = Instant::now();
+        let writer = tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            sender.send(&7).await.unwrap();
+            sender.closed().await;
+            drop(done);
+        });
+        assert_eq!(next(&mut body).await.unwrap(), envelope::message(b"7"));
+        assert_eq!(next(&mut body).await.unwrap(), envelope::message(b"{\"keepalive\":{}}"));
+        assert_eq!(start.elapsed().as_secs(), 9);
+        drop(body);
+        writer.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_end_says_how() {
+        let (sender, done, mut body) = stream::<u32>(pace(None));
+        done.send(Ok(())).unwrap();
+        drop(sender);
+        assert_eq!(next(&mut body).await.unwrap(), envelope::end(None));
+        assert_eq!(next(&mut body).await, None);
+
+        let (sender, done, mut body) = stream::<u32>(pace(None));
+        drop((sender, done));
+        let frame = next(&mut body).await.unwrap();
+        assert!(String::from_utf8_lossy(&frame).contains("internal"), "{frame:?}");
+
+        let soon = Instant::now() + Duration::from_secs(1);
+        let (sender, _done, mut body) = stream::<u32>(pace(Some(soon)));
+        let frame = next(&mut body).await.unwrap();
+        assert!(String::from_utf8_lossy(&frame).contains("deadline_exceeded"), "{frame:?}");
+        assert!(matches!(sender.send(&1).await, Err(SendError::Disconnected(_))));
+    }
+}

@@ -1,0 +1,223 @@
+//! A file on its way to a client.
+//!
+//! Called by [`super::files`] on a thread that is the user. Reads in chunks and waits for the
+//! client between them. Refuses what is not a regular file (a pipe would wait for ever), and links
+//! like `/proc/self/fd/3`, which would be the agent's own files and not the user's.
+
+use std::io::{Read as _, Seek as _, Write as _};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::range::{self, Part};
+use crate::http::BodySender;
+
+/// Bytes read at once.
+const CHUNK_BYTES: usize = 64 * 1024;
+
+/// Why a file cannot be sent; the texts are E2B's.
+#[derive(Debug, thiserror::Error)]
+pub enum DownloadError {
+    #[error("path '{0}' does not exist")]
+    NotFound(String),
+    #[error("path '{0}' is a directory")]
+    Directory(String),
+    #[error("path '{0}' is not a regular file")]
+    NotAFile(String),
+    #[error("the user may not read '{0}'")]
+    Denied(String),
+    #[error("range not satisfiable: the file has {size} bytes")]
+    Range { size: u64 },
+    #[error("error opening file '{path}'")]
+    Io {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What the answer's headers are made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// The whole file's size; `None` for files that only tell by being read, as in `/proc`.
+    pub size: Option<u64>,
+    pub part: Part,
+    pub is_gzip: bool,
+    /// Seconds since the Unix epoch.
+    pub modified: u64,
+}
+
+/// What the client wants.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    pub range: Option<String>,
+    pub gzip: bool,
+}
+
+/// Opens the file, answers with its head, and sends it. Blocks; `body` needs `runtime` to wait.
+pub fn send(
+    path: &Path,
+    wanted: &Wanted,
+    head: oneshot::Sender<Result<Head, DownloadError>>,
+    body: BodySender,
+    runtime: &Handle,
+) {
+    let (mut file, first, found) = match open(path, wanted) {
+        Ok(opened) => opened,
+        Err(error) => {
+            // Whoever asked may have gone.
+            drop(head.send(Err(error)));
+            return;
+        }
+    };
+    if head.send(Ok(found)).is_err() {
+        return;
+    }
+    let mut sink = Sink { body, runtime, gzip: None };
+    if found.is_gzip {
+        let level = flate2::Compression::fast();
+        sink.gzip = Some(flate2::write::GzEncoder::new(Vec::new(), level));
+    }
+    match copy(&mut file, first, found, &mut sink) {
+        // A client that has gone needs no more telling.
+        Ok(()) | Err(CopyError::Gone) => {}
+        Err(CopyError::Io(error)) => {
+            runtime.block_on(sink.body.abort(error)).unwrap_or_default();
+        }
+    }
+}
+
+type Opened = (std::fs::File, Vec<u8>, Head);
+
+fn open(path: &Path, wanted: &Wanted) -> Result<Opened, DownloadError> {
+    let shown = path.display().to_string();
+    // Not waiting for a pipe's other end: what it is, is looked at next.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS);
+    let mut file = match opened {
+        Ok(fd) => std::fs::File::from(fd),
+        Err(Errno::NOENT | Errno::NOTDIR) => return Err(DownloadError::NotFound(shown)),
+        Err(Errno::ACCESS | Errno::PERM) => return Err(DownloadError::Denied(shown)),
+        Err(Errno::NXIO | Errno::LOOP) => return Err(DownloadError::NotAFile(shown)),
+        Err(error) => return Err(DownloadError::Io { path: shown, source: error.into() }),
+    };
+    let fail = |source| DownloadError::Io { path: shown.clone(), source };
+    let metadata = file.metadata().map_err(fail)?;
+    if metadata.is_dir() {
+        return Err(DownloadError::Directory(shown));
+    }
+    if !metadata.is_file() {
+        return Err(DownloadError::NotAFile(shown));
+    }
+    let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+    let modified = modified.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let mut first = Vec::new();
+    let size = match metadata.len() {
+        0 => {
+            first = read_chunk(&mut file, CHUNK_BYTES).map_err(fail)?;
+            first.is_empty().then_some(0)
+        }
+        size => Some(size),
+    };
+    let part = match (&wanted.range, size) {
+        (Some(header), Some(size)) => range::parse(header, size),
+        _ => Part::Whole,
+    };
+    match part {
+        Part::Unsatisfiable => return Err(DownloadError::Range { size: size.unwrap_or(0) }),
+        Part::Range { first, .. } => {
+            file.seek(std::io::SeekFrom::Start(first)).map_err(fail)?;
+        }
+        Part::Whole => {}
+    }
+    let is_gzip = wanted.gzip && wanted.range.is_none() && size != Some(0);
+    Ok((file, first, Head { size, part, is_gzip, modified }))
+}
+
+enum CopyError {
+    Gone,
+    Io(std::io::Error),
+}
+
+struct Sink<'a> {
+    body: BodySender,
+    runtime: &'a Handle,
+    gzip: Option<flate2::write::GzEncoder<Vec<u8>>>,
+}
+
+impl Sink<'_> {
+    fn put(&mut self, chunk: Vec<u8>) -> Result<(), CopyError> {
+        let chunk = match &mut self.gzip {
+            Some(encoder) => {
+                encoder.write_all(&chunk).map_err(CopyError::Io)?;
+                std::mem::take(encoder.get_mut())
+            }
+            None => chunk,
+        };
+        self.pass(chunk)
+    }
+
+    fn pass(&self, chunk: Vec<u8>) -> Result<(), CopyError> {
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        self.runtime.block_on(self.body.send(Bytes::from(chunk))).map_err(|_| CopyError::Gone)
+    }
+
+    fn end(&mut self) -> Result<(), CopyError> {
+        match self.gzip.take() {
+            Some(encoder) => self.pass(encoder.finish().map_err(CopyError::Io)?),
+            None => Ok(()),
+        }
+    }
+}
+
+fn copy(
+    file: &mut std::fs::File,
+    first: Vec<u8>,
+    head: Head,
+    sink: &mut Sink<'_>,
+) -> Result<(), CopyError> {
+    sink.put(first)?;
+    // The length went out with the head: a file that grows is cut there, and one that shrinks
+    // breaks the answer off.
+    let promised = match (head.part, head.size) {
+        (Part::Range { first, last }, _) => Some(last - first + 1),
+        (_, size) => size,
+    };
+    let mut left = promised;
+    while left != Some(0) {
+        let most = left.and_then(|left| usize::try_from(left).ok()).unwrap_or(usize::MAX);
+        let chunk = read_chunk(file, most.min(CHUNK_BYTES)).map_err(CopyError::Io)?;
+        if chunk.is_empty() {
+            if left.is_some() {
+                let text = "the file became shorter while it was sent";
+                return Err(CopyError::Io(std::io::Error::other(text)));
+            }
+            break;
+        }
+        let count = u64::try_from(chunk.len()).unwrap_or(u64::MAX);
+        left = left.map(|left| left.saturating_sub(count));
+        sink.put(chunk)?;
+    }
+    sink.end()
+}
+
+fn read_chunk(file: &mut std::fs::File, most: usize) -> std::io::Result<Vec<u8>> {
+    let mut chunk = vec![0; most];
+    loop {
+        match file.read(&mut chunk) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+            Ok(count) => {
+                chunk.truncate(count);
+                return Ok(chunk);
+            }
+        }
+    }
+}

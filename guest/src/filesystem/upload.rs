@@ -1,0 +1,251 @@
+//! A file on its way from a client.
+//!
+//! Called by [`super::files`] on a thread that is the user. Writes under a temporary name beside
+//! the target and renames at the end, so an upload that is cut off leaves what was there before.
+//! Refuses directories and special files as targets, and files that the user may not write to.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use rustix::io::Errno;
+use tokio::sync::mpsc;
+
+use super::operations::may_write;
+use crate::interpreter::hex;
+
+/// What is uploaded, piece by piece. A channel that closes without `End` was cut off.
+#[derive(Debug)]
+pub enum Chunk {
+    Data(Bytes),
+    End,
+}
+
+/// Why a file was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum UploadError {
+    #[error("path is a directory: {0}")]
+    Directory(String),
+    #[error("path is not a regular file: {0}")]
+    NotAFile(String),
+    #[error("the user may not write '{0}'")]
+    Denied(String),
+    #[error("not enough disk space available to write '{0}'")]
+    NoSpace(String),
+    #[error("the upload of '{0}' was cut off before its end; nothing was changed")]
+    CutOff(String),
+    #[error("'{0}' cannot be a path: one of its parents is not a directory, or a name is too long")]
+    Path(String),
+    #[error("error writing file '{path}'")]
+    Io {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl UploadError {
+    fn of(path: &Path, source: std::io::Error) -> Self {
+        let path = path.display().to_string();
+        match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Self::NoSpace(path)
+            }
+            std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+                Self::Denied(path)
+            }
+            std::io::ErrorKind::NotADirectory
+            | std::io::ErrorKind::InvalidFilename
+            | std::io::ErrorKind::AlreadyExists => Self::Path(path),
+            _ => Self::Io { path, source },
+        }
+    }
+}
+
+/// A name beside `target` that nothing has.
+///
+/// # Errors
+/// When there are no random bytes to be had.
+pub fn temporary_name(target: &Path) -> std::io::Result<PathBuf> {
+    let mut random = [0_u8; 8];
+    let count = rustix::rand::getrandom(&mut random[..], rustix::rand::GetRandomFlags::empty())?;
+    let name = format!(".mica-upload-{}", hex(random.get(..count).unwrap_or(&random)));
+    Ok(target.with_file_name(name))
+}
+
+/// Receives one file. Blocks.
+///
+/// # Errors
+/// See [`UploadError`]; what was there before is then still there.
+pub fn receive(path: &Path, chunks: &mut mpsc::Receiver<Chunk>) -> Result<(), UploadError> {
+    let fail = |source| UploadError::of(path, source);
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(fail)?;
+    }
+    let existing = existing(path)?;
+    // Through a link, the file that it leads to is replaced, not the link.
+    let target = existing.as_ref().map_or(path, |(real, _)| real);
+    let temporary = temporary_name(target).map_err(fail)?;
+    let created = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o666)
+        .custom_flags(nofollow())
+        .open(&temporary);
+    match created {
+        Ok(mut file) => {
+            let mode = existing.as_ref().map(|(_, mode)| *mode);
+            let kept = fill(&mut file, path, chunks)
+                .and_then(|()| put_in_place(&file, mode, &temporary, target).map_err(fail));
+            if kept.is_err() {
+                // The first error is the one to tell.
+                std::fs::remove_file(&temporary).unwrap_or_default();
+            }
+            kept
+        }
+        // A file that the user may write to in a directory that they may not: it can only be
+        // written where it is.
+        Err(error) if existing.is_some() && is_refusal(&error) => {
+            let file = OpenOptions::new().write(true).truncate(true).open(target);
+            fill(&mut file.map_err(fail)?, path, chunks)
+        }
+        Err(error) => Err(fail(error)),
+    }
+}
+
+fn nofollow() -> i32 {
+    i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0)
+}
+
+fn is_refusal(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::PermissionDenied
+}
+
+/// The real path and the permissions of the file that is to be replaced, if there is one.
+fn existing(path: &Path) -> Result<Option<(PathBuf, u32)>, UploadError> {
+    let shown = || path.display().to_string();
+    let metadata = match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|error| UploadError::of(path, error))?,
+    };
+    if metadata.is_dir() {
+        return Err(UploadError::Directory(shown()));
+    }
+    if !metadata.is_file() {
+        return Err(UploadError::NotAFile(shown()));
+    }
+    match may_write(path) {
+        Err(Errno::ACCESS | Errno::PERM | Errno::ROFS) => return Err(UploadError::Denied(shown())),
+        other => other.map_err(|error| UploadError::of(path, error.into()))?,
+    }
+    let real = std::fs::canonicalize(path).map_err(|error| UploadError::of(path, error))?;
+    Ok(Some((real, metadata.permissions().mode() & 0o777)))
+}
+
+fn fill(
+    file: &mut File,
+    path: &Path,
+    chunks: &mut mpsc::Receiver<Chunk>,
+) -> Result<(), UploadError> {
+    loop {
+        match chunks.blocking_recv() {
+            Some(Chunk::Data(data)) => {
+                file.write_all(&data).map_err(|error| UploadError::of(path, error))?;
+            }
+            Some(Chunk::End) => return Ok(()),
+            None => return Err(UploadError::CutOff(path.display().to_string())),
+        }
+    }
+}
+
+fn put_in_place(
+    file: &File,
+    mode: Option<u32>,
+    temporary: &Path,
+    target: &Path,
+) -> std::io::Result<()> {
+    if let Some(mode) = mode {
+        file.set_permissions(Permissions::from_mode(mode))?;
+    }
+    std::fs::rename(temporary, target)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn base(name: &str) -> PathBuf {
+        let base = std::env::temp_dir().join(format!("mica-up-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&base).unwrap();
+        base
+    }
+
+    fn upload(path: &Path, pieces: &[&str], whole: bool) -> Result<(), UploadError> {
+        let (sender, mut receiver) = mpsc::channel(16);
+        for piece in pieces {
+            sender.try_send(Chunk::Data(Bytes::copy_from_slice(piece.as_bytes()))).unwrap();
+        }
+        if whole {
+            sender.try_send(Chunk::End).unwrap();
+        }
+        drop(sender);
+        receive(path, &mut receiver)
+    }
+
+    fn names(base: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(base).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_cut_upload_leaves_what_was_there() {
+        let base = base("cut");
+        let path = base.join("f");
+        assert!(matches!(upload(&path, &["half"], false), Err(UploadError::CutOff(_))));
+        assert!(names(&base).is_empty(), "nothing is left");
+        upload(&path, &["one ", "two"], true).unwrap();
+        assert!(upload(&path, &["half"], false).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
+        assert_eq!(names(&base), ["f"]);
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn permissions_and_links_stay() {
+        let base = base("keep");
+        let (file, link) = (base.join("script"), base.join("link"));
+        std::fs::write(&file, "old").unwrap();
+        std::fs::set_permissions(&file, Permissions::from_mode(0o751)).unwrap();
+        std::os::unix::fs::symlink("script", &link).unwrap();
+        upload(&link, &["new"], true).unwrap();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "new");
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o751);
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn odd_targets_are_refused() {
+        let base = base("odd");
+        std::fs::write(base.join("f"), "").unwrap();
+        let odd = |path: &Path| upload(path, &["x"], true).unwrap_err();
+        assert!(matches!(odd(&base), UploadError::Directory(_)));
+        assert!(matches!(odd(Path::new("/")), UploadError::Directory(_)));
+        assert!(matches!(odd(Path::new("/dev/null")), UploadError::NotAFile(_)));
+        assert!(matches!(odd(&base.join("f/g")), UploadError::Path(_)));
+        assert!(matches!(odd(&base.join("n".repeat(300))), UploadError::Path(_)));
+        upload(&base.join("new/deep/file"), &["x"], true).unwrap();
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_is_told_apart() {
+        let error = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        assert!(matches!(UploadError::of(Path::new("/f"), error), UploadError::NoSpace(_)));
+    }
+}

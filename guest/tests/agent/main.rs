@@ -1,0 +1,5 @@
+//! The real agent, run as a program and spoken to over its gateway.
+
+mod gateway;
+mod process;
+mod support;

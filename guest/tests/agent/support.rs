@@ -1,0 +1,291 @@
+//! Runs the real `mica-guest agent` on a Unix socket and speaks its protocols as the host and a
+//! client would, byte by byte.
+//!
+//! Called by the tests of this folder. Refuses to wait longer than [`PATIENCE`] for anything.
+
+#![expect(clippy::unwrap_used, reason = "a test's support fails its test by panicking")]
+
+use std::io::{BufRead as _, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use mica_units::GuestPort;
+use mica_wire::guest::{InitReply, InitRequest, Preamble, Verdict};
+use serde_json::Value;
+
+/// Longest wait for any single read.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The token of a sandbox that [`Agent::start`] initialises.
+pub const TOKEN: &str = "token-of-the-test";
+
+/// One running agent; it ends with the value.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    directory: PathBuf,
+}
+
+impl Agent {
+    /// An agent that has its identity.
+    pub fn start() -> Self {
+        let agent = Self::start_bare();
+        assert_eq!(agent.init("itest").error, None);
+        agent
+    }
+
+    /// An agent that nobody has talked to yet.
+    pub fn start_bare() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let unique =
+            format!("mica-agent-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let directory = std::env::temp_dir().join(unique);
+        std::fs::create_dir_all(&directory).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mica-guest"))
+            .args(["agent", "--root-user", "--envd-tcp", "none", "--interpreter-tcp", "none"])
+            .arg("--unix")
+            .arg(directory.join("gateway"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        Self { child, directory }
+    }
+
+    /// A connection to the gateway, and the verdict.
+    pub fn gateway(&self, preamble: &[u8]) -> (UnixStream, Option<Verdict>) {
+        let mut stream = UnixStream::connect(self.directory.join("gateway")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(preamble).unwrap();
+        let mut verdict = [0];
+        stream.read_exact(&mut verdict).unwrap();
+        (stream, Verdict::decode(verdict[0]))
+    }
+
+    /// A connection to a port.
+    pub fn port(&self, port: u16) -> (UnixStream, Option<Verdict>) {
+        self.gateway(&Preamble::Tcp(GuestPort::new(port).unwrap()).encode())
+    }
+
+    /// Tells the agent who it is.
+    pub fn init(&self, sandbox_id: &str) -> InitReply {
+        let request = InitRequest {
+            sandbox_id: sandbox_id.to_owned(),
+            template_id: "template".to_owned(),
+            access_token: Some(TOKEN.to_owned()),
+            env_vars: [("OF_THE_SANDBOX".to_owned(), "1".to_owned())].into(),
+            wall_clock_unix_ns: 1,
+        };
+        let (mut stream, verdict) = self.gateway(&Preamble::Control.encode());
+        assert_eq!(verdict, Some(Verdict::Open));
+        let mut line = serde_json::to_vec(&request).unwrap();
+        line.push(b'\n');
+        stream.write_all(&line).unwrap();
+        let mut reply = Vec::new();
+        stream.read_to_end(&mut reply).unwrap();
+        serde_json::from_slice(&reply).unwrap()
+    }
+
+    /// Sends a whole HTTP request to envd and reads the answer's head.
+    pub fn request(&self, head: &str, body: &[u8]) -> Answer {
+        let (mut stream, verdict) = self.port(49983);
+        assert_eq!(verdict, Some(Verdict::Open));
+        stream
+            .write_all(
+                format!("{head}\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len()).as_bytes(),
+            )
+            .unwrap();
+        stream.write_all(body).unwrap();
+        Answer::read(stream)
+    }
+
+    /// A unary call.
+    pub fn call(&self, method: &str, message: &Value) -> (u16, Value) {
+        let head = format!(
+            "POST /process.Process/{method} HTTP/1.1\r\nx-access-token: {TOKEN}\r\n\
+             content-type: application/json"
+        );
+        let mut answer = self.request(&head, message.to_string().as_bytes());
+        let body = answer.body();
+        (answer.status, serde_json::from_slice(&body).unwrap())
+    }
+
+    /// A call that streams, with more headers.
+    pub fn stream_with(&self, method: &str, headers: &str, message: &Value) -> Answer {
+        let text = message.to_string();
+        let mut body = vec![0];
+        body.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
+        body.extend(text.as_bytes());
+        let head = format!(
+            "POST /process.Process/{method} HTTP/1.1\r\nx-access-token: {TOKEN}\r\n\
+             content-type: application/connect+json{headers}"
+        );
+        self.request(&head, &body)
+    }
+
+    /// A call that streams.
+    pub fn stream(&self, method: &str, message: &Value) -> Answer {
+        self.stream_with(method, "", message)
+    }
+
+    /// `Start`, and the process id of its first event.
+    pub fn start_process(&self, message: &Value) -> (u64, Answer) {
+        let mut answer = self.stream("Start", message);
+        let first = answer.event().unwrap();
+        (first["event"]["start"]["pid"].as_u64().unwrap(), answer)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::fs::remove_dir_all(&self.directory).unwrap();
+    }
+}
+
+/// An answer whose body is read piece by piece.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// The headers, in lower case.
+    pub headers: Vec<(String, String)>,
+    reader: BufReader<UnixStream>,
+    /// Bytes of chunks that are not yet taken as frames.
+    pending: Vec<u8>,
+}
+
+impl Answer {
+    fn read(stream: UnixStream) -> Self {
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        let status = line.split(' ').nth(1).unwrap().parse().unwrap();
+        let mut headers = Vec::new();
+        loop {
+            line.clear();
+            reader.read_line(&mut line).unwrap();
+            let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+            headers.push((name.to_ascii_lowercase(), value.to_owned()));
+        }
+        Self { status, headers, reader, pending: Vec::new() }
+    }
+
+    /// One header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    /// All of the body.
+    pub fn body(&mut self) -> Vec<u8> {
+        if self.status == 204 {
+            return Vec::new();
+        }
+        if let Some(length) = self.header("content-length") {
+            let mut body = vec![0; length.parse().unwrap()];
+            self.reader.read_exact(&mut body).unwrap();
+            return body;
+        }
+        while self.chunk() {}
+        std::mem::take(&mut self.pending)
+    }
+
+    fn chunk(&mut self) -> bool {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).unwrap();
+        let length = usize::from_str_radix(line.trim_end(), 16).unwrap();
+        let mut bytes = vec![0; length + 2];
+        self.reader.read_exact(&mut bytes).unwrap();
+        self.pending.extend(&bytes[..length]);
+        length > 0
+    }
+
+    fn frame(&mut self) -> (u8, Value) {
+        loop {
+            if let Some(([flags, length @ ..], rest)) = self.pending.split_first_chunk::<5>() {
+                let length = usize::try_from(u32::from_be_bytes(*length)).unwrap();
+                if let Some(payload) = rest.get(..length) {
+                    let frame = (*flags, serde_json::from_slice(payload).unwrap());
+                    self.pending.drain(..5 + length);
+                    return frame;
+                }
+            }
+            if let Some(length) = self.header("content-length") {
+                let mut body = vec![0; length.parse().unwrap()];
+                self.reader.read_exact(&mut body).unwrap();
+                self.headers.retain(|(name, _)| name != "content-length");
+                self.pending.extend(body);
+            } else {
+                assert!(self.chunk(), "the stream ended without an end frame");
+            }
+        }
+    }
+
+    /// The next message of a stream; `None` at an end in good order.
+    pub fn event(&mut self) -> Option<Value> {
+        match self.frame() {
+            (0, message) => Some(message),
+            (2, end) => {
+                assert_eq!(end, serde_json::json!({}));
+                None
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The error in a stream's end, which must come next but for data.
+    pub fn error(&mut self) -> Value {
+        loop {
+            match self.frame() {
+                (0, _) => {}
+                (2, end) => return end["error"].clone(),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Everything up to the end event: what was written, by kind, and the end.
+    pub fn to_end(&mut self) -> (String, String, Value) {
+        let (mut out, mut err) = (String::new(), String::new());
+        loop {
+            let message = self.event().expect("an end event comes before the end");
+            let event = &message["event"];
+            if event["end"].is_object() {
+                assert_eq!(self.event(), None, "the end event is the last");
+                return (out, err, event["end"].clone());
+            }
+            let data = &event["data"];
+            if let Some(text) = data["stdout"].as_str().or_else(|| data["pty"].as_str()) {
+                out.push_str(&decode(text));
+            }
+            if let Some(text) = data["stderr"].as_str() {
+                err.push_str(&decode(text));
+            }
+        }
+    }
+
+    /// Hangs up, as a client that goes away does.
+    pub fn hang_up(self) {
+        self.reader.get_ref().shutdown(Shutdown::Both).unwrap();
+    }
+}
+
+/// base64 to text.
+pub fn decode(data: &str) -> String {
+    use base64::Engine as _;
+    let bytes = base64::engine::general_purpose::STANDARD.decode(data).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Text to base64.
+pub fn encode(text: &str) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode(text)
+}

@@ -1,0 +1,373 @@
+//! The code interpreter against a real ipykernel, over real HTTP.
+//!
+//! Needs a Python with ipykernel, numpy, pandas, matplotlib and e2b_charts, named by
+//! `MICA_TEST_PYTHON`. Without it every test here says so and checks nothing, unless
+//! `REQUIRE_TEST_PYTHON=1`, which makes that a failure.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mica_guest::http::{Router, serve};
+use mica_guest::interpreter::{Interpreter, LaunchSpec, Launcher, add_routes};
+use mica_guest::sandbox::{Sandbox, TemplateSettings};
+use mica_wire::guest::InitRequest;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+/// Longest any one step may take; a kernel under load is slow to start.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn python() -> Option<PathBuf> {
+    let given = std::env::var_os("MICA_TEST_PYTHON").map(PathBuf::from);
+    if given.is_none() {
+        let text = "MICA_TEST_PYTHON is not set: nothing is checked against a real kernel";
+        assert!(std::env::var_os("REQUIRE_TEST_PYTHON").is_none(), "{text}");
+        eprintln!("skipped: {text}");
+    }
+    given
+}
+
+/// Starts the program as whoever runs the tests.
+fn plain_launcher() -> Launcher {
+    Arc::new(|spec: &LaunchSpec| {
+        let mut command = tokio::process::Command::new(&spec.program);
+        command
+            .args(&spec.args)
+            .env_clear()
+            .envs(&spec.env)
+            .current_dir(&spec.cwd)
+            .process_group(0);
+        Ok(command)
+    })
+}
+
+struct Server {
+    address: SocketAddr,
+    directory: PathBuf,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Kernels end with the runtime; what they leave is in here.
+        std::fs::remove_dir_all(&self.directory).unwrap_or_default();
+    }
+}
+
+async fn server_with(python: PathBuf, env_vars: BTreeMap<String, String>) -> Server {
+    let sandbox = Arc::new(Sandbox::new(TemplateSettings::default(), true));
+    let identity = InitRequest {
+        sandbox_id: "test".into(),
+        template_id: "test".into(),
+        access_token: None,
+        env_vars,
+        wall_clock_unix_ns: 0,
+    };
+    // A unique name: the address of a listener that is still held.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let directory =
+        std::env::temp_dir().join(format!("mica-i-{}-{}", std::process::id(), address.port()));
+    let interpreter = Arc::new(Interpreter::new(
+        Arc::clone(&sandbox),
+        plain_launcher(),
+        python,
+        directory.clone(),
+    ));
+    // As in a template: the kernel starts before the sandbox knows who it is.
+    interpreter.warm().unwrap();
+    assert!(sandbox.set_identity(identity).unwrap());
+    let mut router = Router::new(sandbox);
+    add_routes(&mut router, &interpreter);
+    let router = Arc::new(router);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let router = Arc::clone(&router);
+            // A client that goes away early is part of what is tested.
+            tokio::spawn(async move { serve(stream, router).await.unwrap_or_default() });
+        }
+    });
+    Server { address, directory }
+}
+
+async fn server() -> Option<Server> {
+    Some(server_with(python()?, BTreeMap::new()).await)
+}
+
+impl Server {
+    async fn open(&self, method: &str, path: &str, body: &str) -> (u16, BufReader<TcpStream>) {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body.as_bytes()).await.unwrap();
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        timeout(PATIENCE, reader.read_line(&mut line)).await.unwrap().unwrap();
+        let status = line.split(' ').nth(1).unwrap().parse().unwrap();
+        while line.trim_end() != "" {
+            line.clear();
+            reader.read_line(&mut line).await.unwrap();
+        }
+        (status, reader)
+    }
+
+    /// Status and whole body, chunk framing taken off.
+    async fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let (status, mut reader) = self.open(method, path, body).await;
+        let mut rest = String::new();
+        timeout(PATIENCE, reader.read_to_string(&mut rest)).await.unwrap().unwrap();
+        (status, rest)
+    }
+
+    async fn run(&self, request: Value) -> Vec<Value> {
+        let (status, mut reader) = self.open("POST", "/execute", &request.to_string()).await;
+        assert_eq!(status, 200);
+        let mut events = Vec::new();
+        while let Some(event) = next_event(&mut reader).await {
+            events.push(event);
+        }
+        let last = events.pop().unwrap();
+        assert_eq!(last, json!({"type": "end_of_execution"}));
+        events.retain(|event| event["type"] != "keepalive");
+        events
+    }
+
+    async fn code(&self, code: &str) -> Vec<Value> {
+        self.run(json!({"code": code})).await
+    }
+
+    async fn stdout(&self, request: Value) -> String {
+        let events = self.run(request).await;
+        of_type(&events, "stdout").iter().map(|e| e["text"].as_str().unwrap()).collect()
+    }
+}
+
+/// The next event of a stream, which comes one to a chunk.
+async fn next_event(reader: &mut BufReader<TcpStream>) -> Option<Value> {
+    let mut size = String::new();
+    timeout(PATIENCE, reader.read_line(&mut size)).await.unwrap().unwrap();
+    let size = usize::from_str_radix(size.trim(), 16).unwrap();
+    let mut chunk = vec![0; size + 2];
+    timeout(PATIENCE, reader.read_exact(&mut chunk)).await.unwrap().unwrap();
+    if size == 0 {
+        return None;
+    }
+    let line = &chunk[..size];
+    assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1, "one line, one chunk");
+    Some(serde_json::from_slice(line).unwrap())
+}
+
+fn of_type<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    events.iter().filter(|event| event["type"] == kind).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cell_gives_its_output_and_its_result() {
+    let Some(server) = server().await else { return };
+    let events =
+        server.code("import sys\nprint('out')\nprint('err', file=sys.stderr)\n'a' 'b'").await;
+    assert_eq!(events[0], json!({"type": "number_of_executions", "execution_count": 1}));
+    let stdout = of_type(&events, "stdout");
+    assert_eq!(stdout[0]["text"], "out\n");
+    assert!(stdout[0]["timestamp"].as_str().unwrap().contains('T'));
+    assert_eq!(of_type(&events, "stderr")[0]["text"], "err\n");
+    let result = of_type(&events, "result")[0];
+    assert_eq!(result["text"], "ab");
+    assert_eq!(result["is_main_result"], true);
+    // The state stays, and the bootstrap and the environment leave no mark on the count.
+    assert_eq!(
+        server.run(json!({"code": "x = 5", "env_vars": {"A": "1"}})).await[0]["execution_count"],
+        2
+    );
+    let events = server.code("x + 1").await;
+    assert_eq!(events[0]["execution_count"], 3);
+    assert_eq!(events[1]["text"], "6");
+    assert_eq!(
+        server.stdout(json!({"code": "print(sorted(n for n in dir() if 'mica' in n))"})).await,
+        "[]\n"
+    );
+    assert_eq!(server.ask("GET", "/health", "").await, (200, "\"OK\"".to_owned()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_is_told_once_with_its_traceback() {
+    let Some(server) = server().await else { return };
+    let events = server.code("def f():\n    return 1 / 0\nf()").await;
+    let errors = of_type(&events, "error");
+    assert_eq!(errors.len(), 1);
+    assert_eq!(errors[0]["name"], "ZeroDivisionError");
+    assert_eq!(errors[0]["value"], "division by zero");
+    let traceback = errors[0]["traceback"].as_str().unwrap();
+    assert!(traceback.contains("Traceback (most recent call last)"), "{traceback}");
+    let events = server.code("1 +").await;
+    assert_eq!(of_type(&events, "error")[0]["name"], "SyntaxError");
+    assert_eq!(server.code("input()").await.last().unwrap()["name"], "StdinNotImplementedError");
+    assert!(server.code("").await.iter().all(|event| event["type"] == "number_of_executions"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn charts_and_frames_come_as_data() {
+    let Some(server) = server().await else { return };
+    let code = "import matplotlib.pyplot as plt\nplt.plot([1, 2, 3], [4, 5, 6])\n\
+                plt.title('T')\nplt.xlabel('X')\nplt.show()";
+    let events = server.code(code).await;
+    let result = of_type(&events, "result")[0];
+    assert!(result["png"].as_str().unwrap().starts_with("iVBORw0KGgo"), "a PNG in base64");
+    assert_eq!(result["chart"]["type"], "line");
+    assert_eq!(result["chart"]["title"], "T");
+    assert_eq!(result["chart"]["elements"][0]["points"][2], json!([3.0, 6.0]));
+    assert_eq!(result["is_main_result"], false);
+    let code = "import pandas as pd\npd.DataFrame({'a': [1, 2], 'b': ['x', 'y'], \
+                't': pd.to_datetime(['2026-01-02', '2026-01-03'])})";
+    let events = server.code(code).await;
+    let result = of_type(&events, "result")[0];
+    assert_eq!(result["data"]["a"], json!([1, 2]));
+    assert_eq!(result["data"]["b"], json!(["x", "y"]));
+    assert_eq!(result["data"]["t"][0], "2026-01-02T00:00:00");
+    assert!(result["html"].as_str().unwrap().contains("<table"));
+    let code = "from IPython.display import *\ndisplay(HTML('<b>'), Markdown('m'), \
+                Latex('l'), JSON({'a': 1}), Javascript('j'), SVG('<svg/>'))";
+    let events = server.code(code).await;
+    let results = of_type(&events, "result");
+    for (result, (field, wanted)) in results.iter().zip([
+        ("html", json!("<b>")),
+        ("markdown", json!("m")),
+        ("latex", json!("l")),
+        ("json", json!({"a": 1})),
+        ("javascript", json!("j")),
+        ("svg", json!("<svg/>")),
+    ]) {
+        assert_eq!(result[field], wanted);
+    }
+    assert_eq!(results.len(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn variables_are_set_for_the_call_and_put_back() {
+    let Some(python) = python() else { return };
+    let global = BTreeMap::from([("GLOBAL".to_owned(), "sandbox".to_owned())]);
+    let server = server_with(python, global).await;
+    let show = "import os\nprint([os.environ.get(n) for n in ('GLOBAL', 'A', 'HOME')][:2])";
+    let sandbox_only = "['sandbox', None]\n";
+    assert_eq!(server.stdout(json!({"code": show})).await, sandbox_only);
+    let both = json!({"code": show, "env_vars": {"GLOBAL": "call", "A": "it's \"1\"\n"}});
+    assert_eq!(server.stdout(both).await, "['call', 'it\\'s \"1\"\\n']\n");
+    assert_eq!(server.stdout(json!({"code": show})).await, sandbox_only);
+    let failing = json!({"code": "1/0", "env_vars": {"A": "2"}});
+    assert_eq!(of_type(&server.run(failing).await, "error").len(), 1);
+    assert_eq!(server.stdout(json!({"code": show})).await, sandbox_only);
+    let request = json!({"code": "1", "env_vars": {"a=b": "2"}}).to_string();
+    assert_eq!(server.ask("POST", "/execute", &request).await.0, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_flushed_one_by_one_and_silence_is_filled() {
+    let Some(server) = server().await else { return };
+    let code = "import time\nprint('one', flush=True)\ntime.sleep(6)\nprint('two')";
+    let request = json!({"code": code}).to_string();
+    let (_, mut reader) = server.open("POST", "/execute", &request).await;
+    let mut kinds = Vec::new();
+    while let Some(event) = next_event(&mut reader).await {
+        kinds.push(event["type"].as_str().unwrap().to_owned());
+    }
+    // The start of the kernel may have been filled with keepalives too.
+    let from = kinds.iter().position(|kind| kind == "stdout").unwrap();
+    assert_eq!(kinds[from..], ["stdout", "keepalive", "stdout", "end_of_execution"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_interrupts_its_cell() {
+    let Some(server) = server().await else { return };
+    let code = "print('begun', flush=True)\ntry:\n  import time; time.sleep(600)\n\
+                except KeyboardInterrupt:\n  interrupted = True";
+    let request = json!({"code": code, "env_vars": {"LEFT": "1"}}).to_string();
+    let (_, mut reader) = server.open("POST", "/execute", &request).await;
+    while next_event(&mut reader).await.unwrap()["type"] != "stdout" {}
+    // Waiting behind it, and given up before it begins: it must not run at all.
+    let waiting = json!({"code": "skipped = False"}).to_string();
+    drop(server.open("POST", "/execute", &waiting).await);
+    drop(reader);
+    let seen =
+        json!({"code": "import os\nprint(interrupted, 'skipped' in dir(), 'LEFT' in os.environ)"});
+    let stdout = timeout(Duration::from_secs(30), server.stdout(seen)).await.unwrap();
+    assert_eq!(stdout, "True False False\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_dies_is_told_and_replaced() {
+    let Some(server) = server().await else { return };
+    let events =
+        server.code("x = 1\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)").await;
+    let error = of_type(&events, "error")[0];
+    assert_eq!(error["name"], "UnexpectedEndOfExecution");
+    assert!(error["value"].as_str().unwrap().contains("signal: 9"), "{error}");
+    let events = server.code("'x' in dir()").await;
+    assert_eq!(of_type(&events, "result")[0]["text"], "False");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn contexts_are_apart() {
+    let Some(server) = server().await else { return };
+    let (status, body) = server.ask("POST", "/contexts", r#"{"cwd":"/tmp"}"#).await;
+    assert_eq!(status, 200);
+    let made: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&made["language"], &made["cwd"]), (&json!("python"), &json!("/tmp")));
+    let id = made["id"].as_str().unwrap();
+    let here = |code: &str| json!({"code": code, "context_id": id});
+    assert_eq!(server.stdout(here("y = 1\nimport os\nprint(os.getcwd())")).await, "/tmp\n");
+    assert_eq!(server.stdout(json!({"code": "print('y' in dir())"})).await, "False\n");
+    let listed: Value = serde_json::from_str(&server.ask("GET", "/contexts", "").await.1).unwrap();
+    assert_eq!(listed.as_array().unwrap().len(), 2);
+    let restart = format!("/contexts/{id}/restart");
+    assert_eq!(server.ask("POST", &restart, "").await.0, 200);
+    assert_eq!(server.stdout(here("print('y' in dir())")).await, "False\n");
+    let path = format!("/contexts/{id}");
+    assert_eq!(server.ask("DELETE", &path, "").await.0, 200);
+    let gone = format!("Context {id} not found");
+    for (method, path) in [("DELETE", path.as_str()), ("POST", restart.as_str())] {
+        assert_eq!(server.ask(method, path, "").await, (404, gone.clone()));
+    }
+    let request = here("1").to_string();
+    assert_eq!(server.ask("POST", "/execute", &request).await, (404, gone));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_answered_in_text() {
+    let Some(server) = server().await else { return };
+    for (path, body, wanted) in [
+        ("/execute", r#"{"code":"1","context_id":"a","language":"python"}"#, 400),
+        ("/execute", r#"{"code":"1","language":"cobol"}"#, 400),
+        ("/execute", r#"{"code":1}"#, 400),
+        ("/execute", "{", 400),
+        ("/execute", "", 400),
+        ("/execute", r#"{"code":"1","context_id":"../../etc"}"#, 404),
+        ("/contexts", r#"{"language":"r"}"#, 400),
+        ("/contexts", r#"{"cwd":"/no/such/place"}"#, 400),
+    ] {
+        let (status, text) = server.ask("POST", path, body).await;
+        assert_eq!(status, wanted, "{path} {body}: {text}");
+        assert!(!text.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn much_output_arrives_whole_and_odd_text_survives() {
+    let Some(server) = server().await else { return };
+    let code = "for i in range(20000): print(i)\n'é\\n\\x00😀'";
+    let events = server.code(code).await;
+    let text: String =
+        of_type(&events, "stdout").iter().map(|e| e["text"].as_str().unwrap()).collect();
+    assert_eq!(text.lines().count(), 20_000);
+    assert_eq!(of_type(&events, "result")[0]["text"], "é\\n\\x00😀");
+    assert_eq!(server.stdout(json!({"code": "print('after')"})).await, "after\n");
+}

@@ -1,0 +1,271 @@
+//! `GET /sandboxes` and `GET /v2/sandboxes`: which of the running sandboxes, in which order, and
+//! where the page ends.
+//!
+//! Called by [`super`] with every sandbox of the host. Refuses a filter it does not understand: a
+//! list that silently ignores one would show sandboxes that were not asked for.
+//!
+//! The metadata filter is encoded three times over, as E2B's SDKs send it: the query value is a
+//! query string of its own, whose keys and values are encoded once more.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mica_shards::SandboxInfo;
+use mica_units::SandboxId;
+
+use crate::error::ApiError;
+use crate::percent;
+use crate::rfc3339;
+use crate::route::Version;
+
+/// Most entries of one page, and how many there are unless fewer are asked for.
+pub const PAGE_ENTRIES_MAX: usize = 100;
+
+/// What a list was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListQuery {
+    metadata: Vec<(String, String)>,
+    /// Whether running sandboxes are wanted; they are all there is so far.
+    running: bool,
+    template: Option<String>,
+    started_after: Option<SystemTime>,
+    oldest_first: bool,
+    /// `None`: no pages (v1).
+    limit: Option<usize>,
+    after: Option<Cursor>,
+}
+
+/// The place where a page ends: the last entry that was shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Cursor {
+    started_unix_ns: u128,
+    id: SandboxId,
+}
+
+/// One page.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// Its entries, in order.
+    pub entries: Vec<SandboxInfo>,
+    /// What asks for the next page, if there is one.
+    pub next_token: Option<String>,
+    /// Running sandboxes on all pages.
+    pub total_running: usize,
+}
+
+impl Cursor {
+    fn of(info: &SandboxInfo) -> Self {
+        let since = info.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { started_unix_ns: since.as_nanos(), id: info.id }
+    }
+
+    fn to_token(self) -> String {
+        format!("{:x}-{}", self.started_unix_ns, self.id)
+    }
+
+    fn from_token(token: &str) -> Option<Self> {
+        let (nanos, id) = token.split_once('-')?;
+        let started_unix_ns = u128::from_str_radix(nanos, 16).ok()?;
+        Some(Self { started_unix_ns, id: id.parse().ok()? })
+    }
+}
+
+impl ListQuery {
+    /// Reads the query string. Parameters nobody defined are ignored, as E2B does.
+    ///
+    /// # Errors
+    /// 400, naming the parameter and its form.
+    pub fn parse(version: Version, query: &str) -> Result<Self, ApiError> {
+        let paged = version == Version::V2;
+        let mut parsed = Self {
+            metadata: Vec::new(),
+            running: true,
+            template: None,
+            started_after: None,
+            oldest_first: false,
+            limit: paged.then_some(PAGE_ENTRIES_MAX),
+            after: None,
+        };
+        let pairs = percent::query_pairs(query)
+            .map_err(|error| ApiError::bad_request(format!("the query is not valid: {error}")))?;
+        for (key, value) in pairs {
+            if key == "metadata" {
+                parsed.metadata = metadata(&value)?;
+            } else if paged {
+                parsed.set(&key, &value)?;
+            }
+        }
+        Ok(parsed)
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<(), ApiError> {
+        let form = |form: &str| ApiError::bad_request(format!("`{key}` must be {form}"));
+        match key {
+            "state" => {
+                let states: Vec<&str> = value.split(',').collect();
+                if !states.iter().all(|state| matches!(*state, "running" | "paused")) {
+                    return Err(form("`running`, `paused` or both, separated by a comma"));
+                }
+                self.running = states.contains(&"running");
+            }
+            "order" => match value {
+                "asc" => self.oldest_first = true,
+                "desc" => self.oldest_first = false,
+                _ => return Err(form("`asc` or `desc`")),
+            },
+            "limit" => {
+                let limit = value.parse().ok().filter(|n| (1..=PAGE_ENTRIES_MAX).contains(n));
+                self.limit = Some(limit.ok_or_else(|| form("1 to 100"))?);
+            }
+            "nextToken" => {
+                let cursor = Cursor::from_token(value);
+                self.after = Some(cursor.ok_or_else(|| form("an `x-next-token` of this host"))?);
+            }
+            "startedAfter" => {
+                let instant = rfc3339::parse(value);
+                self.started_after = Some(instant.ok_or_else(|| form("an RFC 3339 time"))?);
+            }
+            "template" => self.template = Some(value.to_owned()),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Picks, sorts and cuts.
+    #[must_use]
+    pub fn page(&self, all: Vec<SandboxInfo>) -> Page {
+        let mut entries: Vec<_> = all.into_iter().filter(|info| self.wants(info)).collect();
+        let total_running = entries.len();
+        entries.sort_by_key(Cursor::of);
+        if !self.oldest_first {
+            entries.reverse();
+        }
+        if let Some(after) = self.after {
+            let follows = |info: &SandboxInfo| match self.oldest_first {
+                true => Cursor::of(info) > after,
+                false => Cursor::of(info) < after,
+            };
+            entries.retain(follows);
+        }
+        let cut = self.limit.is_some_and(|limit| entries.len() > limit);
+        if let Some(limit) = self.limit {
+            entries.truncate(limit);
+        }
+        let next_token = entries.last().filter(|_| cut).map(|last| Cursor::of(last).to_token());
+        Page { entries, next_token, total_running }
+    }
+
+    fn wants(&self, info: &SandboxInfo) -> bool {
+        let labelled = |(key, value): &(String, String)| info.metadata.get(key) == Some(value);
+        let of_template =
+            |wanted: &String| info.template_id == *wanted || info.template_name.as_str() == wanted;
+        self.running
+            && self.metadata.iter().all(labelled)
+            && self.template.as_ref().is_none_or(of_template)
+            && self.started_after.is_none_or(|instant| info.started_at > instant)
+    }
+}
+
+fn metadata(value: &str) -> Result<Vec<(String, String)>, ApiError> {
+    let read = || {
+        percent::query_pairs(value)?
+            .into_iter()
+            .map(|(key, value)| Ok((percent::decode_query(&key)?, percent::decode_query(&value)?)))
+            .collect::<Result<Vec<_>, percent::PercentError>>()
+    };
+    read().map_err(|error| {
+        ApiError::bad_request(format!("`metadata` must be `key=value&key=value`: {error}"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mica_units::{Mebibytes, VcpuCount};
+    use std::time::Duration;
+
+    fn sandbox(n: u8, labels: &[(&str, &str)]) -> SandboxInfo {
+        let started_at = UNIX_EPOCH + Duration::from_secs(1000 + u64::from(n) / 2);
+        SandboxInfo {
+            id: SandboxId::from_random([n; 20]),
+            template_id: "tpl".to_owned(),
+            template_name: "base".parse().unwrap(),
+            started_at,
+            end_at: started_at + Duration::from_secs(60),
+            vcpus: VcpuCount::new(1).unwrap(),
+            memory: Mebibytes::new(512),
+            disk: Mebibytes::new(1024),
+            envd_version: "0.5.7".to_owned(),
+            metadata: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            access_token: None,
+        }
+    }
+
+    fn query(text: &str) -> ListQuery {
+        ListQuery::parse(Version::V2, text).unwrap()
+    }
+
+    #[test]
+    fn the_captured_metadata_filter_of_the_sdk() {
+        let parsed = query("metadata=a%252520b%3Dc%252526d&state=running%2Cpaused&limit=5");
+        assert_eq!(parsed.metadata, [("a b".to_owned(), "c&d".to_owned())]);
+        assert_eq!(parsed.limit, Some(5));
+        assert!(parsed.running);
+        let all = vec![sandbox(1, &[("a b", "c&d")]), sandbox(2, &[("a b", "c")])];
+        let page = parsed.page(all);
+        assert_eq!(page.entries.len(), 1);
+        assert_eq!(page.entries[0].id, SandboxId::from_random([1; 20]));
+    }
+
+    #[test]
+    fn pages_show_every_entry_once_in_either_order() {
+        // Two by two they started at the same instant, so the id has to break the tie.
+        let all: Vec<_> = (0..25).map(|n| sandbox(n, &[])).collect();
+        for order in ["asc", "desc"] {
+            let mut seen = Vec::new();
+            let mut token = String::new();
+            loop {
+                let page = query(&format!("limit=4&order={order}{token}")).page(all.clone());
+                assert_eq!(page.total_running, 25);
+                seen.extend(page.entries.iter().map(|info| (info.started_at, info.id)));
+                match page.next_token {
+                    Some(next) => token = format!("&nextToken={next}"),
+                    None => break,
+                }
+            }
+            assert_eq!(seen.len(), 25, "{order}");
+            assert!(seen.is_sorted_by(|a, b| if order == "asc" { a < b } else { a > b }));
+        }
+    }
+
+    #[test]
+    fn filters() {
+        let all = || vec![sandbox(1, &[]), sandbox(100, &[])];
+        assert!(query("state=paused").page(all()).entries.is_empty());
+        assert_eq!(query("template=base").page(all()).entries.len(), 2);
+        assert_eq!(query("template=other").page(all()).entries.len(), 0);
+        assert_eq!(query("startedAfter=1970-01-01T00:17:00Z").page(all()).entries.len(), 1);
+        assert_eq!(query("").page(all()).next_token, None);
+    }
+
+    #[test]
+    fn bad_parameters_are_named() {
+        for bad in [
+            "limit=0",
+            "limit=101",
+            "limit=x",
+            "state=stopped",
+            "state=",
+            "order=up",
+            "nextToken=zz",
+            "startedAfter=yesterday",
+            "metadata=%25zz",
+            "limit=%zz",
+        ] {
+            assert!(ListQuery::parse(Version::V2, bad).is_err(), "{bad}");
+        }
+        // v1 knows the metadata filter alone, and has no pages.
+        let v1 = ListQuery::parse(Version::V1, "limit=0&metadata=a%3Db").unwrap();
+        assert_eq!(v1.limit, None);
+        assert_eq!(v1.metadata.len(), 1);
+    }
+}

@@ -1,0 +1,189 @@
+//! Requests to a port inside a sandbox, passed on as they come.
+//!
+//! Called by [`crate::serve`] for every request that names a sandbox. Every request has its own
+//! stream into the guest; neither side's body is ever held beyond one frame. Refuses to retry, and
+//! to outlive either end: when the client goes, the stream into the guest closes at once, and when
+//! that ends, so does the client's response.
+
+mod headers;
+pub mod target;
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::client::conn::http1;
+use hyper::header::HOST;
+use hyper::{Request, Response, Uri, Version};
+use mica_shards::rt::{self, Task, time};
+use mica_shards::{ConnectError, GuestStream, Host};
+use mica_units::{GuestPort, SandboxId};
+
+use crate::body::Body;
+use crate::config::Limits;
+use crate::conn::Adapted;
+use crate::error::ApiError;
+use crate::percent;
+
+/// Header fields of an answer from a sandbox.
+const RESPONSE_FIELDS_MAX: usize = 200;
+/// Bytes of the head of such an answer, and of what is read ahead of its body.
+const RESPONSE_BUFFER_BYTES_MAX: usize = 128 * 1024;
+
+/// Routes of envd between E2B's own host and its agent.
+const INTERNAL_ROUTES: [&str; 7] =
+    ["init", "freeze", "unfreeze", "fsfreeze", "fsthaw", "collapse", "upgrade"];
+
+/// Passes one request on.
+///
+/// # Errors
+/// What to answer when the sandbox gives no answer of its own.
+pub async fn forward(
+    host: &Host,
+    limits: &Limits,
+    id: SandboxId,
+    port: GuestPort,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
+    if port == GuestPort::ENVD && is_internal(request.uri().path()) {
+        return Err(ApiError::internal_route(id.as_str()));
+    }
+    let stream = connect(host, limits, id, port)
+        .await
+        .map_err(|error| ApiError::from_connect(&error, id, port))?;
+    let request = for_sandbox(request, id, port);
+    match exchange(stream, request).await {
+        Ok(response) => Ok(response),
+        Err(error) => {
+            tracing::debug!(%id, %port, %error, "no answer from the sandbox");
+            // A sandbox killed under a request looks like one that hung up; say which it was.
+            let gone = host.get(id).await.is_err();
+            Err(match gone {
+                true => ApiError::sandbox_not_found(id.as_str()),
+                false => ApiError::hung_up(id, port),
+            })
+        }
+    }
+}
+
+async fn connect(
+    host: &Host,
+    limits: &Limits,
+    id: SandboxId,
+    port: GuestPort,
+) -> Result<GuestStream, ConnectError> {
+    time::timeout(limits.connect_timeout, host.connect(id, port))
+        .await
+        .unwrap_or(Err(ConnectError::Unreachable))
+}
+
+/// Sends the request and waits for the head of the answer.
+async fn exchange(
+    stream: GuestStream,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, hyper::Error> {
+    let (mut sender, connection) = http1::Builder::new()
+        .max_headers(RESPONSE_FIELDS_MAX)
+        .max_buf_size(RESPONSE_BUFFER_BYTES_MAX)
+        .handshake(Adapted(stream))
+        .await?;
+    let upstream = Upstream(rt::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "stream into a sandbox ended");
+        }
+    }));
+    let mut response = sender.send_request(request).await?;
+    headers::clean_response(response.headers_mut());
+    *response.version_mut() = Version::HTTP_11;
+    Ok(response.map(|body| Body::sandbox(FromSandbox { body, _upstream: upstream })))
+}
+
+/// The task that drives a stream into a guest. Dropping this drops the stream.
+#[derive(Debug)]
+struct Upstream(Task<()>);
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// The body of a sandbox's answer.
+#[derive(Debug)]
+pub struct FromSandbox {
+    body: Incoming,
+    _upstream: Upstream,
+}
+
+impl HttpBody for FromSandbox {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The request as the sandbox's server should see it.
+fn for_sandbox(request: Request<Incoming>, id: SandboxId, port: GuestPort) -> Request<Incoming> {
+    let (mut parts, body) = request.into_parts();
+    headers::clean_request(&mut parts.headers);
+    // An HTTP/1.0 client may send no host; an HTTP/1.1 server demands one.
+    if !parts.headers.contains_key(HOST)
+        && let Ok(host) = format!("{port}-{id}").try_into()
+    {
+        parts.headers.insert(HOST, host);
+    }
+    // A target in absolute form is for proxies; the server behind gets the path.
+    if let Some(path) = parts.uri.path_and_query().cloned() {
+        parts.uri = Uri::from(path);
+    }
+    parts.version = Version::HTTP_11;
+    Request::from_parts(parts, body)
+}
+
+/// Whether a path means a route of envd that clients may not use, however it is written.
+fn is_internal(path: &str) -> bool {
+    let Ok(path) = percent::decode_segment(path) else {
+        // Not decodable here, so no server should take it for one of ours; but do not bet on it.
+        return true;
+    };
+    let mut segments: Vec<&str> = Vec::new();
+    for segment in path.split(['/', '\\']) {
+        match segment {
+            "" | "." => {}
+            ".." => drop(segments.pop()),
+            other => segments.push(other),
+        }
+    }
+    matches!(segments.as_slice(), [only] if INTERNAL_ROUTES.contains(&only.to_ascii_lowercase().as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn internal_routes_are_seen_through_any_spelling() {
+        for path in
+            ["/init", "/init/", "//init", "/x/../init", "/%69nit", "/./freeze", "/UPGRADE", "/%zz"]
+        {
+            assert!(is_internal(path), "{path}");
+        }
+        for path in ["/", "/health", "/files", "/initial", "/init/x", "/process.Process/Start"] {
+            assert!(!is_internal(path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The front end of one shard: accept, decide whom a request is for, answer, drain.
+//!
+//! Called by [`crate::serve`]'s caller once on every shard. Refuses more connections than its
+//! limit, and to live longer than the drain time once it was asked to stop.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use futures_lite::FutureExt;
+use hyper::body::Incoming;
+use hyper::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue};
+use hyper::{Request, Response};
+use mica_shards::rt::net::{TcpListener, TcpStream};
+use mica_shards::rt::{self, time};
+use mica_shards::{Host, StopSignal};
+
+use crate::body::Body;
+use crate::config::HttpConfig;
+use crate::error::ApiError;
+use crate::proxy::target::{Target, target};
+use crate::{api, conn, proxy};
+
+/// How long accepting rests when the process is out of descriptors.
+const ACCEPT_REST: Duration = Duration::from_millis(50);
+
+/// Connections that are being told that there are too many.
+const TURNED_AWAY_MAX: usize = 100;
+
+/// Why a shard's front end does not come up.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}; choose another with --listen")]
+pub struct ListenError {
+    address: std::net::SocketAddr,
+    #[source]
+    source: std::io::Error,
+}
+
+/// Serves until `stop`, then until every connection is done or the drain time is over.
+///
+/// # Errors
+/// When the address cannot be listened on.
+pub async fn serve(host: Host, config: HttpConfig, stop: StopSignal) -> Result<(), ListenError> {
+    let listener = TcpListener::bind(config.listen)
+        .map_err(|source| ListenError { address: config.listen, source })?;
+    tracing::info!(shard = host.shard().index(), listen = %config.listen, "serving");
+    let front = Rc::new(Front { host, config, connections: Connections::default() });
+    let accepting = async {
+        loop {
+            front.accept(&listener).await;
+        }
+    };
+    accepting.or(stop.stopped()).await;
+    drop(listener);
+    front.connections.stop();
+    let drained = time::timeout(front.config.limits.drain_timeout, front.connections.empty()).await;
+    if drained.is_err() {
+        let cut = front.connections.count();
+        tracing::warn!(cut, "the drain time is over; cutting the connections that are left");
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+struct Front {
+    host: Host,
+    config: HttpConfig,
+    connections: Connections,
+}
+
+impl Front {
+    async fn accept(self: &Rc<Self>, listener: &TcpListener) {
+        let stream = match listener.accept().await {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection; resting");
+                time::sleep(ACCEPT_REST).await;
+                return;
+            }
+        };
+        let front = Rc::clone(self);
+        let most = self.config.limits.connections_max;
+        if self.connections.count() < most {
+            let entry = self.connections.enter();
+            rt::spawn(async move { front.connection(stream, &entry).await }).detach();
+        } else if self.connections.count() < most.saturating_add(TURNED_AWAY_MAX) {
+            let entry = self.connections.enter();
+            rt::spawn(async move {
+                let turned_away = conn::hang_up(stream, Some(ApiError::too_many_connections()));
+                turned_away.or(entry.stopped()).await;
+            })
+            .detach();
+        }
+    }
+
+    async fn connection(&self, stream: TcpStream, entry: &Entry) {
+        let answer = |request| self.answer(request);
+        conn::drive(stream, &self.config.limits, entry, answer).await;
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let domain = self.config.domain.as_deref();
+        let whom = target(request.version(), request.uri(), request.headers(), domain);
+        let outcome = match whom {
+            Ok(Target::ControlPlane) => {
+                return open_to_browsers(api::answer(&self.host, &self.config, request).await);
+            }
+            Ok(Target::Sandbox(id, port)) => {
+                proxy::forward(&self.host, &self.config.limits, id, port, request).await
+            }
+            Err(error) => Err(error),
+        };
+        outcome.unwrap_or_else(|error| open_to_browsers(error.into_response()))
+    }
+}
+
+/// Lets pages of any origin read the answer. A sandbox decides that for its own answers.
+fn open_to_browsers(mut response: Response<Body>) -> Response<Body> {
+    let headers = response.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+    let exposed = HeaderValue::from_static("x-next-token, x-total-running, retry-after");
+    headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
+    response
+}
+
+/// The connections of one shard, to be counted and told to stop. Each costs one descriptor
+/// already; waiting for the stop signal on each would cost a second.
+#[derive(Clone, Debug, Default)]
+struct Connections(Rc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    stopping: Cell<bool>,
+    next_key: Cell<u64>,
+    live: RefCell<BTreeMap<u64, Option<Waker>>>,
+    drainer: RefCell<Option<Waker>>,
+}
+
+impl Connections {
+    fn count(&self) -> usize {
+        self.0.live.borrow().len()
+    }
+
+    fn enter(&self) -> Entry {
+        let key = self.0.next_key.get();
+        self.0.next_key.set(key.wrapping_add(1));
+        self.0.live.borrow_mut().insert(key, None);
+        Entry { key, shared: Rc::clone(&self.0) }
+    }
+
+    fn stop(&self) {
+        self.0.stopping.set(true);
+        let wakers: Vec<Waker> =
+            self.0.live.borrow_mut().values_mut().filter_map(Option::take).collect();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    async fn empty(&self) {
+        poll_fn(|cx| {
+            if self.count() == 0 {
+                return Poll::Ready(());
+            }
+            *self.0.drainer.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+/// One live connection. Dropping it ends its count.
+#[derive(Debug)]
+pub struct Entry {
+    key: u64,
+    shared: Rc<Shared>,
+}
+
+impl Entry {
+    /// Waits until the shard was asked to stop.
+    pub async fn stopped(&self) {
+        poll_fn(|cx| {
+            if self.shared.stopping.get() {
+                return Poll::Ready(());
+            }
+            let mut live = self.shared.live.borrow_mut();
+            live.insert(self.key, Some(cx.waker().clone()));
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.shared.live.borrow_mut().remove(&self.key);
+        let drainer = self.shared.drainer.borrow_mut().take();
+        if let Some(waker) = drainer {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::future::block_on;
+
+    #[test]
+    fn connections_are_counted_told_to_stop_and_waited_for() {
+        block_on(async {
+            let connections = Connections::default();
+            let (a, b) = (connections.enter(), connections.enter());
+            assert_eq!(connections.count(), 2);
+            let early = async {
+                a.stopped().await;
+                true
+            };
+            assert!(!early.or(async { false }).await, "nobody asked yet");
+            connections.stop();
+            a.stopped().await;
+            drop(a);
+            assert_eq!(connections.count(), 1);
+            let waits = async {
+                connections.empty().await;
+                false
+            };
+            let first = waits.or(async { true });
+            assert!(first.await, "one is still open");
+            drop(b);
+            connections.empty().await;
+        });
+    }
+}

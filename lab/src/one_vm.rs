@@ -1,0 +1,244 @@
+//! One `mica-vm` process, driven as a shard drives it, but plainly and with blocking calls.
+//!
+//! Called by the native KVM tests, `boot-vm` and `bench-boot`. Refuses to wait without a deadline.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command as Process, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use mica_wire::vm::{BootConfig, Command, ControlSocket, Event, FdRole, console};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+/// What to boot.
+#[derive(Debug)]
+pub struct Boot {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory_mib: u32,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Length of the console memfd.
+    pub console_bytes: u64,
+    /// Kernel image.
+    pub kernel: OwnedFd,
+    /// Initial RAM file system.
+    pub initramfs: Option<OwnedFd>,
+    /// Root disk.
+    pub disk: Option<OwnedFd>,
+}
+
+impl Boot {
+    /// A kernel of these bytes, one vCPU, 64 MiB.
+    ///
+    /// # Errors
+    /// When the machine has no descriptor or memory to give.
+    pub fn of_image(kernel: &[u8]) -> Result<Self> {
+        Ok(Self {
+            vcpus: 1,
+            memory_mib: 64,
+            cmdline: String::new(),
+            console_bytes: 64 * 1024,
+            kernel: memfd_of("kernel", kernel)?,
+            initramfs: None,
+            disk: None,
+        })
+    }
+}
+
+/// A memfd with these contents.
+///
+/// # Errors
+/// When the machine has no descriptor or memory to give.
+pub fn memfd_of(name: &str, contents: &[u8]) -> Result<OwnedFd> {
+    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
+    file.write_all_at(contents, 0)?;
+    Ok(file.into())
+}
+
+/// A VM process.
+#[derive(Debug)]
+pub struct OneVm {
+    child: Child,
+    socket: ControlSocket,
+    console: Option<File>,
+}
+
+impl OneVm {
+    /// Starts the process as this user and group. It says [`Event::Jailed`] when it is ready.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(program: &Path, id: u32) -> Result<Self> {
+        let (near, far) = ControlSocket::pair()?;
+        let child = Process::new(program)
+            .args(["--uid", &id.to_string(), "--gid", &id.to_string()])
+            .stdin(Stdio::from(far.into_fd()))
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        Ok(Self { child, socket: near, console: None })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a command without waiting for anything.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn send(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        Ok(self.socket.send_command(command, fds)?)
+    }
+
+    /// Sends the boot command with all descriptors.
+    ///
+    /// # Errors
+    /// When `/dev/kvm` cannot be opened, or the process is gone.
+    pub fn boot(&mut self, boot: &Boot) -> Result<()> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").context("/dev/kvm")?;
+        let console = memfd_create("console", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&console, boot.console_bytes)?;
+        fcntl_add_seals(&console, SealFlags::SHRINK | SealFlags::GROW)?;
+        let mut roles = vec![FdRole::Kvm, FdRole::Kernel, FdRole::Console];
+        let mut fds = vec![kvm.as_fd(), boot.kernel.as_fd(), console.as_fd()];
+        for (role, fd) in [(FdRole::Initramfs, &boot.initramfs), (FdRole::Disk, &boot.disk)] {
+            if let Some(fd) = fd {
+                roles.push(role);
+                fds.push(fd.as_fd());
+            }
+        }
+        let config = BootConfig {
+            vcpus: boot.vcpus,
+            memory_mib: boot.memory_mib,
+            cmdline: boot.cmdline.clone(),
+            disk_read_only: false,
+            console_bytes: boot.console_bytes,
+            fds: roles,
+        };
+        self.send(&Command::Boot(config), &fds)?;
+        self.console = Some(File::from(console));
+        Ok(())
+    }
+
+    /// The next event, or `None` when the process closed the socket.
+    ///
+    /// # Errors
+    /// When nothing came for `patience`.
+    pub fn next_event(&self, patience: Duration) -> Result<Option<Event>> {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        let timeout = Timespec::try_from(patience)?;
+        ensure!(poll(&mut fds, Some(&timeout))? > 0, "no event for {patience:?}");
+        match self.socket.receive_event() {
+            Ok(event) => Ok(Some(event)),
+            Err(mica_wire::vm::SocketError::Closed) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for exactly this event, refusing another.
+    ///
+    /// # Errors
+    /// When another event or the end came, or nothing for `patience`.
+    pub fn expect(&self, wanted: &Event, patience: Duration) -> Result<()> {
+        match self.next_event(patience)? {
+            Some(event) if event == *wanted => Ok(()),
+            other => {
+                let text = self.console_text();
+                let tail = text.get(text.len().saturating_sub(400)..).unwrap_or_default();
+                bail!("expected {wanted:?}, got {other:?}; console ends with {tail:?}")
+            }
+        }
+    }
+
+    /// All bytes the guest wrote so far that are still in the ring, oldest first, and how many it
+    /// wrote in all.
+    ///
+    /// # Errors
+    /// When nothing was booted.
+    pub fn console(&self) -> Result<(Vec<u8>, u64)> {
+        let file = self.console.as_ref().context("nothing was booted")?;
+        let mut header = [0; 8];
+        file.read_exact_at(&mut header, 0)?;
+        let total = u64::from_le_bytes(header);
+        let capacity = file.metadata()?.len() - console::HEADER_BYTES;
+        let mut ring = vec![0; usize::try_from(capacity)?];
+        file.read_exact_at(&mut ring, console::HEADER_BYTES)?;
+        if total <= capacity {
+            ring.truncate(usize::try_from(total)?);
+        } else {
+            ring.rotate_left(usize::try_from(total % capacity)?);
+        }
+        Ok((ring, total))
+    }
+
+    /// The console as text, for messages.
+    #[must_use]
+    pub fn console_text(&self) -> String {
+        self.console().map_or_else(
+            |error| format!("(no console: {error})"),
+            |(bytes, _)| String::from_utf8_lossy(&bytes).into_owned(),
+        )
+    }
+
+    /// Closes this end of the control socket and waits for the process.
+    ///
+    /// # Errors
+    /// When it does not end within `patience`; it is killed then.
+    pub fn hang_up(mut self, patience: Duration) -> Result<std::process::ExitStatus> {
+        let (unused, _) = ControlSocket::pair()?;
+        drop(std::mem::replace(&mut self.socket, unused));
+        self.wait(patience)
+    }
+
+    /// Waits for the process to end by itself.
+    ///
+    /// # Errors
+    /// When it does not end within `patience`; it is killed then.
+    pub fn wait(mut self, patience: Duration) -> Result<std::process::ExitStatus> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        let start = Instant::now();
+        if poll(&mut fds, Some(&Timespec::try_from(patience)?))? == 0 {
+            self.child.kill()?;
+            self.child.wait()?;
+            bail!("mica-vm still ran after {:?}", start.elapsed());
+        }
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for OneVm {
+    fn drop(&mut self) {
+        // A test that failed half-way leaves a process behind otherwise. Already waited for: fine.
+        if self.child.try_wait().is_ok_and(|status| status.is_none())
+            && self.child.kill().and_then(|()| self.child.wait()).is_err()
+        {
+            eprintln!("could not kill mica-vm {}", self.child.id());
+        }
+    }
+}
+
+/// The `mica-vm` to drive: `MICA_VM`, or the one beside this program, or one directory up (where
+/// cargo puts binaries relative to tests).
+///
+/// # Errors
+/// When there is none.
+pub fn find_mica_vm() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("MICA_VM") {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe()?;
+    let candidates = own.ancestors().skip(1).take(2).map(|folder| folder.join("mica-vm"));
+    candidates.into_iter().find(|path| path.is_file()).context(
+        "mica-vm is not beside this program; build it with `cargo build -p mica-vmm`, or set MICA_VM",
+    )
+}

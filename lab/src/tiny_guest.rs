@@ -1,0 +1,303 @@
+//! Tiny freestanding guests: a few plain instructions in an ELF vmlinux.
+//!
+//! Called by the native KVM tests and the engine benchmarks. They run on any KVM, including one that
+//! emulates every instruction (PVM), so they use nothing but moves, port I/O, arithmetic and `hlt`:
+//! no interrupts, no SSE, no system instructions. Refuses to be an operating system: there is no
+//! stack use, no IDT, and every exception is a triple fault.
+
+/// Where the code is loaded and entered, in 64-bit mode under an identity map of 4 GiB.
+const LOAD_ADDRESS: u64 = 0x10_0000;
+/// Where guests may write without touching their own code.
+pub const SCRATCH: u64 = 0x20_0000;
+/// Registers of the first virtio-mmio device: the disk, if the VM has one.
+const FIRST_DEVICE: u64 = 0xd000_0000;
+const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Where the second vCPU starts, in real mode: page 8.
+const TRAMPOLINE: u64 = 0x8000;
+
+const SERIAL: u16 = 0x3f8;
+
+/// What the disk's queue is filled with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Garbage {
+    /// The descriptor table lies outside guest memory.
+    TableOutsideMemory,
+    /// The available index is ahead by more than the queue has entries.
+    IndexRunsAhead,
+    /// A descriptor points outside guest memory.
+    BufferOutsideMemory,
+    /// A chain that leads back to itself.
+    Loop,
+    /// A chain starts behind the end of the table.
+    HeadOutsideTable,
+}
+
+/// Every kind of [`Garbage`].
+pub const ALL_GARBAGE: [Garbage; 5] = [
+    Garbage::TableOutsideMemory,
+    Garbage::IndexRunsAhead,
+    Garbage::BufferOutsideMemory,
+    Garbage::Loop,
+    Garbage::HeadOutsideTable,
+];
+
+/// What a guest does, after it has said what it has to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Waits for interrupts that never come: idle, alive.
+    Idle,
+    /// Halts with interrupts off: nothing can wake it.
+    Halt,
+    /// Runs in a circle.
+    Spin,
+    /// An undefined instruction without an IDT.
+    TripleFault,
+    /// Resets by the keyboard controller.
+    Reset,
+    /// Powers off by the ACPI sleep register.
+    PowerOff,
+    /// Writes this many bytes to the console, then halts.
+    Flood(u32),
+    /// Writes one byte into each of `pages` pages from [`SCRATCH`] on, says `.`, then idles.
+    TouchPages(u32),
+    /// Gives the disk device a queue full of nonsense, then idles.
+    Garbage(Garbage),
+    /// Starts the second vCPU, which says `2` and halts, then halts too.
+    StartSecond,
+}
+
+/// A vmlinux that writes `text` to the console and then does `then`.
+#[must_use]
+pub fn vmlinux(text: &str, then: Then) -> Vec<u8> {
+    let mut code = Assembler::default();
+    code.set_dx(SERIAL);
+    for byte in text.bytes() {
+        code.set_al(byte);
+        code.out_dx_al();
+    }
+    match then {
+        Then::Idle => code.idle(),
+        Then::Halt => code.halt(),
+        Then::Spin => code.bytes(&[0xeb, 0xfe]),
+        Then::TripleFault => code.bytes(&[0x0f, 0x0b]),
+        Then::Reset => {
+            code.set_dx(0x64);
+            code.set_al(0xfe);
+            code.out_dx_al();
+            code.halt();
+        }
+        Then::PowerOff => {
+            code.set_dx(0x600);
+            code.set_al(0x34);
+            code.out_dx_al();
+            code.halt();
+        }
+        Then::Flood(count) => {
+            code.set_al(b'x');
+            code.repeat(count, |code| code.out_dx_al());
+            code.halt();
+        }
+        Then::TouchPages(pages) => touch_pages(&mut code, pages),
+        Then::Garbage(garbage) => fill_queue(&mut code, garbage),
+        Then::StartSecond => start_second(&mut code),
+    }
+    elf(&code.code)
+}
+
+fn touch_pages(code: &mut Assembler, pages: u32) {
+    code.set_rbx(SCRATCH);
+    code.repeat(pages, |code| {
+        code.bytes(&[0x88, 0x0b]); // mov [rbx], cl
+        code.bytes(&[0x48, 0x81, 0xc3]); // add rbx, imm32
+        code.bytes(&4096u32.to_le_bytes());
+    });
+    code.set_al(b'.');
+    code.out_dx_al();
+    code.idle();
+}
+
+/// Copies the real-mode code to its page and sends INIT and SIPI to the other processors.
+fn start_second(code: &mut Assembler) {
+    // mov dx, 0x3f8; mov al, '2'; out dx, al; cli; hlt; jmp back to the hlt
+    const REAL_MODE: [u8; 10] = [0xba, 0xf8, 0x03, 0xb0, b'2', 0xee, 0xfa, 0xf4, 0xeb, 0xfd];
+    const ICR_LOW: u32 = 0x300;
+    const INIT_ALL_BUT_SELF: u32 = 0x000c_4500;
+    const SIPI_ALL_BUT_SELF: u32 = 0x000c_4600;
+    code.set_rbx(TRAMPOLINE);
+    for (at, byte) in (0u32..).zip(REAL_MODE) {
+        code.store_u8(at, byte);
+    }
+    code.set_rbx(LOCAL_APIC);
+    // Software-enable the local APIC.
+    code.store_u32(0xf0, 0x1ff);
+    code.store_u32(ICR_LOW, INIT_ALL_BUT_SELF);
+    code.store_u32(ICR_LOW, SIPI_ALL_BUT_SELF | 8);
+    code.halt();
+}
+
+/// Drives the registers as a driver does, with memory contents that no driver writes.
+fn fill_queue(code: &mut Assembler, garbage: Garbage) {
+    const DESCRIPTORS: u32 = 0x0;
+    const AVAILABLE: u32 = 0x1000;
+    const USED: u32 = 0x2000;
+    const NEXT: u32 = 1;
+    code.set_rbx(SCRATCH);
+    // One descriptor: address, length, flags and next.
+    let outside = garbage == Garbage::BufferOutsideMemory;
+    code.store_u32(DESCRIPTORS, if outside { 0xdead_0000 } else { 0x30_0000 });
+    code.store_u32(DESCRIPTORS + 4, if outside { 0x7f } else { 0 });
+    code.store_u32(DESCRIPTORS + 8, 16);
+    code.store_u32(DESCRIPTORS + 12, if garbage == Garbage::Loop { NEXT } else { 0 });
+    // Available ring: flags, index, first entry.
+    let index: u32 = if garbage == Garbage::IndexRunsAhead { 0x7fff } else { 1 };
+    code.store_u32(AVAILABLE, index << 16);
+    let head = if garbage == Garbage::HeadOutsideTable { 0xffff } else { 0 };
+    code.store_u32(AVAILABLE + 4, head);
+
+    code.set_rbx(FIRST_DEVICE);
+    let scratch = u32::try_from(SCRATCH).unwrap_or(0);
+    let table_high = if garbage == Garbage::TableOutsideMemory { 0x7f } else { 0 };
+    for (register, value) in [
+        (0x70, 0),                     // status: reset
+        (0x70, 1),                     // acknowledge
+        (0x70, 3),                     // driver
+        (0x24, 1),                     // feature bits 32 and up:
+        (0x20, 1),                     // VERSION_1
+        (0x70, 0xb),                   // features ok
+        (0x30, 0),                     // queue 0
+        (0x38, 8),                     // eight entries
+        (0x80, scratch + DESCRIPTORS), // table
+        (0x84, table_high),
+        (0x90, scratch + AVAILABLE),
+        (0x94, 0),
+        (0xa0, scratch + USED),
+        (0xa4, 0),
+        (0x44, 1),   // ready
+        (0x70, 0xf), // driver ok
+        (0x50, 0),   // notify queue 0
+    ] {
+        code.store_u32(register, value);
+    }
+    code.idle();
+}
+
+/// Machine code, one instruction at a time. `rbx` is the base of stores, `ecx` counts.
+#[derive(Debug, Default)]
+struct Assembler {
+    code: Vec<u8>,
+}
+
+impl Assembler {
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
+    }
+
+    fn set_dx(&mut self, value: u16) {
+        self.bytes(&[0x66, 0xba]);
+        self.bytes(&value.to_le_bytes());
+    }
+
+    fn set_al(&mut self, value: u8) {
+        self.bytes(&[0xb0, value]);
+    }
+
+    fn out_dx_al(&mut self) {
+        self.bytes(&[0xee]);
+    }
+
+    fn set_rbx(&mut self, value: u64) {
+        self.bytes(&[0x48, 0xbb]);
+        self.bytes(&value.to_le_bytes());
+    }
+
+    /// `mov dword [rbx + offset], value`
+    fn store_u32(&mut self, offset: u32, value: u32) {
+        self.bytes(&[0xc7, 0x83]);
+        self.bytes(&offset.to_le_bytes());
+        self.bytes(&value.to_le_bytes());
+    }
+
+    /// `mov byte [rbx + offset], value`
+    fn store_u8(&mut self, offset: u32, value: u8) {
+        self.bytes(&[0xc6, 0x83]);
+        self.bytes(&offset.to_le_bytes());
+        self.bytes(&[value]);
+    }
+
+    /// Runs `body` `count` times, counting `ecx` down. `count` 0 runs it 2^32 times.
+    fn repeat(&mut self, count: u32, body: impl FnOnce(&mut Self)) {
+        self.bytes(&[0xb9]);
+        self.bytes(&count.to_le_bytes());
+        let start = self.code.len();
+        body(self);
+        self.bytes(&[0xff, 0xc9]); // dec ecx
+        // jnz rel32, counted from the end of the jump.
+        let back = self.code.len() + 6 - start;
+        let back = u32::try_from(back).unwrap_or(0);
+        self.bytes(&[0x0f, 0x85]);
+        self.bytes(&back.wrapping_neg().to_le_bytes());
+    }
+
+    /// `cli; hlt`, in a circle: an NMI would come out of `hlt`.
+    fn halt(&mut self) {
+        self.bytes(&[0xfa, 0xf4, 0xeb, 0xfd]);
+    }
+
+    /// `sti; hlt`, in a circle.
+    fn idle(&mut self) {
+        self.bytes(&[0xfb, 0xf4, 0xeb, 0xfd]);
+    }
+}
+
+/// An ELF executable of one segment that is loaded and entered at [`LOAD_ADDRESS`].
+fn elf(code: &[u8]) -> Vec<u8> {
+    const EHDR_BYTES: u16 = 64;
+    const PHDR_BYTES: u16 = 56;
+    const CODE_OFFSET: u64 = 0x1000;
+    let length = code.len() as u64;
+    let mut image = Vec::new();
+    image.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    image.extend_from_slice(&2u16.to_le_bytes()); // executable
+    image.extend_from_slice(&62u16.to_le_bytes()); // x86-64
+    image.extend_from_slice(&1u32.to_le_bytes());
+    image.extend_from_slice(&LOAD_ADDRESS.to_le_bytes()); // entry
+    image.extend_from_slice(&u64::from(EHDR_BYTES).to_le_bytes()); // program headers
+    image.extend_from_slice(&0u64.to_le_bytes()); // no sections
+    image.extend_from_slice(&0u32.to_le_bytes());
+    for half in [EHDR_BYTES, PHDR_BYTES, 1, 64, 0, 0] {
+        image.extend_from_slice(&half.to_le_bytes());
+    }
+    image.extend_from_slice(&1u32.to_le_bytes()); // load
+    image.extend_from_slice(&7u32.to_le_bytes()); // read, write, execute
+    for word in [CODE_OFFSET, LOAD_ADDRESS, LOAD_ADDRESS, length, length, 0x1000] {
+        image.extend_from_slice(&word.to_le_bytes());
+    }
+    image.resize(usize::try_from(CODE_OFFSET).unwrap_or(0), 0);
+    image.extend_from_slice(code);
+    image
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loops_jump_back_to_their_start() {
+        let mut code = Assembler::default();
+        code.repeat(3, Assembler::out_dx_al);
+        // mov ecx, 3; out; dec ecx; jnz -9
+        assert_eq!(
+            code.code,
+            [0xb9, 3, 0, 0, 0, 0xee, 0xff, 0xc9, 0x0f, 0x85, 0xf7, 0xff, 0xff, 0xff]
+        );
+    }
+
+    #[test]
+    fn images_are_small_and_start_with_the_magic() {
+        for then in [Then::Halt, Then::StartSecond, Then::Garbage(Garbage::Loop)] {
+            let image = vmlinux("hello\n", then);
+            assert_eq!(&image[..4], b"\x7fELF");
+            assert!(image.len() < 0x1000 + 400, "{then:?}");
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! How one thread wakes an executor on another: a byte in a socket that the executor polls.
+//!
+//! Called by `mailbox`, `blocking` and `stop`. Refuses to carry data: what happened is found in the
+//! structure beside the bell. glommio's own cross-thread wakers are not used: a bell is one ring
+//! completion like any other, and rings that nobody heard yet are merged into one.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_lite::AsyncReadExt;
+
+/// The end that any thread may ring.
+#[derive(Clone, Debug)]
+pub(crate) struct Bell(Arc<Rope>);
+
+#[derive(Debug)]
+struct Rope {
+    rung: AtomicBool,
+    far: UnixStream,
+}
+
+/// The end that one executor will listen to, on its way there.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    rope: Arc<Rope>,
+    near: UnixStream,
+}
+
+/// The end that this executor listens to.
+#[derive(Debug)]
+pub(crate) struct Ear {
+    rope: Arc<Rope>,
+    near: crate::rt::net::UnixStream,
+}
+
+/// Both ends.
+pub(crate) fn pair() -> io::Result<(Bell, Listener)> {
+    let (far, near) = UnixStream::pair()?;
+    far.set_nonblocking(true)?;
+    near.set_nonblocking(true)?;
+    let rope = Arc::new(Rope { rung: AtomicBool::new(false), far });
+    Ok((Bell(Arc::clone(&rope)), Listener { rope, near }))
+}
+
+impl Bell {
+    /// Wakes the listener, now or as soon as it listens.
+    pub(crate) fn ring(&self) {
+        if self.0.rung.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // A full socket means unread rings, which wake the listener as well; a closed one means
+        // that there is no listener any more. Both need nothing from the ringer.
+        if let Err(error) = (&self.0.far).write(&[1]) {
+            tracing::trace!(%error, "a bell without a listener");
+        }
+    }
+}
+
+impl Listener {
+    /// Starts to listen on this executor.
+    pub(crate) fn attach(self) -> Ear {
+        Ear { rope: self.rope, near: crate::rt::net::UnixStream::from_fd(self.near.into()) }
+    }
+}
+
+impl Ear {
+    /// Waits for a ring. What was put beside the bell before the ring is visible afterwards.
+    /// `false` when the socket failed.
+    pub(crate) async fn heard(&mut self) -> bool {
+        let mut bytes = [0u8; 64];
+        let heard = matches!(self.near.read(&mut bytes).await, Ok(1..));
+        // Only now: a ring after this line writes a new byte.
+        self.rope.rung.store(false, Ordering::Release);
+        heard
+    }
+}

@@ -1,0 +1,122 @@
+//! What the machine must grant before an executor starts.
+//!
+//! Called by `seat` and by the binary's doctor. Refuses to go on where glommio would panic, and
+//! says what to change.
+
+use std::io;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Locked memory for one executor: [`crate::seat::IO_MEMORY_BYTES`], registered with each of its three
+/// rings, and what else glommio asks for (512 KiB at the least).
+const MEMLOCK_BYTES_PER_SEAT: u64 = 1 << 20;
+
+const _: () = assert!(MEMLOCK_BYTES_PER_SEAT >= 3 * crate::seat::IO_MEMORY_BYTES as u64);
+const _: () = assert!(MEMLOCK_BYTES_PER_SEAT >= 512 << 10);
+
+/// Open files that are asked for: a sandbox holds about five.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// Why executors cannot run here.
+#[derive(Debug, thiserror::Error)]
+pub enum PreflightError {
+    /// The system call is not there.
+    #[error("this kernel has no io_uring; Linux 6.7 or newer, built with CONFIG_IO_URING, has it")]
+    NoIoUring(#[source] io::Error),
+    /// It is switched off.
+    #[error(
+        "io_uring is forbidden here (kernel.io_uring_disabled={sysctl}); run \
+         `sysctl kernel.io_uring_disabled=0`, or allow it in the container's seccomp profile"
+    )]
+    IoUringForbidden {
+        /// The value of the sysctl, or `unknown`.
+        sysctl: String,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// Something else about rings.
+    #[error("cannot make an io_uring; out of descriptors or of memory?")]
+    IoUring(#[source] io::Error),
+    /// The limit cannot be raised.
+    #[error(
+        "executors need {wanted} bytes of locked memory and the limit is {limit}; run as root, or \
+         set LimitMEMLOCK=infinity in the unit file"
+    )]
+    Memlock {
+        /// What is needed.
+        wanted: u64,
+        /// The hard limit.
+        limit: u64,
+    },
+}
+
+/// Checks io_uring, and raises the limits on locked memory and open files as far as they go.
+///
+/// # Errors
+/// See [`PreflightError`].
+pub fn check(seats: u16) -> Result<(), PreflightError> {
+    io_uring()?;
+    let wanted = MEMLOCK_BYTES_PER_SEAT.saturating_mul(u64::from(seats));
+    if let Err(limit) = raise(Resource::Memlock, wanted) {
+        return Err(PreflightError::Memlock { wanted, limit });
+    }
+    if let Err(limit) = raise(Resource::Nofile, OPEN_FILES) {
+        tracing::warn!(
+            limit,
+            "open files are limited; a host of many sandboxes needs {OPEN_FILES}"
+        );
+    }
+    Ok(())
+}
+
+fn io_uring() -> Result<(), PreflightError> {
+    let error = match io_uring::IoUring::new(4) {
+        Ok(_) => return Ok(()),
+        Err(error) => error,
+    };
+    Err(match error.kind() {
+        io::ErrorKind::Unsupported => PreflightError::NoIoUring(error),
+        io::ErrorKind::PermissionDenied => {
+            let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
+                .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned());
+            PreflightError::IoUringForbidden { sysctl, source: error }
+        }
+        _ => PreflightError::IoUring(error),
+    })
+}
+
+/// Raises the soft limit to `wanted`, the hard one too where this process may. The limit in force
+/// when it stays below.
+fn raise(resource: Resource, wanted: u64) -> Result<(), u64> {
+    let now = getrlimit(resource);
+    if now.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    let maximum = now.maximum.map(|maximum| maximum.max(wanted));
+    if setrlimit(resource, Rlimit { current: Some(wanted), maximum }).is_ok() {
+        return Ok(());
+    }
+    // Not privileged: as far as the hard limit goes.
+    let hard = now.maximum.unwrap_or(wanted).min(wanted);
+    if setrlimit(resource, Rlimit { current: Some(hard), maximum: now.maximum }).is_err() {
+        return Err(now.current.unwrap_or(0));
+    }
+    if hard >= wanted { Ok(()) } else { Err(hard) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_raised_and_stays() {
+        let before = getrlimit(Resource::Core);
+        let wanted = before.maximum.unwrap_or(4096).min(4096);
+        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: before.maximum }).unwrap();
+        raise(Resource::Core, wanted).unwrap();
+        assert_eq!(getrlimit(Resource::Core).current, Some(wanted));
+        raise(Resource::Core, 0).unwrap();
+        assert_eq!(getrlimit(Resource::Core).current, Some(wanted), "never lowered");
+    }
+}

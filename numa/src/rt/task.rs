@@ -1,0 +1,37 @@
+//! Local tasks.
+//!
+//! Called by everything that runs on a shard. Refuses to move a future to another core.
+
+use std::future::Future;
+
+/// A task on this executor. Dropping the handle lets the task go on alone.
+#[must_use = "use `detach` to say that the task goes on alone"]
+#[derive(Debug)]
+pub struct Task<T>(glommio::task::JoinHandle<T>);
+
+/// Starts `future` on this executor. It runs whether or not the handle is kept.
+pub fn spawn<T: 'static>(future: impl Future<Output = T> + 'static) -> Task<T> {
+    Task(glommio::spawn_local(future).detach())
+}
+
+impl<T> Task<T> {
+    /// Lets the task go on alone.
+    pub fn detach(self) {
+        drop(self);
+    }
+
+    /// Waits for the task. `None` if it panicked or was cancelled.
+    pub async fn join(self) -> Option<T> {
+        self.0.await
+    }
+
+    /// Stops the task at its next await and drops its future.
+    pub fn cancel(&self) {
+        self.0.cancel();
+    }
+}
+
+/// Lets the other tasks of this executor run once.
+pub async fn yield_now() {
+    glommio::executor().yield_now().await;
+}

@@ -1,0 +1,96 @@
+//! Everything that crosses from one shard to another, on one screen.
+//!
+//! Called by `host`, which sends requests, and `run`, which receives them. Refuses to carry anything
+//! that is not owned: after a send the sender has nothing of it.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, SystemTime};
+
+use mica_numa::mailbox::Post;
+use mica_units::{SandboxId, ShardId};
+
+use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError};
+
+/// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
+pub(crate) const REQUESTS_MAX: usize = 1024;
+
+/// Requests of one shard that have no answer yet. One more is refused by the shard itself.
+pub(crate) const OUTSTANDING_MAX: usize = 4096;
+
+/// Answers that wait in one shard's mailbox: it has room for all that can come.
+pub(crate) const ANSWERS_MAX: usize = OUTSTANDING_MAX;
+
+const _: () = assert!(ANSWERS_MAX >= OUTSTANDING_MAX);
+
+/// What a shard may be asked to do.
+#[derive(Debug)]
+pub(crate) enum Operation {
+    /// Make this sandbox, whose id hashes to the shard asked.
+    Create(SandboxId, Box<CreateRequest>),
+    /// Show a sandbox.
+    Get(SandboxId),
+    /// Show all of its sandboxes.
+    List,
+    /// End a sandbox, and answer when nothing of it is left.
+    Kill(SandboxId),
+    /// Set its remaining time.
+    SetTimeout(SandboxId, Duration),
+    /// Make a stream to its gateway.
+    Connect(SandboxId),
+    /// Say how many sandboxes it made from each template.
+    Spawns,
+}
+
+/// What it answers.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    /// To `Create` and `Get`.
+    Sandbox(Result<Box<SandboxInfo>, ShardError>),
+    /// To `List`.
+    Sandboxes(Vec<SandboxInfo>),
+    /// To `Kill` and `SetTimeout`.
+    Done(Result<(), ShardError>),
+    /// To `Connect`: our end, nothing said on it yet.
+    Stream(Result<OwnedFd, ConnectError>),
+    /// To `Spawns`, by template id.
+    Spawns(BTreeMap<String, Spawned>),
+}
+
+/// What one shard made of a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Spawned {
+    /// How many sandboxes.
+    pub(crate) count: u64,
+    /// When the last.
+    pub(crate) last: SystemTime,
+}
+
+/// One request on its way.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// Who asks.
+    pub(crate) from: ShardId,
+    /// What the answer carries, so that the asker knows it again.
+    pub(crate) ticket: u64,
+    /// What is asked.
+    pub(crate) operation: Operation,
+}
+
+/// One answer on its way back.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// Of the request.
+    pub(crate) ticket: u64,
+    /// The answer.
+    pub(crate) reply: Reply,
+}
+
+/// Where a shard can be reached.
+#[derive(Clone, Debug)]
+pub(crate) struct Address {
+    /// Its mailbox for requests.
+    pub(crate) requests: Post<Request>,
+    /// Its mailbox for answers.
+    pub(crate) answers: Post<Answer>,
+}

@@ -1,0 +1,5 @@
+//! The runtime as `http` may see it: local tasks, timers and sockets of the shard it runs on.
+//!
+//! Called by `http`, which may not import `numa`. Refuses to add anything of its own.
+
+pub use mica_numa::rt::{Task, net, oneshot, spawn, time, yield_now};

@@ -1,0 +1,100 @@
+//! What a caller asks for and what it gets back.
+//!
+//! Called by `http`, which turns these into JSON. Refuses anything that is not checked: names and
+//! counts are types of `units`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
+
+/// A sandbox to be made.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CreateRequest {
+    /// Id or name of a template.
+    pub template: String,
+    /// How long it lives, from the moment it is ready.
+    pub timeout: Duration,
+    /// Whether its agent demands an access token, which is then drawn here.
+    pub secure: bool,
+    /// Free labels, given back as they are.
+    pub metadata: BTreeMap<String, String>,
+    /// Environment of every process in the sandbox.
+    pub env_vars: BTreeMap<String, String>,
+}
+
+// Environment values are secrets more often than not, so they stay out of logs.
+impl std::fmt::Debug for CreateRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreateRequest")
+            .field("template", &self.template)
+            .field("timeout", &self.timeout)
+            .field("secure", &self.secure)
+            .field("metadata", &self.metadata)
+            .field("env_vars", &self.env_vars.keys())
+            .finish()
+    }
+}
+
+/// A running sandbox.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SandboxInfo {
+    /// Its id, which also names its shard.
+    pub id: SandboxId,
+    /// Id of the template it was made from.
+    pub template_id: String,
+    /// Name of that template.
+    pub template_name: TemplateName,
+    /// When its create was answered.
+    pub started_at: SystemTime,
+    /// When it will be killed.
+    pub end_at: SystemTime,
+    /// Number of vCPUs.
+    pub vcpus: VcpuCount,
+    /// Guest memory.
+    pub memory: Mebibytes,
+    /// Root disk.
+    pub disk: Mebibytes,
+    /// Version of the envd protocol its agent speaks.
+    pub envd_version: String,
+    /// Labels given at create.
+    pub metadata: BTreeMap<String, String>,
+    /// What requests to its agent must carry, if it is secure.
+    pub access_token: Option<String>,
+}
+
+// The token is a secret.
+impl std::fmt::Debug for SandboxInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SandboxInfo")
+            .field("id", &self.id)
+            .field("template_name", &self.template_name)
+            .field("started_at", &self.started_at)
+            .field("end_at", &self.end_at)
+            .field("secure", &self.access_token.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A template that sandboxes can be made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TemplateInfo {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: TemplateName,
+    /// vCPUs of its sandboxes.
+    pub vcpus: VcpuCount,
+    /// Memory of its sandboxes.
+    pub memory: Mebibytes,
+    /// Root disk of its sandboxes.
+    pub disk: Mebibytes,
+    /// Version of the envd protocol its agent speaks.
+    pub envd_version: String,
+    /// When it was built.
+    pub created_at: SystemTime,
+    /// Sandboxes made from it since the daemon started.
+    pub spawn_count: u64,
+    /// When the last of them was made.
+    pub last_spawned_at: Option<SystemTime>,
+}

@@ -1,0 +1,234 @@
+//! Sandboxes that come up: what they are, how they end, and that streams into them work.
+//!
+//! Run by `cargo test` against the double.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+mod wait;
+
+use std::time::{Duration, SystemTime};
+
+use common::{Bench, Leftovers, request};
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use mica_shards::{ConnectError, Host, ShardError, rt};
+use mica_units::{GuestPort, SANDBOX_ID_CHARS, SandboxId};
+use wait::eventually;
+
+fn port(number: u16) -> GuestPort {
+    GuestPort::new(number).unwrap()
+}
+
+async fn read_all(host: &Host, id: SandboxId, number: u16) -> String {
+    let mut stream = host.connect(id, port(number)).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    text
+}
+
+#[test]
+fn a_sandbox_is_made_found_listed_and_killed() {
+    let bench = Bench::new();
+    let (store, cgroup) = (bench.store(), bench.cgroup.clone());
+    bench.host("good", move |host| async move {
+        let mut wish = request("agent");
+        wish.secure = true;
+        let before = SystemTime::now();
+        let made = host.create(wish).await.unwrap();
+        assert_eq!(made.template_name.as_str(), "agent");
+        assert_eq!(made.envd_version, "9.9.9", "as the agent said");
+        assert_eq!((made.vcpus.get(), made.memory.count(), made.disk.count()), (2, 64, 3));
+        assert_eq!(made.metadata["who"], "a test");
+        assert!(made.started_at >= before);
+        let life = made.end_at.duration_since(made.started_at).unwrap();
+        assert!(life.abs_diff(Duration::from_secs(600)) < Duration::from_secs(5), "{life:?}");
+        let token = made.access_token.clone().unwrap();
+        assert!(token.len() == 64 && token.bytes().all(|b| b.is_ascii_hexdigit()));
+
+        assert_eq!(host.get(made.id).await.unwrap(), made);
+        assert_eq!(host.list().await.unwrap(), std::slice::from_ref(&made));
+        let about = read_all(&host, made.id, 14).await;
+        assert_eq!(about, format!("token={token}\nCOLOUR=green\n"));
+        let disk = std::fs::read(store.join("sandboxes").join(made.id.as_str()).join("disk"));
+        assert_eq!(&disk.unwrap()[..8], b"minelate", "a clone of its own");
+        assert!(cgroup.join(made.id.as_str()).exists());
+
+        host.kill(made.id).await.unwrap();
+        assert!(!cgroup.join(made.id.as_str()).exists(), "gone when the answer comes");
+        let again = host.kill(made.id).await;
+        assert!(matches!(again, Err(ShardError::NoSuchSandbox(id)) if id == made.id));
+        assert!(host.get(made.id).await.is_err());
+        assert!(host.list().await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_console_template_is_ready_without_an_agent() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let made = host.create(request("console")).await.unwrap();
+        assert_eq!(made.envd_version, "0.0.1", "as the template says");
+        assert_eq!(made.access_token, None);
+        let templates = host.templates().await.unwrap();
+        let console = templates.iter().find(|t| t.name.as_str() == "console").unwrap();
+        assert_eq!((console.spawn_count, console.last_spawned_at), (1, Some(made.started_at)));
+        let agent = templates.iter().find(|t| t.name.as_str() == "agent").unwrap();
+        assert_eq!((agent.spawn_count, agent.last_spawned_at), (0, None));
+    });
+}
+
+#[test]
+fn both_shards_own_sandboxes_and_each_sees_all() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let mut ids = Vec::new();
+        for _ in 0..12 {
+            ids.push(host.create(request("agent")).await.unwrap().id);
+        }
+        let shards = std::num::NonZeroU16::new(2).unwrap();
+        for shard in 0..2 {
+            let owned = ids.iter().filter(|id| id.shard(shards).index() == shard).count();
+            assert!(owned >= 3, "shard {shard} owns {owned} of 12");
+        }
+        let mut listed: Vec<_> = host.list().await.unwrap().iter().map(|info| info.id).collect();
+        listed.sort();
+        ids.sort();
+        assert_eq!(listed, ids);
+        let templates = host.templates().await.unwrap();
+        assert_eq!(templates.iter().map(|t| t.spawn_count).sum::<u64>(), 12);
+        for id in &ids {
+            assert_eq!(host.get(*id).await.unwrap().id, *id);
+            let mut stream = host.connect(*id, port(7)).await.unwrap();
+            stream.write_all(b"over and back").await.unwrap();
+            stream.close().await.unwrap();
+            let mut back = String::new();
+            stream.read_to_string(&mut back).await.unwrap();
+            assert_eq!(back, "over and back");
+        }
+    });
+}
+
+#[test]
+fn streams_that_cannot_be_are_told_apart() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let id = host.create(request("agent")).await.unwrap().id;
+        let refused = host.connect(id, port(8080)).await.unwrap_err();
+        assert_eq!(refused, ConnectError::PortNotOpen(port(8080)));
+        let bad = host.connect(id, port(12)).await.unwrap_err();
+        assert_eq!(bad, ConnectError::Unreachable);
+        let nobody = SandboxId::from_random([3; SANDBOX_ID_CHARS]);
+        let none = host.connect(nobody, port(7)).await.unwrap_err();
+        assert_eq!(none, ConnectError::NoSuchSandbox(nobody));
+        let mute = host.connect(id, port(13));
+        let late = rt::time::timeout(Duration::from_millis(50), mute).await;
+        assert!(late.is_err(), "a mute guest holds up its caller only");
+        assert!(host.connect(id, port(7)).await.is_ok());
+    });
+}
+
+#[test]
+fn a_vm_process_that_takes_no_commands_does_not_hold_up_the_shard() {
+    let bench = Bench::new();
+    bench.host("stops-reading", |host| async move {
+        let id = host.create(request("agent")).await.unwrap().id;
+        let mut tasks = Vec::new();
+        for _ in 0..400 {
+            let host = host.clone();
+            tasks.push(rt::spawn(async move {
+                let connect = host.connect(id, port(7));
+                rt::time::timeout(Duration::from_secs(4), connect).await
+            }));
+        }
+        let begun = rt::time::Instant::now();
+        assert_eq!(host.list().await.unwrap().len(), 1);
+        assert!(begun.elapsed() < Duration::from_secs(2), "the shard answers meanwhile");
+        let mut busy = 0;
+        for task in tasks {
+            match task.join().await.unwrap() {
+                Ok(Err(ConnectError::Busy)) => busy += 1,
+                // Taken by the socket, answered by nobody.
+                Err(rt::time::Elapsed) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(busy > 0, "the socket's room has an end");
+        host.kill(id).await.unwrap();
+    });
+}
+
+#[test]
+fn a_sandbox_dies_when_its_time_is_over_and_not_before() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let mut wish = request("agent");
+        wish.timeout = Duration::from_millis(300);
+        let short = host.create(wish.clone()).await.unwrap();
+        let longer = host.create(wish).await.unwrap();
+        host.set_timeout(longer.id, Duration::from_secs(600)).await.unwrap();
+        let end_at = host.get(longer.id).await.unwrap().end_at;
+        assert!(end_at > longer.end_at + Duration::from_secs(500));
+        let id = short.id;
+        eventually("the short one ends", async || host.get(id).await.is_err()).await;
+        let early = short.end_at.duration_since(SystemTime::now());
+        assert!(early.is_err(), "it ended {early:?} before its time");
+        assert!(host.get(longer.id).await.is_ok());
+        host.set_timeout(longer.id, Duration::ZERO).await.unwrap();
+        let id = longer.id;
+        eventually("the longer one ends", async || host.get(id).await.is_err()).await;
+        let late = host.set_timeout(id, Duration::from_secs(1)).await;
+        assert!(matches!(late, Err(ShardError::NoSuchSandbox(_))));
+    });
+}
+
+#[test]
+fn a_guest_that_ends_takes_its_sandbox_with_it_and_no_other() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let bystander = host.create(request("agent")).await.unwrap().id;
+        // Powers off, crashes, sends garbage.
+        for end in [9, 10, 11] {
+            let id = host.create(request("agent")).await.unwrap().id;
+            let answer = host.connect(id, port(end)).await;
+            assert!(answer.is_err(), "port {end} ends the guest");
+            eventually("it is gone", async || {
+                matches!(host.get(id).await, Err(ShardError::NoSuchSandbox(_)))
+            })
+            .await;
+            assert!(matches!(host.kill(id).await, Err(ShardError::NoSuchSandbox(_))));
+        }
+        assert_eq!(read_all(&host, bystander, 14).await, "token=\nCOLOUR=green\n");
+    });
+}
+
+#[test]
+fn children_of_a_vm_process_die_with_it() {
+    let bench = Bench::new();
+    let cgroup = bench.cgroup.clone();
+    bench.host("with-children", move |host| async move {
+        let id = host.create(request("agent")).await.unwrap().id;
+        let procs = cgroup.join(id.as_str()).join("cgroup.procs");
+        let pids = std::fs::read_to_string(&procs).unwrap();
+        assert_eq!(pids.lines().count(), 4, "the double and three children");
+        host.kill(id).await.unwrap();
+        for pid in pids.lines() {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+            let dead = status.map_or(true, |stat| stat.contains(") Z "));
+            assert!(dead, "process {pid} lives");
+        }
+    });
+}
+
+#[test]
+fn a_drain_ends_everything_and_refuses_what_comes_late() {
+    let bench = Bench::new();
+    let config = bench.config("good");
+    let ended = bench.host_with(config, |host| async move {
+        for _ in 0..6 {
+            host.create(request("agent")).await.unwrap();
+        }
+        assert_eq!(host.list().await.unwrap().len(), 6);
+    });
+    ended.unwrap();
+    assert_eq!(bench.leftovers(), Leftovers::default());
+}

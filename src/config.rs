@@ -1,0 +1,192 @@
+//! The command line of `mica serve` and `mica topology`, parsed once into types.
+//!
+//! Called by `main`. Refuses what cannot work while there is still somebody to read why.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use mica_http::{HttpConfig, KeyRing, Limits};
+use mica_numa::{PlanConfig, Reserved, Shards};
+use mica_shards::HostConfig;
+
+use crate::helper::beside;
+
+const VM_PROGRAM: &str = "mica-vm";
+
+/// Where shards sit.
+#[derive(Args, Debug, Clone)]
+pub struct PlanArgs {
+    /// Number of shards on the whole machine. Default: a quarter of the cores of each node.
+    #[arg(long, value_name = "N", conflicts_with = "shards_per_node")]
+    shards: Option<u16>,
+    /// Number of shards on each memory node.
+    #[arg(long, value_name = "N")]
+    shards_per_node: Option<u16>,
+    /// Cores of each memory node that get no role and are left to the system.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    reserved_per_node: u16,
+}
+
+impl PlanArgs {
+    /// The wishes, as the planner takes them.
+    #[must_use]
+    pub fn config(&self) -> PlanConfig {
+        let shards = match (self.shards, self.shards_per_node) {
+            (Some(total), _) => Shards::Total(total),
+            (None, Some(each)) => Shards::PerNode(each),
+            (None, None) => Shards::Auto,
+        };
+        PlanConfig { shards, reserved: Reserved::PerNode(self.reserved_per_node) }
+    }
+}
+
+/// Everything `mica serve` can be told.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Address and port of the API and of the sandbox proxy. Port 0 takes a free one.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:3000")]
+    listen: SocketAddr,
+    /// Domain under which `{port}-{id}.DOMAIN` reaches a sandbox; clients are told it.
+    #[arg(long, value_name = "DOMAIN")]
+    domain: Option<String>,
+    /// Directory of templates and sandbox disks. XFS with reflink, or btrfs, makes it fast.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/mica")]
+    store: PathBuf,
+    /// File of API keys, one on each line. Made with one key when it is not there.
+    #[arg(long, value_name = "FILE", default_value = "/etc/mica/api-keys")]
+    key_file: PathBuf,
+    /// Program that runs one virtual machine. Default: mica-vm beside this executable.
+    #[arg(long, value_name = "FILE")]
+    pub vm_program: Option<PathBuf>,
+    /// A cgroup v2 directory that is the daemon's alone. Made when it is not there.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/mica")]
+    cgroup_root: PathBuf,
+    /// Run sandboxes without memory and process limits where cgroup v2 has no such controllers.
+    /// For development only.
+    #[arg(long)]
+    without_cgroup_limits: bool,
+    /// Serve although KVM here cannot run a Linux guest. Only templates made for it start: the
+    /// tiny guest of the tests.
+    #[arg(long)]
+    accept_unusable_kvm: bool,
+    /// First user id of VM processes; each sandbox has its own.
+    #[arg(long, value_name = "UID", default_value_t = 100_000)]
+    uid_first: u32,
+    /// Most sandboxes at one time.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    sandboxes_max: u32,
+    /// How much of each sandbox's console is kept, in KiB.
+    #[arg(long, value_name = "KIB", default_value_t = 64)]
+    console_kib: u32,
+    /// Seconds that a sandbox may take to become ready.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    boot_deadline: u32,
+    /// Longest life a client may give a sandbox, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 86_400)]
+    sandbox_timeout_max: u32,
+    /// Most client connections of one shard.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    connections_max: u32,
+    /// Seconds that requests and streams may still take after SIGTERM.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    drain: u32,
+    /// Seconds that a client may take to send a request head, or the body of an API request.
+    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    client_timeout: u32,
+    #[command(flatten)]
+    plan: PlanArgs,
+}
+
+/// What the command line meant.
+#[derive(Debug)]
+pub struct ServeConfig {
+    /// Of the front end, but for its keys.
+    pub http: HttpConfig,
+    /// Of the shards.
+    pub host: HostConfig,
+    /// Where shards sit.
+    pub plan: PlanArgs,
+    /// Where the keys are.
+    pub key_file: PathBuf,
+    /// Whether KVM has to be able to run Linux.
+    pub needs_usable_kvm: bool,
+}
+
+impl ServeArgs {
+    /// Checks and converts everything.
+    ///
+    /// # Errors
+    /// Says which option to change.
+    pub fn parse(self) -> Result<ServeConfig> {
+        let built_in = beside(VM_PROGRAM)?;
+        let vm_program = self.vm_program.clone().unwrap_or_else(|| built_in.clone());
+        if !vm_program.is_file() {
+            bail!("--vm-program: there is no file {}", vm_program.display());
+        }
+        let needs_usable_kvm = vm_program == built_in && !self.accept_unusable_kvm;
+        let limits = Limits {
+            connections_max: usize::try_from(self.connections_max)?,
+            drain_timeout: seconds(self.drain),
+            head_timeout: at_least_one("--client-timeout", self.client_timeout)?,
+            body_timeout: at_least_one("--client-timeout", self.client_timeout)?,
+            sandbox_timeout_max: at_least_one("--sandbox-timeout-max", self.sandbox_timeout_max)?,
+            ..Limits::default()
+        };
+        let host = HostConfig {
+            // The daemon may not keep its working directory, so paths are made absolute here.
+            store_root: std::path::absolute(&self.store).context("--store")?,
+            vm_program: std::path::absolute(vm_program).context("--vm-program")?,
+            cgroup_root: std::path::absolute(&self.cgroup_root).context("--cgroup-root")?,
+            cgroup_limits_required: !self.without_cgroup_limits,
+            uid_first: self.uid_first,
+            sandboxes_max: self.sandboxes_max,
+            console_bytes: u64::from(self.console_kib) * 1024,
+            boot_deadline: at_least_one("--boot-deadline", self.boot_deadline)?,
+        };
+        host.check()?;
+        let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;
+        let http = HttpConfig { listen: self.listen, domain, keys: KeyRing::default(), limits };
+        let (plan, key_file) = (self.plan, self.key_file);
+        Ok(ServeConfig { http, host, plan, key_file, needs_usable_kvm })
+    }
+}
+
+fn seconds(count: u32) -> Duration {
+    Duration::from_secs(u64::from(count))
+}
+
+fn at_least_one(option: &str, count: u32) -> Result<Duration> {
+    if count == 0 {
+        bail!("{option} must be at least 1");
+    }
+    Ok(seconds(count))
+}
+
+/// A host name, with a port or without.
+fn checked_domain(text: &str) -> Result<String> {
+    let (name, port) = text.split_once(':').map_or((text, None), |(n, p)| (n, Some(p)));
+    let label = |label: &str| {
+        matches!(label.len(), 1..=63)
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    if !name.split('.').all(label) || port.is_some_and(|port| port.parse::<u16>().is_err()) {
+        bail!("--domain must be a host name such as sandboxes.example, with a port or without");
+    }
+    Ok(text.to_ascii_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn domains() {
+        assert_eq!(checked_domain("Sbx.Example:8443").unwrap(), "sbx.example:8443");
+        for bad in ["", ".", "a..b", "http://x", "a b", "x:y", "x:70000"] {
+            assert!(checked_domain(bad).is_err(), "{bad}");
+        }
+    }
+}

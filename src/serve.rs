@@ -1,0 +1,82 @@
+//! `mica serve`: from a checked configuration to a running host, and down again.
+//!
+//! Called by `main`. Refuses to start where a sandbox could not: no usable KVM, an address that is
+//! taken, a key file that is open to others.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result, anyhow, bail};
+use mica_shards::StopSignal;
+
+use crate::config::ServeArgs;
+use crate::kvm_kind::KvmKind;
+use crate::{helper, key_file, signals, topology};
+
+/// Runs the host until a signal.
+///
+/// # Errors
+/// Says what is wrong and what to change.
+pub fn run(args: ServeArgs) -> Result<()> {
+    let mut config = args.parse()?;
+    if let Some(why) = unusable_kvm(config.needs_usable_kvm)? {
+        return in_the_lab(&why, config.http.listen.port());
+    }
+    config.http.listen = free_address(config.http.listen)?;
+    config.http.keys = key_file::load_or_create(&config.key_file)?;
+    let plan = topology::planned(&config.plan)?;
+    let stop = StopSignal::new().context("cannot make the stop signal")?;
+    signals::stop_on_signals(stop.clone())?;
+    tracing::info!(
+        url = format!("http://{}", config.http.listen),
+        keys = %config.key_file.display(),
+        "starting\n{plan}"
+    );
+
+    // A front end that cannot come up stops all shards, and this is where it says why.
+    let failure: Arc<OnceLock<String>> = Arc::default();
+    let http = config.http;
+    let serve = {
+        let failure = Arc::clone(&failure);
+        move |host, stop: StopSignal| {
+            let (http, failure) = (http.clone(), Arc::clone(&failure));
+            async move {
+                if let Err(error) = mica_http::serve(host, http, stop.clone()).await {
+                    failure.get_or_init(|| format!("{:#}", anyhow!(error)));
+                    stop.stop();
+                }
+            }
+        }
+    };
+    mica_shards::run(&plan, config.host, stop, serve)?;
+    if let Some(why) = failure.get() {
+        bail!("{why}");
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Why this machine cannot be the host, if it cannot.
+fn unusable_kvm(needs_usable_kvm: bool) -> Result<Option<KvmKind>> {
+    let kind = KvmKind::detect().context("cannot read /proc/cpuinfo")?;
+    if kind.runs_linux() || !needs_usable_kvm {
+        tracing::info!("{kind}");
+        return Ok(None);
+    }
+    Ok(Some(kind))
+}
+
+/// Says why, and becomes the lab: the same port, an emulated host behind it.
+fn in_the_lab(why: &KvmKind, port: u16) -> Result<()> {
+    eprintln!("{why}.\nRunning in the lab instead: an emulated host, about 24 times slower.");
+    let words = ["lab".into(), "serve".into(), "--port".into(), port.to_string().into()];
+    helper::become_helper(&words)
+}
+
+/// Every shard shares the address, so a second daemon of the same user could share it too. Binding
+/// it alone first finds that out, and turns port 0 into the one that all shards use.
+fn free_address(wanted: SocketAddr) -> Result<SocketAddr> {
+    let alone = TcpListener::bind(wanted)
+        .with_context(|| format!("cannot listen on {wanted}; choose another with --listen"))?;
+    Ok(alone.local_addr()?)
+}

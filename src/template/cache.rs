@@ -1,0 +1,216 @@
+//! The build cache: one directory per stage and inputs, complete or not there.
+//!
+//! Called by the build. Refuses two builds at once in one cache, so that what lies in its `tmp`
+//! can only be the remains of a build that was killed, and is removed.
+//!
+//! ```text
+//! <cache>/lock
+//! <cache>/tmp/<pid>-<n>/              work in progress, removed when dropped
+//! <cache>/stages/<stage>-<inputs>/    a stage's result, renamed here when complete
+//! ```
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+use super::runner::Runner;
+
+/// The hash of everything a stage was made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Key(String);
+
+impl Key {
+    /// Hashes labelled inputs. Lengths go in as well, so no two lists give the same bytes.
+    pub fn of(inputs: &[(&str, &str)]) -> Self {
+        let mut hash = Sha256::new();
+        for (label, value) in inputs {
+            for text in [label, value] {
+                hash.update(text.len().to_le_bytes());
+                hash.update(text.as_bytes());
+            }
+        }
+        Self(hex(&hash.finalize()))
+    }
+
+    /// Hashes a file's content.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        let read = || -> std::io::Result<Self> {
+            let mut hash = Sha256::new();
+            std::io::copy(&mut File::open(path)?, &mut hash)?;
+            Ok(Self(hex(&hash.finalize())))
+        };
+        read().with_context(|| format!("could not read {}", path.display()))
+    }
+
+    /// 64 hexadecimal digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        if write!(text, "{byte:02x}").is_err() {
+            unreachable!("a String takes every write");
+        }
+        text
+    })
+}
+
+/// The cache directory, held by this build alone.
+#[derive(Debug)]
+pub struct Cache {
+    root: PathBuf,
+    fresh: bool,
+    _lock: File,
+}
+
+/// A working directory that is removed when dropped.
+#[derive(Debug)]
+pub struct WorkDir {
+    path: PathBuf,
+}
+
+impl Cache {
+    /// Takes the cache; waits while another build has it. With `fresh`, no stage is reused.
+    ///
+    /// # Errors
+    /// When the directory cannot be used, or the build is cancelled while it waits.
+    pub fn open(root: &Path, fresh: bool, runner: &Runner) -> Result<Self> {
+        for dir in [root.to_path_buf(), root.join("stages"), root.join("tmp")] {
+            fs::create_dir_all(&dir)
+                .with_context(|| format!("could not make the cache directory {}", dir.display()))?;
+        }
+        let path = root.join("lock");
+        let lock =
+            File::create(&path).with_context(|| format!("could not open {}", path.display()))?;
+        let mut told = false;
+        loop {
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {
+                    runner.check()?;
+                    if !told {
+                        runner.say("cache", "another build is running; waiting for it")?;
+                        told = true;
+                    }
+                    // There is no wait for a lock that a signal can end without a handler.
+                    std::thread::sleep(std::time::Duration::from_millis(200));
+                }
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("could not lock {}", path.display()));
+                }
+            }
+        }
+        let cache = Self { root: root.to_path_buf(), fresh, _lock: lock };
+        cache.remove_remains()?;
+        Ok(cache)
+    }
+
+    fn remove_remains(&self) -> Result<()> {
+        let tmp = self.root.join("tmp");
+        for entry in
+            fs::read_dir(&tmp).with_context(|| format!("could not list {}", tmp.display()))?
+        {
+            let path = entry?.path();
+            fs::remove_dir_all(&path)
+                .with_context(|| format!("could not remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// A new, empty working directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn work_dir(&self) -> Result<WorkDir> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = self.root.join("tmp").join(format!("{}-{n}", std::process::id()));
+        fs::create_dir(&path).with_context(|| format!("could not make {}", path.display()))?;
+        Ok(WorkDir { path })
+    }
+
+    /// The directory of a stage, made by `make` if it is not there yet. What a failed `make`
+    /// leaves is removed.
+    ///
+    /// # Errors
+    /// What `make` says, with the name of the stage.
+    pub fn stage(
+        &self,
+        runner: &Runner,
+        stage: &'static str,
+        key: &Key,
+        make: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let done = self.root.join("stages").join(format!("{stage}-{}", &key.as_str()[..24]));
+        if done.exists() && !self.fresh {
+            runner.say(stage, "unchanged, taken from the cache")?;
+            return Ok(done);
+        }
+        runner.check()?;
+        let started = std::time::Instant::now();
+        let work = self.work_dir()?;
+        let out = work.path().join("out");
+        let made = fs::create_dir(&out)
+            .with_context(|| format!("could not make {}", out.display()))
+            .and_then(|()| make(&out))
+            .and_then(|()| publish(&work, &out, &done));
+        made.with_context(|| format!("step `{stage}` failed"))?;
+        let seconds = started.elapsed().as_secs_f32();
+        runner.say(stage, &format!("done in {seconds:.1} s"))?;
+        Ok(done)
+    }
+}
+
+/// Makes a complete stage visible under its name. All of it is on the device before that, so a
+/// power cut cannot leave a stage that only looks complete.
+fn publish(work: &WorkDir, out: &Path, done: &Path) -> Result<()> {
+    let dir = File::open(out).context("could not open the stage")?;
+    rustix::fs::syncfs(&dir).context("could not sync the stage")?;
+    if done.exists() {
+        let old = work.path().join("old");
+        fs::rename(done, &old).with_context(|| format!("could not move {}", done.display()))?;
+    }
+    fs::rename(out, done).with_context(|| format!("could not rename to {}", done.display()))
+}
+
+impl WorkDir {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "could not remove");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_tell_inputs_apart() {
+        let one = Key::of(&[("a", "bc")]);
+        assert_eq!(one, Key::of(&[("a", "bc")]));
+        assert_ne!(one, Key::of(&[("ab", "c")]));
+        assert_ne!(Key::of(&[("a", ""), ("b", "")]), Key::of(&[("a", "")]));
+        assert_eq!(one.as_str().len(), 64);
+    }
+}

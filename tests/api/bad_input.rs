@@ -1,0 +1,216 @@
+//! What the issue of hostile and careless clients lists: each a 4xx in JSON that says what to
+//! change, and nothing else affected.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::client::Connection;
+use crate::daemon::{Daemon, TEMPLATE, kill};
+
+fn post(daemon: &Daemon, path: &str, body: &str) -> crate::client::Reply {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\ncontent-length: {}\r\n\r\n",
+        daemon.key(),
+        body.len()
+    );
+    daemon.connect().send(head + body).reply()
+}
+
+#[test]
+fn bodies_out_of_form_say_what_to_change() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let timeout = format!("/sandboxes/{id}/timeout");
+    for (path, body, hint) in [
+        ("/v2/sandboxes", "{", "JSON"),
+        ("/v2/sandboxes", "", "JSON"),
+        ("/sandboxes", r#"{"timeout":1}"#, "templateID"),
+        ("/v2/sandboxes", r#"{"templateID":["base"]}"#, "expected a string"),
+        ("/v2/sandboxes", r#"{"templateID":"base","metadata":{"a":1}}"#, "expected a string"),
+        ("/v2/sandboxes", r#"{"templateID":"base","timeout":-1}"#, "at least 1"),
+        ("/v2/sandboxes", r#"{"templateID":"base","timeout":0}"#, "at least 1"),
+        ("/v2/sandboxes", r#"{"templateID":"base","timeout":86401}"#, "greater than 24 hours"),
+        ("/v2/sandboxes", r#"{"templateID":"base/.."}"#, "template name"),
+        ("/v2/sandboxes", r#"{"templateID":"../base"}"#, "template name"),
+        (timeout.as_str(), r#"{"timeout":-1}"#, "0 or more"),
+        (timeout.as_str(), r#"{"timeout":"60"}"#, "expected i64"),
+        (timeout.as_str(), r#"{"timeout":86401}"#, "greater than 24 hours"),
+        (timeout.as_str(), "[]", "JSON"),
+    ] {
+        let message = post(&daemon, path, body).error(400);
+        assert!(message.contains(hint), "{path} {body}: {message}");
+    }
+    let unknown = post(&daemon, "/v2/sandboxes", r#"{"templateID":"no-such-template"}"#).error(404);
+    assert!(unknown.contains("no-such-template"), "{unknown}");
+    // The one that was there all along is untouched.
+    assert_eq!(daemon.ask("GET", &format!("/sandboxes/{id}"), None).status, 200);
+    assert_eq!(daemon.vm_processes().len(), 1, "no bad create made a process");
+}
+
+#[test]
+fn ids_and_paths_out_of_form() {
+    let daemon = Daemon::start();
+    for (method, path, status) in [
+        ("GET", "/sandboxes/..%2f..%2fetc", 400),
+        ("DELETE", "/sandboxes/%2e%2e", 400),
+        ("GET", "/sandboxes/UPPER", 400),
+        ("GET", "/sandboxes/%zz", 400),
+        ("GET", "/sandboxes/nonexistingsandbox", 404),
+        ("DELETE", "/sandboxes/i00000000000000000000", 404),
+        ("GET", "/", 404),
+        ("GET", "/sandboxes/", 404),
+        ("GET", "/nothing/here", 404),
+        ("PUT", "/sandboxes", 405),
+        ("DELETE", "/templates", 405),
+        ("BREW", "/health", 405),
+    ] {
+        let reply = daemon.ask(method, path, Some(&json!({})));
+        reply.error(status);
+        assert_eq!(reply.headers.contains_key("allow"), status == 405, "{method} {path}");
+    }
+}
+
+#[test]
+fn bodies_over_the_limit_are_refused_with_either_framing() {
+    let daemon = Daemon::start();
+    let big = json!({ "templateID": TEMPLATE, "metadata": { "a": "x".repeat(1 << 20) } });
+    let message = daemon.ask("POST", "/v2/sandboxes", Some(&big)).error(413);
+    assert!(message.contains("bytes"), "{message}");
+
+    let mut connection = daemon.connect();
+    connection.send(format!(
+        "POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n\
+         transfer-encoding: chunked\r\n\r\n",
+        daemon.key()
+    ));
+    let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
+    for _ in 0..8 {
+        connection.send(&chunk);
+    }
+    connection.send("0\r\n\r\n").reply().error(413);
+    assert!(daemon.vm_processes().is_empty());
+}
+
+#[test]
+fn chunked_bodies_are_welcome() {
+    let daemon = Daemon::start();
+    let mut connection = daemon.connect();
+    connection.send(format!(
+        "POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n\
+         transfer-encoding: chunked\r\n\r\nd\r\n{{\"templateID\"\r\n8\r\n:\"base\"}}\r\n0\r\n\r\n",
+        daemon.key()
+    ));
+    assert_eq!(connection.reply().status, 201);
+}
+
+#[test]
+fn what_is_not_http_is_told_so() {
+    let daemon = Daemon::start();
+    let long = "x".repeat(100_000);
+    let many: String = (0..200).map(|n| format!("x-{n}: 1\r\n")).collect();
+    for (request, status) in [
+        ("hello\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nhost: x\r\nspace : 1\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nhost: x\r\nfolded: a\r\n b\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n".into(), 400),
+        ("GET / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/9.9\r\nhost: x\r\n\r\n".to_owned(), 400),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), 400),
+        (format!("GET / HTTP/1.1\r\nhost: x\r\nlong: {long}\r\n\r\n"), 431),
+        (format!("GET / HTTP/1.1\r\nhost: x\r\n{many}\r\n"), 431),
+    ] {
+        let mut connection = daemon.connect();
+        let reply = connection.send(&request).reply();
+        let shown: String = request.chars().take(80).collect();
+        assert_eq!(reply.status, status, "{shown:?}: {reply:?}");
+        assert!(!reply.error(status).is_empty());
+    }
+    daemon.healthy();
+}
+
+#[test]
+fn a_parse_error_after_a_good_request_is_answered_too() {
+    let daemon = Daemon::start();
+    let mut connection = daemon.connect();
+    assert_eq!(connection.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);
+    connection.send("nonsense\r\n\r\n").reply().error(400);
+    assert!(connection.rest().is_empty(), "and then the connection ends");
+}
+
+#[test]
+fn slow_clients_are_told_and_let_go() {
+    let daemon = Daemon::start_with(&["--client-timeout", "1"]);
+    // A head that never ends.
+    let mut head = daemon.connect();
+    head.send("GET /health HTTP/1.1\r\nhost: x\r\n");
+    // A body that never ends.
+    let mut body = daemon.connect();
+    body.send(format!(
+        "POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\ncontent-length: 100\r\n\r\n{{",
+        daemon.key()
+    ));
+    // A connection without a word gets none either.
+    let mut silent = daemon.connect();
+    daemon.healthy();
+    for slow in [&mut head, &mut body] {
+        assert!(slow.reply().error(408).contains("in time"));
+        assert!(slow.rest().is_empty());
+    }
+    assert!(silent.rest().is_empty());
+    daemon.healthy();
+}
+
+#[test]
+fn a_second_request_that_stalls_is_told_as_well() {
+    let daemon = Daemon::start_with(&["--client-timeout", "1"]);
+    let mut connection = daemon.connect();
+    assert_eq!(connection.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);
+    connection.send("GET /hea");
+    connection.reply().error(408);
+}
+
+#[test]
+fn connections_over_the_limit_are_turned_away() {
+    let daemon = Daemon::start_with(&["--connections-max", "2", "--shards", "1"]);
+    let request = "GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut held: Vec<Connection> = (0..2).map(|_| daemon.connect()).collect();
+    for connection in &mut held {
+        assert_eq!(connection.send(request).reply().status, 200);
+    }
+    let turned_away = daemon.connect().reply();
+    turned_away.error(503);
+    assert_eq!(turned_away.headers["should-retry"], "true");
+    drop(held);
+    let deadline = std::time::Instant::now() + crate::client::PATIENCE;
+    loop {
+        let mut connection = daemon.connect();
+        // One that is turned away may already be closed; writing to it is no error of the test.
+        drop(std::io::Write::write_all(&mut connection.stream(), request.as_bytes()));
+        if connection.reply().status == 200 {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "the places were never given back");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_sandbox_whose_process_dies_is_gone_and_the_others_are_not() {
+    let daemon = Daemon::start();
+    let first = daemon.create();
+    let victim = daemon.vm_processes();
+    let second = daemon.create();
+    kill("KILL", victim[0]);
+    let deadline = std::time::Instant::now() + crate::client::PATIENCE;
+    while daemon.ask("GET", &format!("/sandboxes/{first}"), None).status != 404 {
+        assert!(std::time::Instant::now() < deadline, "the API still shows it");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(daemon.ask("GET", &format!("/sandboxes/{second}"), None).status, 200);
+    assert_eq!(daemon.vm_processes().len(), 1);
+}

@@ -1,0 +1,253 @@
+//! Starts `mica serve` with a store of its own and the stand-in VM, and ends it.
+//!
+//! Called by every test: each has its own daemon, so that none sees another's sandboxes. Refuses to
+//! leave anything behind, also when the test fails.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mica_storage::{Part, ReadyWhen, Store, TemplateSpec};
+use mica_units::{Mebibytes, VcpuCount};
+use serde_json::{Value, json};
+
+use crate::client::{Connection, PATIENCE, Reply};
+
+/// The name of the only template.
+pub const TEMPLATE: &str = "base";
+
+/// A running daemon.
+pub struct Daemon {
+    child: Child,
+    address: SocketAddr,
+    key: String,
+    directory: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Daemon {
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// With more options than the usual ones.
+    pub fn start_with(options: &[&str]) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mica-api-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(&name);
+        std::fs::create_dir_all(&directory).expect("a directory");
+        make_template(&directory);
+        let (cgroup_root, limits) = cgroup();
+        let cgroup = cgroup_root.join(&name);
+        let address = free_address();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
+        command
+            .args(["serve", "--listen", &address.to_string()])
+            .arg("--store")
+            .arg(directory.join("store"))
+            .arg("--key-file")
+            .arg(directory.join("keys"))
+            .arg("--vm-program")
+            .arg(vm_program(&directory))
+            .arg("--cgroup-root")
+            .arg(&cgroup)
+            .args(options)
+            .stdin(Stdio::null());
+        if !limits {
+            command.arg("--without-cgroup-limits");
+        }
+        // Two shards, so that requests have to cross from one to the other.
+        if !options.contains(&"--shards") {
+            command.args(["--shards", "2"]);
+        }
+        let child = command.spawn().expect("mica serve");
+        let mut daemon = Self { child, address, key: String::new(), directory, cgroup };
+        daemon.wait_until_up();
+        let keys = std::fs::read_to_string(daemon.directory.join("keys")).expect("a key file");
+        keys.trim().clone_into(&mut daemon.key);
+        daemon
+    }
+
+    fn wait_until_up(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(self.address).is_err() {
+            if let Some(status) = self.child.try_wait().expect("the daemon's state") {
+                panic!("mica serve ended with {status}; its log is above");
+            }
+            assert!(Instant::now() < deadline, "mica serve does not listen");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    pub fn connect(&self) -> Connection {
+        Connection::open(self.address)
+    }
+
+    /// One control-plane request on a connection of its own.
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {}\r\n\
+             content-length: {}\r\n\r\n",
+            self.key,
+            body.len()
+        );
+        self.connect().send(head + &body).reply()
+    }
+
+    /// Creates a sandbox and gives its id.
+    pub fn create(&self) -> String {
+        let body = json!({ "templateID": TEMPLATE, "timeout": 300 });
+        let reply = self.ask("POST", "/v2/sandboxes", Some(&body));
+        assert_eq!(reply.status, 201, "{reply:?}");
+        reply.json()["sandboxID"].as_str().expect("an id").to_owned()
+    }
+
+    /// A connection on which a request head for a port of a sandbox was begun: what is missing are
+    /// further headers and the empty line.
+    pub fn to_sandbox(&self, id: &str, port: u16, request_line: &str) -> Connection {
+        let mut connection = self.connect();
+        connection.send(format!(
+            "{request_line} HTTP/1.1\r\nhost: localhost\r\ne2b-sandbox-id: {id}\r\n\
+             e2b-sandbox-port: {port}\r\n"
+        ));
+        connection
+    }
+
+    pub fn healthy(&self) {
+        assert_eq!(self.ask("GET", "/health", None).status, 200);
+    }
+
+    /// Process ids of the stand-in VMs of this daemon.
+    pub fn vm_processes(&self) -> Vec<u32> {
+        let children = Command::new("pgrep")
+            .args(["-P", &self.child.id().to_string()])
+            .output()
+            .expect("pgrep");
+        let text = String::from_utf8(children.stdout).expect("numbers");
+        text.lines().map(|line| line.parse().expect("a process id")).collect()
+    }
+
+    pub fn signal(&self, name: &str) {
+        kill(name, self.child.id());
+    }
+
+    /// Waits for the daemon's own end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the daemon's state") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "mica serve does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // First as an operator would, so that the daemon removes its own cgroups and disks.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            kill("TERM", self.child.id());
+            let deadline = Instant::now() + PATIENCE;
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        drop(self.child.kill());
+        drop(self.child.wait());
+        drop(std::fs::remove_dir(&self.cgroup));
+        drop(std::fs::remove_dir_all(&self.directory));
+    }
+}
+
+pub fn kill(signal: &str, process: u32) {
+    let status = Command::new("kill")
+        .args(["-s", signal, &process.to_string()])
+        .status()
+        .expect("kill");
+    assert!(status.success(), "process {process} is gone");
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
+}
+
+fn make_template(directory: &Path) {
+    let store = Store::open(&directory.join("store")).expect("a store");
+    let kernel = directory.join("kernel");
+    std::fs::write(&kernel, b"not a kernel: the stand-in VM does not look").expect("a file");
+    let name = TEMPLATE.parse().expect("a name");
+    let staging = store.stage(&name, false).expect("a stage");
+    staging.copy_part(Part::Kernel, &kernel).expect("the kernel");
+    let spec = TemplateSpec {
+        name,
+        vcpus: VcpuCount::new(2).expect("a count"),
+        memory: Mebibytes::new(512),
+        cmdline: "console=ttyS0".to_owned(),
+        envd_version: mica_wire::guest::ENVD_VERSION.to_owned(),
+        ready: ReadyWhen::Agent,
+        inputs_hash: String::new(),
+    };
+    staging.commit(&spec).expect("a template");
+}
+
+/// The daemon passes a VM program no options of ours, so a script adds them.
+fn vm_program(directory: &Path) -> PathBuf {
+    let script = directory.join("vm");
+    let standin = standin_vm().display().to_string();
+    std::fs::write(&script, format!("#!/bin/sh\nexec '{standin}' --builtin-agent \"$@\"\n"))
+        .expect("a script");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&script, executable).expect("a mode");
+    script
+}
+
+/// The stand-in VM belongs to another package, so cargo has not built it for this test.
+fn standin_vm() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let mica = Path::new(env!("CARGO_BIN_EXE_mica"));
+        let directory = mica.parent().expect("a directory");
+        let profile = match directory.file_name().and_then(|name| name.to_str()) {
+            Some("debug") | None => "dev",
+            Some(profile) => profile,
+        };
+        let status = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "-p", "mica-lab", "--bin", "standin-vm"])
+            .args(["--profile", profile])
+            .status()
+            .expect("cargo");
+        assert!(status.success(), "the stand-in VM does not build");
+        directory.join("standin-vm")
+    })
+}
+
+/// Where cgroup v2 is mounted, and whether it has the controllers that limits need.
+fn cgroup() -> (PathBuf, bool) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let mount = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (_, path, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(path))
+    });
+    let mount = mount.expect("cgroup v2 is not mounted; mount it at /sys/fs/cgroup");
+    let controllers = std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+    let has = |wanted| controllers.split_whitespace().any(|name| name == wanted);
+    (mount, has("memory") && has("pids"))
+}

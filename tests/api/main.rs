@@ -1,0 +1,21 @@
+//! The whole daemon over its socket: the real `mica serve`, two shards, and the stand-in VM.
+//!
+//! Run by `cargo test`, as root (VM processes get users of their own). Refuses nothing: where the
+//! machine cannot run it, it fails and says why.
+
+#![forbid(unsafe_code)]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what it expected and stops there"
+)]
+
+mod bad_input;
+mod client;
+mod control_plane;
+mod daemon;
+mod drain;
+mod proxy_faults;
+mod proxy_framing;
+mod proxy_streaming;
+mod upstream;

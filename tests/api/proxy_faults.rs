@@ -1,0 +1,93 @@
+//! What the proxy answers when the sandbox does not, in the words that SDKs look for.
+
+use crate::daemon::Daemon;
+use crate::upstream::Upstream;
+
+#[test]
+fn a_closed_port_and_a_missing_sandbox_are_told_apart() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    // Nothing listens on port 1 here, and nobody will start to.
+    let reply = daemon.to_sandbox(&id, 1, "GET /").send("\r\n").reply();
+    assert_eq!(
+        String::from_utf8_lossy(&reply.body),
+        format!(
+            "{{\"sandboxId\":\"{id}\",\"message\":\"The sandbox is running but port is not \
+             open\",\"port\":1,\"code\":502}}"
+        )
+    );
+    assert_eq!((reply.status, reply.headers["should-retry"].as_str()), (502, "false"));
+    assert_eq!(reply.headers["content-type"], "application/json; charset=utf-8");
+
+    for (unknown, port) in [("i00000000000000000000", 49983), ("nonexistingsandbox", 49999)] {
+        let reply = daemon.to_sandbox(unknown, port, "GET /health").send("\r\n").reply();
+        assert_eq!(
+            String::from_utf8_lossy(&reply.body),
+            format!(
+                "{{\"sandboxId\":\"{unknown}\",\"message\":\"The sandbox was not found\",\
+                 \"code\":502}}"
+            )
+        );
+    }
+}
+
+#[test]
+fn requests_for_a_sandbox_out_of_form() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    for (headers, hint) in [
+        (format!("e2b-sandbox-id: {id}\r\n"), "missing header"),
+        ("e2b-sandbox-port: 80\r\n".to_owned(), "missing header"),
+        (format!("e2b-sandbox-id: {id}\r\ne2b-sandbox-port: 0\r\n"), "Invalid sandbox port"),
+        (format!("e2b-sandbox-id: {id}\r\ne2b-sandbox-port: 70000\r\n"), "Invalid sandbox port"),
+        ("e2b-sandbox-id: ../x\r\ne2b-sandbox-port: 80\r\n".to_owned(), "Invalid sandbox ID"),
+    ] {
+        let request = format!("GET / HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n");
+        let message = daemon.connect().send(request).reply().error(400);
+        assert!(message.contains(hint), "{headers:?}: {message}");
+    }
+}
+
+#[test]
+fn routes_between_host_and_agent_are_closed() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    for path in ["/init", "/freeze", "//unfreeze", "/%69nit", "/x/../fsthaw", "/upgrade/"] {
+        let mut client = daemon.to_sandbox(&id, 49983, &format!("POST {path}"));
+        client.send("content-length: 0\r\n\r\n").reply().error(404);
+    }
+    // On any other port the same path is the sandbox's own business.
+    let server = Upstream::start(|mut served| {
+        served.head();
+        served.send("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+    });
+    let mut client = daemon.to_sandbox(&id, server.port, "POST /init");
+    assert_eq!(client.send("content-length: 0\r\n\r\n").reply().status, 200);
+    server.join();
+}
+
+#[test]
+fn a_server_that_answers_nothing_or_nonsense_is_a_502() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    for answer in ["", "HTTP/1.1 ", "what?\r\n\r\n", "HTTP/1.1 200 OK\r\nno colon\r\n\r\n"] {
+        let server = Upstream::start(move |mut served| {
+            served.head();
+            served.send(answer);
+        });
+        let mut client = daemon.to_sandbox(&id, server.port, "GET /");
+        let message = client.send("\r\n").reply().error(502);
+        assert!(message.contains("closed the connection before it answered"), "{message}");
+        server.join();
+    }
+    let server = Upstream::start(|mut served| {
+        served.head();
+        let head = format!("HTTP/1.1 200 OK\r\nlong: {}\r\n\r\n", "x".repeat(1 << 20));
+        // The proxy may hang up in the middle of this.
+        drop(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(served.send(head)))));
+    });
+    let mut client = daemon.to_sandbox(&id, server.port, "GET /");
+    client.send("\r\n").reply().error(502);
+    server.join();
+    daemon.healthy();
+}

@@ -1,0 +1,133 @@
+"""What the end-to-end tests share: the lab they run against, and raw HTTP beside the SDK.
+
+The environment comes from `mica lab env`; tools/lab-test sets it. Waiting is always for a condition,
+with a deadline.
+"""
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from e2b_code_interpreter import Sandbox as CodeSandbox
+
+from e2b import Sandbox
+
+# Emulation is slow, and a loaded test machine slower.
+PATIENCE_S = 600
+
+MICA = os.path.join(os.environ["MICA_BIN_DIR"], "mica")
+
+
+def lab(script: str, stdin: bytes = b"", timeout_s: int = 300) -> str:
+    """Runs a shell script as root in the lab's host and returns what it printed."""
+    done = subprocess.run(
+        [MICA, "lab", "exec", "--", "sh", "-euc", script],
+        input=stdin,
+        capture_output=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise AssertionError(
+            f"in the lab: {script}\nexit {done.returncode}\n{done.stdout.decode()}{done.stderr.decode()}"
+        )
+    return done.stdout.decode()
+
+
+def api(method: str, path: str, body=None, headers=None):
+    """One raw request to the control plane: (status, parsed JSON or None)."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        os.environ["E2B_API_URL"] + path,
+        data=data,
+        method=method,
+        headers={
+            "X-API-Key": os.environ["E2B_API_KEY"],
+            "Content-Type": "application/json",
+            **(headers or {}),
+        },
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text else None
+
+
+def wait_until(what: str, condition, deadline_s: float = 120):
+    """Polls until `condition()` is true; fails with `what` at the deadline."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not within {deadline_s} s: {what}")
+
+
+def make(template: str = "base", **options) -> Sandbox:
+    kind = CodeSandbox if template.startswith("code-interpreter") else Sandbox
+    return kind.create(template, timeout=3600, request_timeout=PATIENCE_S, **options)
+
+
+@pytest.fixture(scope="module")
+def base():
+    """One sandbox of the template `base`, for tests that do not harm it."""
+    sandbox = make("base")
+    yield sandbox
+    sandbox.kill()
+
+
+@pytest.fixture(scope="session")
+def code():
+    """One sandbox of the code interpreter's template, its Python kernel running."""
+    sandbox = make("code-interpreter-v1")
+    assert sandbox.run_code("1+1", timeout=PATIENCE_S, request_timeout=PATIENCE_S).text == "2"
+    yield sandbox
+    sandbox.kill()
+
+
+def template_variant(name: str, kernel: bytes = b"", vcpus: int = 1, memory_mib: int = 512) -> str:
+    """Registers the template `base` under another name, with other sizes or another kernel. The
+    disk is a reflink, so this costs nothing."""
+    have_kernel = "1" if kernel else ""
+    lab(
+        f"""
+        folder=$(mica template list --json | tr '}}' '\\n' | grep '"name": *"base"' |
+          grep -o '"id": *"[^"]*"' | cut -d'"' -f4)
+        from=/var/lib/mica/templates/$folder
+        image=$from/kernel
+        if [ -n "{have_kernel}" ]; then image=$(mktemp); cat > "$image"; fi
+        mica template delete {name} 2>/dev/null || true
+        mica template add --name {name} --kernel "$image" --initramfs $from/initramfs \
+          --disk $from/disk --ready agent --vcpus {vcpus} --memory {memory_mib}
+        """,
+        stdin=kernel,
+    )
+    return name
+
+
+@pytest.fixture
+def variant():
+    made = []
+
+    def make_variant(name, **options):
+        made.append(template_variant(name, **options))
+        return name
+
+    yield make_variant
+    for name in made:
+        lab(f"mica template delete {name}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_base():
+    """`base` on one vCPU and little memory: quick to boot many times."""
+    template_variant("tiny-base", vcpus=1, memory_mib=256)
+    yield
+    lab("mica template delete tiny-base")

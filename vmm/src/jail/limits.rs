@@ -1,0 +1,46 @@
+//! Resource limits of the process.
+//!
+//! Called while the jail closes, and once more when the disk is known. Refuses to raise any.
+
+use std::os::fd::AsFd;
+
+use rustix::fs::fstat;
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+/// Descriptors: KVM and its vCPUs, device events, and one for each stream into the guest.
+const DESCRIPTORS_MAX: u64 = 1024;
+
+/// Why a limit was not set.
+#[derive(Debug, thiserror::Error)]
+pub enum LimitError {
+    /// The disk's length is unknown.
+    #[error("reading the length of the disk failed")]
+    DiskLength(#[source] Errno),
+    /// The kernel refused.
+    #[error("limiting the size of files failed")]
+    Set(#[source] Errno),
+}
+
+/// The limits that do not depend on what is booted.
+pub fn set() -> Result<(), Errno> {
+    set_one(Resource::Nofile, DESCRIPTORS_MAX)?;
+    // A core dump would write guest memory to the host's disk.
+    set_one(Resource::Core, 0)
+}
+
+/// Lets this process write files up to the length of the disk, and none without one.
+///
+/// # Errors
+/// See [`LimitError`].
+pub fn allow_file_bytes(disk: Option<&impl AsFd>) -> Result<(), LimitError> {
+    let bytes = match disk {
+        Some(disk) => fstat(disk).map_err(LimitError::DiskLength)?.st_size,
+        None => 0,
+    };
+    set_one(Resource::Fsize, u64::try_from(bytes).unwrap_or(0)).map_err(LimitError::Set)
+}
+
+fn set_one(resource: Resource, value: u64) -> Result<(), Errno> {
+    setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })
+}

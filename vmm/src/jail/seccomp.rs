@@ -1,0 +1,281 @@
+//! System call filters: one allow list for each kind of thread; anything else kills the process.
+//!
+//! Called by each thread for itself. Filters add up, so every later list is a part of
+//! [`ThreadKind::Setup`]'s, which all threads inherit. Refuses by default: a system call that is not
+//! here was either never needed, or is the guest's way out.
+//!
+//! | kind | when | what beyond memory and locks |
+//! |---|---|---|
+//! | Setup | from the jail to the start of the guest | KVM set-up, rings, threads, images |
+//! | Control | the first thread, then | frames, poll, kicks |
+//! | Vcpu | while guest code runs | `KVM_RUN`, two state reads, events |
+//! | Devices | while guest code runs | epoll, the disk ring, sockets already open |
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
+
+/// Which list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// The only thread, while it builds the VM.
+    Setup,
+    /// The first thread, once the VM runs.
+    Control,
+    /// A vCPU's thread.
+    Vcpu,
+    /// The thread of the virtio devices.
+    Devices,
+}
+
+impl ThreadKind {
+    /// A word for endings.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Control => "control",
+            Self::Vcpu => "vCPU",
+            Self::Devices => "device",
+        }
+    }
+}
+
+/// Why a filter is not in place.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// A mistake in the lists.
+    #[error("the {0} filter does not compile")]
+    Compile(&'static str, #[source] seccompiler::BackendError),
+    /// The kernel refused.
+    #[error("the {0} filter was not taken; is seccomp built into this kernel?")]
+    Install(&'static str, #[source] seccompiler::Error),
+}
+
+/// Installs the filter of this kind on the current thread. It cannot be taken off.
+///
+/// # Errors
+/// See [`SeccompError`].
+pub fn install(kind: ThreadKind) -> Result<(), SeccompError> {
+    let program = compile(kind).map_err(|error| SeccompError::Compile(kind.name(), error))?;
+    apply_filter(&program).map_err(|error| SeccompError::Install(kind.name(), error))
+}
+
+/// Memory, locks, signals and the end of a thread: what the runtime does by itself.
+const RUNTIME: &[c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+];
+
+/// Only to build the VM and start its threads.
+const SETUP: &[c_long] = &[
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_eventfd2,
+    libc::SYS_fstat,
+    libc::SYS_getrandom,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_pread64,
+    libc::SYS_prlimit64,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_seccomp,
+    libc::SYS_set_robust_list,
+    libc::SYS_statx,
+];
+
+const CONTROL: &[c_long] =
+    &[libc::SYS_poll, libc::SYS_ppoll, libc::SYS_recvmsg, libc::SYS_sendmsg, libc::SYS_tgkill];
+
+const DEVICES: &[c_long] = &[
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_getrandom,
+    libc::SYS_io_uring_enter,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+];
+
+/// KVM requests of a running vCPU: run, and what tells a halted guest from an idle one.
+const KVM_RUNNING: &[u32] = &[
+    0xae80,      // KVM_RUN
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x8090_ae81, // KVM_GET_REGS
+];
+
+/// KVM requests that build a VM.
+const KVM_SETUP: &[u32] = &[
+    0xae00,      // KVM_GET_API_VERSION
+    0xae01,      // KVM_CREATE_VM
+    0xae03,      // KVM_CHECK_EXTENSION
+    0xae04,      // KVM_GET_VCPU_MMAP_SIZE
+    0xc008_ae05, // KVM_GET_SUPPORTED_CPUID
+    0xae41,      // KVM_CREATE_VCPU
+    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
+    0xae47,      // KVM_SET_TSS_ADDR
+    0xae60,      // KVM_CREATE_IRQCHIP
+    0x4020_ae76, // KVM_IRQFD
+    0x4040_ae79, // KVM_IOEVENTFD
+    0x4090_ae82, // KVM_SET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0x4138_ae84, // KVM_SET_SREGS
+    0x4008_ae89, // KVM_SET_MSRS
+    0x41a0_ae8d, // KVM_SET_FPU
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0x4400_ae8f, // KVM_SET_LAPIC
+    0x4008_ae90, // KVM_SET_CPUID2
+];
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+type Compiled<T> = Result<T, seccompiler::BackendError>;
+
+fn compile(kind: ThreadKind) -> Compiled<BpfProgram> {
+    SeccompFilter::new(
+        rules(kind)?,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
+fn rules(kind: ThreadKind) -> Compiled<Rules> {
+    let mut rules = Rules::new();
+    let mut allow = |calls: &[c_long]| {
+        rules.extend(calls.iter().map(|call| (*call, Vec::new())));
+    };
+    allow(RUNTIME);
+    let ioctls: Vec<u32> = match kind {
+        ThreadKind::Setup => {
+            // All that the threads after it may do, or the filters would add up to less.
+            [SETUP, CONTROL, DEVICES].into_iter().for_each(allow);
+            [KVM_SETUP, KVM_RUNNING].concat()
+        }
+        ThreadKind::Control => {
+            allow(CONTROL);
+            Vec::new()
+        }
+        ThreadKind::Vcpu => KVM_RUNNING.to_vec(),
+        ThreadKind::Devices => {
+            allow(DEVICES);
+            Vec::new()
+        }
+    };
+    if !ioctls.is_empty() {
+        rules.insert(libc::SYS_ioctl, ioctls.into_iter().map(ioctl).collect::<Compiled<_>>()?);
+    }
+    // Debug builds of the standard library check each descriptor they close.
+    let mut fcntls = vec![libc::F_GETFD];
+    if kind == ThreadKind::Setup {
+        fcntls.push(libc::F_DUPFD_CLOEXEC);
+    }
+    let fcntls = fcntls.into_iter().map(|op| argument(1, SeccompCmpOp::Eq, op.cast_unsigned()));
+    rules.insert(libc::SYS_fcntl, fcntls.collect::<Compiled<_>>()?);
+    rules.insert(libc::SYS_mmap, vec![never_executable()?]);
+    if kind == ThreadKind::Setup {
+        rules.insert(libc::SYS_mprotect, vec![never_executable()?]);
+        // Names of threads, and what the filter itself needs.
+        let options = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_SECCOMP];
+        let named = options.map(|option| argument(0, SeccompCmpOp::Eq, option.cast_unsigned()));
+        rules.insert(libc::SYS_prctl, named.into_iter().collect::<Compiled<_>>()?);
+    }
+    Ok(rules)
+}
+
+fn argument(index: u8, op: SeccompCmpOp, value: u32) -> Compiled<SeccompRule> {
+    let length = SeccompCmpArgLen::Dword;
+    SeccompRule::new(vec![SeccompCondition::new(index, length, op, u64::from(value))?])
+}
+
+fn ioctl(request: u32) -> Compiled<SeccompRule> {
+    argument(1, SeccompCmpOp::Eq, request)
+}
+
+/// `mmap` and `mprotect` take the protection as their third argument.
+fn never_executable() -> Compiled<SeccompRule> {
+    let executable = u64::from(libc::PROT_EXEC.cast_unsigned());
+    argument(2, SeccompCmpOp::MaskedEq(executable), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [ThreadKind; 4] =
+        [ThreadKind::Setup, ThreadKind::Control, ThreadKind::Vcpu, ThreadKind::Devices];
+
+    #[test]
+    fn every_filter_compiles() {
+        for kind in ALL {
+            assert!(!compile(kind).unwrap().is_empty(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn later_filters_are_parts_of_the_first() {
+        let setup = rules(ThreadKind::Setup).unwrap();
+        for kind in ALL {
+            for call in rules(kind).unwrap().keys() {
+                assert!(setup.contains_key(call), "{kind:?} allows {call}, Setup does not");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_leaves_the_jail_is_on_any_list() {
+        let escapes = [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_open,
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_writev,
+            libc::SYS_mount,
+            libc::SYS_unshare,
+            libc::SYS_kill,
+            libc::SYS_bpf,
+        ];
+        for kind in ALL {
+            let rules = rules(kind).unwrap();
+            assert!(escapes.iter().all(|call| !rules.contains_key(call)), "{kind:?}");
+        }
+        for kind in [ThreadKind::Control, ThreadKind::Vcpu, ThreadKind::Devices] {
+            let rules = rules(kind).unwrap();
+            for call in [libc::SYS_clone, libc::SYS_clone3, libc::SYS_io_uring_setup] {
+                assert!(!rules.contains_key(&call), "{kind:?} {call}");
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The virtio devices of one VM: virtio 1.2, modern virtio-mmio only.
+//!
+//! Called by `mica-vm`'s boot code, which makes the devices, registers their event descriptors with
+//! KVM and gives MMIO exits to them, and by the thread that runs the [`DeviceLoop`]. Refuses legacy
+//! drivers, and every guest-supplied address, length, index or count that it has not checked.
+//!
+//! ```text
+//!   vCPU threads                          device thread                        host
+//!   MMIO exit ──▶ MmioDevice::{read,write}
+//!                   │ registers, behind one lock per device
+//!   QueueNotify ──▶ queue event (ioeventfd) ──▶ DeviceLoop (epoll) ──▶ VirtioDevice::process
+//!                                                 │  used rings           blk: restricted io_uring
+//!                 irqfd ◀── Interrupt ◀───────────┘                       vsock: sockets
+//!                                                                         rng: getrandom
+//! ```
+//! Making them:
+//! ```text
+//! let blk = Blk::new(disk_file, read_only)?;
+//! let (vsock, connector) = Vsock::new(GUEST_CID, Box::new(move || doorbell()))?;
+//! let device = MmioDevice::new(Box::new(blk), Arc::clone(&memory), irq_event)?;
+//! // KVM: for (i, event) in device.queue_events(): ioeventfd at base + QUEUE_NOTIFY, datamatch i: u32
+//! let devices = vec![device /* , ... */];
+//! let looper = DeviceLoop::new(devices, stop_event)?; // before seccomp
+//! // on its own thread, after the filter: looper.run()
+//! ```
+
+mod blk;
+mod device_loop;
+#[cfg(test)]
+mod driver;
+mod event;
+mod fault;
+mod interrupt;
+mod mmio;
+#[cfg(test)]
+mod mmio_tests;
+mod queue;
+mod rng;
+mod vsock;
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+pub use blk::{Blk, BlkError};
+pub use device_loop::DeviceLoop;
+pub use event::Event;
+pub use fault::{DeviceError, GuestFault, Rule};
+pub use mmio::{MMIO_BYTES, MmioDevice, MmioError, QUEUE_NOTIFY};
+pub use queue::{Chain, Segment, VirtQueue};
+pub use rng::Rng;
+pub use vsock::{ConnectError, Connector, Vsock};
+
+/// Guest memory as the devices see it. No Rust reference ever points into it: every access is a
+/// bounds-checked volatile copy by the `vm-memory` crate.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+
+/// Which device, with its number in the virtio specification (1.2, section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DeviceKind {
+    /// A disk.
+    Blk = 2,
+    /// A source of randomness.
+    Rng = 4,
+    /// Stream sockets between host and guest.
+    Vsock = 19,
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Blk => "blk",
+            Self::Rng => "rng",
+            Self::Vsock => "vsock",
+        })
+    }
+}
+
+/// What a call of [`VirtioDevice::process`] may have been made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ready {
+    /// Bit `n`: the driver kicked queue `n`.
+    pub queues: u32,
+    /// The device's own descriptor is readable.
+    pub wake: bool,
+}
+
+/// Whether a device has more to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Nothing until the next event.
+    Idle,
+    /// It stopped for fairness; call it again without waiting.
+    More,
+}
+
+/// One device behind the MMIO transport.
+///
+/// The transport owns the queues and the registers; the device owns what is behind them. All
+/// methods are called under the transport's lock, so none of them may wait for anything.
+pub trait VirtioDevice: Send + fmt::Debug {
+    /// Which device this is.
+    fn kind(&self) -> DeviceKind;
+
+    /// The device-specific feature bits offered. The transport adds its own.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue: powers of two, at most 8 queues.
+    fn queue_sizes(&self) -> &'static [u16];
+
+    /// Reads the configuration space; bytes outside it read as 0.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+
+    /// The driver has said `DRIVER_OK`. `features` are those it accepted.
+    fn activate(&mut self, features: u64);
+
+    /// The driver has reset the device. Work in flight must not touch guest memory afterwards.
+    fn reset(&mut self);
+
+    /// A descriptor that is readable when the device has something to do.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Does a bounded amount of work. Called on the device thread only, also before the driver is
+    /// ready and after a reset; the queues are not ready then: they give no chains and take none.
+    ///
+    /// # Errors
+    /// When the guest broke a rule, or the host failed. Either ends the VM.
+    fn process(
+        &mut self,
+        queues: &mut [VirtQueue],
+        memory: &GuestRam,
+        ready: Ready,
+    ) -> Result<Progress, DeviceError>;
+}
+
+/// Copies `data.len()` bytes at `offset` of a little configuration space; outside it reads 0.
+fn read_config_bytes(space: &[u8], offset: usize, data: &mut [u8]) {
+    data.fill(0);
+    if let Some(rest) = space.get(offset..) {
+        let length = rest.len().min(data.len());
+        data[..length].copy_from_slice(&rest[..length]);
+    }
+}
