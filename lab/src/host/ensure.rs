@@ -47,7 +47,7 @@ pub fn ensure(home: &Home, mica: &Path, name: &str) -> Result<()> {
     }
     let archive = tempfile_in(&store, name);
     let carried = export(mica, &store, name, &archive)
-        .and_then(|()| template::push(home, &archive))
+        .and_then(|()| template::push(home, &archive, true))
         .and_then(|code| match code {
             0 => Ok(()),
             code => bail!("mica template import ended with {code} in the host"),
