@@ -4,15 +4,32 @@
 //! naming another build). Without `/dev/kvm` they say so and pass, unless `REQUIRE_KVM=1`.
 
 #![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
 use std::time::Duration;
 
-use common::{PATIENCE, have_kvm, run_to_end, start};
+use common::{PATIENCE, have_kvm, start};
 use mica_lab::one_vm::{Boot, memfd_of};
 use mica_lab::tiny_guest::{ALL_GARBAGE, Then, vmlinux};
 use mica_wire::vm::{Command, Ending, Event};
+
+/// Runs a guest until it ends by itself: its ending, and the text on its console.
+fn run_to_end(boot: &Boot) -> (Ending, String) {
+    let vm = start(boot);
+    loop {
+        match vm.next_event(PATIENCE).unwrap() {
+            Some(Event::Ended(ending)) => {
+                let text = vm.console_text();
+                assert!(vm.wait(PATIENCE).unwrap().success());
+                return (ending, text);
+            }
+            Some(_) => {}
+            None => panic!("mica-vm ended without a word; console: {}", vm.console_text()),
+        }
+    }
+}
 
 /// Boots a guest that writes `text` and does `then`, and returns how it ended and what it wrote.
 fn ending_of(text: &str, then: Then) -> (Ending, String) {

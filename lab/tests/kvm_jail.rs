@@ -3,6 +3,7 @@
 //! Run like `kvm_endings.rs`. As root, because the jail is closed from root.
 
 #![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -97,7 +98,8 @@ fn its_descriptors_are_the_ones_it_was_given() {
         return;
     }
     // One that the parent leaves open on purpose.
-    let leaked = fs::File::open("/etc/hostname").or_else(|_| fs::File::open("/etc/passwd")).unwrap();
+    let leaked =
+        fs::File::open("/etc/hostname").or_else(|_| fs::File::open("/etc/passwd")).unwrap();
     rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
     let vm = running();
     let mut sockets = 0;

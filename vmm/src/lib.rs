@@ -16,6 +16,7 @@ mod build;
 mod bus;
 mod console;
 pub mod control;
+pub mod floor;
 pub mod jail;
 mod kvm;
 mod layout;

@@ -1,4 +1,4 @@
-//! What the native KVM tests share: finding KVM, and running one tiny guest to its end.
+//! What the native KVM tests share: finding KVM, and starting one tiny guest.
 //!
 //! Called by `tests/kvm_*.rs`. Refuses to skip silently.
 
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mica_lab::one_vm::{Boot, OneVm, find_mica_vm};
-use mica_wire::vm::{Ending, Event};
+use mica_wire::vm::Event;
 
 /// Long enough for a busy two-core machine; every wait in the tests is for an event.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,20 +40,4 @@ pub fn start(boot: &Boot) -> OneVm {
     vm.boot(boot).unwrap();
     vm.expect(&Event::Started, PATIENCE).unwrap();
     vm
-}
-
-/// Runs a guest until it ends by itself: its ending, and the text on its console.
-pub fn run_to_end(boot: &Boot) -> (Ending, String) {
-    let vm = start(boot);
-    loop {
-        match vm.next_event(PATIENCE).unwrap() {
-            Some(Event::Ended(ending)) => {
-                let text = vm.console_text();
-                assert!(vm.wait(PATIENCE).unwrap().success());
-                return (ending, text);
-            }
-            Some(_) => {}
-            None => panic!("mica-vm ended without a word; console: {}", vm.console_text()),
-        }
-    }
 }
