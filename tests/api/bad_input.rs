@@ -219,3 +219,27 @@ fn a_sandbox_whose_process_dies_is_gone_and_the_others_are_not() {
     assert_eq!(daemon.ask("GET", &format!("/sandboxes/{second}"), None).status, 200);
     assert_eq!(daemon.vm_processes().len(), 1);
 }
+
+#[test]
+fn an_answer_without_the_body_does_not_cost_the_connection() {
+    let daemon = Daemon::start();
+    let mut connection = daemon.connect();
+    // Some clients send an empty body in chunks, and its end in a packet of its own. Whatever the
+    // answer, it must not come with a closed connection.
+    for (request, status) in [
+        ("DELETE /sandboxes/i00000000000000000000", 404),
+        ("GET /health", 200),
+        ("PUT /nothing", 404),
+        ("GET /x HTTP/1.1\r\ne2b-sandbox-port: 1\r\ne2b-sandbox-id: i00000000000000000000", 502),
+    ] {
+        let (line, headers) = request.split_once(" HTTP/1.1\r\n").unwrap_or((request, "x: y"));
+        connection.send(format!(
+            "{line} HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n{headers}\r\n\
+             transfer-encoding: chunked\r\n\r\n",
+            daemon.key()
+        ));
+        thread::sleep(Duration::from_millis(100));
+        connection.send("0\r\n\r\n");
+        assert_eq!(connection.reply().status, status, "{request:?}");
+    }
+}

@@ -86,10 +86,6 @@ impl Daemon {
         }
     }
 
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
     pub fn key(&self) -> &str {
         &self.key
     }
