@@ -255,6 +255,12 @@ fn vm_program(directory: &Path) -> PathBuf {
 fn standin_vm() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
+        let installed = std::env::var_os("MICA_BIN_DIR").map(PathBuf::from);
+        if let Some(built) = installed.map(|directory| directory.join("standin-vm"))
+            && built.is_file()
+        {
+            return built;
+        }
         let mica = Path::new(env!("CARGO_BIN_EXE_mica"));
         let directory = mica.parent().expect("a directory");
         let profile = match directory.file_name().and_then(|name| name.to_str()) {
