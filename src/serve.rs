@@ -4,6 +4,7 @@
 //! taken, a key file that is open to others.
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -36,15 +37,19 @@ pub fn run(args: ServeArgs) -> Result<()> {
     // A front end that cannot come up stops all shards, and this is where it says why.
     let failure: Arc<OnceLock<String>> = Arc::default();
     let http = config.http;
+    let served = AllServed::new(plan.seats.len())?;
     let serve = {
         let failure = Arc::clone(&failure);
         move |host, stop: StopSignal| {
-            let (http, failure) = (http.clone(), Arc::clone(&failure));
+            let (http, failure, served) = (http.clone(), Arc::clone(&failure), served.clone());
             async move {
+                let part = Part(served.clone());
                 if let Err(error) = mica_http::serve(host, http, stop.clone()).await {
                     failure.get_or_init(|| format!("{:#}", anyhow!(error)));
                     stop.stop();
                 }
+                drop(part);
+                served.everywhere.stopped().await;
             }
         }
     };
@@ -54,6 +59,32 @@ pub fn run(args: ServeArgs) -> Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// A shard that returns from serving ends its sandboxes, and streams into them may still be served
+/// on other shards. So each waits until all have drained.
+#[derive(Clone)]
+struct AllServed {
+    serving: Arc<AtomicUsize>,
+    everywhere: StopSignal,
+}
+
+impl AllServed {
+    fn new(shards: usize) -> Result<Self> {
+        let everywhere = StopSignal::new().context("cannot make the drain signal")?;
+        Ok(Self { serving: Arc::new(AtomicUsize::new(shards)), everywhere })
+    }
+}
+
+/// One shard's part. Given back when it has drained, and also when it panics.
+struct Part(AllServed);
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        if self.0.serving.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.everywhere.stop();
+        }
+    }
 }
 
 /// Why this machine cannot be the host, if it cannot.

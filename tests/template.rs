@@ -4,6 +4,8 @@
 //! before the real ones in PATH. The builds need root for their namespaces; without it those tests
 //! say so and do nothing. What a real build makes is checked by the end-to-end tests.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -95,7 +97,7 @@ download)
         vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport rng-core virtio-rng; do
         echo "kernel/$module.ko"
     done >pkg/lib/modules/6.12/modules.builtin
-    dpkg-deb -q -b pkg k.deb
+    dpkg-deb -b pkg k.deb >/dev/null
     rm -r pkg ;;
 esac
 "#;
@@ -108,7 +110,8 @@ esac
 "#;
 
 /// Makes a root with a shell and nothing else. Opening the pipe stops the base recipe at its
-/// first command, inside its namespaces and with all its mounts.
+/// first command, inside its namespaces and with all its mounts. A whole one has commands that do
+/// nothing, so that the recipes get to their ends.
 const DEBOOTSTRAP: &str = r#"#!/bin/sh
 set -eu
 root=$3
@@ -119,6 +122,14 @@ for library in $(ldd /bin/sh | grep -o '/[^ ]*'); do
     mkdir -p "$root${library%/*}"
     cp "$library" "$root$library"
 done
+if [ -n "${WHOLE:-}" ]; then
+    mkdir -p "$root/etc/dpkg/dpkg.cfg.d" "$root/etc/apt/apt.conf.d" "$root/etc/sudoers.d" \
+        "$root/etc/default"
+    for tool in apt-get cat chmod chown find ln mkdir rm useradd; do
+        printf '#!/bin/sh\n' >"$root/bin/$tool"
+        chmod 755 "$root/bin/$tool"
+    done
+fi
 [ -z "${HANG:-}" ] || mkfifo "$root/usr/sbin/policy-rc.d"
 "#;
 
@@ -163,7 +174,7 @@ fn bad_input_is_refused_with_the_reason_and_nothing_is_made() {
         (&["build", "--name", "x", "--vcpus", "9"], "outside 1 to 8"),
         (&["build", "--name", "x", "--packages", "git,-y"], "`-y` is not the name"),
         (&["build", "--name", "x", "--packages", "a b"], "`a b` is not the name"),
-        (&["build", "--name", "x", "--pip", "-rx"], "`-rx` is not a PyPI requirement"),
+        (&["build", "--name", "x", "--pip=-rx"], "`-rx` is not a PyPI requirement"),
         (&["build", "--name", "x", "--from", "docker"], "invalid value 'docker'"),
         (&["delete", "../x"], "a template name is"),
     ];
@@ -292,6 +303,58 @@ fn after_a_killed_build_no_process_or_mount_is_left_and_the_next_one_tidies() {
 }
 
 #[test]
+fn a_build_makes_only_what_has_changed() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let build = |more: &[&str]| {
+        let output =
+            place.build().args(["--disk-mib", "256"]).args(more).env("WHOLE", "1").output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        text(&output)
+    };
+    let made = |said: &str| -> Vec<String> {
+        let stages = ["kernel", "initramfs", "base", "rootfs", "disk"];
+        let made = |stage: &&str| said.contains(&format!(" {stage}] done in"));
+        stages.into_iter().filter(made).map(str::to_owned).collect()
+    };
+    assert_eq!(made(&build(&[])), ["kernel", "initramfs", "base", "rootfs", "disk"]);
+    let id = || -> String {
+        let rows = text(&place.run(&["list", "--json"]));
+        let rows: serde_json::Value = serde_json::from_str(&rows).unwrap();
+        assert_eq!(rows.as_array().map(Vec::len), Some(1));
+        rows[0]["templateId"].as_str().unwrap().to_owned()
+    };
+    let first = id();
+    let again = build(&[]);
+    assert!(again.contains("template `base` is up to date"), "{again}");
+    assert_eq!(id(), first);
+
+    // Another agent: another initramfs. More memory: nothing but another manifest.
+    let mut agent = static_program();
+    agent.push(1);
+    fs::write(place.path("agent"), agent).unwrap();
+    assert_eq!(made(&build(&[])), ["initramfs"]);
+    assert_eq!(made(&build(&["--memory", "512"])), [""; 0]);
+    assert_eq!(made(&build(&["--memory", "512", "--packages", "tree"])), ["rootfs", "disk"]);
+    assert_ne!(id(), first);
+    assert_eq!(made(&build(&["--force"])).len(), 5);
+
+    // The content does not fit: refused before the image is made.
+    fs::write(place.path("agent"), static_program()).unwrap();
+    place.script(
+        "debootstrap",
+        &DEBOOTSTRAP.replace("if [", "truncate -s 300M \"$root/big\"\nif ["),
+    );
+    let output = place.build().args(["--disk-mib", "256", "--force"]).env("WHOLE", "1").output();
+    let said = text(&output.unwrap());
+    assert!(said.contains("step `disk` failed") && said.contains("give --disk-mib"), "{said}");
+    assert_eq!(names(&place.path("cache/templates/tmp")), [""; 0]);
+}
+
+#[test]
 fn own_templates_are_added_listed_carried_and_deleted() {
     let (here, there) = (Place::new(), Place::new());
     let disk = here.path("disk");
@@ -324,11 +387,11 @@ fn own_templates_are_added_listed_carried_and_deleted() {
     }
     assert!(text(&there.run(&["list"])).contains("tiny"));
 
+    assert!(there.run(&["delete", "tiny"]).status.success());
     fs::write(&carried, &archive[..2000]).unwrap();
     let output = there.run(&import);
     assert!(text(&output).contains("not a whole template archive"), "{}", text(&output));
 
-    assert!(there.run(&["delete", "tiny"]).status.success());
     assert!(!there.run(&["delete", "tiny"]).status.success());
     assert_eq!(names(&there.path("store/templates")), [""; 0]);
 }

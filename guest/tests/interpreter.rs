@@ -8,12 +8,12 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mica_guest::http::{Router, serve};
-use mica_guest::interpreter::{Interpreter, LaunchSpec, Launcher, add_routes};
+use mica_guest::interpreter::{Interpreter, LaunchSpec, Launcher, WAITING_CELLS_MAX, add_routes};
 use mica_guest::sandbox::{Sandbox, TemplateSettings};
 use mica_wire::guest::InitRequest;
 use serde_json::{Value, json};
@@ -370,4 +370,60 @@ async fn much_output_arrives_whole_and_odd_text_survives() {
     assert_eq!(text.lines().count(), 20_000);
     assert_eq!(of_type(&events, "result")[0]["text"], "é\\n\\x00😀");
     assert_eq!(server.stdout(json!({"code": "print('after')"})).await, "after\n");
+    // Half of a surrogate pair has no place in UTF-8; the cell must end all the same.
+    server.code("print('\\ud800')").await;
+    server.code("'\\ud800'").await;
+    let columns = "import pandas as pd\npd.DataFrame([[float('nan')]], columns=[('a', 1)])";
+    assert_eq!(of_type(&server.code(columns).await, "error").len(), 0);
+    assert_eq!(server.stdout(json!({"code": "print('still')"})).await, "still\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_of_a_context_is_bounded() {
+    let Some(server) = server().await else { return };
+    let sleeping = json!({"code": "import time; time.sleep(600)"}).to_string();
+    let mut held = vec![server.open("POST", "/execute", &sleeping).await];
+    // One may be running already, so one more than the bound must be refused at the latest.
+    while held.len() <= WAITING_CELLS_MAX + 1 && held.last().unwrap().0 == 200 {
+        held.push(server.open("POST", "/execute", &sleeping).await);
+    }
+    assert_eq!(held.pop().unwrap().0, 429);
+    drop(held);
+    // Those that nobody waits for any more make room once the first has been interrupted.
+    let free = json!({"code": "1"}).to_string();
+    let room = async {
+        while server.ask("POST", "/execute", &free).await.0 != 200 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, room).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_context_leaves_nothing() {
+    let Some(server) = server().await else { return };
+    let (_, body) = server.ask("POST", "/contexts", "{}").await;
+    let made: Value = serde_json::from_str(&body).unwrap();
+    let id = made["id"].as_str().unwrap();
+    let code = "import os, subprocess\np = subprocess.Popen(['sleep', '600'])\n\
+                print(os.getpid(), p.pid)";
+    let pids = server.stdout(json!({"code": code, "context_id": id})).await;
+    let pids: Vec<PathBuf> =
+        pids.split_whitespace().map(|pid| Path::new("/proc").join(pid).join("cwd")).collect();
+    let kernels = || std::fs::read_dir(&server.directory).unwrap().count();
+    // Of a process that has ended and is not waited for yet, nothing can be read but its status.
+    let alive = || pids.iter().filter(|path| std::fs::read_link(path).is_ok()).count();
+    assert_eq!((kernels(), alive()), (2, 2));
+    // In the middle of a cell.
+    let request = json!({"code": "import time; time.sleep(600)", "context_id": id}).to_string();
+    let (_, mut reader) = server.open("POST", "/execute", &request).await;
+    while next_event(&mut reader).await.unwrap()["type"] != "number_of_executions" {}
+    assert_eq!(server.ask("DELETE", &format!("/contexts/{id}"), "").await.0, 200);
+    assert_eq!(next_event(&mut reader).await.unwrap()["name"], "ExecutionAborted");
+    let gone = async {
+        while (kernels(), alive()) != (1, 0) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, gone).await.unwrap();
 }

@@ -5,10 +5,13 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
+use hyper::HeaderMap;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::header::EXPECT;
 use mica_shards::rt::time;
 
 use crate::config::Limits;
@@ -19,6 +22,7 @@ use crate::proxy::FromSandbox;
 /// What is still read and thrown away of a body that is too long, so that the client gets to read
 /// the answer instead of a reset.
 const DISCARD_BYTES_MAX: usize = 8 << 20;
+const DISCARD_TIME: Duration = Duration::from_secs(1);
 
 /// The body of a response.
 #[derive(Debug)]
@@ -102,6 +106,28 @@ pub async fn read(body: Incoming, limits: &Limits) -> Result<Vec<u8>, ApiError> 
     time::timeout(limits.body_timeout, collect(body, limits.body_bytes_max))
         .await
         .unwrap_or_else(|_| Err(ApiError::body_too_slow()))
+}
+
+/// Reads and drops what is left of a request that is answered without its body. A client that is
+/// still writing when the connection closes reads a reset instead of the answer; and some write
+/// the end of an empty body after everything else.
+pub async fn discard(headers: &HeaderMap, mut body: Incoming) {
+    // Reading would ask a client that waits for `100 Continue` to send what nobody wants.
+    if body.is_end_stream() || headers.contains_key(EXPECT) {
+        return;
+    }
+    let rest = async {
+        let mut total = 0usize;
+        while let Some(Ok(frame)) = body.frame().await {
+            total = total.saturating_add(frame.data_ref().map_or(0, Bytes::len));
+            if total > DISCARD_BYTES_MAX {
+                break;
+            }
+        }
+    };
+    if time::timeout(DISCARD_TIME, rest).await.is_err() {
+        tracing::debug!("a body that nobody wants is still coming; answering over it");
+    }
 }
 
 async fn collect(mut body: Incoming, bytes_max: usize) -> Result<Vec<u8>, ApiError> {

@@ -18,7 +18,7 @@ use mica_shards::rt::net::{TcpListener, TcpStream};
 use mica_shards::rt::{self, time};
 use mica_shards::{Host, StopSignal};
 
-use crate::body::Body;
+use crate::body::{self, Body};
 use crate::config::HttpConfig;
 use crate::error::ApiError;
 use crate::proxy::target::{Target, target};
@@ -111,7 +111,11 @@ impl Front {
             Ok(Target::Sandbox(id, port)) => {
                 proxy::forward(&self.host, &self.config.limits, id, port, request).await
             }
-            Err(error) => Err(error),
+            Err(error) => {
+                let (parts, unread) = request.into_parts();
+                body::discard(&parts.headers, unread).await;
+                Err(error)
+            }
         };
         outcome.unwrap_or_else(|error| open_to_browsers(error.into_response()))
     }

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use rustix::thread::CpuSet;
 
 use crate::mailbox::{Mailbox, Post, mailbox};
-use crate::rt::oneshot;
+use crate::rt::{Task, oneshot};
 
 /// Threads of one seat.
 pub const THREADS_PER_SEAT: usize = 4;
@@ -79,7 +79,10 @@ thread_local! {
 
 /// Ends the threads, once their present jobs are done.
 #[derive(Debug)]
-pub(crate) struct Closer(Vec<JoinHandle<()>>);
+pub(crate) struct Closer {
+    threads: Vec<JoinHandle<()>>,
+    results: Task<()>,
+}
 
 impl Pool {
     /// Starts the threads on `cpus`.
@@ -109,7 +112,7 @@ impl Pool {
         let local = Local { jobs: self.jobs, waiting: Rc::clone(&waiting), next_id: Cell::new(0) };
         LOCAL.with_borrow_mut(|slot| *slot = Some(Rc::new(local)));
         let mut done = self.done.attach();
-        crate::rt::spawn(async move {
+        let results = crate::rt::spawn(async move {
             while let Some(Done { id, value }) = done.next().await {
                 let waiter = waiting.borrow_mut().remove(&id);
                 // Nobody may wait any more: the value is dropped then, and closes what it holds.
@@ -117,17 +120,17 @@ impl Pool {
                     drop(unwanted);
                 }
             }
-        })
-        .detach();
-        Closer(self.threads)
+        });
+        Closer { threads: self.threads, results }
     }
 }
 
 impl Closer {
-    /// Takes the pool from this thread and waits for its threads. Call after the executor ended.
-    pub(crate) fn close(self) {
+    /// Takes the pool from this executor, whose last work this is, and waits for the threads.
+    pub(crate) async fn close(self) {
+        self.results.end().await;
         LOCAL.with_borrow_mut(|slot| *slot = None);
-        for thread in self.0 {
+        for thread in self.threads {
             if thread.join().is_err() {
                 tracing::error!("a blocking thread panicked outside a job");
             }

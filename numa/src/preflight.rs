@@ -71,11 +71,12 @@ pub fn check(seats: u16) -> Result<(), PreflightError> {
 }
 
 fn io_uring() -> Result<(), PreflightError> {
-    let error = match io_uring::IoUring::new(4) {
-        Ok(_) => return Ok(()),
-        Err(error) => error,
-    };
-    Err(match error.kind() {
+    io_uring::IoUring::new(4).map(drop).map_err(explain)
+}
+
+/// What the kernel's refusal to make a ring most likely means.
+fn explain(error: io::Error) -> PreflightError {
+    match error.kind() {
         io::ErrorKind::Unsupported => PreflightError::NoIoUring(error),
         io::ErrorKind::PermissionDenied => {
             let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
@@ -83,7 +84,7 @@ fn io_uring() -> Result<(), PreflightError> {
             PreflightError::IoUringForbidden { sysctl, source: error }
         }
         _ => PreflightError::IoUring(error),
-    })
+    }
 }
 
 /// Raises the soft limit to `wanted`, the hard one too where this process may. The limit in force
@@ -108,6 +109,15 @@ fn raise(resource: Resource, wanted: u64) -> Result<(), u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_is_told_with_its_likely_cause() {
+        let explained = |errno: rustix::io::Errno| explain(errno.into()).to_string();
+        assert!(explained(rustix::io::Errno::NOSYS).contains("CONFIG_IO_URING"));
+        assert!(explained(rustix::io::Errno::PERM).contains("sysctl kernel.io_uring_disabled=0"));
+        assert!(explained(rustix::io::Errno::MFILE).contains("descriptors"));
+        assert!(io_uring().is_ok(), "the other tests of this crate need it");
+    }
 
     #[test]
     fn a_limit_is_raised_and_stays() {

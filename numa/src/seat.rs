@@ -199,14 +199,12 @@ fn run_one<T, F: Future<Output = T> + 'static>(
         executor.run(async move {
             let closer = pool.attach();
             let output = start().await;
-            (output, closer)
+            closer.close().await;
+            output
         })
     }));
     match ran {
-        Ok((output, closer)) => {
-            closer.close();
-            Some(output)
-        }
+        Ok(output) => Some(output),
         Err(_) => {
             stop.stop();
             None

@@ -20,9 +20,3 @@ pub(crate) fn glommio_tcp_stream(fd: OwnedFd) -> glommio::net::TcpStream {
     // SAFETY: as above: ownership moves, the descriptor is open and closed once.
     unsafe { glommio::net::TcpStream::from_raw_fd(fd.into_raw_fd()) }
 }
-
-/// Hands a listening TCP socket to glommio.
-pub(crate) fn glommio_tcp_listener(fd: OwnedFd) -> glommio::net::TcpListener {
-    // SAFETY: as above: ownership moves, the descriptor is open and closed once.
-    unsafe { glommio::net::TcpListener::from_raw_fd(fd.into_raw_fd()) }
-}

@@ -84,8 +84,11 @@ pub enum TopologyError {
 /// See [`TopologyError`].
 pub fn read() -> Result<Topology, TopologyError> {
     let affinity = rustix::thread::sched_getaffinity(None).map_err(TopologyError::Affinity)?;
+    read_allowed(|cpu| usize::try_from(cpu).is_ok_and(|c| c < CPUS_MAX && affinity.is_set(c)))
+}
+
+fn read_allowed(allowed: impl Fn(u32) -> bool) -> Result<Topology, TopologyError> {
     let hwloc = hwloc2::Topology::new().ok_or(TopologyError::Hwloc)?;
-    let allowed = |cpu: u32| usize::try_from(cpu).is_ok_and(|c| c < CPUS_MAX && affinity.is_set(c));
     let mut nodes: BTreeMap<u32, Vec<Core>> = BTreeMap::new();
     for object in core_objects(&hwloc)? {
         let threads = object.cpuset().into_iter().flatten().take(CPUS_MAX);
@@ -151,6 +154,32 @@ mod tests {
         let mut unique = threads.clone();
         unique.dedup();
         assert_eq!(unique, threads, "a thread belongs to one core");
+    }
+
+    /// Run by the test below, in a process that sees another machine.
+    #[test]
+    #[ignore = "needs the environment that the next test gives it"]
+    fn in_a_process_that_sees_two_nodes() {
+        let topology = read_allowed(|cpu| cpu != 5).unwrap();
+        let threads =
+            |node: &Node| node.cores.iter().map(|core| core.threads().to_vec()).collect::<Vec<_>>();
+        assert_eq!(topology.nodes.len(), 2);
+        assert_eq!(topology.nodes[1].index, 1);
+        assert_eq!(threads(&topology.nodes[0]), [[0, 1], [2, 3]]);
+        // Thread 5 may not be used.
+        assert_eq!(threads(&topology.nodes[1]), [vec![4], vec![6, 7]]);
+    }
+
+    #[test]
+    fn a_machine_of_two_nodes_is_read() {
+        let child = "topology::tests::in_a_process_that_sees_two_nodes";
+        let ran = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", child])
+            .env("HWLOC_SYNTHETIC", "pack:2 [numa] core:2 pu:2")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert!(ran.status.success() && said.contains("1 passed"), "{said}");
     }
 
     #[test]

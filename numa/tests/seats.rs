@@ -64,7 +64,7 @@ fn seats_are_pinned_and_blocking_threads_are_not_with_them() {
 
 #[test]
 fn messages_cross_between_executors() {
-    const ROUNDS: u32 = 5_000;
+    const ROUNDS: u32 = 1_000;
     let (to_first, first) = mailbox::<u32>(8).unwrap();
     let (to_second, second) = mailbox::<u32>(8).unwrap();
     let inputs = vec![(first, to_second), (second, to_first)];
@@ -170,6 +170,38 @@ fn readiness_is_seen_on_descriptors_that_are_not_sockets() {
         order
     });
     assert_eq!(order, [true, true, true]);
+}
+
+#[test]
+fn a_stream_that_is_always_ready_does_not_hold_up_the_others() {
+    let ticks = on_one(|| async {
+        let (near, mut far) = std::os::unix::net::UnixStream::pair().unwrap();
+        let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stop = std::sync::Arc::clone(&done);
+        let flood = std::thread::spawn(move || {
+            let piece = vec![0; 1 << 16];
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) && far.write_all(&piece).is_ok()
+            {
+            }
+        });
+        let mut near = net::UnixStream::from_fd(near.into());
+        // One byte at a time: there is always a next one.
+        let reader = rt::spawn(async move {
+            let mut byte = [0];
+            while near.read(&mut byte).await.is_ok_and(|length| length == 1) {}
+        });
+        let begun = Instant::now();
+        let mut ticks = 0;
+        while ticks < 5 && begun.elapsed() < Duration::from_secs(20) {
+            time::sleep(Duration::from_millis(1)).await;
+            ticks += 1;
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        reader.end().await;
+        flood.join().unwrap();
+        ticks
+    });
+    assert_eq!(ticks, 5);
 }
 
 #[test]

@@ -15,6 +15,9 @@ const CONSOLE_BYTES_MAX: u64 = 16 << 20;
 /// Most sandboxes one host may be told to run. Sized so that ids of users stay far below 2^31.
 const SANDBOXES_MAX: u32 = 100_000;
 
+/// Longest boot that is waited for. Emulated hosts are slow; a client waits no longer than this.
+const BOOT_DEADLINE_MAX: Duration = Duration::from_secs(3600);
+
 /// First user id that may be given to a VM process: below are people and system services.
 const UID_FIRST_MIN: u32 = 10_000;
 
@@ -54,11 +57,44 @@ impl HostConfig {
             Some(format!("console_bytes is {}, not {low} to {high}", self.console_bytes))
         } else if self.uid_first < UID_FIRST_MIN || self.uid_first > u32::MAX / 2 {
             Some(format!("uid_first is {}, not {UID_FIRST_MIN} to 2^31", self.uid_first))
-        } else if self.boot_deadline < Duration::from_millis(1) {
-            Some("boot_deadline is zero".to_owned())
+        } else if self.boot_deadline.is_zero() || self.boot_deadline > BOOT_DEADLINE_MAX {
+            let most = BOOT_DEADLINE_MAX.as_secs();
+            Some(format!("boot_deadline is {:?}, not up to {most} s", self.boot_deadline))
         } else {
             None
         };
         problem.map_or(Ok(()), |problem| Err(RunError::Config(problem)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_out_of_bounds_are_named() {
+        let good = HostConfig {
+            store_root: "/s".into(),
+            vm_program: "/v".into(),
+            cgroup_root: "/c".into(),
+            cgroup_limits_required: true,
+            uid_first: 100_000,
+            sandboxes_max: 1000,
+            console_bytes: 65_536,
+            boot_deadline: Duration::from_secs(60),
+        };
+        assert!(good.check().is_ok());
+        let bad = [
+            ("sandboxes_max", HostConfig { sandboxes_max: 0, ..good.clone() }),
+            ("console_bytes", HostConfig { console_bytes: 1 << 40, ..good.clone() }),
+            ("uid_first", HostConfig { uid_first: 0, ..good.clone() }),
+            ("uid_first", HostConfig { uid_first: u32::MAX, ..good.clone() }),
+            ("boot_deadline", HostConfig { boot_deadline: Duration::ZERO, ..good.clone() }),
+            ("boot_deadline", HostConfig { boot_deadline: Duration::MAX, ..good }),
+        ];
+        for (name, config) in bad {
+            let said = config.check().unwrap_err().to_string();
+            assert!(said.contains(name), "{said}");
+        }
     }
 }

@@ -60,12 +60,18 @@ where
             let Input { workshop, addresses, requests, answers, loads } = input;
             let shard = Rc::new(Shard::new(seat.shard, shards, workshop, loads));
             let host = Host::new(Rc::clone(&shard), addresses.clone());
-            rt::spawn(take_requests(Rc::clone(&shard), addresses, requests)).detach();
-            rt::spawn(take_answers(host.clone(), answers)).detach();
-            rt::spawn(refuse_at_stop(Rc::clone(&shard), stop.clone())).detach();
+            let tasks = [
+                rt::spawn(take_requests(Rc::clone(&shard), addresses, requests)),
+                rt::spawn(take_answers(host.clone(), answers)),
+                rt::spawn(refuse_at_stop(Rc::clone(&shard), stop.clone())),
+            ];
             serve(host, stop.clone()).await;
             stop.stop();
             shard.drain().await;
+            // The executor would not drop what they hold.
+            for task in tasks {
+                task.end().await;
+            }
         }
     });
     match ran {

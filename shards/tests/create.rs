@@ -49,7 +49,7 @@ fn every_failing_step_is_named() {
         ("garbage", "no event"),
         ("too-long", "too long"),
         ("out-of-turn", "protocol"),
-        ("second-jailed", "protocol"),
+        ("second-jailed", "twice"),
         ("eof-after-boot", "closed its control socket"),
         ("bad-config", "no such kernel"),
         ("panics", "reset"),

@@ -10,7 +10,7 @@ mod wait;
 use std::time::{Duration, SystemTime};
 
 use common::{Bench, Leftovers, request};
-use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use futures_lite::AsyncReadExt;
 use mica_shards::{ConnectError, Host, ShardError, rt};
 use mica_units::{GuestPort, SANDBOX_ID_CHARS, SandboxId};
 use wait::eventually;
@@ -74,37 +74,6 @@ fn a_console_template_is_ready_without_an_agent() {
         assert_eq!((console.spawn_count, console.last_spawned_at), (1, Some(made.started_at)));
         let agent = templates.iter().find(|t| t.name.as_str() == "agent").unwrap();
         assert_eq!((agent.spawn_count, agent.last_spawned_at), (0, None));
-    });
-}
-
-#[test]
-fn both_shards_own_sandboxes_and_each_sees_all() {
-    let bench = Bench::new();
-    bench.host("good", |host| async move {
-        let mut ids = Vec::new();
-        for _ in 0..12 {
-            ids.push(host.create(request("agent")).await.unwrap().id);
-        }
-        let shards = std::num::NonZeroU16::new(2).unwrap();
-        for shard in 0..2 {
-            let owned = ids.iter().filter(|id| id.shard(shards).index() == shard).count();
-            assert!(owned >= 3, "shard {shard} owns {owned} of 12");
-        }
-        let mut listed: Vec<_> = host.list().await.unwrap().iter().map(|info| info.id).collect();
-        listed.sort();
-        ids.sort();
-        assert_eq!(listed, ids);
-        let templates = host.templates().await.unwrap();
-        assert_eq!(templates.iter().map(|t| t.spawn_count).sum::<u64>(), 12);
-        for id in &ids {
-            assert_eq!(host.get(*id).await.unwrap().id, *id);
-            let mut stream = host.connect(*id, port(7)).await.unwrap();
-            stream.write_all(b"over and back").await.unwrap();
-            stream.close().await.unwrap();
-            let mut back = String::new();
-            stream.read_to_string(&mut back).await.unwrap();
-            assert_eq!(back, "over and back");
-        }
     });
 }
 
@@ -186,8 +155,8 @@ fn a_guest_that_ends_takes_its_sandbox_with_it_and_no_other() {
     let bench = Bench::new();
     bench.host("good", |host| async move {
         let bystander = host.create(request("agent")).await.unwrap().id;
-        // Powers off, crashes, sends garbage.
-        for end in [9, 10, 11] {
+        // Powers off, crashes, sends garbage, repeats itself without end.
+        for end in [9, 10, 11, 15] {
             let id = host.create(request("agent")).await.unwrap().id;
             let answer = host.connect(id, port(end)).await;
             assert!(answer.is_err(), "port {end} ends the guest");
@@ -231,4 +200,35 @@ fn a_drain_ends_everything_and_refuses_what_comes_late() {
     });
     ended.unwrap();
     assert_eq!(bench.leftovers(), Leftovers::default());
+}
+
+#[test]
+fn a_vm_process_inherits_nothing_of_the_daemon() {
+    let bench = Bench::new();
+    let cgroup = bench.cgroup.clone();
+    bench.host("good", move |host| async move {
+        let listener = rt::net::TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = rt::net::TcpStream::connect(address).await.unwrap();
+        let waiting = listener.accept().await.unwrap();
+        let second = rt::spawn(async move { listener.accept().await.unwrap() });
+        rt::yield_now().await;
+        let late = rt::net::TcpStream::connect(address).await.unwrap();
+        let waited = second.join().await.unwrap();
+        let id = host.create(request("agent")).await.unwrap().id;
+        let pid = std::fs::read_to_string(cgroup.join(id.as_str()).join("cgroup.procs")).unwrap();
+        // The stream of the exchange with the agent may not be closed yet.
+        let only_control = async || sockets(pid.trim()).len() == 1;
+        eventually("its control socket is its only one", only_control).await;
+        assert!(sockets(pid.trim()).is_disjoint(&sockets("self")));
+        drop((client, waiting, late, waited));
+    });
+}
+
+fn sockets(pid: &str) -> std::collections::BTreeSet<String> {
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    // One may be closed while we look.
+    let names = links.filter_map(|link| std::fs::read_link(link.ok()?.path()).ok());
+    let names = names.map(|name| name.to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("socket:")).collect()
 }

@@ -22,6 +22,8 @@ const PACKAGES: &str = include_str!("recipe/packages.sh");
 const PIP: &str = include_str!("recipe/pip.sh");
 const INTERPRETER: &str = include_str!("recipe/interpreter.sh");
 const FINISH: &str = include_str!("recipe/finish.sh");
+/// Raised when this file changes what a root file system looks like; the recipes count anyway.
+const VERSION: &str = "2";
 /// The machine's certificates, with those of its own proxies.
 const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const CHROOT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -40,6 +42,7 @@ const PASSED_ON: [&str; 8] = [
 /// The key of the minimal system that every template shares.
 pub fn base_key(mirrors: &Mirrors, packages: &[&str]) -> Key {
     Key::of(&[
+        ("version", VERSION),
         ("suite", SUITE),
         ("sources", &mirrors.sources_list()),
         ("packages", &packages.join(" ")),

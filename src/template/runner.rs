@@ -88,7 +88,7 @@ impl Runner {
     /// When it cannot be started, fails, or the build is cancelled.
     pub fn run(&self, step: &str, mut command: Command) -> Result<()> {
         self.check()?;
-        let program = command.get_program().to_string_lossy().into_owned();
+        let program = name_of(&command);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command
             .process_group(0)
@@ -160,6 +160,14 @@ impl Runner {
             self.check()?;
         }
     }
+}
+
+/// What a command is called in messages: the program behind the wrappers, which end in `--`.
+fn name_of(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    let inner = words.iter().rposition(|word| word == "--").map_or(0, |at| at + 1);
+    words.get(inner).map(|word| word.clone().into_owned()).unwrap_or_default()
 }
 
 /// Sends each line on, until the end or until nobody listens.

@@ -213,6 +213,24 @@ mod tests {
     }
 
     #[test]
+    fn a_clone_is_a_reflink_where_the_file_system_can() {
+        let dir = TempDir::new();
+        let (from, to) = (make(&dir, "from"), make(&dir, "to"));
+        from.write_all_at(&[7; 1 << 20], 0).unwrap();
+        let copied = clone_or_copy(&from, &to).unwrap();
+        // `TMPDIR` on XFS or btrfs tries the one, on ext4 or tmpfs the other.
+        let magic = rustix::fs::fstatfs(&from).unwrap().f_type;
+        let reflinks = [0x5846_5342, 0x9123_683e].contains(&magic);
+        assert_eq!(copied == Copied::Reflink, reflinks, "file system {magic:#x}");
+        to.write_all_at(&[8; 10], 0).unwrap();
+        let mut bytes = [0; 20];
+        from.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [7; 20], "a write to the clone is not seen by its source");
+        to.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!((&bytes[..10], &bytes[10..]), (&[8; 10][..], &[7; 10][..]));
+    }
+
+    #[test]
     fn the_digest_depends_on_content_and_not_on_holes() {
         let dir = TempDir::new();
         let (sparse, full) = (make(&dir, "sparse"), make(&dir, "full"));

@@ -1,14 +1,16 @@
 //! What the issue of hostile and careless clients lists: each a 4xx in JSON that says what to
 //! change, and nothing else affected.
 
-use std::time::Duration;
+use std::io::Write;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::client::Connection;
+use crate::client::{Connection, PATIENCE, Reply};
 use crate::daemon::{Daemon, TEMPLATE, kill};
 
-fn post(daemon: &Daemon, path: &str, body: &str) -> crate::client::Reply {
+fn post(daemon: &Daemon, path: &str, body: &str) -> Reply {
     let head = format!(
         "POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\ncontent-length: {}\r\n\r\n",
         daemon.key(),
@@ -177,25 +179,28 @@ fn a_second_request_that_stalls_is_told_as_well() {
 #[test]
 fn connections_over_the_limit_are_turned_away() {
     let daemon = Daemon::start_with(&["--connections-max", "2", "--shards", "1"]);
-    let request = "GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
-    let mut held: Vec<Connection> = (0..2).map(|_| daemon.connect()).collect();
-    for connection in &mut held {
-        assert_eq!(connection.send(request).reply().status, 200);
-    }
+    let held: Vec<Connection> = (0..2).map(|_| admitted(&daemon)).collect();
     let turned_away = daemon.connect().reply();
     turned_away.error(503);
     assert_eq!(turned_away.headers["should-retry"], "true");
     drop(held);
-    let deadline = std::time::Instant::now() + crate::client::PATIENCE;
+    admitted(&daemon);
+}
+
+/// A connection that has a place, once there is one: places come back when the daemon has seen
+/// that a connection closed.
+fn admitted(daemon: &Daemon) -> Connection {
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let mut connection = daemon.connect();
-        // One that is turned away may already be closed; writing to it is no error of the test.
-        drop(std::io::Write::write_all(&mut connection.stream(), request.as_bytes()));
+        // One that is turned away may be closed already; that writing fails is no news then.
+        let request = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+        drop(connection.stream().write_all(request));
         if connection.reply().status == 200 {
-            break;
+            return connection;
         }
-        assert!(std::time::Instant::now() < deadline, "the places were never given back");
-        std::thread::sleep(Duration::from_millis(20));
+        assert!(Instant::now() < deadline, "no place is given back");
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -206,11 +211,35 @@ fn a_sandbox_whose_process_dies_is_gone_and_the_others_are_not() {
     let victim = daemon.vm_processes();
     let second = daemon.create();
     kill("KILL", victim[0]);
-    let deadline = std::time::Instant::now() + crate::client::PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while daemon.ask("GET", &format!("/sandboxes/{first}"), None).status != 404 {
-        assert!(std::time::Instant::now() < deadline, "the API still shows it");
-        std::thread::sleep(Duration::from_millis(20));
+        assert!(Instant::now() < deadline, "the API still shows it");
+        thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(daemon.ask("GET", &format!("/sandboxes/{second}"), None).status, 200);
     assert_eq!(daemon.vm_processes().len(), 1);
+}
+
+#[test]
+fn an_answer_without_the_body_does_not_cost_the_connection() {
+    let daemon = Daemon::start();
+    let mut connection = daemon.connect();
+    // Some clients send an empty body in chunks, and its end in a packet of its own. Whatever the
+    // answer, it must not come with a closed connection.
+    for (request, status) in [
+        ("DELETE /sandboxes/i00000000000000000000", 404),
+        ("GET /health", 200),
+        ("PUT /nothing", 404),
+        ("GET /x HTTP/1.1\r\ne2b-sandbox-port: 1\r\ne2b-sandbox-id: i00000000000000000000", 502),
+    ] {
+        let (line, headers) = request.split_once(" HTTP/1.1\r\n").unwrap_or((request, "x: y"));
+        connection.send(format!(
+            "{line} HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n{headers}\r\n\
+             transfer-encoding: chunked\r\n\r\n",
+            daemon.key()
+        ));
+        thread::sleep(Duration::from_millis(100));
+        connection.send("0\r\n\r\n");
+        assert_eq!(connection.reply().status, status, "{request:?}");
+    }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 /// No answer takes this long.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// One connection.
 pub struct Connection {

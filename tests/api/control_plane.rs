@@ -22,7 +22,8 @@ fn health_is_open_to_everyone_and_nothing_else_is() {
     assert_eq!(head.0, 200);
     for request in ["GET /sandboxes", "POST /v2/sandboxes", "GET /templates"] {
         let ask = |key: &str| {
-            let request = format!("{request} HTTP/1.1\r\nhost: x\r\n{key}content-length: 0\r\n\r\n");
+            let request =
+                format!("{request} HTTP/1.1\r\nhost: x\r\n{key}content-length: 0\r\n\r\n");
             daemon.connect().send(request).reply()
         };
         assert!(ask("").error(401).contains("X-API-Key"));
@@ -157,8 +158,7 @@ fn lists_filter_order_and_page() {
     let daemon = Daemon::start();
     let mut ids = Vec::new();
     for label in ["c&d", "c&d", "other"] {
-        let body =
-            json!({ "templateID": TEMPLATE, "timeout": 60, "metadata": { "a b": label } });
+        let body = json!({ "templateID": TEMPLATE, "timeout": 60, "metadata": { "a b": label } });
         let created = daemon.ask("POST", "/v2/sandboxes", Some(&body)).json();
         ids.push(created["sandboxID"].as_str().expect("an id").to_owned());
     }
@@ -168,7 +168,10 @@ fn lists_filter_order_and_page() {
         let found = daemon.ask("GET", &format!("{path}?{filter}&state=running%2Cpaused"), None);
         assert_eq!(found.headers["x-total-running"], "2");
         let found = found.json();
-        assert_eq!(entries(&found).into_iter().collect::<BTreeSet<_>>(), ids[..2].iter().cloned().collect());
+        assert_eq!(
+            entries(&found).into_iter().collect::<BTreeSet<_>>(),
+            ids[..2].iter().cloned().collect()
+        );
         assert_eq!(found[0].get("envdAccessToken"), None, "a list shows no secrets");
     }
     assert!(entries(&daemon.ask("GET", "/v2/sandboxes?state=paused", None).json()).is_empty());
@@ -201,8 +204,17 @@ fn templates_have_every_field_an_sdk_demands() {
     assert_eq!(template["spawnCount"], 1);
     assert!(template["lastSpawnedAt"].is_string());
     for field in [
-        "templateID", "buildID", "cpuCount", "memoryMB", "diskSizeMB", "public", "createdAt",
-        "updatedAt", "createdBy", "buildCount", "envdVersion",
+        "templateID",
+        "buildID",
+        "cpuCount",
+        "memoryMB",
+        "diskSizeMB",
+        "public",
+        "createdAt",
+        "updatedAt",
+        "createdBy",
+        "buildCount",
+        "envdVersion",
     ] {
         assert!(template.get(field).is_some(), "{field} is missing in {template}");
     }

@@ -58,6 +58,7 @@ impl Daemon {
             .arg("--cgroup-root")
             .arg(&cgroup)
             .args(options)
+            .env("MICA_LOG", "error")
             .stdin(Stdio::null());
         if !limits {
             command.arg("--without-cgroup-limits");
@@ -83,10 +84,6 @@ impl Daemon {
             assert!(Instant::now() < deadline, "mica serve does not listen");
             thread::sleep(Duration::from_millis(10));
         }
-    }
-
-    pub fn address(&self) -> SocketAddr {
-        self.address
     }
 
     pub fn key(&self) -> &str {
@@ -177,10 +174,8 @@ impl Drop for Daemon {
 }
 
 pub fn kill(signal: &str, process: u32) {
-    let status = Command::new("kill")
-        .args(["-s", signal, &process.to_string()])
-        .status()
-        .expect("kill");
+    let status =
+        Command::new("kill").args(["-s", signal, &process.to_string()]).status().expect("kill");
     assert!(status.success(), "process {process} is gone");
 }
 

@@ -17,8 +17,9 @@ fn both_bodies_stream_without_waiting_for_one_another() {
         served.until("one");
         served.send(CHUNKED).send("5\r\nfirst\r\n");
         served.until("two");
-        served.send("6\r\nsecond\r\n0\r\n\r\n");
+        served.send("6\r\nsecond\r\n");
         served.until("0\r\n\r\n");
+        served.send("0\r\n\r\n");
     });
     let mut client = daemon.to_sandbox(&id, server.port, "POST /stream");
     client.send("transfer-encoding: chunked\r\n\r\n3\r\none\r\n");
@@ -26,8 +27,8 @@ fn both_bodies_stream_without_waiting_for_one_another() {
     assert_eq!(client.chunk().as_deref(), Some(b"first".as_slice()));
     client.send("3\r\ntwo\r\n");
     assert_eq!(client.chunk().as_deref(), Some(b"second".as_slice()));
-    assert_eq!(client.chunk(), None);
     client.send("0\r\n\r\n");
+    assert_eq!(client.chunk(), None);
     server.join();
 }
 

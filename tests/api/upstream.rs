@@ -85,6 +85,11 @@ impl Served {
         self
     }
 
+    /// As [`Self::send`], where the other end may hang up in the middle.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        self.reader.get_mut().write_all(bytes.as_ref())
+    }
+
     /// Waits for the other end to go. Panics when it does not within the patience.
     pub fn until_gone(&mut self) {
         let mut scratch = Vec::new();

@@ -6,19 +6,26 @@
 
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::range::{self, Part};
 use crate::http::BodySender;
 
 /// Bytes read at once.
 const CHUNK_BYTES: usize = 64 * 1024;
+
+/// A client that takes nothing for so long is given up: it holds one of a few places.
+const STILL_MAX: Duration = Duration::from_secs(600);
+
+/// How long the news of an answer broken off waits for the client.
+const ABORT_MAX: Duration = Duration::from_secs(5);
 
 /// Why a file cannot be sent; the texts are E2B's.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +94,10 @@ pub fn send(
         // A client that has gone needs no more telling.
         Ok(()) | Err(CopyError::Gone) => {}
         Err(CopyError::Io(error)) => {
-            runtime.block_on(sink.body.abort(error)).unwrap_or_default();
+            // A client that takes nothing does not take this either. Its connection is cut all the
+            // same, because the answer then ends before its promised length.
+            let told = async { timeout(ABORT_MAX, sink.body.abort(error)).await };
+            drop(runtime.block_on(told));
         }
     }
 }
@@ -166,7 +176,16 @@ impl Sink<'_> {
         if chunk.is_empty() {
             return Ok(());
         }
-        self.runtime.block_on(self.body.send(Bytes::from(chunk))).map_err(|_| CopyError::Gone)
+        // The timer needs the runtime around it when it is made.
+        let sent = async { timeout(STILL_MAX, self.body.send(Bytes::from(chunk))).await };
+        match self.runtime.block_on(sent) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(CopyError::Gone),
+            Err(_) => {
+                let text = "the client has taken nothing for too long";
+                Err(CopyError::Io(std::io::Error::other(text)))
+            }
+        }
     }
 
     fn end(&mut self) -> Result<(), CopyError> {

@@ -45,6 +45,8 @@ fn set_up_and_supervise() -> Result<Infallible, InitError> {
     mounts::switch_to_disk()?;
     mounts::late()?;
     loopback::up()?;
+    // Until the host says which sandbox this is.
+    rustix::system::sethostname(b"mica").map_err(InitError::at("set the host name"))?;
     let program = copy_self()?;
     supervise::run(&program)
 }

@@ -60,7 +60,8 @@ fn protect(agent: i32) {
     }
 }
 
-/// Resets the machine. With `reboot=t` that is a triple fault, the one end every VMM sees.
+/// Resets the machine, in the way the kernel's `reboot=` says: what a VMM without ACPI sees as the
+/// end, where a power-off would leave the kernel idle for ever.
 pub fn reset() -> ! {
     rustix::fs::sync();
     if let Err(errno) = rustix::system::reboot(RebootCommand::Restart) {

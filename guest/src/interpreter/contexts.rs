@@ -11,10 +11,11 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use super::PYTHON;
+use super::cell::Job;
 use super::events::Event;
 use super::kernel::{KernelConfig, KernelError, random_id};
 use super::launch::Launcher;
-use super::session::{self, Handle, Job, SessionConfig, State};
+use super::session::{self, Handle, SessionConfig, State};
 use crate::sandbox::Sandbox;
 use crate::users::UserError;
 

@@ -52,7 +52,7 @@ pub fn add_routes(router: &mut Router, interpreter: &Arc<Interpreter>) {
         async move { answer }
     });
     let it = held();
-    router.add(Method::POST, "/execute", Access::Open, move |call| execute(Arc::clone(&it), call));
+    router.add(Method::POST, "/execute", Access::Token, move |call| execute(Arc::clone(&it), call));
     let it = held();
     router.add(Method::GET, "/contexts", Access::Open, move |_| {
         let list = it.list();

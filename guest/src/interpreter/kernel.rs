@@ -3,6 +3,10 @@
 //! Called by [`super::session`]. The sockets are unix sockets in a directory that only the
 //! kernel's user and root may enter, so no other user of the guest can speak to a kernel and no
 //! port of the guest is taken. Refuses to wait longer than its deadline for a kernel to come up.
+//!
+//! A message's size is looked at when it has been received: the `zeromq` crate has no limit of its
+//! own. So user code that writes an endless frame into a kernel's socket can exhaust the guest's
+//! memory, which it can do in any process of its sandbox, and in its own sandbox only.
 
 use std::collections::VecDeque;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -143,11 +147,14 @@ impl Kernel {
         let connection = make_directory(&directory, &key, user)?;
         let spec = LaunchSpec {
             program: config.python.clone(),
-            args: ["-m", "ipykernel_launcher", "-f"]
-                .map(Into::into)
-                .into_iter()
-                .chain([connection.into_os_string()])
-                .collect(),
+            args: vec![
+                "-m".into(),
+                "ipykernel_launcher".into(),
+                "-f".into(),
+                connection.into_os_string(),
+                // Kernels would share one history file, each writing to the disk for every cell.
+                "--HistoryManager.hist_file=:memory:".into(),
+            ],
             env,
             cwd: cwd.to_owned(),
             user: user.clone(),
@@ -318,14 +325,28 @@ impl Kernel {
         }
     }
 
-    /// Ends the process and what it has started, and removes the kernel's directory.
+    /// Ends the process and what it has started, removes the kernel's directory, and waits until
+    /// the process is gone.
     pub async fn stop(mut self) {
-        self.signal(Signal::KILL);
-        // One that has only just begun does not lead a group yet. It may also have ended.
-        self.child.start_kill().unwrap_or_default();
+        self.end();
         // An error here means that the process has been waited for before.
         drop(self.child.wait().await);
+    }
+
+    fn end(&mut self) {
+        self.signal(Signal::KILL);
+        // The number may become another process's from here on.
+        self.pid = None;
+        // One that has only just begun does not lead a group yet. It may also have ended.
+        self.child.start_kill().unwrap_or_default();
         remove_directory(&self.directory);
+    }
+}
+
+/// A start that is given up half-way leaves nothing behind either.
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -10,8 +10,9 @@
 //!   └────Event───────┘
 //! ```
 //! `protocol` and `events` are pure; `kernel` owns the process and its sockets; `session` decides
-//! what runs next, interrupts and restarts; `contexts` holds the sessions by id.
+//! what runs next and restarts; `cell` follows one cell and interrupts it; `contexts` holds the sessions by id.
 
+mod cell;
 mod contexts;
 mod events;
 mod http;

@@ -4,50 +4,30 @@
 //! whose client has gone is interrupted, and skipped when it has not begun. A kernel that does not
 //! give way to interrupts is replaced, so one cell cannot hold a context for ever.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
 
+use super::cell::{Cell, Ending, Job, Restart, Run};
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
-use super::protocol::{Body, Incoming, Request};
+use super::protocol::{Body, Request};
 use crate::sandbox::Sandbox;
 use crate::users::User;
 
 /// Most cells that wait for one context.
 pub const WAITING_CELLS_MAX: usize = 64;
 
-/// Most bytes of events that wait for a slow client before the kernel's output is left unread.
-const PENDING_BYTES_MAX: usize = 8 * 1024 * 1024;
-
-/// After the reply to a cell, how long to wait for the rest of its output without hearing any.
-/// The kernel drops output when it is not read fast enough, and the end marker with it.
-const SILENCE_AFTER_REPLY: Duration = Duration::from_secs(10);
-
-/// A cell that nobody waits for is interrupted again this often...
-const INTERRUPT_EVERY: Duration = Duration::from_secs(5);
-
-/// ...and its kernel replaced after so many times.
-const INTERRUPTS_MAX: u32 = 12;
-
 /// A kernel that dies sooner than this after its start is started again only for a cell.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// One cell.
-#[derive(Debug)]
-pub struct Job {
-    pub code: String,
-    pub env: BTreeMap<String, String>,
-    /// Dropping the receiver means that the client has gone.
-    pub events: mpsc::Sender<Event>,
-}
-
-/// A request to end the kernel and start another; the answer is sent when it is up.
-pub type Restart = oneshot::Sender<Result<(), String>>;
+/// How long the code that surrounds a cell may take. It is a few lines; a kernel that does not get
+/// through them is stuck in something that an earlier cell left running.
+const SILENT_MAX: Duration = Duration::from_secs(120);
 
 /// Whether a context can run a cell at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,21 +79,6 @@ struct Session {
     base_env: BTreeMap<String, String>,
 }
 
-/// Why a kernel is no longer used.
-enum Ending {
-    /// The context is gone.
-    Closed,
-    Restart(Restart),
-    /// It ended by itself, or its connection did.
-    Died(String),
-}
-
-/// How a cell went.
-enum Cell {
-    Done,
-    Broken(Ending),
-}
-
 impl Session {
     async fn run(mut self) {
         let mut waiting_restart: Option<Restart> = None;
@@ -157,13 +122,11 @@ impl Session {
         let mut env = self.config.sandbox.environment();
         self.base_env.clone_from(&env);
         let user = &self.config.user;
-        let path = std::env::var("PATH")
-            .unwrap_or_else(|_| "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin".to_owned());
         for (name, value) in [
             ("HOME", user.home.display().to_string()),
             ("USER", user.name.clone()),
             ("LOGNAME", user.name.clone()),
-            ("PATH", path),
+            ("PATH", search_path(&self.config.kernel.python)),
             ("LANG", "C.UTF-8".to_owned()),
             // Python would otherwise hold back what a child process prints after it.
             ("PYTHONUNBUFFERED", "1".to_owned()),
@@ -311,6 +274,18 @@ impl Session {
     }
 }
 
+/// The agent's own search path, with the kernel's Python first: `!pip` in a cell must install for
+/// the kernel that the cell runs in.
+fn search_path(python: &Path) -> String {
+    let own = std::env::var("PATH").unwrap_or_else(|_| {
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()
+    });
+    match python.parent().filter(|parent| parent.is_absolute()) {
+        Some(parent) => format!("{}:{own}", parent.display()),
+        None => own,
+    }
+}
+
 /// Python that hands a map of texts to a function of the bootstrap's module. The map travels as
 /// JSON inside a Python literal of bytes, so no character of it can be read as code.
 fn call(function: &str, variables: &BTreeMap<String, String>) -> String {
@@ -337,6 +312,12 @@ enum Silent {
 
 /// Runs code that no client sees, to its end.
 async fn silent(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
+    timeout(SILENT_MAX, silent_unbounded(kernel, code))
+        .await
+        .unwrap_or_else(|_| Err(Silent::Ended("it did not answer in time".to_owned())))
+}
+
+async fn silent_unbounded(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
     let id = kernel.send(&Request::Silent { code }).await.map_err(Silent::Kernel)?;
     loop {
         match kernel.next().await {
@@ -351,266 +332,9 @@ async fn silent(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
     }
 }
 
-/// A cell while it runs: what has come out of it and has not reached the client yet.
-struct Run {
-    code: String,
-    env: BTreeMap<String, String>,
-    events: mpsc::Sender<Event>,
-    pending: VecDeque<Event>,
-    pending_bytes: usize,
-    begun: bool,
-    errored: bool,
-    idle: bool,
-    replied_at: Option<Instant>,
-    interrupts: u32,
-    next_interrupt: Instant,
-}
-
-impl Run {
-    fn new(job: Job) -> Self {
-        Self {
-            code: job.code,
-            env: job.env,
-            events: job.events,
-            pending: VecDeque::new(),
-            pending_bytes: 0,
-            begun: false,
-            errored: false,
-            idle: false,
-            replied_at: None,
-            interrupts: 0,
-            next_interrupt: Instant::now(),
-        }
-    }
-
-    /// Runs until the kernel is idle again and all of its output is on its way.
-    async fn drive(
-        &mut self,
-        kernel: &mut Kernel,
-        id: &str,
-        restarts: &mut mpsc::Receiver<Restart>,
-    ) -> Result<(), Ending> {
-        // A copy, so that waiting on it does not borrow the run.
-        let events = self.events.clone();
-        loop {
-            if self.idle && self.replied_at.is_some() {
-                return Ok(());
-            }
-            let gone = events.is_closed();
-            if gone {
-                self.pending.clear();
-                self.pending_bytes = 0;
-            }
-            let wake = match (gone, self.replied_at) {
-                (true, _) => self.next_interrupt,
-                (false, Some(at)) => at + SILENCE_AFTER_REPLY,
-                (false, None) => Instant::now() + Duration::from_secs(3600),
-            };
-            tokio::select! {
-                biased;
-                restart = restarts.recv() => {
-                    return Err(restart.map_or(Ending::Closed, Ending::Restart));
-                }
-                permit = events.reserve(), if !self.pending.is_empty() => {
-                    if let (Ok(permit), Some(event)) = (permit, self.pending.pop_front()) {
-                        self.pending_bytes = self.pending_bytes.saturating_sub(event.weight());
-                        permit.send(event);
-                    }
-                }
-                signalled = kernel.next(), if self.pending_bytes < PENDING_BYTES_MAX => {
-                    match signalled {
-                        Signalled::Message(message) if message.parent_id == id => {
-                            self.take(message);
-                        }
-                        Signalled::Message(_) => {}
-                        Signalled::Unreadable(error) => self.note(&error.to_string()),
-                        Signalled::Ended(status) => return Err(Ending::Died(status)),
-                    }
-                }
-                () = events.closed(), if !gone => self.next_interrupt = Instant::now(),
-                () = sleep_until(wake) => {
-                    if gone {
-                        self.interrupt(kernel)?;
-                    } else if self.replied_at.is_some() && self.pending.is_empty() {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-    }
-
-    fn interrupt(&mut self, kernel: &Kernel) -> Result<(), Ending> {
-        if self.interrupts >= INTERRUPTS_MAX {
-            return Err(Ending::Died("it did not give way to interrupts".to_owned()));
-        }
-        self.interrupts += 1;
-        self.next_interrupt = Instant::now() + INTERRUPT_EVERY;
-        kernel.interrupt();
-        Ok(())
-    }
-
-    fn take(&mut self, message: Incoming) {
-        if self.replied_at.is_some() {
-            self.replied_at = Some(Instant::now());
-        }
-        let timestamp = message.date;
-        match message.body {
-            Body::Input { execution_count } => {
-                self.begun = true;
-                self.push(Event::NumberOfExecutions { execution_count });
-            }
-            Body::Stdout(text) => self.push(Event::Stdout { text, timestamp }),
-            Body::Stderr(text) => self.push(Event::Stderr { text, timestamp }),
-            Body::Display(bundle) => self.push(Event::result(bundle, false)),
-            Body::MainResult(bundle) => self.push(Event::result(bundle, true)),
-            Body::Error { name, value, traceback } => self.error(name, value, traceback),
-            Body::ReplyError { name, value, traceback } => {
-                self.replied_at = Some(Instant::now());
-                self.error(name, value, traceback);
-            }
-            Body::ReplyAborted => {
-                self.replied_at = Some(Instant::now());
-                let value = "Execution was aborted".to_owned();
-                self.error("ExecutionAborted".to_owned(), value, String::new());
-                // An aborted cell never begins, so there is no end of it to wait for.
-                self.idle = true;
-            }
-            Body::ReplyOk => self.replied_at = Some(Instant::now()),
-            Body::Idle => self.idle = true,
-            Body::Unreadable => self.note("its content is not valid JSON"),
-            Body::Busy | Body::KernelInfo | Body::Other => {}
-        }
-    }
-
-    /// The same error comes on both channels; one is enough.
-    fn error(&mut self, name: String, value: String, traceback: String) {
-        if !self.errored {
-            self.errored = true;
-            self.push(Event::Error { name, value, traceback });
-        }
-    }
-
-    fn note(&mut self, reason: &str) {
-        let text = format!("a message of the kernel was left out: {reason}\n");
-        self.push(Event::Stderr { text, timestamp: super::kernel::now() });
-    }
-
-    fn push(&mut self, event: Event) {
-        self.pending_bytes += event.weight();
-        self.pending.push_back(event);
-    }
-
-    /// The kernel is gone in the middle of the cell: say so in the words that E2B uses.
-    async fn broken(mut self, ending: Ending) -> Cell {
-        let (name, value) = match &ending {
-            Ending::Closed => (
-                "ExecutionAborted",
-                "The context was removed before the execution was finished".to_owned(),
-            ),
-            Ending::Restart(_) => ("ContextRestarting", "Context was restarted".to_owned()),
-            Ending::Died(status) => (
-                "UnexpectedEndOfExecution",
-                "Connection to the execution was closed before the execution was finished: \
-                 the kernel ended ("
-                    .to_owned()
-                    + status
-                    + ")",
-            ),
-        };
-        self.push(Event::synthetic(name, value));
-        self.finish().await;
-        Cell::Broken(ending)
-    }
-
-    /// Hands over the rest and the end, without letting a slow client hold up the context.
-    async fn finish(mut self) {
-        self.push(Event::EndOfExecution);
-        if self.events.is_closed() {
-            return;
-        }
-        let (events, mut pending) = (self.events, self.pending);
-        let deliver = async move {
-            while let Some(event) = pending.pop_front() {
-                if events.send(event).await.is_err() {
-                    return;
-                }
-            }
-        };
-        // What is left is bounded by PENDING_BYTES_MAX, and goes when the client does.
-        tokio::spawn(deliver);
-        tokio::task::yield_now().await;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::mpsc::error::TryRecvError;
-
-    fn run() -> (Run, mpsc::Receiver<Event>) {
-        let (events, receiver) = mpsc::channel(16);
-        (Run::new(Job { code: String::new(), env: BTreeMap::new(), events }), receiver)
-    }
-
-    fn message(body: Body) -> Incoming {
-        Incoming { parent_id: "p".into(), date: "d".into(), body }
-    }
-
-    fn error() -> Body {
-        Body::Error { name: "E".into(), value: "v".into(), traceback: "t".into() }
-    }
-
-    #[tokio::test]
-    async fn an_error_on_both_channels_is_told_once() {
-        let (mut run, mut receiver) = run();
-        run.take(message(Body::Input { execution_count: 4 }));
-        run.take(message(error()));
-        run.take(message(Body::ReplyError {
-            name: "E".into(),
-            value: "v".into(),
-            traceback: "t".into(),
-        }));
-        run.take(message(Body::Idle));
-        assert!(run.begun && run.idle && run.replied_at.is_some());
-        run.finish().await;
-        assert_eq!(receiver.recv().await, Some(Event::NumberOfExecutions { execution_count: 4 }));
-        assert!(matches!(receiver.recv().await, Some(Event::Error { .. })));
-        assert_eq!(receiver.recv().await, Some(Event::EndOfExecution));
-        assert_eq!(receiver.recv().await, None);
-    }
-
-    #[tokio::test]
-    async fn an_aborted_reply_ends_the_cell() {
-        let (mut run, mut receiver) = run();
-        run.take(message(Body::ReplyAborted));
-        assert!(run.idle);
-        run.finish().await;
-        let Some(Event::Error { name, .. }) = receiver.recv().await else { panic!("no error") };
-        assert_eq!(name, "ExecutionAborted");
-    }
-
-    #[tokio::test]
-    async fn the_end_of_the_kernel_is_told_in_the_words_of_e2b() {
-        for (ending, wanted) in [
-            (Ending::Died("signal: 9".into()), "UnexpectedEndOfExecution"),
-            (Ending::Restart(oneshot::channel().0), "ContextRestarting"),
-            (Ending::Closed, "ExecutionAborted"),
-        ] {
-            let (run, mut receiver) = run();
-            assert!(matches!(run.broken(ending).await, Cell::Broken(_)));
-            let Some(Event::Error { name, .. }) = receiver.recv().await else { panic!("none") };
-            assert_eq!(name, wanted);
-            assert_eq!(receiver.recv().await, Some(Event::EndOfExecution));
-        }
-    }
-
-    #[tokio::test]
-    async fn what_waits_is_counted() {
-        let (mut run, mut receiver) = run();
-        run.take(message(Body::Stdout("x".repeat(5000))));
-        assert!(run.pending_bytes > 5000);
-        assert_eq!(receiver.try_recv(), Err(TryRecvError::Empty));
-    }
 
     #[test]
     fn variables_cannot_break_out_of_their_call() {

@@ -1,5 +1,6 @@
 //! The real agent, run as a program and spoken to over its gateway.
 
 mod gateway;
+mod interpreter;
 mod process;
 mod support;

@@ -259,4 +259,24 @@ fn another_user_is_another_user() {
     let lines: Vec<&str> = out.lines().collect();
     assert_eq!(lines[..3], ["65534", "65534", "100"], "{end}");
     assert_eq!(lines[3], lines[4], "a command leads its own session");
+
+    let mut message = shell("stat -c %u $(tty)");
+    message["process"]["cwd"] = json!("/");
+    message["pty"] = json!({"size": {"cols": 80, "rows": 24}});
+    let mut answer = agent.stream_with("Start", "\r\nauthorization: Basic bm9ib2R5Og==", &message);
+    answer.event().unwrap();
+    assert_eq!(answer.rest().0, "65534\r\n", "a terminal belongs to its user");
+}
+
+#[test]
+fn commands_end_with_their_agent() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let agent = Agent::start();
+    let (pid, _answer) = agent.start_process(&shell("exec sleep 600"));
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    drop(agent);
+    let patience = Timespec::try_from(crate::support::PATIENCE).unwrap();
+    let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)).unwrap();
+    assert_eq!(ended, 1, "the command outlived its agent");
 }

@@ -8,7 +8,7 @@
 use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -40,18 +40,24 @@ impl Agent {
 
     /// An agent that nobody has talked to yet.
     pub fn start_bare() -> Self {
+        Self::start_prepared(|_, _| {})
+    }
+
+    /// The same, with a last word on its command line; the directory is the agent's own.
+    pub fn start_prepared(prepare: impl FnOnce(&mut Command, &Path)) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let unique =
             format!("mica-agent-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let directory = std::env::temp_dir().join(unique);
         std::fs::create_dir_all(&directory).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_mica-guest"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mica-guest"));
+        command
             .args(["agent", "--root-user", "--envd-tcp", "none", "--interpreter-tcp", "none"])
             .arg("--unix")
             .arg(directory.join("gateway"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stdout(Stdio::piped());
+        prepare(&mut command, &directory);
+        let mut child = command.spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n");
@@ -94,7 +100,12 @@ impl Agent {
 
     /// Sends a whole HTTP request to envd and reads the answer's head.
     pub fn request(&self, head: &str, body: &[u8]) -> Answer {
-        let (mut stream, verdict) = self.port(49983);
+        self.request_to(49983, head, body)
+    }
+
+    /// The same to one of the agent's other ports.
+    pub fn request_to(&self, port: u16, head: &str, body: &[u8]) -> Answer {
+        let (mut stream, verdict) = self.port(port);
         assert_eq!(verdict, Some(Verdict::Open));
         stream
             .write_all(

@@ -6,13 +6,14 @@
 mod create;
 mod list;
 
+use http::request::Parts;
 use hyper::body::Incoming;
 use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_MAX_AGE,
     ACCESS_CONTROL_REQUEST_HEADERS, CONTENT_TYPE, HeaderValue,
 };
 use hyper::{Method, Request, Response, StatusCode};
-use mica_shards::{Host, SandboxInfo, TemplateInfo};
+use mica_shards::{CreateRequest, Host, SandboxInfo, TemplateInfo};
 use mica_units::SandboxId;
 use mica_wire::api::{Sandbox, SandboxDetail, SandboxState, Template};
 use serde::Serialize;
@@ -21,7 +22,7 @@ use crate::body::{self, Body};
 use crate::config::HttpConfig;
 use crate::error::ApiError;
 use crate::rfc3339;
-use crate::route::{Route, Version, route};
+use crate::route::{Route, route};
 use list::ListQuery;
 
 /// What `clientID` says. Sandbox ids are global, so it means nothing, and SDKs demand it.
@@ -36,26 +37,34 @@ pub async fn answer(
     if request.method() == Method::OPTIONS {
         return preflight(&request);
     }
-    match handle(host, config, request).await {
-        Ok(response) => response,
-        Err(error) => error.into_response(),
+    let (parts, body) = request.into_parts();
+    let mut body = Some(body);
+    let outcome = handle(host, config, &parts, &mut body).await;
+    if let Some(unread) = body {
+        body::discard(&parts.headers, unread).await;
     }
+    outcome.unwrap_or_else(ApiError::into_response)
 }
 
+/// Carries one request out. Takes `body` where the route has one.
 async fn handle(
     host: &Host,
     config: &HttpConfig,
-    request: Request<Incoming>,
+    request: &Parts,
+    body: &mut Option<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    let route = route(request.method(), request.uri().path())?;
-    if route != Route::Health && !config.keys.admits(request.headers()) {
+    let route = route(&request.method, request.uri.path())?;
+    if route != Route::Health && !config.keys.admits(&request.headers) {
         return Err(ApiError::unauthorized());
     }
     match route {
         Route::Health => json(StatusCode::OK, &serde_json::json!({ "status": "ok" })),
-        Route::Create(version) => create(host, config, version, request).await,
+        Route::Create(version) => {
+            let body = read(body, config).await?;
+            create(host, config, create::create_request(version, &body, &config.limits)?).await
+        }
         Route::List(version) => {
-            let query = request.uri().query().unwrap_or_default();
+            let query = request.uri.query().unwrap_or_default();
             list(host, ListQuery::parse(version, query)?).await
         }
         Route::Get(id) => {
@@ -70,7 +79,7 @@ async fn handle(
         }
         Route::SetTimeout(id) => {
             let id = sandbox_id(&id)?;
-            let body = body::read(request.into_body(), &config.limits).await?;
+            let body = read(body, config).await?;
             host.set_timeout(id, create::timeout(&body, &config.limits)?).await?;
             Ok(status(StatusCode::NO_CONTENT))
         }
@@ -81,14 +90,19 @@ async fn handle(
     }
 }
 
+async fn read(body: &mut Option<Incoming>, config: &HttpConfig) -> Result<Vec<u8>, ApiError> {
+    match body.take() {
+        Some(body) => body::read(body, &config.limits).await,
+        None => Ok(Vec::new()),
+    }
+}
+
 async fn create(
     host: &Host,
     config: &HttpConfig,
-    version: Version,
-    request: Request<Incoming>,
+    wanted: CreateRequest,
 ) -> Result<Response<Body>, ApiError> {
-    let body = body::read(request.into_body(), &config.limits).await?;
-    let info = host.create(create::create_request(version, &body, &config.limits)?).await?;
+    let info = host.create(wanted).await?;
     let sandbox = Sandbox {
         template_id: info.template_id,
         sandbox_id: info.id.to_string(),

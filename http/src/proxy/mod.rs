@@ -20,7 +20,7 @@ use mica_shards::rt::{self, Task, time};
 use mica_shards::{ConnectError, GuestStream, Host};
 use mica_units::{GuestPort, SandboxId};
 
-use crate::body::Body;
+use crate::body::{self, Body};
 use crate::config::Limits;
 use crate::conn::Adapted;
 use crate::error::ApiError;
@@ -46,12 +46,14 @@ pub async fn forward(
     port: GuestPort,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    if port == GuestPort::ENVD && is_internal(request.uri().path()) {
-        return Err(ApiError::internal_route(id.as_str()));
-    }
-    let stream = connect(host, limits, id, port)
-        .await
-        .map_err(|error| ApiError::from_connect(&error, id, port))?;
+    let stream = match enter(host, limits, id, port, request.uri().path()).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            let (parts, unread) = request.into_parts();
+            body::discard(&parts.headers, unread).await;
+            return Err(error);
+        }
+    };
     let request = for_sandbox(request, id, port);
     match exchange(stream, request).await {
         Ok(response) => Ok(response),
@@ -67,15 +69,21 @@ pub async fn forward(
     }
 }
 
-async fn connect(
+/// A stream to the port, if this path may go there.
+async fn enter(
     host: &Host,
     limits: &Limits,
     id: SandboxId,
     port: GuestPort,
-) -> Result<GuestStream, ConnectError> {
+    path: &str,
+) -> Result<GuestStream, ApiError> {
+    if port == GuestPort::ENVD && is_internal(path) {
+        return Err(ApiError::internal_route(id.as_str()));
+    }
     time::timeout(limits.connect_timeout, host.connect(id, port))
         .await
         .unwrap_or(Err(ConnectError::Unreachable))
+        .map_err(|error| ApiError::from_connect(&error, id, port))
 }
 
 /// Sends the request and waits for the head of the answer.

@@ -43,7 +43,12 @@ enum Verb {
     /// Build a template on this machine and bring it into the host, if it is not there already.
     Template { template: String },
     /// Import a template archive (made by `mica template export`) in the host.
-    PushTemplate { archive: PathBuf },
+    PushTemplate {
+        archive: PathBuf,
+        /// Replace a template of the same name.
+        #[arg(long)]
+        force: bool,
+    },
     /// Switch the host off.
     Down {
         /// Also remove the store with its templates, and the API key.
@@ -103,6 +108,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             return home.running()?.channel().exec_attached(command).map(exit_code);
         }
         Verb::Env => println!("{}", status::exports(&home)?),
+        Verb::PushTemplate { archive, force } => {
+            return template::push(&home, &archive, force).map(exit_code);
+        }
         Verb::Serve(options) => {
             up::up(&home, &request(options)?)?;
             foreground::follow(&home)?;
@@ -111,7 +119,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let own = std::env::current_exe().context("find the path of mica-lab itself")?;
             ensure::ensure(&home, &own.with_file_name("mica"), &template)?;
         }
-        Verb::PushTemplate { archive } => return template::push(&home, &archive).map(exit_code),
         Verb::Down { wipe } => down::down(&home, wipe)?,
         Verb::Inside => inside()?,
     }

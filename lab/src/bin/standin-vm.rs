@@ -92,7 +92,10 @@ fn serve(socket: &ControlSocket, agent: &Arc<Agent>) -> Result<Option<Ending>> {
                 // Only the gateway listens; a guest closes anything else, and so does the drop.
                 if vsock_port == GATEWAY_PORT {
                     let agent = Arc::clone(agent);
-                    thread::spawn(move || agent.connect(UnixStream::from(stream)));
+                    let stream = UnixStream::from(stream);
+                    // The shard made it for a ring; a thread wants to wait.
+                    stream.set_nonblocking(false)?;
+                    thread::spawn(move || agent.connect(stream));
                 }
             }
             Err(SocketError::Closed) => return Ok(None),

@@ -12,7 +12,7 @@ use std::process::Command;
 pub const SUITE: &str = "bookworm";
 
 /// Programs that must be on the outer machine, with the package that has each.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 11] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
     ("debootstrap", "debootstrap"),
@@ -22,6 +22,8 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("apt-get", "apt"),
     ("apt-cache", "apt"),
     ("dpkg-deb", "dpkg"),
+    ("find", "findutils"),
+    ("xz", "xz-utils"),
 ];
 
 /// Fails with the command that installs what is missing.

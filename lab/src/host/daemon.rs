@@ -21,6 +21,10 @@ const PROBE_PAUSE: Duration = Duration::from_millis(200);
 /// The supervisor may have to wait for a drain and a kill.
 const STOP_MAX: Duration = Duration::from_secs(45);
 
+/// How long a sandbox may take to become ready: nested and emulated, a cold boot takes minutes when
+/// the machine is busy.
+const BOOT_DEADLINE_S: u32 = 300;
+
 /// The daemon's command line inside the host.
 pub fn command_line() -> Vec<String> {
     [
@@ -32,9 +36,8 @@ pub fn command_line() -> Vec<String> {
         "/var/lib/mica",
         "--key-file",
         &format!("{TOOLS}/api-key"),
-        // Emulated guests boot about 24 times slower than real ones.
         "--boot-deadline",
-        "300",
+        &BOOT_DEADLINE_S.to_string(),
     ]
     .map(ToString::to_string)
     .to_vec()

@@ -7,6 +7,7 @@
 
 use super::channel::client::Channel;
 use super::drives::TOOLS;
+use super::image;
 use super::progress::say;
 use super::state::Home;
 use super::template;
@@ -23,15 +24,15 @@ struct Listed {
     inputs_hash: String,
 }
 
-/// The store of this machine that builds end in: beside the labs, so that all labs share it.
-fn outer_store(home: &Home) -> PathBuf {
-    home.directory.with_file_name("templates")
+/// The store of this machine that builds end in: in the cache, so that all labs share it.
+fn outer_store() -> PathBuf {
+    image::cache_directory().with_file_name("store")
 }
 
 /// Builds the template if it is out of date here, and carries it in if it is out of date there.
 pub fn ensure(home: &Home, mica: &Path, name: &str) -> Result<()> {
     let lab = home.running()?;
-    let store = outer_store(home);
+    let store = outer_store();
     let built = Command::new(mica)
         .args(["template", "build", "--name", name, "--store"])
         .arg(&store)
@@ -47,7 +48,7 @@ pub fn ensure(home: &Home, mica: &Path, name: &str) -> Result<()> {
     }
     let archive = tempfile_in(&store, name);
     let carried = export(mica, &store, name, &archive)
-        .and_then(|()| template::push(home, &archive))
+        .and_then(|()| template::push(home, &archive, true))
         .and_then(|code| match code {
             0 => Ok(()),
             code => bail!("mica template import ended with {code} in the host"),

@@ -17,13 +17,25 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Changed by hand when the steps below change in a way that the inputs do not show.
-const BUILDER_VERSION: u32 = 2;
+const BUILDER_VERSION: u32 = 3;
 
 /// Beyond debootstrap's minbase. libhwloc15 is linked by the daemon; tini reaps orphans.
 const PACKAGES: [&str; 8] =
     ["kmod", "iproute2", "xfsprogs", "procps", "util-linux", "numactl", "libhwloc15", "tini"];
 
 const INIT: &str = include_str!("init.sh");
+
+/// What the init script mounts with one call. Debian's kernel leaves even /dev to it.
+const FSTAB: &str = "\
+proc /proc proc nosuid,nodev,noexec 0 0
+sysfs /sys sysfs nosuid,nodev,noexec 0 0
+devtmpfs /dev devtmpfs nosuid,mode=755 0 0
+devpts /dev/pts devpts nosuid,noexec,gid=5,mode=620,ptmxmode=666,X-mount.mkdir 0 0
+tmpfs /dev/shm tmpfs nosuid,nodev,X-mount.mkdir 0 0
+tmpfs /run tmpfs nosuid,nodev,mode=755 0 0
+tmpfs /tmp tmpfs nosuid,nodev 0 0
+cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec 0 0
+";
 
 /// Sparse; what is written to it lives in an overlay that goes with the lab.
 const ROOT_MIB: u32 = 4096;
@@ -42,6 +54,9 @@ pub fn root_partuuid() -> String {
 const LEFT_OUT: [&str; 4] =
     ["usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt/archives"];
 
+/// What a directory in the making is called.
+const UNFINISHED: &str = "building-";
+
 /// A built image: where its two files are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
@@ -58,28 +73,40 @@ impl Image {
     }
 }
 
-/// Everything that decides what the image will be.
+/// Everything that decides what the image will be, in two stages: installing packages takes a
+/// minute and changes rarely, packing a root takes seconds and changes with the init script.
 #[derive(Debug, Clone)]
 struct Inputs {
     kernel: Kernel,
 }
 
 impl Inputs {
-    /// One line per input; its digest names the cached image, and it is kept beside it.
-    fn describe(&self) -> String {
+    /// One line per input of the installed tree; its digest names the cached directory.
+    fn describe_base(&self) -> String {
         format!(
-            "builder {BUILDER_VERSION}\nsuite {SUITE}\npackages {}\nleft out {}\nkernel {} {}\n\
-             root MiB {ROOT_MIB}\ninit {}\n",
+            "builder {BUILDER_VERSION}\nsuite {SUITE}\npackages {}\nleft out {}\nkernel {} {}\n",
             PACKAGES.join(" "),
             LEFT_OUT.join(" "),
             self.kernel.package,
             self.kernel.version,
-            hex_digest(INIT.as_bytes()),
         )
     }
 
-    fn digest(&self) -> String {
-        hex_digest(self.describe().as_bytes())[..16].to_owned()
+    fn describe(&self) -> String {
+        format!(
+            "{}root MiB {ROOT_MIB}\ninit {}\nfstab {}\n",
+            self.describe_base(),
+            hex_digest(INIT.as_bytes()),
+            hex_digest(FSTAB.as_bytes()),
+        )
+    }
+
+    fn base_name(&self) -> String {
+        format!("base-{}", &hex_digest(self.describe_base().as_bytes())[..16])
+    }
+
+    fn image_name(&self) -> String {
+        format!("image-{}", &hex_digest(self.describe().as_bytes())[..16])
     }
 }
 
@@ -101,8 +128,7 @@ pub fn ensure() -> Result<Image> {
     let kernel_release = kernel.release().to_owned();
     let inputs = Inputs { kernel };
     let cache = cache_directory();
-    let directory = cache.join(inputs.digest());
-    let image = Image { directory, kernel_release };
+    let image = Image { directory: cache.join(inputs.image_name()), kernel_release };
     if image.root().is_file() {
         return Ok(image);
     }
@@ -113,19 +139,8 @@ pub fn ensure() -> Result<Image> {
     fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
     let lock = File::create(cache.join("lock")).context("open the image cache's lock")?;
     flock(&lock, FlockOperation::LockExclusive).context("lock the image cache")?;
-    if image.root().is_file() {
-        return Ok(image); // Somebody else built it while we waited.
-    }
     sweep(&cache)?;
-    progress::say(&format!(
-        "building the host image ({SUITE}, {}); one to two minutes, once",
-        inputs.kernel.package
-    ));
-    let work = cache.join(format!("building-{}", inputs.digest()));
-    let built = build(&inputs, &work).and_then(|()| {
-        fs::rename(&work, &image.directory)
-            .with_context(|| format!("rename the image to {}", image.directory.display()))
-    });
+    let built = build(&inputs, &cache);
     if built.is_err() {
         sweep(&cache).context("clean up after a failed build")?;
     }
@@ -133,11 +148,36 @@ pub fn ensure() -> Result<Image> {
     Ok(image)
 }
 
+/// Both stages, each made under a temporary name and renamed when it is whole.
+fn build(inputs: &Inputs, cache: &Path) -> Result<()> {
+    let base = cache.join(inputs.base_name());
+    if !base.is_dir() {
+        progress::say(&format!(
+            "building the host image ({SUITE}, {}); one to two minutes, once",
+            inputs.kernel.package
+        ));
+        stage(&base, |work| install(inputs, work))?;
+    }
+    let image = cache.join(inputs.image_name());
+    if image.is_dir() {
+        return Ok(()); // Somebody else made it while we waited for the lock.
+    }
+    stage(&image, |work| pack(inputs, &base, work))
+}
+
+fn stage(result: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let name = result.file_name().context("a stage has a name")?.to_string_lossy().into_owned();
+    let work = result.with_file_name(format!("{UNFINISHED}{name}"));
+    fs::create_dir_all(&work).with_context(|| format!("make {}", work.display()))?;
+    make(&work)?;
+    fs::rename(&work, result).with_context(|| format!("rename to {}", result.display()))
+}
+
 /// Removes what an interrupted build left. Its mounts are gone with its mount namespace.
 fn sweep(cache: &Path) -> Result<()> {
     for entry in fs::read_dir(cache).with_context(|| format!("list {}", cache.display()))? {
         let entry = entry.with_context(|| format!("list {}", cache.display()))?;
-        if entry.file_name().to_string_lossy().starts_with("building-") {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
             let path = entry.path();
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         }
@@ -145,18 +185,26 @@ fn sweep(cache: &Path) -> Result<()> {
     Ok(())
 }
 
-fn build(inputs: &Inputs, work: &Path) -> Result<()> {
+/// The first stage: an installed tree and the kernel.
+fn install(inputs: &Inputs, work: &Path) -> Result<()> {
     let root = work.join("root");
     fs::create_dir_all(&root).with_context(|| format!("make {}", root.display()))?;
     install_packages(&root)?;
     install_kernel(&inputs.kernel, work, &root)?;
-    configure(&root)?;
     for name in LEFT_OUT {
         let path = root.join(name);
         if path.is_dir() {
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         }
     }
+    Ok(())
+}
+
+/// The second stage: the tree with its configuration, as a drive. The tree is written to in place,
+/// the same files each time, under the cache's lock.
+fn pack(inputs: &Inputs, base: &Path, work: &Path) -> Result<()> {
+    let root = base.join("root");
+    configure(&root)?;
     let image = work.join("root.ext4");
     run::watched(
         "pack the root file system",
@@ -168,10 +216,9 @@ fn build(inputs: &Inputs, work: &Path) -> Result<()> {
             .arg(format!("{ROOT_MIB}M")),
     )?;
     write_partition_table(&image)?;
-    fs::remove_dir_all(&root).context("remove the unpacked root file system")?;
+    fs::copy(base.join("vmlinuz"), work.join("vmlinuz")).context("copy the kernel")?;
     let note = work.join("inputs.txt");
-    fs::write(&note, inputs.describe()).with_context(|| format!("write {}", note.display()))?;
-    Ok(())
+    fs::write(&note, inputs.describe()).with_context(|| format!("write {}", note.display()))
 }
 
 /// Gives the image its length and a partition table with the one partition.
@@ -212,6 +259,7 @@ fn install_packages(root: &Path) -> Result<()> {
     )
 }
 
+/// The modules are unpacked here once, since emulated code would take seconds for it at each boot.
 fn install_kernel(kernel: &Kernel, work: &Path, root: &Path) -> Result<()> {
     run::watched(
         "download the kernel package",
@@ -240,6 +288,18 @@ fn install_kernel(kernel: &Kernel, work: &Path, root: &Path) -> Result<()> {
         .context("take the modules out of the kernel's package")?;
     fs::remove_dir_all(&unpacked).context("remove the unpacked kernel package")?;
     fs::remove_file(&archive).context("remove the kernel package")?;
+    run::watched(
+        "unpack the modules",
+        Command::new("find").arg(modules.join(release)).args([
+            "-name",
+            "*.ko.xz",
+            "-exec",
+            "xz",
+            "--decompress",
+            "{}",
+            "+",
+        ]),
+    )?;
     run::watched("index the modules", Command::new("chroot").arg(root).args(["depmod", release]))
 }
 
@@ -251,6 +311,7 @@ fn configure(root: &Path) -> Result<()> {
         ("etc/hostname", "mica-lab\n"),
         ("etc/hosts", "127.0.0.1 localhost\n127.0.1.1 mica-lab\n"),
         ("etc/resolv.conf", "nameserver 10.0.2.3\n"),
+        ("etc/fstab", FSTAB),
     ] {
         fs::write(root.join(name), text).with_context(|| format!("write /{name}"))?;
     }
@@ -269,16 +330,38 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_follows_each_input_and_nothing_else() {
+    fn the_names_follow_each_input_and_nothing_else() {
         let one = inputs("linux-image-6.12.1", "6.12.1-1");
-        assert_eq!(one.digest(), inputs("linux-image-6.12.1", "6.12.1-1").digest());
-        assert_ne!(one.digest(), inputs("linux-image-6.12.1", "6.12.1-2").digest());
-        assert_ne!(one.digest(), inputs("linux-image-6.12.2", "6.12.1-1").digest());
-        assert_eq!(one.digest().len(), 16);
+        let same = inputs("linux-image-6.12.1", "6.12.1-1");
+        assert_eq!((one.base_name(), one.image_name()), (same.base_name(), same.image_name()));
+        for other in
+            [inputs("linux-image-6.12.1", "6.12.1-2"), inputs("linux-image-6.12.2", "6.12.1-1")]
+        {
+            assert_ne!(one.base_name(), other.base_name());
+            assert_ne!(one.image_name(), other.image_name());
+        }
         for package in PACKAGES {
-            assert!(one.describe().contains(package));
+            assert!(one.describe_base().contains(package));
         }
         assert!(one.describe().contains(&hex_digest(INIT.as_bytes())));
+        assert!(!one.describe_base().contains(&hex_digest(INIT.as_bytes())));
+    }
+
+    #[test]
+    fn a_failed_stage_leaves_nothing_that_could_be_taken_for_its_result() {
+        let cache = std::env::temp_dir().join(format!("mica-stage-{}", std::process::id()));
+        fs::create_dir_all(&cache).unwrap();
+        let result = cache.join("image-1");
+        let failed = stage(&result, |work| {
+            fs::write(work.join("half"), "x").unwrap();
+            anyhow::bail!("broken")
+        });
+        assert!(failed.is_err() && !result.exists());
+        sweep(&cache).unwrap();
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
+        stage(&result, |work| fs::write(work.join("whole"), "x").context("write")).unwrap();
+        assert!(result.join("whole").is_file());
+        fs::remove_dir_all(&cache).unwrap();
     }
 
     #[test]

@@ -18,8 +18,8 @@ pub const API_PORT_INSIDE: u16 = 3000;
 /// The free slot for a drive that is plugged in while the host runs.
 pub const HOT_PLUG_SLOT: &str = "hot0";
 
-/// The translation cache of emulated code. The default is a quarter of this and is flushed often
-/// while a nested guest boots.
+/// The translation cache of emulated code. QEMU's own choice is an eighth of the machine's memory
+/// up to this; on a small machine that is flushed over and over while a nested guest boots.
 const TRANSLATION_CACHE_MIB: u32 = 1024;
 
 /// The host's kernel command line. No mitigations: they slow emulation and guard nothing here.

@@ -19,8 +19,8 @@ use std::time::Instant;
 const NODE: &str = "pushed";
 const SECTOR: u64 = 512;
 
-/// Returns the exit code of the import.
-pub fn push(home: &Home, archive: &Path) -> Result<i32> {
+/// Returns the exit code of the import. With `force` a template of the same name is replaced.
+pub fn push(home: &Home, archive: &Path, force: bool) -> Result<i32> {
     let lab = home.running()?;
     let archive = fs::canonicalize(archive)
         .with_context(|| format!("find the archive {}", archive.display()))?;
@@ -34,7 +34,7 @@ pub fn push(home: &Home, archive: &Path) -> Result<i32> {
     let started = Instant::now();
     let mut qmp = Qmp::connect(&home.qmp_socket())?;
     plug(&mut qmp, &archive)?;
-    let code = import(&lab.channel());
+    let code = import(&lab.channel(), force);
     let unplugged = unplug(&mut qmp);
     let code = code?;
     unplugged?;
@@ -72,7 +72,9 @@ modprobe virtio_blk || exit 1
 for attempt in $(seq 100); do
     for disk in /sys/block/vd*; do
         [ "$(cat "$disk/serial" 2>/dev/null)" = pushed ] || continue
-        exec "$1" template import --store /var/lib/mica "/dev/${disk##*/}"
+        program=$1
+        shift
+        exec "$program" template import --store /var/lib/mica "$@" "/dev/${disk##*/}"
     done
     sleep 0.1
 done
@@ -80,9 +82,12 @@ echo "the plugged drive did not appear" >&2
 exit 1
 "#;
 
-fn import(channel: &Channel) -> Result<i32> {
+fn import(channel: &Channel, force: bool) -> Result<i32> {
     let program = format!("{TOOLS}/bin/mica");
-    let argv = ["sh", "-c", IMPORT, "sh", &program].map(str::to_owned).to_vec();
+    let mut argv = ["sh", "-c", IMPORT, "sh", &program].map(str::to_owned).to_vec();
+    if force {
+        argv.push("--force".to_owned());
+    }
     let ready = channel.exec_with_input(&["test", "-x", &program], std::io::empty())?;
     if ready.code != 0 {
         bail!("the host has no {program}; run `mica lab up` with the programs built");

@@ -7,9 +7,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_lite::{AsyncRead, AsyncWrite};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 /// Connections that the kernel completes ahead of `accept`, for each listener.
@@ -17,8 +18,11 @@ const BACKLOG: i32 = 1024;
 
 /// A listening TCP socket. Every shard binds its own to the same address (`SO_REUSEPORT`), and the
 /// kernel spreads connections among them.
+///
+/// glommio's listener is not used: it accepts without close-on-exec, and a VM process must not
+/// inherit a client's connection.
 #[derive(Debug)]
-pub struct TcpListener(glommio::net::TcpListener);
+pub struct TcpListener(OwnedFd);
 
 impl TcpListener {
     /// Binds and listens.
@@ -35,7 +39,7 @@ impl TcpListener {
         sockopt::set_socket_reuseport(&socket, true)?;
         rustix::net::bind(&socket, &address)?;
         rustix::net::listen(&socket, BACKLOG)?;
-        Ok(Self(crate::sys::glommio_tcp_listener(socket)))
+        Ok(Self(socket))
     }
 
     /// Waits for the next connection. `TCP_NODELAY` is on.
@@ -43,9 +47,18 @@ impl TcpListener {
     /// # Errors
     /// When the process has no descriptor left, or the connection broke before it was taken.
     pub async fn accept(&self) -> io::Result<TcpStream> {
-        let stream = self.0.accept().await.map_err(io::Error::from)?;
-        stream.set_nodelay(true).map_err(io::Error::from)?;
-        Ok(TcpStream(stream))
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        loop {
+            match rustix::net::accept_with(&self.0, flags) {
+                Ok(connection) => {
+                    sockopt::set_tcp_nodelay(&connection, true)?;
+                    return Ok(TcpStream::from_fd(connection));
+                }
+                Err(Errno::AGAIN) => super::ready::connecting(&self.0).await?,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// The address it listens on, with the port the kernel chose if 0 was asked for.
@@ -53,7 +66,29 @@ impl TcpListener {
     /// # Errors
     /// Only what `getsockname` can fail with.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr().map_err(io::Error::from)
+        let address = rustix::net::getsockname(&self.0)?;
+        SocketAddr::try_from(address).map_err(io::Error::from)
+    }
+}
+
+/// Lets other tasks run when this one has had its share of time.
+///
+/// A socket whose other end is fast enough is always ready, and a task that only reads from it would
+/// never end its turn: one guest could hold up a shard.
+#[derive(Debug, Default)]
+struct Turn {
+    given_up: bool,
+}
+
+impl Turn {
+    fn poll(&mut self, cx: &Context<'_>) -> Poll<()> {
+        if !self.given_up && glommio::executor().need_preempt() {
+            self.given_up = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.given_up = false;
+        Poll::Ready(())
     }
 }
 
@@ -61,7 +96,16 @@ macro_rules! stream_type {
     ($(#[$doc:meta])* $name:ident, $inner:ty) => {
         $(#[$doc])*
         #[derive(Debug)]
-        pub struct $name($inner);
+        pub struct $name {
+            inner: $inner,
+            turn: Turn,
+        }
+
+        impl $name {
+            fn over(inner: $inner) -> Self {
+                Self { inner, turn: Turn::default() }
+            }
+        }
 
         impl AsyncRead for $name {
             fn poll_read(
@@ -69,7 +113,8 @@ macro_rules! stream_type {
                 cx: &mut Context<'_>,
                 buffer: &mut [u8],
             ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.0).poll_read(cx, buffer)
+                ready!(self.turn.poll(cx));
+                Pin::new(&mut self.inner).poll_read(cx, buffer)
             }
         }
 
@@ -79,15 +124,16 @@ macro_rules! stream_type {
                 cx: &mut Context<'_>,
                 bytes: &[u8],
             ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.0).poll_write(cx, bytes)
+                ready!(self.turn.poll(cx));
+                Pin::new(&mut self.inner).poll_write(cx, bytes)
             }
 
             fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.0).poll_flush(cx)
+                Pin::new(&mut self.inner).poll_flush(cx)
             }
 
             fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.0).poll_close(cx)
+                Pin::new(&mut self.inner).poll_close(cx)
             }
         }
     };
@@ -111,13 +157,13 @@ impl TcpStream {
     pub async fn connect(address: SocketAddr) -> io::Result<Self> {
         let stream = glommio::net::TcpStream::connect(address).await.map_err(io::Error::from)?;
         stream.set_nodelay(true).map_err(io::Error::from)?;
-        Ok(Self(stream))
+        Ok(Self::over(stream))
     }
 
     /// Takes over a connected socket, from another shard for instance.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(crate::sys::glommio_tcp_stream(fd))
+        Self::over(crate::sys::glommio_tcp_stream(fd))
     }
 
     /// The other end's address.
@@ -125,7 +171,7 @@ impl TcpStream {
     /// # Errors
     /// When the connection is already broken.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.0.peer_addr().map_err(io::Error::from)
+        self.inner.peer_addr().map_err(io::Error::from)
     }
 }
 
@@ -133,6 +179,6 @@ impl UnixStream {
     /// Takes over a connected socket.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(crate::sys::glommio_unix_stream(fd))
+        Self::over(crate::sys::glommio_unix_stream(fd))
     }
 }

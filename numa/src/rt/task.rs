@@ -25,9 +25,15 @@ impl<T> Task<T> {
         self.0.await
     }
 
-    /// Stops the task at its next await and drops its future.
+    /// Stops the task at its next await and drops its future, some time soon.
     pub fn cancel(&self) {
         self.0.cancel();
+    }
+
+    /// As [`Self::cancel`], and waits until the future is dropped.
+    pub async fn end(self) {
+        self.cancel();
+        self.join().await;
     }
 }
 

@@ -28,6 +28,7 @@ pub(crate) struct Events {
     stream: UnixStream,
     // One byte more than a frame may have: a longer packet shows.
     packet: Box<[u8]>,
+    heard: Vec<vm::Event>,
 }
 
 impl Events {
@@ -35,19 +36,29 @@ impl Events {
     pub(crate) fn new(control: &ControlSocket) -> io::Result<Self> {
         let fd = control.as_fd().try_clone_to_owned()?;
         let packet = vec![0; FRAME_BYTES_MAX + 1].into_boxed_slice();
-        Ok(Self { stream: UnixStream::from_fd(fd), packet })
+        Ok(Self { stream: UnixStream::from_fd(fd), packet, heard: Vec::new() })
     }
 
     /// Waits for the next event; why there is none after it if the VM process is lost. May be
     /// dropped at any await: a packet is taken only when it is returned.
     pub(crate) async fn next(&mut self) -> Result<vm::Event, &'static str> {
-        match self.stream.read(&mut self.packet).await {
-            Ok(0) => Err("the VM process closed its control socket"),
-            Ok(length) if length > FRAME_BYTES_MAX => Err("the VM process sent too long a frame"),
-            Ok(length) => decode_event(&self.packet[..length])
-                .map_err(|_| "the VM process sent something that is no event"),
-            Err(_) => Err("the VM process's control socket failed"),
+        let length = match self.stream.read(&mut self.packet).await {
+            Ok(0) => return Err("the VM process closed its control socket"),
+            Ok(length) if length > FRAME_BYTES_MAX => {
+                return Err("the VM process sent too long a frame");
+            }
+            Ok(length) => length,
+            Err(_) => return Err("the VM process's control socket failed"),
+        };
+        let event = decode_event(&self.packet[..length])
+            .map_err(|_| "the VM process sent something that is no event")?;
+        // Every event comes once. So a VM process that a guest has taken over cannot keep a shard
+        // busy with them, and this list stays as short as the list of kinds.
+        if self.heard.contains(&event) {
+            return Err("the VM process said the same thing twice");
         }
+        self.heard.push(event.clone());
+        Ok(event)
     }
 }
 

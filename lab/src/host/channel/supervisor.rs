@@ -195,6 +195,7 @@ fn spawn(argv: &[String], log: &str) -> io::Result<Child> {
     Command::new(program)
         .args(arguments)
         .current_dir("/")
+        .env("NO_COLOR", "1")
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file)

@@ -1,6 +1,6 @@
 //! The "guest" of the double: an agent on a thread, in several tempers.
 //!
-//! Called by `double` for each stream. Refuses nothing that a hostile guest could do.
+//! Called by `main` for each stream. Refuses nothing that a hostile guest could do.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
@@ -22,6 +22,8 @@ pub const GARBAGE_PORT: u16 = 11;
 pub const BAD_VERDICT_PORT: u16 = 12;
 /// The gateway says nothing.
 pub const MUTE_PORT: u16 = 13;
+/// The VM process repeats itself without end.
+pub const FLOOD_PORT: u16 = 15;
 /// The environment that the agent was given, one `NAME=value` a line, and its token.
 pub const ABOUT_PORT: u16 = 14;
 
@@ -125,6 +127,7 @@ fn serve_port(mut stream: UnixStream, port: u16, socket: &ControlSocket) {
         }
         CRASH_PORT => std::process::abort(),
         GARBAGE_PORT => super::send_raw(socket, &[0xff; 100]),
+        FLOOD_PORT => while socket.send_event(&Event::Started).is_ok() {},
         BAD_VERDICT_PORT => answer(&mut stream, &[77]),
         MUTE_PORT => crate::hang(),
         _ => answer(&mut stream, &[Verdict::Refused as u8]),

@@ -1,6 +1,6 @@
 //! A daemon for the test that kills one: makes sandboxes, says so, and waits.
 //!
-//! Called by `double`. Refuses to end by itself.
+//! Called by `main`. Refuses to end by itself.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! A test double: plays one VM process, well or badly, or a daemon that can be killed.
 //!
-//! Run by the tests beside it: `mica-shards-double vm MODE --uid N --gid N` speaks frames on
+//! Run by the tests of this crate: `mica-shards-double vm MODE --uid N --gid N` speaks frames on
 //! descriptor 0; `mica-shards-double daemon STORE CGROUP PROGRAM COUNT` makes sandboxes and waits.
 //! Refuses to be anything like a virtual machine: the "guest" is a thread.
 
