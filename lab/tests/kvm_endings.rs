@@ -140,6 +140,16 @@ fn garbage_in_a_virtqueue_ends_the_guest_that_wrote_it() {
 }
 
 #[test]
+fn eight_vcpus_start_and_each_of_them_speaks() {
+    if !have_kvm() {
+        return;
+    }
+    let mut boot = Boot::of_image(&vmlinux("1", Then::StartSecond)).unwrap();
+    boot.vcpus = 8;
+    assert_eq!(run_to_end(&boot), (Ending::Halted, "12222222".to_owned()));
+}
+
+#[test]
 fn a_second_vcpu_starts_and_both_halting_is_a_halt() {
     if !have_kvm() {
         return;

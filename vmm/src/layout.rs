@@ -33,7 +33,11 @@ pub const LOW_RAM_END: Gpa = Gpa::new(0x9_fc00);
 /// ACPI tables, the RSDP first: a BIOS-less kernel also searches here.
 pub const ACPI: Gpa = Gpa::new(0xe_0000);
 /// Room for the ACPI tables.
-pub const ACPI_BYTES_MAX: u64 = 0x2_0000;
+pub const ACPI_BYTES_MAX: u64 = 0x1_0000;
+/// What stands for a BIOS: reserved, and empty but for [`RESET_VECTOR`].
+pub const BIOS: Gpa = Gpa::new(0xf_0000);
+/// Where a kernel jumps in real mode when it asks the BIOS for a reset.
+pub const RESET_VECTOR: Gpa = Gpa::new(0xf_fff0);
 /// Where memory for the kernel begins.
 pub const HIGH_RAM: Gpa = Gpa::new(0x10_0000);
 
@@ -103,7 +107,8 @@ const _: () = assert!(IDT.raw() + 16 <= ZERO_PAGE.raw());
 const _: () = assert!(ZERO_PAGE.raw() + PAGE_BYTES <= PAGE_TABLES.raw());
 const _: () = assert!(PAGE_TABLES.raw() + PAGE_TABLE_PAGES * PAGE_BYTES <= CMDLINE.raw());
 const _: () = assert!(CMDLINE.raw() + CMDLINE_BYTES_MAX <= LOW_RAM_END.raw());
-const _: () = assert!(ACPI.raw() + ACPI_BYTES_MAX <= HIGH_RAM.raw());
+const _: () = assert!(ACPI.raw() + ACPI_BYTES_MAX <= BIOS.raw());
+const _: () = assert!(RESET_VECTOR.raw() + 16 == HIGH_RAM.raw());
 // The I/O APIC has 24 lines.
 const _: () = assert!(FIRST_DEVICE_GSI as usize + MMIO_DEVICES_MAX <= 24);
 const _: () =

@@ -24,6 +24,9 @@ fn main() -> ExitCode {
     if let Err(error) = descriptors::close_inherited() {
         return refuse(&format!("mica-vm: cannot close inherited descriptors: {error}"));
     }
+    if !descriptors::share_one_heap() {
+        return refuse("mica-vm: the allocator does not take its one setting");
+    }
     let Some(ids) = parse(std::env::args().skip(1)) else { return refuse(USAGE) };
     // A number of its own, because standard input becomes /dev/null.
     let socket = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {

@@ -113,6 +113,7 @@ fn load_bzimage(memory: &GuestMemory, file: &mut File) -> Result<Loaded, BootErr
     if header.loadflags & LOADED_HIGH == 0 {
         return Err(bad_image("it does not load at 1 MiB"));
     }
+    check_whole(file, &header)?;
     // The kernel unpacks itself from its load address or its preferred one, whichever is higher.
     let unpacked_from = header.pref_address.max(start.0);
     let end = unpacked_from
@@ -121,6 +122,17 @@ fn load_bzimage(memory: &GuestMemory, file: &mut File) -> Result<Loaded, BootErr
         .max(result.kernel_end);
     check_fits(memory, end)?;
     Ok(Loaded { entry: Gpa::new(start.0 + ENTRY_64_OFFSET), end, header })
+}
+
+/// The loader takes a file cut short for a shorter kernel; the header knows better.
+fn check_whole(file: &File, header: &setup_header) -> Result<(), BootError> {
+    const SECTOR_BYTES: u64 = 512;
+    const PARAGRAPH_BYTES: u64 = 16;
+    let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+    let need = (setup_sectors + 1) * SECTOR_BYTES + u64::from(header.syssize) * PARAGRAPH_BYTES;
+    let read_failed = |source| BootError::Read { what: "kernel", source };
+    let have = file.metadata().map_err(read_failed)?.len();
+    if have >= need { Ok(()) } else { Err(bad_image("it is cut short")) }
 }
 
 /// Bytes of guest memory below the hole.
@@ -166,4 +178,104 @@ pub fn load_initramfs(
         .map_err(|source| BootError::Write { what: "initramfs", source })?;
     let narrow = |value: u64| u32::try_from(value).map_err(|_| does_not_fit());
     Ok(Initramfs { start: narrow(start)?, bytes: narrow(bytes)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mica_units::Mebibytes;
+    use std::io::Write;
+
+    const PAYLOAD: [u8; 64] = [0xf4; 64];
+
+    /// An ELF file of one segment at 1 MiB.
+    fn elf() -> Vec<u8> {
+        let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+        for word in [layout::HIGH_RAM.raw(), 64, 0] {
+            image.extend_from_slice(&word.to_le_bytes());
+        }
+        image.extend_from_slice(&0u32.to_le_bytes());
+        for half in [64u16, 56, 1, 64, 0, 0] {
+            image.extend_from_slice(&half.to_le_bytes());
+        }
+        image.extend_from_slice(&[1, 0, 0, 0, 7, 0, 0, 0]);
+        let length = PAYLOAD.len() as u64;
+        for word in [120, layout::HIGH_RAM.raw(), layout::HIGH_RAM.raw(), length, length, 0x1000] {
+            image.extend_from_slice(&word.to_le_bytes());
+        }
+        image.extend_from_slice(&PAYLOAD);
+        image
+    }
+
+    /// A bzImage with one setup sector and [`PAYLOAD`] as its kernel.
+    fn bzimage() -> Vec<u8> {
+        let mut image = vec![0; 1024];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[1]);
+        put(0x1f4, &4u32.to_le_bytes());
+        put(0x202, b"HdrS");
+        put(0x206, &0x20fu16.to_le_bytes());
+        put(0x211, &[LOADED_HIGH]);
+        put(0x214, &0x10_0000u32.to_le_bytes());
+        put(0x236, &XLF_KERNEL_64.to_le_bytes());
+        put(0x238, &255u32.to_le_bytes());
+        put(0x258, &0x10_0000u64.to_le_bytes());
+        put(0x260, &0x1_0000u32.to_le_bytes());
+        image.extend_from_slice(&PAYLOAD);
+        image
+    }
+
+    fn load_bytes(memory: &GuestMemory, bytes: &[u8]) -> Result<Loaded, BootError> {
+        let fd = rustix::fs::memfd_create("kernel", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let mut file = File::from(fd);
+        file.write_all(bytes).unwrap();
+        load(memory, &mut file)
+    }
+
+    #[test]
+    fn both_kinds_load_where_they_say() {
+        let memory = crate::memory::map(Mebibytes::new(4)).unwrap();
+        let kernel = load_bytes(&memory, &elf()).unwrap();
+        assert_eq!(kernel.entry, layout::HIGH_RAM);
+        let kernel = load_bytes(&memory, &bzimage()).unwrap();
+        assert_eq!(kernel.entry.raw(), 0x10_0200);
+        assert_eq!(kernel.end, 0x11_0000);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0000)).unwrap(), 0xf4);
+    }
+
+    #[test]
+    fn no_truncation_and_no_changed_byte_panics() {
+        let memory = crate::memory::map(Mebibytes::new(4)).unwrap();
+        for (image, header) in [(elf(), 0..120), (bzimage(), 0x1f0..0x270)] {
+            for length in 0..image.len() {
+                assert!(load_bytes(&memory, &image[..length]).is_err(), "{length} bytes");
+            }
+            let mut refused = 0;
+            for at in header {
+                for value in [0, 1, 0x7f, 0x80, 0xff] {
+                    let mut changed = image.clone();
+                    changed[at] = value;
+                    refused += u32::from(load_bytes(&memory, &changed).is_err());
+                }
+            }
+            assert!(refused > 20, "only {refused} changes were noticed");
+        }
+    }
+
+    #[test]
+    fn a_kernel_or_an_initramfs_that_does_not_fit_is_refused() {
+        let memory = crate::memory::map(Mebibytes::new(2)).unwrap();
+        let mut large = bzimage();
+        large[0x260..0x264].copy_from_slice(&0x10_0001u32.to_le_bytes());
+        assert!(matches!(load_bytes(&memory, &large), Err(BootError::DoesNotFit { .. })));
+        let kernel = load_bytes(&memory, &bzimage()).unwrap();
+        let initramfs = |bytes: u64| {
+            let fd = rustix::fs::memfd_create("initramfs", rustix::fs::MemfdFlags::CLOEXEC);
+            let file = File::from(fd.unwrap());
+            file.set_len(bytes).unwrap();
+            load_initramfs(&memory, file, &kernel)
+        };
+        assert_eq!(initramfs(4097).unwrap().start, 0x1f_e000);
+        assert!(matches!(initramfs(1 << 20), Err(BootError::DoesNotFit { .. })));
+    }
 }

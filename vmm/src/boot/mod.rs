@@ -68,6 +68,16 @@ pub enum BootError {
     },
 }
 
+/// Real-mode code at the reset vector: `mov al, 0xfe; out 0x64, al; cli; hlt`, in a circle.
+///
+/// Under hardware-reduced ACPI without EFI, Linux resets through the BIOS, whatever the reset register
+/// says: it takes the one bit to mean that EFI is there, finds none, and falls back to this jump.
+const RESET_CODE: [u8; 8] = {
+    let [port, high] = layout::RESET_PORT.to_le_bytes();
+    assert!(high == 0);
+    [0xb0, layout::RESET_VALUE, 0xe6, port, 0xfa, 0xf4, 0xeb, 0xfd]
+};
+
 /// What to boot.
 #[derive(Debug)]
 pub struct Images<'a> {
@@ -96,6 +106,7 @@ pub fn load(
     };
     tables::write(memory)?;
     acpi::write(memory, vcpus, devices)?;
+    write(memory, "reset vector", layout::RESET_VECTOR, &RESET_CODE)?;
     let cmdline_bytes = write_cmdline(memory, images.cmdline, &loaded)?;
     zero_page::write(memory, &loaded, initramfs, cmdline_bytes)?;
     Ok(loaded)

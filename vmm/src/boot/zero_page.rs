@@ -12,6 +12,7 @@ use crate::layout;
 use crate::memory::GuestMemory;
 
 const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
 const E820_ACPI: u32 = 3;
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -50,6 +51,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     let mut map = vec![
         entry(0, layout::LOW_RAM_END.raw(), E820_RAM),
         entry(layout::ACPI.raw(), layout::ACPI.raw() + layout::ACPI_BYTES_MAX, E820_ACPI),
+        entry(layout::BIOS.raw(), layout::HIGH_RAM.raw(), E820_RESERVED),
     ];
     for region in memory.iter() {
         let start = region.start_addr().raw_value();
