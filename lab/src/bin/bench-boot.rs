@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +28,9 @@ struct Arguments {
     /// Measured rounds; one more before them warms up.
     #[arg(long, default_value_t = 50)]
     rounds: u32,
+    /// The mica-vm to start; otherwise `MICA_VM`, or the one beside this program.
+    #[arg(long)]
+    vm_program: Option<PathBuf>,
 }
 
 /// How long each part of one boot took, from the start of the process on.
@@ -42,7 +46,7 @@ struct Stages {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.rounds > 0, "at least one round");
-    let program = find_mica_vm()?;
+    let program = arguments.vm_program.map_or_else(find_mica_vm, Ok)?;
     let image = vmlinux("hello\n", Then::Idle);
     let mut boots = Vec::new();
     let mut floors = Vec::new();
@@ -76,7 +80,7 @@ fn print_row(name: &str, mut times: Vec<Duration>) {
     println!("{name:<52} {:>8.3} {:>8.3}", at(50), at(95));
 }
 
-fn boot_once(program: &std::path::Path, image: &[u8]) -> Result<Stages> {
+fn boot_once(program: &Path, image: &[u8]) -> Result<Stages> {
     let boot = Boot { memory_mib: MEMORY_MIB, ..Boot::of_image(image)? };
     let start = Instant::now();
     let mut vm = OneVm::spawn(program, ID)?;

@@ -1,19 +1,24 @@
-//! Boots one kernel with `mica-vm` and prints its console: a tool for whoever works on the VMM.
+//! Boots one kernel with `mica-vm` and prints its console, and greets the agent
+//! if the guest has one: a tool for whoever works on the VMM.
 //!
 //! Started by hand: `boot-vm --kernel K [--initramfs I] [--disk D] [--cmdline C] …`. Refuses to be
 //! more than that: no templates, no agent, no API.
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Write, stdout};
+use std::io::{Read, Write, stdout};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use mica_lab::one_vm::{Boot, OneVm, find_mica_vm};
-use mica_wire::vm::Event;
+use mica_wire::guest::{CONTROL_LINE_BYTES_MAX, GATEWAY_PORT, InitRequest, Preamble};
+use mica_wire::vm::{Command, Event};
 
 /// Boots one kernel with mica-vm and prints its console.
 #[derive(Debug, Parser)]
@@ -70,11 +75,41 @@ fn main() -> Result<()> {
         let event = vm.next_event(Duration::from_millis(100));
         printed = print_console(&vm, printed)?;
         match event {
-            Ok(Some(event)) => eprintln!("[{:8.3} s] {event:?}", start.elapsed().as_secs_f64()),
+            Ok(Some(event)) => {
+                eprintln!("[{:8.3} s] {event:?}", start.elapsed().as_secs_f64());
+                if event == Event::Doorbell {
+                    greet(&vm)?;
+                    eprintln!("[{:8.3} s] the agent answered", start.elapsed().as_secs_f64());
+                }
+            }
             Ok(None) => break,
             Err(_) => {}
         }
     }
+    Ok(())
+}
+
+/// Opens a stream to the agent, introduces the sandbox, and prints what it answers.
+fn greet(vm: &OneVm) -> Result<()> {
+    let (mut near, far) = UnixStream::pair()?;
+    vm.send(&Command::OpenStream { vsock_port: GATEWAY_PORT }, &[far.as_fd()])?;
+    drop(far);
+    let request = InitRequest {
+        sandbox_id: "i00000000000000000000".to_owned(),
+        template_id: "by-hand".to_owned(),
+        access_token: None,
+        env_vars: BTreeMap::new(),
+        wall_clock_unix_ns: u64::try_from(
+            SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos(),
+        )?,
+    };
+    near.write_all(&Preamble::Control.encode())?;
+    near.write_all(&serde_json::to_vec(&request)?)?;
+    near.write_all(b"\n")?;
+    near.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut answer = Vec::new();
+    near.take(u64::try_from(CONTROL_LINE_BYTES_MAX)?).read_to_end(&mut answer)?;
+    eprintln!("{:?}", String::from_utf8_lossy(&answer));
     Ok(())
 }
 
