@@ -49,7 +49,7 @@ fn a_process_without_input_reads_the_end_at_once() {
     let agent = Agent::start();
     let (_, mut answer) = agent.start_process(&shell("cat; echo over"));
     assert_eq!(answer.rest().0, "over\n");
-    let (pid, mut answer) = agent.start_process(&shell("sleep 60"));
+    let (pid, mut answer) = agent.start_process(&shell("exec sleep 60"));
     let input = json!({"process": {"pid": pid}, "input": {"stdin": ""}});
     let (status, error) = agent.call("SendInput", &input);
     assert_eq!((status, &error["code"]), (400, &json!("failed_precondition")));
