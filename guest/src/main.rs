@@ -1,7 +1,7 @@
 //! `mica-guest`: init, agent, or the shim between the agent and a command.
 //!
-//! Started by the kernel as `/init`, by init as `agent`, by the agent as `exec-as` and `launch-as`,
-//! and by hand or tests as `agent --unix`. Refuses anything else on the command line.
+//! Started by the kernel as `/init` (process 1), by init as `agent`, by the agent as `exec-as` and
+//! `launch-as`, and by hand or tests as `agent --unix`. Refuses anything else on the command line.
 
 #![forbid(unsafe_code)]
 
@@ -22,14 +22,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Role {
-    /// Set the guest up and look after the agent; what the program does as process 1
-    Init,
     /// Serve envd, the code interpreter and the gateway to the host
     Agent(AgentArgs),
 }
 
 fn main() -> ExitCode {
-    if std::process::id() == 1 {
+    // By the name the kernel starts it under, too: process 1 of a container must not be taken for
+    // a guest's, whose disk it may be on.
+    if std::process::id() == 1 && std::env::args_os().next().is_some_and(|name| name == "/init") {
         init::run();
     }
     // The shims run for every command, so they do not wait for the command line's parser.
@@ -39,10 +39,6 @@ fn main() -> ExitCode {
         _ => {}
     }
     match Cli::parse().role {
-        Role::Init => {
-            eprintln!("mica-guest init: this is not process 1; nothing was done");
-            ExitCode::from(2)
-        }
         Role::Agent(args) => match agent::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -263,7 +263,7 @@ impl Answer {
     }
 
     /// Everything up to the end event: what was written, by kind, and the end.
-    pub fn to_end(&mut self) -> (String, String, Value) {
+    pub fn rest(&mut self) -> (String, String, Value) {
         let (mut out, mut err) = (String::new(), String::new());
         loop {
             let message = self.event().expect("an end event comes before the end");
