@@ -3,16 +3,25 @@
 //! Called by `main`. Refuses to start where a sandbox could not: no usable KVM, an address that is
 //! taken, a key file that is open to others.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mica_shards::StopSignal;
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt,
+};
 
 use crate::config::ServeArgs;
 use crate::kvm_kind::KvmKind;
 use crate::{helper, key_file, signals, topology};
+
+/// How often, and how long between, an address is tried that is in use.
+const BIND_TRIES_MAX: u32 = 20;
+const BIND_REST: Duration = Duration::from_millis(50);
 
 /// Runs the host until a signal.
 ///
@@ -105,9 +114,40 @@ fn in_the_lab(why: &KvmKind, port: u16) -> Result<()> {
 }
 
 /// Every shard shares the address, so a second daemon of the same user could share it too. Binding
-/// it alone first finds that out, and turns port 0 into the one that all shards use.
+/// it alone first finds that out, and turns port 0 into the one that all shards use. Without
+/// listening: a client that connects now must be refused, not taken and dropped.
 fn free_address(wanted: SocketAddr) -> Result<SocketAddr> {
-    let alone = TcpListener::bind(wanted)
-        .with_context(|| format!("cannot listen on {wanted}; choose another with --listen"))?;
-    Ok(alone.local_addr()?)
+    let family = if wanted.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+    let flags = SocketFlags::CLOEXEC;
+    let alone = socket_with(family, SocketType::STREAM, flags, None).context("no socket")?;
+    // Connections of an earlier daemon that are still closing are no reason to wait.
+    sockopt::set_socket_reuseaddr(&alone, true)?;
+    let mut tries = 0;
+    let mut bound = bind(&alone, &wanted);
+    // The kernel closes the sockets of a killed daemon's rings a moment after its death.
+    while bound == Err(Errno::ADDRINUSE) && tries < BIND_TRIES_MAX {
+        tries += 1;
+        std::thread::sleep(BIND_REST);
+        bound = bind(&alone, &wanted);
+    }
+    bound.with_context(|| format!("cannot listen on {wanted}; choose another with --listen"))?;
+    Ok(getsockname(&alone)?.try_into()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn an_address_that_is_taken_is_told_and_port_0_becomes_a_port() {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let free = free_address(any).unwrap();
+        assert_ne!(free.port(), 0);
+        let taken = TcpListener::bind(free).unwrap();
+        let error = free_address(free).unwrap_err().to_string();
+        assert!(error.contains("--listen"), "{error}");
+        drop(taken);
+        assert_eq!(free_address(free).unwrap(), free);
+    }
 }

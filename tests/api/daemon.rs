@@ -3,6 +3,7 @@
 //! Called by every test: each has its own daemon, so that none sees another's sandboxes. Refuses to
 //! leave anything behind, also when the test fails.
 
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub const TEMPLATE: &str = "base";
 
 /// A running daemon.
 pub struct Daemon {
+    command: Command,
     child: Child,
     address: SocketAddr,
     key: String,
@@ -68,22 +70,58 @@ impl Daemon {
             command.args(["--shards", "2"]);
         }
         let child = command.spawn().expect("mica serve");
-        let mut daemon = Self { child, address, key: String::new(), directory, cgroup };
+        let key = String::new();
+        let mut daemon = Self { command, child, address, key, directory, cgroup };
         daemon.wait_until_up();
         let keys = std::fs::read_to_string(daemon.directory.join("keys")).expect("a key file");
         keys.trim().clone_into(&mut daemon.key);
         daemon
     }
 
+    /// Kills the daemon outright and starts it again on what it left.
+    pub fn crash_and_restart(&mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("its end");
+        self.child = self.command.spawn().expect("mica serve");
+        self.wait_until_up();
+    }
+
+    /// What the daemon holds: open files, VM processes, cgroups, and directories of sandboxes.
+    pub fn holdings(&self) -> [usize; 4] {
+        let entries = |path: &Path| std::fs::read_dir(path).expect("a directory").count();
+        let groups = std::fs::read_dir(&self.cgroup).expect("a cgroup").flatten();
+        let groups = groups.filter(|entry| entry.path().is_dir()).count();
+        [
+            entries(Path::new(&format!("/proc/{}/fd", self.child.id()))),
+            self.vm_processes().len(),
+            groups,
+            entries(&self.directory.join("store/sandboxes")),
+        ]
+    }
+
     fn wait_until_up(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(self.address).is_err() {
+        while !self.answers() {
             if let Some(status) = self.child.try_wait().expect("the daemon's state") {
                 panic!("mica serve ended with {status}; its log is above");
             }
             assert!(Instant::now() < deadline, "mica serve does not listen");
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Whether it is up. A connection alone would not tell: sockets of a ring outlive a killed
+    /// process for a moment.
+    fn answers(&self) -> bool {
+        let ask = || {
+            let mut stream = TcpStream::connect(self.address)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            Ok::<_, std::io::Error>(answer.starts_with(b"HTTP/1.1 200"))
+        };
+        ask().unwrap_or(false)
     }
 
     pub fn key(&self) -> &str {
@@ -217,6 +255,12 @@ fn vm_program(directory: &Path) -> PathBuf {
 fn standin_vm() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
+        let installed = std::env::var_os("MICA_BIN_DIR").map(PathBuf::from);
+        if let Some(built) = installed.map(|directory| directory.join("standin-vm"))
+            && built.is_file()
+        {
+            return built;
+        }
         let mica = Path::new(env!("CARGO_BIN_EXE_mica"));
         let directory = mica.parent().expect("a directory");
         let profile = match directory.file_name().and_then(|name| name.to_str()) {

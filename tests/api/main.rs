@@ -18,4 +18,5 @@ mod drain;
 mod proxy_faults;
 mod proxy_framing;
 mod proxy_streaming;
+mod resources;
 mod upstream;

@@ -92,23 +92,30 @@ def code():
     sandbox.kill()
 
 
+def templates() -> dict:
+    """The lab's templates by name, as `mica template list --json` prints them."""
+    return {entry["name"]: entry for entry in json.loads(lab("mica template list --json"))}
+
+
+def template_folder(name: str) -> str:
+    return f"/var/lib/mica/templates/{templates()[name]['templateId']}"
+
+
 def template_variant(name: str, kernel: bytes = b"", vcpus: int = 1, memory_mib: int = 512) -> str:
     """Registers the template `base` under another name, with other sizes or another kernel. The
     disk is a reflink, so this costs nothing."""
-    have_kernel = "1" if kernel else ""
+    base = template_folder("base")
+    if name in templates():
+        lab(f"mica template delete {name}")
+    image = f"/var/lib/mica/{name}.kernel" if kernel else f"{base}/kernel"
+    if kernel:
+        lab(f"cat > {image}", stdin=kernel)
     lab(
-        f"""
-        folder=$(mica template list --json | tr '}}' '\\n' | grep '"name": *"base"' |
-          grep -o '"id": *"[^"]*"' | cut -d'"' -f4)
-        from=/var/lib/mica/templates/$folder
-        image=$from/kernel
-        if [ -n "{have_kernel}" ]; then image=$(mktemp); cat > "$image"; fi
-        mica template delete {name} 2>/dev/null || true
-        mica template add --name {name} --kernel "$image" --initramfs $from/initramfs \
-          --disk $from/disk --ready agent --vcpus {vcpus} --memory {memory_mib}
-        """,
-        stdin=kernel,
+        f"mica template add --name {name} --kernel {image} --initramfs {base}/initramfs "
+        f"--disk {base}/disk --ready agent --vcpus {vcpus} --memory {memory_mib}"
     )
+    if kernel:
+        lab(f"rm {image}")
     return name
 
 

@@ -1,21 +1,11 @@
 """The VM process and the host around it: vCPU counts, both kernel formats, the jail."""
 
-import os
 import subprocess
 
 import pytest
-from conftest import PATIENCE_S, lab, make
+from conftest import MICA, PATIENCE_S, lab, make, template_folder
 
 SLOW = {"request_timeout": PATIENCE_S}
-
-
-def template_folder(name: str) -> str:
-    return lab(
-        f"""mica template list --json | python3 -c '
-import json, sys
-print([t["id"] for t in json.load(sys.stdin) if t["name"] == "{name}"][0])'
-        """
-    ).strip()
 
 
 def jailed_pid() -> str:
@@ -45,8 +35,7 @@ def test_an_elf_vmlinux_boots(variant):
 def vmlinux() -> bytes:
     """The ELF inside the base template's bzImage: its zstd payload, unpacked."""
     image = subprocess.run(
-        [os.path.join(os.environ["MICA_BIN_DIR"], "mica"), "lab", "exec", "--", "sh", "-c",
-         "cat /var/lib/mica/templates/*/kernel | head -c 67108864"],
+        [MICA, "lab", "exec", "--", "cat", f"{template_folder('base')}/kernel"],
         capture_output=True,
         check=True,
     ).stdout

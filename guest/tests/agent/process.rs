@@ -16,14 +16,14 @@ fn a_command_says_start_data_and_one_end() {
     assert!(pid > 1);
     assert_eq!(answer.header("content-type"), Some("application/connect+json"));
     assert_eq!(answer.header("x-accel-buffering"), Some("no"));
-    let (out, err, end) = answer.to_end();
+    let (out, err, end) = answer.rest();
     assert_eq!((out.as_str(), err.as_str()), ("out\n", "err\n"));
     let wanted = json!({"exitCode": 3, "exited": true, "status": "exit status 3",
                         "error": "exit status 3"});
     assert_eq!(end, wanted);
     let (_, mut answer) = agent.start_process(&shell("true"));
     let wanted = json!({"exitCode": 0, "exited": true, "status": "exit status 0"});
-    assert_eq!(answer.to_end().2, wanted);
+    assert_eq!(answer.rest().2, wanted);
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn input_reaches_the_process_and_its_end_too() {
     }
     let which = json!({"process": {"pid": pid}});
     assert_eq!(agent.call("CloseStdin", &which), (200, json!({})));
-    let (out, _, end) = answer.to_end();
+    let (out, _, end) = answer.rest();
     assert_eq!(out, "one\ntwo\n");
     assert_eq!(end["exitCode"], 0);
     let (status, error) = agent.call("CloseStdin", &which);
@@ -48,13 +48,13 @@ fn input_reaches_the_process_and_its_end_too() {
 fn a_process_without_input_reads_the_end_at_once() {
     let agent = Agent::start();
     let (_, mut answer) = agent.start_process(&shell("cat; echo over"));
-    assert_eq!(answer.to_end().0, "over\n");
-    let (pid, mut answer) = agent.start_process(&shell("sleep 60"));
+    assert_eq!(answer.rest().0, "over\n");
+    let (pid, mut answer) = agent.start_process(&shell("exec sleep 60"));
     let input = json!({"process": {"pid": pid}, "input": {"stdin": ""}});
     let (status, error) = agent.call("SendInput", &input);
     assert_eq!((status, &error["code"]), (400, &json!("failed_precondition")));
     agent.call("SendSignal", &json!({"process": {"pid": pid}, "signal": "SIGNAL_SIGTERM"}));
-    assert_eq!(answer.to_end().2["status"], "signal: terminated");
+    assert_eq!(answer.rest().2["status"], "signal: terminated");
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn a_kill_is_told_even_while_children_hold_the_output() {
     assert_eq!(agent.call("SendSignal", &kill), (200, json!({})));
     let wanted = json!({"exitCode": -1, "exited": false, "status": "signal: killed",
                         "error": "signal: killed"});
-    assert_eq!(answer.to_end().2, wanted);
+    assert_eq!(answer.rest().2, wanted);
     assert_eq!(agent.call("SendSignal", &kill).0, 404);
 }
 
@@ -83,7 +83,7 @@ fn the_deadline_ends_the_process_whether_or_not_the_client_stays() {
     assert_eq!(error["code"], "deadline_exceeded");
     assert_eq!(error["message"], "context deadline exceeded");
     assert_eq!(watcher.event().unwrap()["event"]["start"]["pid"], pid);
-    assert_eq!(watcher.to_end().2["status"], "signal: killed");
+    assert_eq!(watcher.rest().2["status"], "signal: killed");
     assert_eq!(agent.call("List", &json!({})), (200, json!({"processes": []})));
 }
 
@@ -106,13 +106,13 @@ fn a_client_that_leaves_leaves_the_process() {
     let input = json!({"process": {"tag": "mine"}, "input": {"stdin": encode("it\n")}});
     assert_eq!(agent.call("SendInput", &input).0, 200);
     for watcher in [&mut first, &mut second] {
-        let (out, _, end) = watcher.to_end();
+        let (out, _, end) = watcher.rest();
         assert_eq!((out.as_str(), &end["exitCode"]), ("got it\n", &json!(4)));
     }
     // The exit can still be asked for, the process is no longer listed.
     let mut late = agent.stream("Connect", &json!({"process": {"pid": pid}}));
     assert_eq!(late.event().unwrap()["event"]["start"]["pid"], pid);
-    assert_eq!(late.to_end().2["exitCode"], 4);
+    assert_eq!(late.rest().2["exitCode"], 4);
     assert_eq!(agent.call("List", &json!({})), (200, json!({"processes": []})));
 }
 
@@ -130,7 +130,7 @@ fn a_terminal_has_its_size_and_is_the_controlling_one() {
     assert_eq!((status, &error["code"]), (400, &json!("failed_precondition")));
     let input = json!({"process": {"pid": pid}, "input": {"pty": encode("tty\n")}});
     assert_eq!(agent.call("SendInput", &input).0, 200);
-    let (out, _, end) = answer.to_end();
+    let (out, _, end) = answer.rest();
     assert!(out.contains("40 100\r\n") && out.contains("from tty\r\n"), "{out:?}");
     assert_eq!(end["exitCode"], 5);
 }
@@ -142,7 +142,7 @@ fn silence_is_filled_with_keepalives() {
     let mut answer = agent.stream_with("Start", headers, &shell("sleep 1.5; echo x"));
     answer.event().unwrap();
     assert_eq!(answer.event().unwrap(), json!({"event": {"keepalive": {}}}));
-    assert_eq!(answer.to_end().0, "x\n");
+    assert_eq!(answer.rest().0, "x\n");
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn the_environment_is_the_users_the_sandboxs_and_the_calls() {
     let message = json!({"process": {"cmd": "sh", "args": ["-c", script],
         "envs": {"A": "call", "OF_THE_SANDBOX": "2", "": "x", "B=C": "y"}, "cwd": "~"},
         "stdin": false});
-    let (out, _, _) = agent.start_process(&message).1.to_end();
+    let (out, _, _) = agent.start_process(&message).1.rest();
     assert_eq!(out, "/root root root 2 true itest call\n/root\npath\n");
 }
 
@@ -162,11 +162,11 @@ fn much_output_comes_whole_and_a_slow_client_slows_its_process() {
     let agent = Agent::start();
     let message = shell("head -c 3000000 /dev/zero | tr '\\0' a");
     let (_, mut answer) = agent.start_process(&message);
-    assert_eq!(answer.to_end().0.len(), 3_000_000);
+    assert_eq!(answer.rest().0.len(), 3_000_000);
     // Nobody reads this one: the process must not get far ahead, and must not be in the way.
     let (pid, stuck) = agent.start_process(&shell("yes"));
     let (_, mut other) = agent.start_process(&shell("echo here"));
-    assert_eq!(other.to_end().0, "here\n");
+    assert_eq!(other.rest().0, "here\n");
     stuck.hang_up();
     let kill = json!({"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"});
     assert_eq!(agent.call("SendSignal", &kill).0, 200);
@@ -254,7 +254,7 @@ fn another_user_is_another_user() {
     let (out, _, end) = {
         let mut answer = start("bm9ib2R5Og==", script);
         answer.event().unwrap();
-        answer.to_end()
+        answer.rest()
     };
     let lines: Vec<&str> = out.lines().collect();
     assert_eq!(lines[..3], ["65534", "65534", "100"], "{end}");

@@ -37,6 +37,9 @@ use mica_wire::vm::{
 /// What the "serial port" says.
 const CONSOLE_TEXT: &[u8] = b"stand-in VM: no guest, no isolation\n";
 
+/// In the directory for temporary files, followed by the process id.
+const DIRECTORY_PREFIX: &str = "mica-standin-";
+
 #[derive(Parser, Debug)]
 #[command(about = "A stand-in for mica-vm, for tests. It isolates nothing.")]
 struct Args {
@@ -125,7 +128,9 @@ impl Agent {
     /// Starts `mica-guest agent` and waits until it says that it listens.
     fn start(guest: Option<PathBuf>) -> Result<Self> {
         let guest = guest.map_or_else(beside_this_program, Ok)?;
-        let directory = std::env::temp_dir().join(format!("mica-standin-{}", std::process::id()));
+        remove_what_the_dead_left();
+        let directory =
+            std::env::temp_dir().join(format!("{DIRECTORY_PREFIX}{}", std::process::id()));
         std::fs::create_dir(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
         // setpriv, so that the agent dies with this process even when that is killed outright.
@@ -172,6 +177,20 @@ impl Agent {
         }
         if let Err(error) = std::fs::remove_dir_all(directory) {
             eprintln!("stand-in VM: cannot remove {}: {error}", directory.display());
+        }
+    }
+}
+
+/// A daemon ends this program with SIGKILL, and then the agent's socket stays behind.
+fn remove_what_the_dead_left() {
+    let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix(DIRECTORY_PREFIX));
+        let Some(Ok(process)) = process.map(str::parse::<u32>) else { continue };
+        if !Path::new(&format!("/proc/{process}")).exists() {
+            // Another stand-in may be doing the same.
+            drop(std::fs::remove_dir_all(entry.path()));
         }
     }
 }
