@@ -22,6 +22,7 @@ mod kvm;
 mod layout;
 mod memory;
 mod notices;
+pub mod panics;
 mod ring;
 mod vcpus;
 pub mod virtio;

@@ -8,17 +8,14 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::OnceLock;
 
 use mica_vmm::control;
 use mica_vmm::jail::seccomp::{self, ThreadKind};
 use mica_vmm::jail::{self, Ids, descriptors};
+use mica_vmm::panics;
 use mica_wire::vm::{ControlSocket, Ending, Event};
 
 const USAGE: &str = "usage: mica-vm --uid N --gid N, with a control socket as standard input";
-
-/// Where a panic happened: standard error leads nowhere in the jail.
-static PANIC: OnceLock<String> = OnceLock::new();
 
 fn main() -> ExitCode {
     if let Err(error) = descriptors::close_inherited() {
@@ -33,15 +30,10 @@ fn main() -> ExitCode {
         Ok(fd) => ControlSocket::from_fd(fd),
         Err(error) => return refuse(&format!("mica-vm: standard input is closed: {error}")),
     };
-    std::panic::set_hook(Box::new(|info| {
-        PANIC.get_or_init(|| info.to_string());
-    }));
+    panics::remember();
     match std::panic::catch_unwind(|| run(&socket, ids)) {
         Ok(code) => code,
-        Err(_) => {
-            let place = PANIC.get().map_or("at an unknown place", String::as_str);
-            end(&socket, Ending::Internal(place.to_owned()))
-        }
+        Err(_) => end(&socket, Ending::Internal(panics::first().to_owned())),
     }
 }
 

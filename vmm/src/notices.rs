@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use mica_wire::vm::Ending;
 
+use crate::panics;
 use crate::virtio::Event;
 
 /// Shared by all threads of the process.
@@ -101,7 +102,8 @@ pub struct EndOnPanic<'a> {
 impl Drop for EndOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.notices.end(Ending::Internal(format!("the {} thread panicked", self.thread)));
+            let words = format!("the {} thread panicked: {}", self.thread, panics::first());
+            self.notices.end(Ending::Internal(words));
         }
     }
 }

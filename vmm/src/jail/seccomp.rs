@@ -278,4 +278,27 @@ mod tests {
             }
         }
     }
+
+    /// Names the kind whose filter this process, started by the test below, dies by.
+    const CHILD: &str = "MICA_SECCOMP_CHILD";
+
+    #[test]
+    fn a_system_call_that_is_not_listed_kills_the_process() {
+        use std::os::unix::process::ExitStatusExt;
+        if let Ok(name) = std::env::var(CHILD) {
+            let kind = ALL.into_iter().find(|kind| kind.name() == name).unwrap();
+            install(kind).unwrap();
+            let outcome = std::fs::File::open("/dev/null");
+            panic!("the {name} filter let a file be opened: {outcome:?}");
+        }
+        let own = "jail::seccomp::tests::a_system_call_that_is_not_listed_kills_the_process";
+        for kind in ALL {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", own])
+                .env(CHILD, kind.name())
+                .output()
+                .unwrap();
+            assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{kind:?}: {output:?}");
+        }
+    }
 }
