@@ -41,7 +41,13 @@ enum Verb {
     /// KVM cannot run Linux.
     Serve(Up),
     /// Build a template on this machine and bring it into the host, if it is not there already.
-    Template { template: String },
+    Template {
+        /// Its name.
+        template: String,
+        /// What else `mica template build` is told, after `--`.
+        #[arg(last = true)]
+        build: Vec<String>,
+    },
     /// Import a template archive (made by `mica template export`) in the host.
     PushTemplate {
         archive: PathBuf,
@@ -115,9 +121,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             up::up(&home, &request(options)?)?;
             foreground::follow(&home)?;
         }
-        Verb::Template { template } => {
+        Verb::Template { template, build } => {
             let own = std::env::current_exe().context("find the path of mica-lab itself")?;
-            ensure::ensure(&home, &own.with_file_name("mica"), &template)?;
+            ensure::ensure(&home, &own.with_file_name("mica"), &template, &build)?;
         }
         Verb::Down { wipe } => down::down(&home, wipe)?,
         Verb::Inside => inside()?,

@@ -30,12 +30,14 @@ fn outer_store() -> PathBuf {
 }
 
 /// Builds the template if it is out of date here, and carries it in if it is out of date there.
-pub fn ensure(home: &Home, mica: &Path, name: &str) -> Result<()> {
+/// `options` go to `mica template build` as they are.
+pub fn ensure(home: &Home, mica: &Path, name: &str, options: &[String]) -> Result<()> {
     let lab = home.running()?;
     let store = outer_store();
     let built = Command::new(mica)
         .args(["template", "build", "--name", name, "--store"])
         .arg(&store)
+        .args(options)
         .status()
         .with_context(|| format!("run {}", mica.display()))?;
     ensure!(built.success(), "mica template build --name {name} failed: {built}");
