@@ -15,7 +15,7 @@ def resources() -> dict:
     """What sandboxes use on the host: processes, control groups, files, descriptors, sockets."""
     text = lab(
         """
-        daemon=$(pidof mica)
+        daemon=$(pgrep -of '[m]ica serve')
         echo processes $(pgrep -c -x mica-vm || true)
         echo zombies $(ps -eo stat= | grep -c '^Z' || true)
         echo cgroups $(find /sys/fs/cgroup/mica -mindepth 1 -type d | wc -l)
@@ -75,7 +75,7 @@ def test_a_console_flood_harms_nobody():
         handle = flooder.commands.run(flood, background=True, user="root", timeout=0, **SLOW)
         assert handle.wait().stdout == "flooded\n"
         assert status_of(flooder) == 200
-        memory = int(lab("grep -h VmRSS /proc/$(pgrep -o -x mica)/status | tr -dc 0-9"))
+        memory = int(lab("grep -h VmRSS /proc/$(pgrep -of '[m]ica serve')/status | tr -dc 0-9"))
         assert memory < 512 * 1024, f"the daemon holds {memory} KiB"
     finally:
         flooder.kill(**SLOW)
@@ -104,12 +104,12 @@ def test_killing_a_sandbox_cuts_its_streams():
 
 def test_a_killed_daemon_cleans_up_when_it_starts_again():
     sandbox = make("base")
-    daemon = lab("pidof mica").strip()
+    daemon = lab("pgrep -of '[m]ica serve'").strip()
     lab(f"kill -9 {daemon}")
 
     def restarted() -> bool:
         try:
-            return api("GET", "/health")[0] in (200, 204) and lab("pidof mica").strip() != daemon
+            return api("GET", "/health")[0] in (200, 204) and lab("pgrep -of '[m]ica serve'").strip() != daemon
         except (OSError, AssertionError):
             return False
 
@@ -124,7 +124,7 @@ def test_a_killed_daemon_cleans_up_when_it_starts_again():
 
 def test_a_terminated_daemon_drains():
     sandbox = make("base")
-    daemon = lab("pidof mica").strip()
+    daemon = lab("pgrep -of '[m]ica serve'").strip()
     lab(f"kill -TERM {daemon}; timeout 60 tail --pid={daemon} -f /dev/null")
     left = "pgrep -x mica-vm | wc -l; find /sys/fs/cgroup/mica -mindepth 1 -type d | wc -l"
 
