@@ -33,6 +33,8 @@ pub enum Route {
     Kill(String),
     /// `POST /sandboxes/{id}/timeout`
     SetTimeout(String),
+    /// `POST /sandboxes/{id}/connect`
+    Connect(Version, String),
     /// `GET /templates`
     Templates,
 }
@@ -62,6 +64,8 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
         ["sandboxes", id, "timeout"] => {
             vec![(Method::POST, Route::SetTimeout((*id).to_owned()))]
         }
+        ["sandboxes", id, "connect"] => connect(Version::V1, id),
+        ["v2", "sandboxes", id, "connect"] => connect(Version::V2, id),
         _ => return Err(ApiError::no_route(&shown(path))),
     };
     // HEAD is GET without the body, which hyper leaves out.
@@ -75,6 +79,10 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
 
 fn sandboxes(version: Version) -> Vec<(Method, Route)> {
     vec![(Method::GET, Route::List(version)), (Method::POST, Route::Create(version))]
+}
+
+fn connect(version: Version, id: &str) -> Vec<(Method, Route)> {
+    vec![(Method::POST, Route::Connect(version, id.to_owned()))]
 }
 
 fn allow(candidates: &[(Method, Route)]) -> &'static str {
@@ -113,6 +121,8 @@ mod tests {
             (Method::GET, "/sandboxes/iabc", Route::Get(id())),
             (Method::DELETE, "/sandboxes/i%61bc", Route::Kill(id())),
             (Method::POST, "/sandboxes/iabc/timeout", Route::SetTimeout(id())),
+            (Method::POST, "/sandboxes/iabc/connect", Route::Connect(Version::V1, id())),
+            (Method::POST, "/v2/sandboxes/iabc/connect", Route::Connect(Version::V2, id())),
             (Method::GET, "/templates", Route::Templates),
         ] {
             assert_eq!(route(&method, path), Ok(expected), "{method} {path}");

@@ -71,8 +71,9 @@ impl Ear {
     pub(crate) async fn heard(&mut self) -> bool {
         let mut bytes = [0u8; 64];
         let heard = matches!(self.near.read(&mut bytes).await, Ok(1..));
-        // Only now: a ring after this line writes a new byte.
-        self.rope.rung.store(false, Ordering::Release);
+        // Only now: a ring after this line writes a new byte. A swap and not a store, because it has
+        // to see what was put beside the bell by every ringer that found it rung and wrote nothing.
+        self.rope.rung.swap(false, Ordering::AcqRel);
         heard
     }
 }

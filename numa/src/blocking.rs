@@ -22,16 +22,14 @@ use crate::rt::{Task, oneshot};
 /// Threads of one seat.
 pub const THREADS_PER_SEAT: usize = 4;
 
-/// Most jobs of one seat that wait for a thread.
+/// Most jobs of one seat whose result the executor has not taken yet. So both queues, of jobs and
+/// of results, have room for all that can come.
 pub const JOBS_MAX: usize = 4096;
-
-/// Results that wait for the executor to take them; a thread with one more waits.
-const RESULTS_MAX: usize = JOBS_MAX + THREADS_PER_SEAT;
 
 /// Why a job gave no result
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BlockingError {
-    /// [`JOBS_MAX`] others wait.
+    /// [`JOBS_MAX`] others are not done.
     #[error("too much blocking work waits on this shard; try again in a moment")]
     Full,
     /// The job panicked; the thread goes on.
@@ -89,7 +87,7 @@ impl Pool {
     pub(crate) fn start(cpus: &[u32]) -> io::Result<Self> {
         let (jobs, queue) = sync_channel(JOBS_MAX);
         let queue = Arc::new(Mutex::new(queue));
-        let (post, done) = mailbox(RESULTS_MAX)?;
+        let (post, done) = mailbox(JOBS_MAX)?;
         let mut set = CpuSet::new();
         for cpu in cpus.iter().filter_map(|cpu| usize::try_from(*cpu).ok()) {
             if cpu < CpuSet::MAX_CPU {
@@ -148,7 +146,7 @@ fn work(queue: &Mutex<Receiver<Job>>, post: &Post<Done>, cpus: &CpuSet) {
         let Ok(Job { id, work }) = job else { return };
         let value = catch_unwind(AssertUnwindSafe(work)).unwrap_or(None);
         if let Err(error) = post.send(Done { id, value }) {
-            // Full cannot be: see RESULTS_MAX. Closed: the seat is gone, and so is who asked.
+            // Full cannot be: see JOBS_MAX. Closed: the seat is gone, and so is who asked.
             tracing::debug!(%error, "a blocking job outlived its seat");
         }
     }
@@ -165,6 +163,9 @@ where
     F: FnOnce() -> T + Send + 'static,
 {
     let local = LOCAL.with_borrow(Clone::clone).ok_or(BlockingError::NoSeat)?;
+    if local.waiting.borrow().len() >= JOBS_MAX {
+        return Err(BlockingError::Full);
+    }
     let id = local.next_id.replace(local.next_id.get().wrapping_add(1));
     let work: Work = Box::new(move || Some(Box::new(work()) as Value));
     local.jobs.try_send(Job { id, work }).map_err(|error| match error {

@@ -85,8 +85,8 @@ impl<M> Mailbox<M> {
 }
 
 impl<M> Inbox<M> {
-    /// Waits for the next message. `None` when no sender is left. May be dropped at any await: no
-    /// message is lost by it.
+    /// Waits for the next message. `None` when no sender is left; a wait that has begun does not
+    /// notice that the last one goes. May be dropped at any await: no message is lost by it.
     pub async fn next(&mut self) -> Option<M> {
         loop {
             if self.taken >= BATCH {
@@ -103,6 +103,7 @@ impl<M> Inbox<M> {
             }
             self.taken = 0;
             if !self.ear.heard().await {
+                tracing::error!("the bell of a mailbox is broken; nobody reads it any more");
                 return self.queue.try_recv().ok();
             }
         }

@@ -119,6 +119,32 @@ mod tests {
         assert!(io_uring().is_ok(), "the other tests of this crate need it");
     }
 
+    /// Run by the test below, in a process that starts with low limits.
+    #[test]
+    #[ignore = "needs the limits that the next test gives it"]
+    fn in_a_process_with_low_limits() {
+        assert_eq!(getrlimit(Resource::Nofile).current, Some(256));
+        let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        check(2).unwrap();
+        let open_files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        assert!(open_files >= OPEN_FILES.min(hard), "{open_files}");
+        let locked = getrlimit(Resource::Memlock).current.unwrap_or(u64::MAX);
+        assert!(locked >= 2 * MEMLOCK_BYTES_PER_SEAT, "{locked}");
+    }
+
+    #[test]
+    fn low_limits_are_raised() {
+        let child = "preflight::tests::in_a_process_with_low_limits";
+        let ran = std::process::Command::new("sh")
+            .args(["-c", "ulimit -S -n 256 && ulimit -S -l 64 && exec \"$@\"", "sh"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", child])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert!(ran.status.success() && said.contains("1 passed"), "{said}");
+    }
+
     #[test]
     fn a_limit_is_raised_and_stays() {
         let before = getrlimit(Resource::Core);

@@ -120,6 +120,24 @@ fn blocking_work_does_not_stop_timers_and_survives_a_panic() {
 }
 
 #[test]
+fn no_result_is_lost_where_more_is_asked_than_may_wait() {
+    let done = on_one(|| async {
+        // All in one turn of the executor, so that results pile up before it takes any.
+        let jobs: Vec<_> = (0..6_000).map(|_| rt::spawn(rt::blocking(|| ()))).collect();
+        let mut done = 0;
+        for job in jobs {
+            match time::timeout(Duration::from_secs(10), job.join()).await {
+                Ok(Some(Ok(()))) => done += 1,
+                Ok(Some(Err(rt::BlockingError::Full))) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        done
+    });
+    assert!(done >= 4_096, "only {done} were done");
+}
+
+#[test]
 fn a_timeout_drops_what_takes_too_long() {
     let (late, early) = on_one(|| async {
         let late = time::timeout(Duration::from_millis(5), std::future::pending::<()>()).await;

@@ -1,6 +1,6 @@
 //! A sandbox's console: a memfd that its VM process writes and the shard reads when something fails.
 //!
-//! Called by `vm_process` and the driver. Refuses to trust a byte of it: the guest writes the text
+//! Called by `prepare` and the driver. Refuses to trust a byte of it: the guest writes the text
 //! and a VM process may write the header.
 
 use std::fs::File;

@@ -36,6 +36,8 @@ pub(crate) enum Operation {
     Kill(SandboxId),
     /// Set its remaining time.
     SetTimeout(SandboxId, Duration),
+    /// Make its remaining time at least this.
+    Extend(SandboxId, Duration),
     /// Make a stream to its gateway.
     Connect(SandboxId),
     /// Say how many sandboxes it made from each template.
@@ -45,7 +47,7 @@ pub(crate) enum Operation {
 /// What it answers.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    /// To `Create` and `Get`.
+    /// To `Create`, `Get` and `Extend`.
     Sandbox(Result<Box<SandboxInfo>, ShardError>),
     /// To `List`.
     Sandboxes(Vec<SandboxInfo>),

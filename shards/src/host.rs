@@ -90,10 +90,7 @@ impl Host {
     /// # Errors
     /// See [`ShardError`].
     pub async fn get(&self, id: SandboxId) -> Result<SandboxInfo, ShardError> {
-        match self.ask(self.owner(id), Operation::Get(id)).await? {
-            Reply::Sandbox(result) => result.map(|info| *info),
-            other => Err(out_of_form(&other)),
-        }
+        self.ask_sandbox(id, Operation::Get(id)).await
     }
 
     /// Every running sandbox of all shards, ordered by start, then id.
@@ -126,6 +123,14 @@ impl Host {
     /// See [`ShardError`].
     pub async fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
         self.ask_done(id, Operation::SetTimeout(id, life)).await
+    }
+
+    /// Makes a sandbox's remaining life at least this, counted from now; never shortens it.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn extend(&self, id: SandboxId, life: Duration) -> Result<SandboxInfo, ShardError> {
+        self.ask_sandbox(id, Operation::Extend(id, life)).await
     }
 
     /// A stream to a TCP port of a guest. May be dropped at any await.
@@ -192,6 +197,17 @@ impl Host {
     async fn ask_done(&self, id: SandboxId, operation: Operation) -> Result<(), ShardError> {
         match self.ask(self.owner(id), operation).await? {
             Reply::Done(result) => result,
+            other => Err(out_of_form(&other)),
+        }
+    }
+
+    async fn ask_sandbox(
+        &self,
+        id: SandboxId,
+        operation: Operation,
+    ) -> Result<SandboxInfo, ShardError> {
+        match self.ask(self.owner(id), operation).await? {
+            Reply::Sandbox(result) => result.map(|info| *info),
             other => Err(out_of_form(&other)),
         }
     }

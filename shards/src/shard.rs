@@ -74,6 +74,7 @@ impl Shard {
             Operation::List => Reply::Sandboxes(self.list()),
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
+            Operation::Extend(id, life) => Reply::Sandbox(self.extend(id, life)),
             Operation::Connect(id) => Reply::Stream(self.connect(id).await),
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
         }
@@ -126,6 +127,12 @@ impl Shard {
         let sandboxes = self.sandboxes.borrow();
         let set = sandboxes.get(&id).is_some_and(|sandbox| sandbox.set_life(life));
         if set { Ok(()) } else { Err(ShardError::NoSuchSandbox(id)) }
+    }
+
+    fn extend(&self, id: SandboxId, life: Duration) -> Made {
+        let sandboxes = self.sandboxes.borrow();
+        let info = sandboxes.get(&id).and_then(|sandbox| sandbox.extend_life(life));
+        info.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 
     async fn connect(&self, id: SandboxId) -> Result<OwnedFd, ConnectError> {

@@ -92,6 +92,37 @@ fn lifetime(detail: &Value) -> i64 {
 }
 
 #[test]
+fn connecting_shows_a_sandbox_and_never_shortens_its_life() {
+    let daemon = Daemon::start();
+    let body = json!({ "templateID": TEMPLATE, "timeout": 600 });
+    let created = daemon.ask("POST", "/v2/sandboxes", Some(&body)).json();
+    let id = created["sandboxID"].as_str().expect("an id");
+    let connect = |version: &str, body: Option<Value>| {
+        daemon.ask("POST", &format!("{version}/sandboxes/{id}/connect"), body.as_ref())
+    };
+    let life = || lifetime(&daemon.ask("GET", &format!("/sandboxes/{id}"), None).json());
+    for body in [None, Some(json!({})), Some(json!({ "timeout": 1 }))] {
+        let reply = connect("/v2", body.clone());
+        assert_eq!((reply.status, reply.json()), (200, created.clone()), "{body:?}");
+        assert_eq!(life(), 600, "{body:?}");
+    }
+    assert_eq!(connect("", Some(json!({ "timeout": 10 }))).status, 200);
+    assert_eq!(life(), 600);
+    assert_eq!(connect("", Some(json!({ "timeout": 900 }))).status, 200);
+    assert!((900..=905).contains(&life()), "{}", life());
+    assert!(connect("", Some(json!({}))).error(400).contains("`timeout` is missing"));
+    assert!(connect("/v2", Some(json!({ "timeout": -1 }))).error(400).contains("0 or more"));
+    assert!(connect("/v2", Some(json!({ "timeout": 86401 }))).error(400).contains("24 hours"));
+    let nobody = "i00000000000000000000";
+    for path in ["/sandboxes", "/v2/sandboxes"] {
+        let path = format!("{path}/{nobody}/connect");
+        let message = daemon.ask("POST", &path, Some(&json!({ "timeout": 9 }))).error(404);
+        let text = format!("Sandbox \"{nobody}\" doesn't exist or you don't have access to it");
+        assert_eq!(message, text);
+    }
+}
+
+#[test]
 fn the_default_life_depends_on_the_version() {
     let daemon = Daemon::start();
     for (path, life) in [("/sandboxes", 15), ("/v2/sandboxes", 300)] {

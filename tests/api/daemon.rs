@@ -86,6 +86,12 @@ impl Daemon {
         self.wait_until_up();
     }
 
+    /// Makes the sandboxes from now on run this line of shell as their VM process.
+    pub fn replace_vm_program(&self, line: &str) {
+        std::fs::write(self.directory.join("vm"), format!("#!/bin/sh\n{line}\n"))
+            .expect("a script");
+    }
+
     /// What the daemon holds: open files, VM processes, cgroups, and directories of sandboxes.
     pub fn holdings(&self) -> [usize; 4] {
         let entries = |path: &Path| std::fs::read_dir(path).expect("a directory").count();
@@ -208,6 +214,15 @@ impl Drop for Daemon {
         drop(self.child.wait());
         drop(std::fs::remove_dir(&self.cgroup));
         drop(std::fs::remove_dir_all(&self.directory));
+    }
+}
+
+/// Waits until `holds`, within the patience.
+pub fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not yet after all this time: {what}");
+        thread::sleep(Duration::from_millis(20));
     }
 }
 

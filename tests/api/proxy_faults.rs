@@ -1,6 +1,6 @@
 //! What the proxy answers when the sandbox does not, in the words that SDKs look for.
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, eventually, kill};
 use crate::upstream::Upstream;
 
 #[test]
@@ -29,6 +29,27 @@ fn a_closed_port_and_a_missing_sandbox_are_told_apart() {
             )
         );
     }
+}
+
+#[test]
+fn a_stopped_vm_process_holds_up_nobody_else_and_dies_when_told() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    kill("STOP", daemon.vm_processes()[0]);
+    let other = daemon.create();
+    let mut waits = daemon.connect();
+    assert_eq!(waits.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);
+    let before = daemon.holdings()[0];
+    waits.send(format!(
+        "GET /health HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}\r\ne2b-sandbox-port: 49983\r\n\r\n"
+    ));
+    eventually("a stream waits for the stopped process", || daemon.holdings()[0] > before);
+    let listed = daemon.ask("GET", "/sandboxes", None);
+    assert_eq!(listed.json().as_array().expect("a list").len(), 2);
+    daemon.to_sandbox(&other, 1, "GET /").send("\r\n").reply().error(502);
+    assert_eq!(daemon.ask("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+    assert_eq!(waits.reply().error(502), "The sandbox was not found");
+    assert_eq!(daemon.vm_processes().len(), 1, "the other runs on");
 }
 
 #[test]

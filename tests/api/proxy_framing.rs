@@ -77,6 +77,49 @@ fn two_lengths_never_reach_a_sandbox() {
 }
 
 #[test]
+fn a_header_that_names_framing_as_its_own_does_not_remove_it() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let server = Upstream::start(|mut served| {
+        let head = served.head();
+        let body = served.exactly(5);
+        served.send("HTTP/1.1 200 OK\r\nconnection: content-length\r\ncontent-length: 2\r\n\r\nhi");
+        (head, body)
+    });
+    let mut client = daemon.to_sandbox(&id, server.port, "POST /");
+    client.send("connection: content-length, host\r\ncontent-length: 5\r\n\r\nhello");
+    assert_eq!(client.reply().body, b"hi");
+    let (head, body) = server.join();
+    assert_eq!(body, b"hello");
+    assert!(head.contains(&"content-length: 5".to_owned()), "{head:?}");
+    assert_eq!(head.iter().filter(|line| line.starts_with("host: ")).count(), 1, "{head:?}");
+    assert_eq!(client.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);
+}
+
+#[test]
+fn of_two_lengths_of_an_answer_the_chunks_count() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let mut client = daemon.connect();
+    for length in [4, 400] {
+        let server = Upstream::start(move |mut served| {
+            served.head();
+            served.send(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n"));
+            served.send("transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n");
+        });
+        client.send(format!(
+            "GET / HTTP/1.1\r\nhost: {}-{id}.any.example\r\n\r\n\
+             GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+            server.port
+        ));
+        let reply = client.reply();
+        assert_eq!((reply.status, reply.body.as_slice()), (200, b"hello".as_slice()), "{reply:?}");
+        assert_eq!(client.reply().status, 200, "the next answer begins where this one ends");
+        server.join();
+    }
+}
+
+#[test]
 fn trailers_pass() {
     let daemon = Daemon::start();
     let id = daemon.create();

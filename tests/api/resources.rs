@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::client::PATIENCE;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, TEMPLATE, eventually};
 use crate::upstream::Upstream;
 
 const ROUNDS: usize = 50;
@@ -51,6 +51,30 @@ fn settled(daemon: &Daemon, wanted: Option<[usize; 4]>) -> [usize; 4] {
             return now;
         }
         last = now;
+    }
+}
+
+#[test]
+fn a_create_whose_client_goes_away_is_taken_back() {
+    let daemon = Daemon::start();
+    // A VM process that never says a word: the create waits for it.
+    daemon.replace_vm_program("exec sleep 3600");
+    let body = format!("{{\"templateID\":\"{TEMPLATE}\"}}");
+    for (framing, body) in [
+        (format!("content-length: {}", body.len()), body.clone()),
+        (
+            "transfer-encoding: chunked".to_owned(),
+            format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()),
+        ),
+    ] {
+        let mut client = daemon.connect();
+        client.send(format!(
+            "POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n{framing}\r\n\r\n{body}",
+            daemon.key()
+        ));
+        eventually("its process is there", || daemon.vm_processes().len() == 1);
+        drop(client);
+        eventually("it is gone", || daemon.holdings()[1..] == [0, 0, 0]);
     }
 }
 

@@ -7,15 +7,6 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The body of every error answer. SDKs branch on `code`, so it always equals the HTTP status.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ErrorBody {
-    /// The HTTP status.
-    pub code: u16,
-    /// What went wrong and what to change.
-    pub message: String,
-}
-
 /// The body of `POST /sandboxes` and `POST /v2/sandboxes`. Unknown fields are ignored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct NewSandbox {
@@ -114,6 +105,13 @@ pub struct SandboxDetail {
 pub struct SetTimeout {
     /// Seconds from now.
     pub timeout: i64,
+}
+
+/// The body of `POST /sandboxes/{id}/connect` and `POST /v2/sandboxes/{id}/connect`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct ConnectSandbox {
+    /// Seconds from now that the sandbox lives at the least. Absent: 300, on v2 alone.
+    pub timeout: Option<i64>,
 }
 
 /// One entry of `GET /templates`.

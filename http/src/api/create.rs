@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mica_shards::CreateRequest;
 use mica_units::IdError;
-use mica_wire::api::{NewSandbox, SetTimeout};
+use mica_wire::api::{ConnectSandbox, NewSandbox, SetTimeout};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -65,6 +65,34 @@ pub fn create_request(
 /// 400, naming what to write instead.
 pub fn timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
     let SetTimeout { timeout: seconds } = json(body)?;
+    remaining(seconds, limits)
+}
+
+/// Reads the body of a connect: how long the sandbox is to live at the least.
+///
+/// # Errors
+/// 400, naming what to write instead.
+pub fn connect_timeout(
+    version: Version,
+    body: &[u8],
+    limits: &Limits,
+) -> Result<Duration, ApiError> {
+    let ConnectSandbox { timeout } = match (version, body) {
+        (Version::V2, []) => ConnectSandbox::default(),
+        _ => json(body)?,
+    };
+    let seconds = match (version, timeout) {
+        (_, Some(seconds)) => seconds,
+        (Version::V2, None) => TIMEOUT_SECONDS_V2,
+        (Version::V1, None) => {
+            let message = "`timeout` is missing; send the seconds that the sandbox is to live on";
+            return Err(ApiError::bad_request(message));
+        }
+    };
+    remaining(seconds, limits)
+}
+
+fn remaining(seconds: i64, limits: &Limits) -> Result<Duration, ApiError> {
     if seconds < 0 {
         let message = format!("`timeout` is {seconds}; it must be 0 or more seconds from now");
         return Err(ApiError::bad_request(message));
@@ -203,6 +231,25 @@ mod tests {
         assert_eq!(read(r#"{"timeout":86400}"#), Ok(Duration::from_secs(86_400)));
         for bad in [r#"{"timeout":-1}"#, r#"{"timeout":86401}"#, r#"{"timeout":null}"#, "{}", ""] {
             assert_eq!(read(bad).map_err(|e| e.status().as_u16()), Err(400), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_connect_needs_its_timeout_on_v1_alone() {
+        let read = |version, body: &str| {
+            connect_timeout(version, body.as_bytes(), &Limits::default())
+                .map(|life| life.as_secs())
+                .map_err(|e| e.status().as_u16())
+        };
+        for version in [Version::V1, Version::V2] {
+            assert_eq!(read(version, r#"{"timeout":7,"memory":true}"#), Ok(7));
+            for bad in [r#"{"timeout":-1}"#, r#"{"timeout":86401}"#, r#"{"timeout":"7"}"#, "{"] {
+                assert_eq!(read(version, bad), Err(400), "{bad}");
+            }
+        }
+        for absent in ["", "{}"] {
+            assert_eq!(read(Version::V1, absent), Err(400));
+            assert_eq!(read(Version::V2, absent), Ok(300));
         }
     }
 }

@@ -13,7 +13,7 @@ use hyper::header::{
     ACCESS_CONTROL_REQUEST_HEADERS, CONTENT_TYPE, HeaderValue,
 };
 use hyper::{Method, Request, Response, StatusCode};
-use mica_shards::{CreateRequest, Host, SandboxInfo, TemplateInfo};
+use mica_shards::{Host, SandboxInfo, TemplateInfo};
 use mica_units::SandboxId;
 use mica_wire::api::{Sandbox, SandboxDetail, SandboxState, Template};
 use serde::Serialize;
@@ -61,7 +61,8 @@ async fn handle(
         Route::Health => json(StatusCode::OK, &serde_json::json!({ "status": "ok" })),
         Route::Create(version) => {
             let body = read(body, config).await?;
-            create(host, config, create::create_request(version, &body, &config.limits)?).await
+            let wanted = create::create_request(version, &body, &config.limits)?;
+            json(StatusCode::CREATED, &sandbox(config, host.create(wanted).await?))
         }
         Route::List(version) => {
             let query = request.uri.query().unwrap_or_default();
@@ -83,6 +84,12 @@ async fn handle(
             host.set_timeout(id, create::timeout(&body, &config.limits)?).await?;
             Ok(status(StatusCode::NO_CONTENT))
         }
+        Route::Connect(version, id) => {
+            let id = sandbox_id(&id)?;
+            let body = read(body, config).await?;
+            let life = create::connect_timeout(version, &body, &config.limits)?;
+            json(StatusCode::OK, &sandbox(config, host.extend(id, life).await?))
+        }
         Route::Templates => {
             let templates: Vec<_> = host.templates().await?.into_iter().map(template).collect();
             json(StatusCode::OK, &templates)
@@ -97,13 +104,8 @@ async fn read(body: &mut Option<Incoming>, config: &HttpConfig) -> Result<Vec<u8
     }
 }
 
-async fn create(
-    host: &Host,
-    config: &HttpConfig,
-    wanted: CreateRequest,
-) -> Result<Response<Body>, ApiError> {
-    let info = host.create(wanted).await?;
-    let sandbox = Sandbox {
+fn sandbox(config: &HttpConfig, info: SandboxInfo) -> Sandbox {
+    Sandbox {
         template_id: info.template_id,
         sandbox_id: info.id.to_string(),
         client_id: CLIENT_ID.to_owned(),
@@ -111,8 +113,7 @@ async fn create(
         alias: Some(info.template_name.to_string()),
         envd_access_token: info.access_token,
         domain: config.domain.clone(),
-    };
-    json(StatusCode::CREATED, &sandbox)
+    }
 }
 
 async fn list(host: &Host, query: ListQuery) -> Result<Response<Body>, ApiError> {

@@ -19,6 +19,25 @@ use crate::error::ApiError;
 /// Most bytes of one read. Lives on the stack of one poll, so a connection at rest holds nothing.
 const READ_BYTES: usize = 16 * 1024;
 
+/// Reads what there is into `cursor`, and says how much it was.
+///
+/// One copy more than needed: telling hyper how much of its own buffer is filled takes an unsafe
+/// call.
+fn poll_fill(
+    stream: &mut (impl AsyncRead + Unpin),
+    cx: &mut Context<'_>,
+    mut cursor: ReadBufCursor<'_>,
+) -> Poll<io::Result<usize>> {
+    let mut scratch = [0; READ_BYTES];
+    let wanted = cursor.remaining().min(READ_BYTES);
+    if wanted == 0 {
+        return Poll::Ready(Ok(0));
+    }
+    let count = ready!(Pin::new(stream).poll_read(cx, &mut scratch[..wanted]))?;
+    cursor.put_slice(&scratch[..count]);
+    Poll::Ready(Ok(count))
+}
+
 /// A futures stream as hyper reads and writes it.
 #[derive(Debug)]
 pub struct Adapted<S>(pub S);
@@ -27,18 +46,9 @@ impl<S: AsyncRead + Unpin> Read for Adapted<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut cursor: ReadBufCursor<'_>,
+        cursor: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        // One copy more than needed: telling hyper how much of its own buffer is filled takes an
-        // unsafe call.
-        let mut scratch = [0; READ_BYTES];
-        let wanted = cursor.remaining().min(READ_BYTES);
-        if wanted == 0 {
-            return Poll::Ready(Ok(()));
-        }
-        let count = ready!(Pin::new(&mut self.0).poll_read(cx, &mut scratch[..wanted]))?;
-        cursor.put_slice(&scratch[..count]);
-        Poll::Ready(Ok(()))
+        poll_fill(&mut self.0, cx, cursor).map_ok(drop)
     }
 }
 
@@ -106,19 +116,11 @@ impl Read for ServerIo {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut cursor: ReadBufCursor<'_>,
+        cursor: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut scratch = [0; READ_BYTES];
-        let wanted = cursor.remaining().min(READ_BYTES);
-        if wanted == 0 {
-            return Poll::Ready(Ok(()));
-        }
-        let stream = Pin::new(&mut self.stream.0);
-        let count = ready!(stream.poll_read(cx, &mut scratch[..wanted]))?;
-        if count > 0 {
+        if ready!(poll_fill(&mut self.stream.0, cx, cursor))? > 0 {
             self.phase.received();
         }
-        cursor.put_slice(&scratch[..count]);
         Poll::Ready(Ok(()))
     }
 }

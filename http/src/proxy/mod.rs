@@ -17,7 +17,7 @@ use hyper::client::conn::http1;
 use hyper::header::HOST;
 use hyper::{Request, Response, Uri, Version};
 use mica_shards::rt::{self, Task, time};
-use mica_shards::{ConnectError, GuestStream, Host};
+use mica_shards::{ConnectError, GuestStream, Host, ShardError};
 use mica_units::{GuestPort, SandboxId};
 
 use crate::body::{self, Body};
@@ -59,9 +59,7 @@ pub async fn forward(
         Ok(response) => Ok(response),
         Err(error) => {
             tracing::debug!(%id, %port, %error, "no answer from the sandbox");
-            // A sandbox killed under a request looks like one that hung up; say which it was.
-            let gone = host.get(id).await.is_err();
-            Err(match gone {
+            Err(match is_gone(host, id).await {
                 true => ApiError::sandbox_not_found(id.as_str()),
                 false => ApiError::hung_up(id, port),
             })
@@ -80,10 +78,20 @@ async fn enter(
     if port == GuestPort::ENVD && is_internal(path) {
         return Err(ApiError::internal_route(id.as_str()));
     }
-    time::timeout(limits.connect_timeout, host.connect(id, port))
-        .await
-        .unwrap_or(Err(ConnectError::Unreachable))
-        .map_err(|error| ApiError::from_connect(&error, id, port))
+    let connected = time::timeout(limits.connect_timeout, host.connect(id, port)).await;
+    match connected.unwrap_or(Err(ConnectError::Unreachable)) {
+        Ok(stream) => Ok(stream),
+        Err(ConnectError::Unreachable) if is_gone(host, id).await => {
+            Err(ApiError::sandbox_not_found(id.as_str()))
+        }
+        Err(error) => Err(ApiError::from_connect(&error, id, port)),
+    }
+}
+
+/// Whether a sandbox has ended. One that is killed under a request looks like one that hung up or
+/// does not answer, and SDKs have to be told which it was.
+async fn is_gone(host: &Host, id: SandboxId) -> bool {
+    matches!(host.get(id).await, Err(ShardError::NoSuchSandbox(_)))
 }
 
 /// Sends the request and waits for the head of the answer.

@@ -165,14 +165,6 @@ impl TcpStream {
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self::over(crate::sys::glommio_tcp_stream(fd))
     }
-
-    /// The other end's address.
-    ///
-    /// # Errors
-    /// When the connection is already broken.
-    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.peer_addr().map_err(io::Error::from)
-    }
 }
 
 impl UnixStream {

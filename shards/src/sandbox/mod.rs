@@ -103,6 +103,14 @@ impl Sandbox {
         true
     }
 
+    /// Makes its remaining time at least `life`, if it runs. What others see of it then.
+    pub(crate) fn extend_life(&self, life: Duration) -> Option<SandboxInfo> {
+        if from_now(life).0 > self.deadline.get() {
+            self.set_life(life);
+        }
+        self.info()
+    }
+
     /// Asks for its end.
     pub(crate) fn kill(&self) {
         self.queue.push(Event::Kill);
