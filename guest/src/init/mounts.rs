@@ -75,7 +75,8 @@ pub fn switch_to_disk() -> Result<(), InitError> {
     rustix::process::chdir("/").map_err(InitError::at("enter /"))
 }
 
-/// Modules and program are memory until they are removed, and what cannot be is only that.
+/// Modules are memory until they are removed, and what cannot be is only that. The program goes
+/// from sight; its memory is in use as long as it runs.
 fn free_initramfs() {
     for path in ["/modules", "/init"] {
         let path = Path::new(path);
