@@ -103,7 +103,8 @@ fn wait_for_disk() -> Result<(), InitError> {
     Ok(())
 }
 
-/// What a Linux system has besides its disk.
+/// What a Linux system has besides its disk. `/tmp` is on the disk: in memory it would have half of
+/// that at the most, and a directory could not be renamed from there to a home.
 pub fn late() -> Result<(), InitError> {
     let quiet = QUIET;
     let no_exec = QUIET.union(MountFlags::NOEXEC);
@@ -112,7 +113,6 @@ pub fn late() -> Result<(), InitError> {
     let all = [
         Mount { kind: "devpts", target: "/dev/pts", flags: pts, data: pts_data },
         Mount { kind: "tmpfs", target: "/dev/shm", flags: quiet, data: "mode=1777" },
-        Mount { kind: "tmpfs", target: "/tmp", flags: quiet, data: "mode=1777" },
         Mount { kind: "tmpfs", target: "/run", flags: quiet, data: "mode=0755" },
         Mount { kind: "cgroup2", target: "/sys/fs/cgroup", flags: no_exec, data: "" },
     ];
