@@ -129,7 +129,8 @@ pub fn build(store_dir: &Path, cache_dir: &Path, request: &BuildRequest) -> Resu
         ready: ReadyWhen::Agent,
         inputs_hash: plan.all.as_str().to_owned(),
     };
-    commit(&runner, &store, &spec, &files).context("step `commit` failed")
+    commit(&runner, &store, &spec, &files).context("step `commit` failed")?;
+    cache.prune().context("the template is ready; the build cache could not be cleaned up")
 }
 
 fn commit(
