@@ -3,6 +3,7 @@
 //! Called by the command line. Refuses a name that is not in form before anything else happens.
 //! Works beside a running daemon: both use the same store, whose commits are atomic.
 
+mod apt_memo;
 mod boot;
 mod build;
 mod cache;

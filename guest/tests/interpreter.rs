@@ -184,7 +184,7 @@ async fn a_cell_gives_its_output_and_its_result() {
     let result = of_type(&events, "result")[0];
     assert_eq!(result["text"], "ab");
     assert_eq!(result["is_main_result"], true);
-    // The state stays, and the bootstrap and the environment leave no mark on the count.
+    // The state stays, and the kernel's own set-up and the environment leave no mark on the count.
     assert_eq!(
         server.run(json!({"code": "x = 5", "env_vars": {"A": "1"}})).await[0]["execution_count"],
         2
@@ -313,6 +313,24 @@ async fn a_kernel_that_dies_is_told_and_replaced() {
     assert!(error["value"].as_str().unwrap().contains("signal: 9"), "{error}");
     let events = server.code("'x' in dir()").await;
     assert_eq!(of_type(&events, "result")[0]["text"], "False");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_put_off_at_the_start_is_there_when_wanted() {
+    let Some(server) = server().await else { return };
+    let code = "import gc, sys; print(gc.isenabled(), 'jupyter_client.manager' in sys.modules)";
+    assert_eq!(server.stdout(json!({ "code": code })).await, "True False\n");
+    let code = "import jupyter_client, jupyter_client.connect\n\
+                from jupyter_client import KernelManager, BlockingKernelClient\n\
+                from jupyter_client import find_connection_file as find\n\
+                print(KernelManager.__name__, BlockingKernelClient.__name__)\n\
+                print(find is jupyter_client.connect.find_connection_file)\n\
+                print(jupyter_client.__version__ == jupyter_client._version.__version__)\n\
+                print(hasattr(jupyter_client, 'nothing'), hasattr(jupyter_client, '__wrapped__'))";
+    assert_eq!(
+        server.stdout(json!({ "code": code })).await,
+        "KernelManager BlockingKernelClient\nTrue\nTrue\nFalse False\n"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,9 +9,10 @@ use anyhow::{Context, Result, bail};
 use mica_storage::{Part, ReadyWhen, Store, TemplateSpec};
 use mica_units::{Mebibytes, TemplateName, VcpuCount};
 
+use super::apt_memo::{self, Answers};
 use super::boot;
 use super::cache::{Cache, Key};
-use super::debian::{self, KernelPackage, Mirrors};
+use super::debian::{KernelPackage, Mirrors};
 use super::image;
 use super::preset::{BASE_PACKAGES, Contents, Preset};
 use super::rootfs;
@@ -97,7 +98,7 @@ pub fn build(store_dir: &Path, cache_dir: &Path, request: &BuildRequest) -> Resu
     let runner = Runner::new()?;
     check_machine()?;
     let store = Store::open(store_dir)?;
-    let plan = plan(&runner, request).context("step `plan` failed")?;
+    let plan = plan(&runner, cache_dir, request).context("step `plan` failed")?;
     let existing = store.find_template(request.name.as_str());
     if let Ok(Some(template)) = &existing
         && template.manifest().inputs_hash == plan.all.as_str()
@@ -128,7 +129,8 @@ pub fn build(store_dir: &Path, cache_dir: &Path, request: &BuildRequest) -> Resu
         ready: ReadyWhen::Agent,
         inputs_hash: plan.all.as_str().to_owned(),
     };
-    commit(&runner, &store, &spec, &files).context("step `commit` failed")
+    commit(&runner, &store, &spec, &files).context("step `commit` failed")?;
+    cache.prune().context("the template is ready; the build cache could not be cleaned up")
 }
 
 fn commit(
@@ -149,10 +151,9 @@ fn commit(
     runner.say("commit", &format!("template `{}` is ready, id {id}", spec.name))
 }
 
-fn plan(runner: &Runner, request: &BuildRequest) -> Result<Plan> {
+fn plan(runner: &Runner, cache_dir: &Path, request: &BuildRequest) -> Result<Plan> {
     boot::read_agent(&request.agent)?;
-    let mirrors = Mirrors::of_this_machine(runner)?;
-    let package = debian::newest_kernel(runner)?;
+    let Answers { mirrors, package } = apt_memo::ask(runner, cache_dir)?;
     let base = rootfs::base_key(&mirrors, &BASE_PACKAGES);
     let rootfs = rootfs::layer_key(&base, &request.contents);
     let disk = image::key(&rootfs, request.disk_mib);

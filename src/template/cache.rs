@@ -9,6 +9,7 @@
 //! <cache>/stages/<stage>-<inputs>/    a stage's result, renamed here when complete
 //! ```
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,10 @@ use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use super::runner::Runner;
+
+/// Results of each kind of stage that [`Cache::prune`] keeps. A few templates, each with what it
+/// was before its last changes.
+const KEPT_PER_STAGE: usize = 6;
 
 /// The hash of everything a stage was made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,6 +161,7 @@ impl Cache {
     ) -> Result<PathBuf> {
         let done = self.root.join("stages").join(format!("{stage}-{}", &key.as_str()[..24]));
         if done.exists() && !self.fresh {
+            mark_used(&done)?;
             runner.say(stage, "unchanged, taken from the cache")?;
             return Ok(done);
         }
@@ -168,10 +174,51 @@ impl Cache {
             .and_then(|()| make(&out))
             .and_then(|()| publish(&work, &out, &done));
         made.with_context(|| format!("step `{stage}` failed"))?;
+        mark_used(&done)?;
         let seconds = started.elapsed().as_secs_f32();
         runner.say(stage, &format!("done in {seconds:.1} s"))?;
         Ok(done)
     }
+
+    /// Removes what was not used for the longest time: each change of an agent or a package makes
+    /// new results, of up to gigabytes, and nothing else ever removes the old.
+    ///
+    /// # Errors
+    /// When the cache directory cannot be read or written.
+    pub fn prune(&self) -> Result<()> {
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        for path in by_last_use(&self.root.join("stages"))? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let stage = name.rsplit_once('-').map_or(&*name, |(stage, _)| stage);
+            let seen = counts.entry(stage.to_owned()).or_insert(0);
+            *seen += 1;
+            if *seen > KEPT_PER_STAGE {
+                // Out of sight in one step: a removal that is cut off leaves no half of a stage.
+                let work = self.work_dir()?;
+                fs::rename(&path, work.path().join("old"))
+                    .with_context(|| format!("could not move {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// For [`by_last_use`].
+fn mark_used(stage: &Path) -> Result<()> {
+    File::open(stage)
+        .and_then(|dir| dir.set_modified(std::time::SystemTime::now()))
+        .with_context(|| format!("could not mark {} as used", stage.display()))
+}
+
+/// The entries of a directory, those used last first.
+fn by_last_use(dir: &Path) -> Result<Vec<PathBuf>> {
+    let read = || -> std::io::Result<Vec<(std::time::SystemTime, PathBuf)>> {
+        let used = |entry: fs::DirEntry| Ok((entry.metadata()?.modified()?, entry.path()));
+        fs::read_dir(dir)?.map(|entry| entry.and_then(used)).collect()
+    };
+    let mut found = read().with_context(|| format!("could not list {}", dir.display()))?;
+    found.sort_by(|a, b| b.cmp(a));
+    Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
 /// Makes a complete stage visible under its name. All of it is on the device before that, so a
@@ -212,5 +259,25 @@ mod tests {
         assert_ne!(one, Key::of(&[("ab", "c")]));
         assert_ne!(Key::of(&[("a", ""), ("b", "")]), Key::of(&[("a", "")]));
         assert_eq!(one.as_str().len(), 64);
+    }
+
+    #[test]
+    fn what_was_used_last_stays() {
+        let root = std::env::temp_dir().join(format!("mica-cache-{}", std::process::id()));
+        let runner = Runner::new().unwrap();
+        let cache = Cache::open(&root, false, &runner).unwrap();
+        let stage = |stage, input: usize| {
+            let key = Key::of(&[("input", &input.to_string())]);
+            cache.stage(&runner, stage, &key, |out| Ok(fs::write(out.join("f"), "x")?)).unwrap()
+        };
+        let other = stage("other", 0);
+        let made: Vec<_> = (0..=KEPT_PER_STAGE).map(|input| stage("some", input)).collect();
+        assert_eq!(stage("some", 0), made[0], "used again, so the second is the oldest now");
+        cache.prune().unwrap();
+        let gone: Vec<_> = made.iter().filter(|path| !path.exists()).collect();
+        assert_eq!(gone, [&made[1]]);
+        assert!(other.exists());
+        assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);
+        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -6,6 +6,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 use super::runner::Runner;
 
@@ -13,7 +14,7 @@ use super::runner::Runner;
 pub const SUITE: &str = "bookworm";
 
 /// Where the packages of [`SUITE`] come from on this machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mirrors {
     /// The address and release name of each repository; the first is the main one.
     repositories: Vec<(String, String)>,
@@ -79,7 +80,7 @@ pub fn proxy_config(runner: &Runner) -> Result<String> {
 }
 
 /// A kernel package.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelPackage {
     /// The package's name.
     pub name: String,

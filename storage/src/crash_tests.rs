@@ -146,3 +146,15 @@ fn everything_is_on_the_device_before_the_name_points_at_it() {
     assert!(at("sync directory", &dir.join("templates")) < commit);
     assert!(at("sync directory", &dir.join("names")) > commit);
 }
+
+#[test]
+fn a_disk_that_is_not_made_says_why() {
+    let dir = TempDir::in_memory();
+    let mut store = Store::open(dir.path()).unwrap();
+    let template = put(&store, "base", 1, false).unwrap();
+    let sandbox = mica_units::SandboxId::from_random([1; mica_units::SANDBOX_ID_CHARS]);
+    // The directory is the one step that happens: neither the disk nor its removal does.
+    store.disk = Disk { crash: Some(Arc::new(Crash::after(1))) };
+    let error = store.create_disk(&template, &sandbox).unwrap_err();
+    assert!(error.to_string().contains("create"), "{error}");
+}

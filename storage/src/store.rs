@@ -145,8 +145,11 @@ impl Store {
             other => other?,
         }
         let made = self.fill_disk(&source, &dir.join(SANDBOX_DISK));
-        if made.is_err() {
-            self.remove_sandbox(sandbox)?;
+        if made.is_err()
+            && let Err(error) = self.remove_sandbox(sandbox)
+        {
+            // What is told is why there is no disk; the next start sweeps what is left.
+            tracing::warn!(error = %chain(&error), "an unfinished disk could not be removed");
         }
         made
     }

@@ -77,6 +77,9 @@ pub enum AgentError {
 /// # Errors
 /// [`AgentError`].
 pub fn run(args: &AgentArgs) -> Result<(), AgentError> {
+    // Started through a link, it would be called by the link's name in a list of processes, and
+    // that is all that is lost where the name cannot be set.
+    rustix::thread::set_name(c"mica-guest").unwrap_or_default();
     let settings = TemplateSettings::read(&args.template_json)?;
     // One thread: a guest has few CPUs, and they are for its user. File work goes to the pool.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -10,7 +10,6 @@ mod supervise;
 
 use std::convert::Infallible;
 use std::ffi::CString;
-use std::path::PathBuf;
 
 use crate::http::error::chain;
 
@@ -47,20 +46,7 @@ fn set_up_and_supervise() -> Result<Infallible, InitError> {
     loopback::up()?;
     // Until the host says which sandbox this is.
     rustix::system::sethostname(b"mica").map_err(InitError::at("set the host name"))?;
-    let program = copy_self()?;
-    supervise::run(&program)
-}
-
-/// The program outlives the initramfs it came in, so that it can start itself again.
-fn copy_self() -> Result<PathBuf, InitError> {
-    let directory = PathBuf::from("/run/mica");
-    std::fs::create_dir_all(&directory).map_err(InitError::at("make /run/mica"))?;
-    let program = directory.join("mica-guest");
-    // `/proc/self/exe` works although the path it names is gone with the initramfs.
-    std::fs::copy("/proc/self/exe", &program).map_err(InitError::at("copy itself to /run/mica"))?;
-    let mode = rustix::fs::Mode::from_raw_mode(0o755);
-    rustix::fs::chmod(&program, mode).map_err(InitError::at("make its copy executable"))?;
-    Ok(program)
+    supervise::run()
 }
 
 /// Text of ours as the kernel takes it. None of it has a zero byte in it.

@@ -75,7 +75,8 @@ pub fn switch_to_disk() -> Result<(), InitError> {
     rustix::process::chdir("/").map_err(InitError::at("enter /"))
 }
 
-/// Modules and program are memory until they are removed, and what cannot be is only that.
+/// Modules are memory until they are removed, and what cannot be is only that. The program goes
+/// from sight; its memory is in use as long as it runs.
 fn free_initramfs() {
     for path in ["/modules", "/init"] {
         let path = Path::new(path);
@@ -102,7 +103,8 @@ fn wait_for_disk() -> Result<(), InitError> {
     Ok(())
 }
 
-/// What a Linux system has besides its disk.
+/// What a Linux system has besides its disk. `/tmp` is on the disk: in memory it would have half of
+/// that at the most, and a directory could not be renamed from there to a home.
 pub fn late() -> Result<(), InitError> {
     let quiet = QUIET;
     let no_exec = QUIET.union(MountFlags::NOEXEC);
@@ -111,7 +113,6 @@ pub fn late() -> Result<(), InitError> {
     let all = [
         Mount { kind: "devpts", target: "/dev/pts", flags: pts, data: pts_data },
         Mount { kind: "tmpfs", target: "/dev/shm", flags: quiet, data: "mode=1777" },
-        Mount { kind: "tmpfs", target: "/tmp", flags: quiet, data: "mode=1777" },
         Mount { kind: "tmpfs", target: "/run", flags: quiet, data: "mode=0755" },
         Mount { kind: "cgroup2", target: "/sys/fs/cgroup", flags: no_exec, data: "" },
     ];

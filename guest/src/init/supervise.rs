@@ -4,13 +4,17 @@
 //! is worth nothing to anyone.
 
 use std::convert::Infallible;
-use std::path::Path;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Resource, Rlimit, WaitOptions};
 use rustix::system::RebootCommand;
 
 use super::InitError;
+
+/// This very program. The path it came in by is gone with the initramfs, but while it runs the
+/// kernel keeps its file, and starts it again through this link. A copy would cost its memory twice.
+const SELF: &str = "/proc/self/exe";
 
 /// What the agent, and through it every command, looks programs up in.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -20,11 +24,12 @@ const OPEN_FILES_SOFT: u64 = 65_536;
 const OPEN_FILES_HARD: u64 = 1_048_576;
 
 /// Starts the agent and waits until it ends.
-pub fn run(program: &Path) -> Result<Infallible, InitError> {
+pub fn run() -> Result<Infallible, InitError> {
     let limit = Rlimit { current: Some(OPEN_FILES_SOFT), maximum: Some(OPEN_FILES_HARD) };
     rustix::process::setrlimit(Resource::Nofile, limit)
         .map_err(InitError::at("raise the limit of open files"))?;
-    let agent = Command::new(program)
+    let agent = Command::new(SELF)
+        .arg0("mica-guest")
         .arg("agent")
         .env_clear()
         .env("PATH", PATH)

@@ -23,6 +23,9 @@ use crate::http::{Access, Call, HttpError, Response, Router, channel, full, json
 /// Longest request body: a cell and its variables.
 pub const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// Longest request for a new context. Anyone may ask for one, without the sandbox's token.
+const CREATE_BYTES_MAX: usize = 16 * 1024;
+
 /// A stream that has been silent this long says that it is alive.
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -150,7 +153,7 @@ fn stream(mut events: mpsc::Receiver<Event>) -> Response {
 }
 
 async fn create(interpreter: Arc<Interpreter>, call: Call) -> Result<Response, HttpError> {
-    let body = read_bounded(call.request.into_body(), BODY_BYTES_MAX).await?;
+    let body = read_bounded(call.request.into_body(), CREATE_BYTES_MAX).await?;
     let request = if body.is_empty() {
         CreateRequest::default()
     } else {

@@ -26,8 +26,9 @@ use super::launch::{LaunchError, LaunchSpec, Launcher};
 use super::protocol::{self, Body, Incoming, Key, ProtocolError, Request};
 use crate::users::User;
 
-/// Runs once in every kernel.
-const BOOTSTRAP: &str = include_str!("bootstrap.py");
+/// What every kernel process runs. Written beside its connection file: the agent brings its own,
+/// whatever template it is in.
+const PROGRAM: &str = include_str!("kernel.py");
 
 /// How long a kernel may take to come up. A guest under nested emulation needs over a minute.
 pub const START_DEADLINE: Duration = Duration::from_secs(600);
@@ -144,12 +145,11 @@ impl Kernel {
         let deadline = Instant::now() + START_DEADLINE;
         let directory = config.directory.join(protocol::hex(&random::<6>()?));
         let key = Key::new(protocol::hex(&random::<32>()?));
-        let connection = make_directory(&directory, &key, user)?;
+        let (program, connection) = make_directory(&directory, &key, user)?;
         let spec = LaunchSpec {
             program: config.python.clone(),
             args: vec![
-                "-m".into(),
-                "ipykernel_launcher".into(),
+                program.into_os_string(),
                 "-f".into(),
                 connection.into_os_string(),
                 // Kernels would share one history file, each writing to the disk for every cell.
@@ -274,11 +274,6 @@ impl Kernel {
         }
     }
 
-    /// The code that every kernel runs first.
-    pub const fn bootstrap() -> &'static str {
-        BOOTSTRAP
-    }
-
     /// Sends a request on the shell channel; the answers carry the id that comes back.
     ///
     /// # Errors
@@ -371,12 +366,18 @@ fn endpoint(port: Port, directory: &Path) -> String {
     format!("ipc://{}", port.path(directory).display())
 }
 
-fn make_directory(directory: &Path, key: &Key, user: &User) -> Result<PathBuf, KernelError> {
+/// Makes the kernel's directory, with its program and its connection file in it.
+fn make_directory(
+    directory: &Path,
+    key: &Key,
+    user: &User,
+) -> Result<(PathBuf, PathBuf), KernelError> {
     let fail = |source| KernelError::Directory { path: directory.to_owned(), source };
     if let Some(parent) = directory.parent() {
         std::fs::create_dir_all(parent).map_err(fail)?;
     }
     std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(fail)?;
+    let program = directory.join("kernel.py");
     let path = directory.join("connection.json");
     let connection = json!({
         "transport": "ipc",
@@ -391,13 +392,15 @@ fn make_directory(directory: &Path, key: &Key, user: &User) -> Result<PathBuf, K
         "kernel_name": "python3",
     });
     let made = write_private(&path, connection.to_string().as_bytes())
+        .and_then(|()| write_private(&program, PROGRAM.as_bytes()))
         .and_then(|()| give(&path, user))
+        .and_then(|()| give(&program, user))
         .and_then(|()| give(directory, user));
     if let Err(source) = made {
         remove_directory(directory);
         return Err(fail(source));
     }
-    Ok(path)
+    Ok((program, path))
 }
 
 fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
@@ -477,7 +480,7 @@ mod tests {
             return;
         }
         let directory = base.join("x");
-        let connection = make_directory(&directory, &Key::new("k".into()), &user).unwrap();
+        let (_, connection) = make_directory(&directory, &Key::new("k".into()), &user).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&directory), 0o700);
         assert_eq!(mode(&connection), 0o600);

@@ -136,13 +136,14 @@ impl Session {
         }
         let config = &self.config;
         let mut kernel = Kernel::start(&config.kernel, &config.user, &config.cwd, env).await?;
-        match silent(&mut kernel, Kernel::bootstrap()).await {
+        // IPython makes a few things at its first cell only; now they are made before anyone waits.
+        match silent(&mut kernel, "pass").await {
             Ok(()) => Ok(kernel),
             Err(Silent::Ended(status)) => {
                 kernel.stop().await;
                 Err(KernelError::EndedEarly { status, output: "none".to_owned() })
             }
-            // Without the hooks a cell still runs, so the kernel is used as it is.
+            // It answers, and what a cell of its client does is the client's to see.
             Err(Silent::Failed) => Ok(kernel),
             Err(Silent::Kernel(error)) => {
                 kernel.stop().await;
@@ -286,7 +287,7 @@ fn search_path(python: &Path) -> String {
     }
 }
 
-/// Python that hands a map of texts to a function of the bootstrap's module. The map travels as
+/// Python that hands a map of texts to a function of the kernel's `_mica` module. The map travels as
 /// JSON inside a Python literal of bytes, so no character of it can be read as code.
 fn call(function: &str, variables: &BTreeMap<String, String>) -> String {
     let json = serde_json::to_vec(variables).unwrap_or_else(|_| b"{}".to_vec());

@@ -56,29 +56,30 @@ impl Hub {
     /// Tells every watcher what was written, waiting for the slow ones.
     pub async fn publish(&self, data: Data) {
         let watchers = self.0.lock().unwrap_or_else(PoisonError::into_inner).watchers.clone();
-        tell(&watchers, Told::Data(data)).await;
+        for watcher in &watchers {
+            // A watcher that has gone is not an error; it is dropped at the next subscription.
+            drop(watcher.send(Told::Data(data.clone())).await);
+        }
     }
 
-    /// Tells every watcher that it is over, and keeps the end.
-    pub async fn finish(&self, end: End) {
+    /// Tells every watcher that it is over, and keeps the end. One that does not read holds up
+    /// neither the others nor the caller: the end waits for it until it reads or leaves.
+    pub fn finish(&self, end: &End) {
         let watchers = {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             state.end = Some(end.clone());
             std::mem::take(&mut state.watchers)
         };
-        tell(&watchers, Told::End(end)).await;
+        for watcher in watchers {
+            let told = Told::End(end.clone());
+            // A watcher that has gone is not an error.
+            tokio::spawn(async move { drop(watcher.send(told).await) });
+        }
     }
 
     /// How the process ended, once it has.
     pub fn has_ended(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).end.is_some()
-    }
-}
-
-async fn tell(watchers: &[mpsc::Sender<Told>], told: Told) {
-    for watcher in watchers {
-        // A watcher that has gone is not an error; it is dropped at the next subscription.
-        drop(watcher.send(told.clone()).await);
     }
 }
 
@@ -97,7 +98,7 @@ mod tests {
         let (mut a, mut b) = (hub.subscribe().unwrap(), hub.subscribe().unwrap());
         let data = Data::Stdout(b"hi".to_vec());
         hub.publish(data.clone()).await;
-        hub.finish(end()).await;
+        hub.finish(&end());
         for watcher in [&mut a, &mut b] {
             assert_eq!(watcher.recv().await, Some(Told::Data(data.clone())));
             assert_eq!(watcher.recv().await, Some(Told::End(end())));
@@ -106,6 +107,23 @@ mod tests {
         let mut late = hub.subscribe().unwrap();
         assert_eq!(late.recv().await, Some(Told::End(end())));
         assert_eq!(late.recv().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_watcher_keeps_the_end_from_nobody() {
+        let hub = Hub::default();
+        let (mut slow, mut other) = (hub.subscribe().unwrap(), hub.subscribe().unwrap());
+        for _ in 0..EVENTS_AHEAD_MAX {
+            hub.publish(Data::Stdout(vec![0])).await;
+            assert!(matches!(other.recv().await, Some(Told::Data(_))));
+        }
+        hub.finish(&end());
+        let told = tokio::time::timeout(std::time::Duration::from_secs(60), other.recv()).await;
+        assert_eq!(told, Ok(Some(Told::End(end()))));
+        for _ in 0..EVENTS_AHEAD_MAX {
+            assert!(matches!(slow.recv().await, Some(Told::Data(_))));
+        }
+        assert_eq!(slow.recv().await, Some(Told::End(end())), "it waits for who reads late");
     }
 
     #[tokio::test(start_paused = true)]

@@ -43,7 +43,7 @@ pub async fn supervise(
     deadline: Option<Instant>,
 ) {
     let end = run_to_end(&process, child, output, deadline).await;
-    process.hub.finish(end).await;
+    process.hub.finish(&end);
     process.close_terminal();
     *process.input.lock().await = InputEnd::Closed;
     tokio::time::sleep(Duration::from_secs(RETAIN_SECONDS)).await;

@@ -26,6 +26,23 @@ fn a_command_says_start_data_and_one_end() {
     assert_eq!(answer.rest().2, wanted);
 }
 
+/// As in a guest, where the program came in an initramfs that is gone by then.
+#[test]
+fn commands_start_when_the_program_has_no_name_any_more() {
+    let mut program = std::path::PathBuf::new();
+    let agent = Agent::start_prepared(|command, directory| {
+        program = directory.join("mica-guest");
+        std::fs::copy(command.get_program(), &program).unwrap();
+        let args: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
+        *command = std::process::Command::new(&program);
+        command.args(args).stdout(std::process::Stdio::piped());
+    });
+    assert_eq!(agent.init("itest").error, None);
+    std::fs::remove_file(&program).unwrap();
+    let (_, mut answer) = agent.start_process(&shell("cat /proc/$PPID/comm"));
+    assert_eq!(answer.rest().0, "mica-guest\n");
+}
+
 #[test]
 fn input_reaches_the_process_and_its_end_too() {
     let agent = Agent::start();

@@ -1,14 +1,64 @@
-"""Runs once in every Python kernel, before the first cell.
+"""The program of every Python kernel: `python3 kernel.py -f CONNECTION_FILE OPTIONS...`.
 
-Sets up what a cell may count on: the environment of a call, and the `e2b/chart` and `e2b/data`
-forms of figures and data frames. Imports nothing heavy: the hooks wait until the cell itself has
-imported matplotlib or pandas. Leaves no name behind in the cell's namespace.
+Does what `ipykernel_launcher` does, with less work before the first cell, and sets up what a cell
+may count on: the environment of a call, and the `e2b/chart` and `e2b/data` forms of figures and
+data frames. Imports nothing heavy: the hooks wait until the cell itself has imported matplotlib or
+pandas. Leaves no name behind in the cell's namespace.
 """
 
+import gc
 
-def _mica_install():
+# What is made while starting stays: looking through it for garbage again and again is for nothing.
+gc.disable()
+
+import sys
+
+# The directory of this file. IPython puts the working directory in its place.
+del sys.path[0]
+
+
+def _defer_jupyter_client():
+    """Puts off importing the package `jupyter_client` as a whole until somebody uses it.
+
+    A kernel needs a few of its modules. Its `__init__` imports all that is for clients as well.
+    Returns a function to call once the kernel is up.
+    """
+    import importlib.util
+
+    name = "jupyter_client"
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    starting = True
+
+    def load(attribute):
+        if starting and attribute == "BlockingKernelClient":
+            # The default of an option that only a client of a kernel reads.
+            return object
+        if attribute.startswith("__") and attribute not in ("__all__", "__version__"):
+            raise AttributeError(attribute)
+        module.__dict__.pop("__getattr__", None)
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
+
+    def started():
+        nonlocal starting
+        starting = False
+
+    module.__getattr__ = load
+    sys.modules[name] = module
+    try:
+        connect = importlib.import_module(name + ".connect")
+        for exported in connect.__all__:
+            setattr(module, exported, getattr(connect, exported))
+    except Exception:
+        # Another layout of the package: then it is imported as it wants to be.
+        for loaded in [key for key in sys.modules if key.split(".")[0] == name]:
+            del sys.modules[loaded]
+    return started
+
+
+def _install(shell):
     import os
-    import sys
     import types
 
     # Frames with more cells than this get no `data` form: it would be the whole frame as JSON.
@@ -47,11 +97,8 @@ def _mica_install():
     module.base, module.push, module.pop = base, push, pop
     sys.modules["_mica"] = module
 
-    from IPython import get_ipython
     from IPython.core.formatters import BaseFormatter
     from traitlets import ObjectName, Unicode
-
-    shell = get_ipython()
 
     def frame_data(frame):
         if frame.size > frame_cells_max:
@@ -102,7 +149,23 @@ def _mica_install():
     )
 
 
-try:
-    _mica_install()
-finally:
-    del _mica_install
+def _main():
+    started = _defer_jupyter_client()
+    from ipykernel.kernelapp import IPKernelApp
+
+    app = IPKernelApp.instance()
+    app.initialize()
+    started()
+    try:
+        _install(app.shell)
+    except Exception:
+        # Without the hooks a cell still runs.
+        import traceback
+
+        traceback.print_exc(file=sys.__stderr__)
+    gc.freeze()
+    gc.enable()
+    app.start()
+
+
+_main()
