@@ -10,8 +10,8 @@ mod common;
 
 use std::time::Duration;
 
-use common::{PATIENCE, have_kvm, start};
-use mica_lab::one_vm::{Boot, memfd_of};
+use common::{PATIENCE, fresh_id, have_kvm, start};
+use mica_lab::one_vm::{Boot, OneVm, find_mica_vm, memfd_of};
 use mica_lab::tiny_guest::{ALL_GARBAGE, Then, vmlinux};
 use mica_wire::vm::{Command, Ending, Event};
 
@@ -90,6 +90,25 @@ fn a_spinning_guest_is_stopped_when_the_shard_hangs_up() {
     let vm = start(&Boot::of_image(&vmlinux("spin\n", Then::Spin)).unwrap());
     vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
     vm.hang_up(PATIENCE).unwrap();
+}
+
+#[test]
+fn a_guest_that_is_stopped_as_it_starts_ends() {
+    if !have_kvm() {
+        return;
+    }
+    let mut boot = Boot::of_image(&vmlinux("", Then::Spin)).unwrap();
+    boot.vcpus = 8;
+    for _ in 0..40 {
+        let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+        vm.expect(&Event::Jailed, PATIENCE).unwrap();
+        // Both at once: the stop is read before some of the vCPU threads are in the guest.
+        vm.boot(&boot).unwrap();
+        vm.send(&Command::Stop, &[]).unwrap();
+        vm.expect(&Event::Started, PATIENCE).unwrap();
+        vm.expect(&Event::Ended(Ending::Asked), PATIENCE).unwrap();
+        assert!(vm.wait(PATIENCE).unwrap().success());
+    }
 }
 
 #[test]
