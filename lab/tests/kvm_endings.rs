@@ -122,6 +122,22 @@ fn a_guest_that_is_stopped_as_it_starts_ends() {
 }
 
 #[test]
+fn the_ending_arrives_though_frames_were_left_unread() {
+    if !have_kvm() {
+        return;
+    }
+    for _ in 0..10 {
+        let vm = start(&Boot::of_image(&vmlinux("", Then::Idle)).unwrap());
+        let (_near, far) = UnixStream::pair().unwrap();
+        vm.send(&Command::Stop, &[]).unwrap();
+        // Nobody reads this one; it may also come too late to be sent.
+        let sent = vm.send(&Command::OpenStream { vsock_port: 1 }, &[far.as_fd()]);
+        let event = vm.next_event(PATIENCE).unwrap();
+        assert_eq!(event, Some(Event::Ended(Ending::Asked)), "{sent:?}");
+    }
+}
+
+#[test]
 fn a_console_flood_stays_in_its_ring() {
     if !have_kvm() {
         return;

@@ -116,6 +116,7 @@ const CONTROL: &[c_long] = &[
     libc::SYS_ppoll,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
+    libc::SYS_shutdown,
     libc::SYS_tgkill,
 ];
 
