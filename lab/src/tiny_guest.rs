@@ -9,15 +9,45 @@
 const LOAD_ADDRESS: u64 = 0x10_0000;
 /// Where guests may write without touching their own code.
 pub const SCRATCH: u64 = 0x20_0000;
-/// Registers of the first virtio-mmio device: the disk, if the VM has one.
+/// Registers of the first virtio-mmio device; the others follow at this distance.
 const FIRST_DEVICE: u64 = 0xd000_0000;
+const DEVICE_BYTES: u64 = 0x1000;
 const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Where the second vCPU starts, in real mode: page 8.
 const TRAMPOLINE: u64 = 0x8000;
 
 const SERIAL: u16 = 0x3f8;
 
-/// What the disk's queue is filled with.
+/// A virtqueue of a VM with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Requests to the disk.
+    Disk,
+    /// Packets to the guest. Only looked at while there is one.
+    VsockToGuest,
+    /// Packets from the guest.
+    VsockFromGuest,
+    /// Requests for randomness.
+    Rng,
+}
+
+/// Every [`Place`].
+pub const ALL_PLACES: [Place; 4] =
+    [Place::Disk, Place::VsockToGuest, Place::VsockFromGuest, Place::Rng];
+
+impl Place {
+    /// Number of the device, and of its queue.
+    fn numbers(self) -> (u64, u32) {
+        match self {
+            Self::Disk => (0, 0),
+            Self::VsockToGuest => (1, 0),
+            Self::VsockFromGuest => (1, 1),
+            Self::Rng => (2, 0),
+        }
+    }
+}
+
+/// What a queue is filled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Garbage {
     /// The descriptor table lies outside guest memory.
@@ -60,8 +90,13 @@ pub enum Then {
     Flood(u32),
     /// Writes one byte into each of `pages` pages from [`SCRATCH`] on, says `.`, then idles.
     TouchPages(u32),
-    /// Gives the disk device a queue full of nonsense, then idles.
-    Garbage(Garbage),
+    /// Gives a device a queue full of nonsense, then idles.
+    Garbage(Place, Garbage),
+    /// Takes one packet from the vsock device, resets the device, says `r`, then halts.
+    ResetVsock,
+    /// Writes pseudo-random values, from this seed on, into random registers of all devices, then
+    /// halts.
+    Scribble(u32),
     /// Starts the second vCPU, which says `2` and halts, then halts too.
     StartSecond,
 }
@@ -98,7 +133,9 @@ pub fn vmlinux(text: &str, then: Then) -> Vec<u8> {
             code.halt();
         }
         Then::TouchPages(pages) => touch_pages(&mut code, pages),
-        Then::Garbage(garbage) => fill_queue(&mut code, garbage),
+        Then::Garbage(place, garbage) => fill_queue(&mut code, place, garbage),
+        Then::ResetVsock => reset_vsock(&mut code),
+        Then::Scribble(seed) => scribble(&mut code, seed),
         Then::StartSecond => start_second(&mut code),
     }
     elf(&code.code)
@@ -135,11 +172,13 @@ fn start_second(code: &mut Assembler) {
     code.halt();
 }
 
+/// The parts of a queue, from [`SCRATCH`] on.
+const DESCRIPTORS: u32 = 0x0;
+const AVAILABLE: u32 = 0x1000;
+const USED: u32 = 0x2000;
+
 /// Drives the registers as a driver does, with memory contents that no driver writes.
-fn fill_queue(code: &mut Assembler, garbage: Garbage) {
-    const DESCRIPTORS: u32 = 0x0;
-    const AVAILABLE: u32 = 0x1000;
-    const USED: u32 = 0x2000;
+fn fill_queue(code: &mut Assembler, place: Place, garbage: Garbage) {
     const NEXT: u32 = 1;
     code.set_rbx(SCRATCH);
     // One descriptor: address, length, flags and next.
@@ -154,9 +193,16 @@ fn fill_queue(code: &mut Assembler, garbage: Garbage) {
     let head = if garbage == Garbage::HeadOutsideTable { 0xffff } else { 0 };
     code.store_u32(AVAILABLE + 4, head);
 
-    code.set_rbx(FIRST_DEVICE);
-    let scratch = u32::try_from(SCRATCH).unwrap_or(0);
     let table_high = if garbage == Garbage::TableOutsideMemory { 0x7f } else { 0 };
+    bring_up(code, place, table_high);
+    code.idle();
+}
+
+/// Brings a device up with one queue, whose parts lie in [`SCRATCH`], and notifies it.
+fn bring_up(code: &mut Assembler, place: Place, table_high: u32) {
+    let (device, queue) = place.numbers();
+    code.set_rbx(FIRST_DEVICE + device * DEVICE_BYTES);
+    let scratch = u32::try_from(SCRATCH).unwrap_or(0);
     for (register, value) in [
         (0x70, 0),                     // status: reset
         (0x70, 1),                     // acknowledge
@@ -164,7 +210,7 @@ fn fill_queue(code: &mut Assembler, garbage: Garbage) {
         (0x24, 1),                     // feature bits 32 and up:
         (0x20, 1),                     // VERSION_1
         (0x70, 0xb),                   // features ok
-        (0x30, 0),                     // queue 0
+        (0x30, queue),                 // select the queue
         (0x38, 8),                     // eight entries
         (0x80, scratch + DESCRIPTORS), // table
         (0x84, table_high),
@@ -172,13 +218,69 @@ fn fill_queue(code: &mut Assembler, garbage: Garbage) {
         (0x94, 0),
         (0xa0, scratch + USED),
         (0xa4, 0),
-        (0x44, 1),   // ready
-        (0x70, 0xf), // driver ok
-        (0x50, 0),   // notify queue 0
+        (0x44, 1),     // ready
+        (0x70, 0xf),   // driver ok
+        (0x50, queue), // notify
     ] {
         code.store_u32(register, value);
     }
-    code.idle();
+}
+
+/// Gives the device one buffer, waits until it is used, and takes everything back.
+fn reset_vsock(code: &mut Assembler) {
+    const WRITE: u32 = 2;
+    code.set_rbx(SCRATCH);
+    for (offset, value) in [(0, 0x30_0000), (4, 0), (8, 4096), (12, WRITE)] {
+        code.store_u32(DESCRIPTORS + offset, value);
+    }
+    // Index 1, first entry 0.
+    code.store_u32(AVAILABLE, 1 << 16);
+    code.store_u32(AVAILABLE + 4, 0);
+    bring_up(code, Place::VsockToGuest, 0);
+    let (device, _) = Place::VsockToGuest.numbers();
+    code.set_rbx(SCRATCH);
+    code.wait_while_zero(USED);
+    code.set_rbx(FIRST_DEVICE + device * DEVICE_BYTES);
+    code.store_u32(0x70, 0);
+    code.set_al(b'r');
+    code.out_dx_al();
+    code.halt();
+}
+
+/// Stores to registers, in no order that a driver would keep.
+fn scribble(code: &mut Assembler, seed: u32) {
+    const STORES: u32 = 300;
+    const DEVICES: u64 = 3;
+    let mut state = u64::from(seed);
+    let mut random = |bound: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        u32::try_from((state >> 33) % bound).unwrap_or(0)
+    };
+    // What a driver writes to come up, so that the rest is not all refused at the door.
+    const STEPS: [(u32, u32); 8] = [
+        (0x70, 0),
+        (0x70, 1),
+        (0x70, 3),
+        (0x24, 1),
+        (0x20, 1),
+        (0x70, 0xb),
+        (0x70, 0xf),
+        (0x44, 1),
+    ];
+    for _ in 0..STORES {
+        code.set_rbx(FIRST_DEVICE + u64::from(random(DEVICES)) * DEVICE_BYTES);
+        if random(10) == 0 {
+            STEPS.iter().for_each(|(register, value)| code.store_u32(*register, *value));
+        }
+        let register = random(0x50) * 4;
+        let value = match random(3) {
+            0 => random(16),
+            1 => random(0x40) << 12,
+            _ => random(1 << 31),
+        };
+        code.store_u32(register, value);
+    }
+    code.halt();
 }
 
 /// Machine code, one instruction at a time. `rbx` is the base of stores, `ecx` counts.
@@ -222,6 +324,13 @@ impl Assembler {
         self.bytes(&[0xc6, 0x83]);
         self.bytes(&offset.to_le_bytes());
         self.bytes(&[value]);
+    }
+
+    /// `cmp dword [rbx + offset], 0; je` back to it
+    fn wait_while_zero(&mut self, offset: u32) {
+        self.bytes(&[0x83, 0xbb]);
+        self.bytes(&offset.to_le_bytes());
+        self.bytes(&[0, 0x74, 0xf7]);
     }
 
     /// Runs `body` `count` times, counting `ecx` down. `count` 0 runs it 2^32 times.
@@ -294,7 +403,7 @@ mod tests {
 
     #[test]
     fn images_are_small_and_start_with_the_magic() {
-        for then in [Then::Halt, Then::StartSecond, Then::Garbage(Garbage::Loop)] {
+        for then in [Then::Halt, Then::StartSecond, Then::Garbage(Place::Disk, Garbage::Loop)] {
             let image = vmlinux("hello\n", then);
             assert_eq!(&image[..4], b"\x7fELF");
             assert!(image.len() < 0x1000 + 400, "{then:?}");

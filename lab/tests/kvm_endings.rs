@@ -8,16 +8,23 @@
 
 mod common;
 
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use common::{PATIENCE, have_kvm, start};
-use mica_lab::one_vm::{Boot, memfd_of};
-use mica_lab::tiny_guest::{ALL_GARBAGE, Then, vmlinux};
+use common::{PATIENCE, fresh_id, have_kvm, start};
+use mica_lab::one_vm::{Boot, OneVm, find_mica_vm, memfd_of};
+use mica_lab::tiny_guest::{ALL_GARBAGE, ALL_PLACES, Place, Then, vmlinux};
 use mica_wire::vm::{Command, Ending, Event};
 
 /// Runs a guest until it ends by itself: its ending, and the text on its console.
 fn run_to_end(boot: &Boot) -> (Ending, String) {
-    let vm = start(boot);
+    until_end(start(boot))
+}
+
+/// Waits until a guest ends by itself.
+fn until_end(vm: OneVm) -> (Ending, String) {
     loop {
         match vm.next_event(PATIENCE).unwrap() {
             Some(Event::Ended(ending)) => {
@@ -26,7 +33,10 @@ fn run_to_end(boot: &Boot) -> (Ending, String) {
                 return (ending, text);
             }
             Some(_) => {}
-            None => panic!("mica-vm ended without a word; console: {}", vm.console_text()),
+            None => {
+                let text = vm.console_text();
+                panic!("mica-vm ended without a word, {:?}; console: {text}", vm.wait(PATIENCE))
+            }
         }
     }
 }
@@ -93,6 +103,41 @@ fn a_spinning_guest_is_stopped_when_the_shard_hangs_up() {
 }
 
 #[test]
+fn a_guest_that_is_stopped_as_it_starts_ends() {
+    if !have_kvm() {
+        return;
+    }
+    let mut boot = Boot::of_image(&vmlinux("", Then::Spin)).unwrap();
+    boot.vcpus = 8;
+    for _ in 0..40 {
+        let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+        vm.expect(&Event::Jailed, PATIENCE).unwrap();
+        // Both at once: the stop is read before some of the vCPU threads are in the guest.
+        vm.boot(&boot).unwrap();
+        vm.send(&Command::Stop, &[]).unwrap();
+        vm.expect(&Event::Started, PATIENCE).unwrap();
+        vm.expect(&Event::Ended(Ending::Asked), PATIENCE).unwrap();
+        assert!(vm.wait(PATIENCE).unwrap().success());
+    }
+}
+
+#[test]
+fn the_ending_arrives_though_frames_were_left_unread() {
+    if !have_kvm() {
+        return;
+    }
+    for _ in 0..10 {
+        let vm = start(&Boot::of_image(&vmlinux("", Then::Idle)).unwrap());
+        let (_near, far) = UnixStream::pair().unwrap();
+        vm.send(&Command::Stop, &[]).unwrap();
+        // Nobody reads this one; it may also come too late to be sent.
+        let sent = vm.send(&Command::OpenStream { vsock_port: 1 }, &[far.as_fd()]);
+        let event = vm.next_event(PATIENCE).unwrap();
+        assert_eq!(event, Some(Event::Ended(Ending::Asked)), "{sent:?}");
+    }
+}
+
+#[test]
 fn a_console_flood_stays_in_its_ring() {
     if !have_kvm() {
         return;
@@ -123,19 +168,66 @@ fn memory_is_there_as_far_as_it_was_asked_for() {
     assert_eq!(vm.console_text(), ".");
 }
 
+/// A VM with every device.
+fn with_disk(then: Then) -> Boot {
+    let mut boot = Boot::of_image(&vmlinux("g", then)).unwrap();
+    boot.disk = Some(memfd_of("disk", &[0; 4096]).unwrap());
+    boot
+}
+
 #[test]
-fn garbage_in_a_virtqueue_ends_the_guest_that_wrote_it() {
+fn garbage_in_a_virtqueue_ends_the_guest_that_wrote_it_and_no_other() {
     if !have_kvm() {
         return;
     }
-    for garbage in ALL_GARBAGE {
-        let mut boot = Boot::of_image(&vmlinux("g", Then::Garbage(garbage))).unwrap();
-        boot.disk = Some(memfd_of("disk", &[0; 4096]).unwrap());
-        let (ending, _) = run_to_end(&boot);
-        assert!(
-            matches!(&ending, Ending::GuestFault(words) if words.contains("blk")),
-            "{garbage:?}: {ending:?}"
-        );
+    let neighbour = start(&with_disk(Then::Idle));
+    neighbour.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
+    for place in ALL_PLACES {
+        for garbage in ALL_GARBAGE {
+            let vm = start(&with_disk(Then::Garbage(place, garbage)));
+            // Something to deliver, so that every queue is looked at.
+            let (_near, far) = UnixStream::pair().unwrap();
+            // A guest that has ended already does not take it.
+            let sent = vm.send(&Command::OpenStream { vsock_port: 1 }, &[far.as_fd()]);
+            let (ending, _) = until_end(vm);
+            let name = match place {
+                Place::Disk => "blk",
+                Place::VsockToGuest | Place::VsockFromGuest => "vsock",
+                Place::Rng => "rng",
+            };
+            assert!(
+                matches!(&ending, Ending::GuestFault(words) if words.contains(name)),
+                "{place:?} {garbage:?}: {ending:?}, {sent:?}"
+            );
+        }
+    }
+    neighbour.send(&Command::Stop, &[]).unwrap();
+    neighbour.expect(&Event::Ended(Ending::Asked), PATIENCE).unwrap();
+}
+
+#[test]
+fn a_reset_of_the_vsock_device_ends_its_streams_and_nothing_else() {
+    if !have_kvm() {
+        return;
+    }
+    let vm = start(&with_disk(Then::ResetVsock));
+    let (mut near, far) = UnixStream::pair().unwrap();
+    vm.send(&Command::OpenStream { vsock_port: 1 }, &[far.as_fd()]).unwrap();
+    drop(far);
+    near.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(near.read(&mut [0]).unwrap(), 0, "the stream ended");
+    assert_eq!(until_end(vm), (Ending::Halted, "gr".to_owned()));
+}
+
+#[test]
+fn scribbled_registers_are_a_fault_or_nothing() {
+    if !have_kvm() {
+        return;
+    }
+    for seed in 0..20 {
+        let (ending, _) = run_to_end(&with_disk(Then::Scribble(seed)));
+        let expected = matches!(ending, Ending::GuestFault(_) | Ending::Halted);
+        assert!(expected, "seed {seed}: {ending:?}");
     }
 }
 

@@ -16,6 +16,9 @@ use common::{PATIENCE, fresh_id, have_kvm, start};
 use mica_lab::one_vm::{Boot, OneVm, find_mica_vm, memfd_of};
 use mica_lab::tiny_guest::{Then, vmlinux};
 use mica_wire::vm::{BootConfig, Command, Ending, Event, FdRole};
+use rustix::thread::{
+    CapabilitiesSecureBits, capabilities, set_capabilities, set_capabilities_secure_bits,
+};
 
 fn idle() -> Boot {
     let mut boot = Boot::of_image(&vmlinux("up\n", Then::Idle)).unwrap();
@@ -47,9 +50,27 @@ fn every_thread_has_its_own_user_no_privilege_and_a_filter() {
     if !have_kvm() {
         return;
     }
-    let vm = running();
+    check_threads(&running());
+}
+
+#[test]
+fn privileges_that_a_change_of_user_does_not_clear_are_cleared() {
+    if !have_kvm() {
+        return;
+    }
+    // Those of this thread, so of the process that it starts: capabilities outlive the next setuid,
+    // and some are inheritable, which no setuid clears.
+    let mut sets = capabilities(None).unwrap();
+    sets.inheritable = sets.permitted;
+    set_capabilities(None, sets).unwrap();
+    set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP).unwrap();
+    check_threads(&running());
+}
+
+/// That no thread of a running VM has more than it needs.
+fn check_threads(vm: &OneVm) {
     let tasks: Vec<_> =
-        fs::read_dir(proc(&vm).join("task")).unwrap().map(|task| task.unwrap().path()).collect();
+        fs::read_dir(proc(vm).join("task")).unwrap().map(|task| task.unwrap().path()).collect();
     assert!(tasks.len() >= 4, "control, devices and two vCPUs, got {tasks:?}");
     for task in tasks {
         let name = fs::read_to_string(task.join("comm")).unwrap();
@@ -66,7 +87,7 @@ fn every_thread_has_its_own_user_no_privilege_and_a_filter() {
         assert_eq!(status(&file, "NoNewPrivs"), "1", "{name}");
         assert_eq!(status(&file, "Seccomp"), "2", "{name}");
         assert_eq!(status(&file, "Seccomp_filters"), "2", "{name}");
-        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb", "CapBnd"] {
             assert_eq!(status(&file, set), "0000000000000000", "{name} {set}");
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use mica_wire::vm::{BootConfig, Command, ControlSocket, Ending, Event, SocketError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::build::{self, Built, Running};
@@ -44,7 +45,21 @@ pub fn serve(socket: &ControlSocket) -> Result<(), SocketError> {
         Ok((config, fds)) => boot(socket, &config, fds),
         Err(ending) => ending,
     };
+    stop_listening(socket)?;
     socket.send_event(&Event::Ended(ending))
+}
+
+/// Refuses further frames and throws away those that wait. A socket that is closed with frames unread
+/// resets the connection, and the other end is told of that before it gets the last event.
+fn stop_listening(socket: &ControlSocket) -> Result<(), SocketError> {
+    shutdown(socket, Shutdown::Read)?;
+    loop {
+        match socket.receive_command() {
+            Ok(_) | Err(SocketError::Frame(_) | SocketError::Truncated) => {}
+            Err(SocketError::Closed) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn first_frame(socket: &ControlSocket) -> Result<(BootConfig, Vec<OwnedFd>), Ending> {

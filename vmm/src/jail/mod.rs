@@ -17,7 +17,8 @@ use rustix::mount::{
 use rustix::process::{DumpableBehavior, chdir, pivot_root, set_dumpable_behavior, umask};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::thread::{
-    UnshareFlags, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    CapabilitySet, CapabilitySets, UnshareFlags, remove_capability_from_bounding_set,
+    set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
 /// Who the process becomes.
@@ -95,11 +96,29 @@ fn enter_empty_root() -> Result<(), JailError> {
 fn drop_privileges(ids: Ids) -> Result<(), JailError> {
     let (uid, gid) = (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid));
     umask(Mode::from_raw_mode(0o777));
+    // There is one thread yet, so "of the thread" is "of the process".
+    empty_bounding_set().map_err(step("empty its bounding set"))?;
     set_thread_groups(&[]).map_err(step("drop its groups"))?;
-    // There is one thread yet, so "of the thread" is "of the process". Leaving user 0 also clears
-    // every capability.
     set_thread_res_gid(gid, gid, gid).map_err(step("change its group"))?;
     set_thread_res_uid(uid, uid, uid).map_err(step("change its user"))?;
+    // Leaving user 0 clears most of them, unless the secure bits say otherwise, and not the
+    // inheritable ones.
+    let none = CapabilitySet::empty();
+    let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(None, none).map_err(step("drop its capabilities"))?;
     set_no_new_privs(true).map_err(step("give up new privileges"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("become undumpable"))
+}
+
+/// Takes away what a program could bring back by being run, though no filter lets one be run.
+fn empty_bounding_set() -> Result<(), Errno> {
+    for bit in 0..u64::BITS {
+        match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
+            Ok(()) => {}
+            // The first that this kernel does not know: it has none above either.
+            Err(Errno::INVAL) => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }

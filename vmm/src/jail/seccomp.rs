@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | Setup | from the jail to the start of the guest | KVM set-up, rings, threads, images |
 //! | Control | the first thread, then | frames, poll, kicks |
-//! | Vcpu | while guest code runs | `KVM_RUN`, two state reads, events |
+//! | Vcpu | while guest code runs | `KVM_RUN`, two state reads, events, closing sockets |
 //! | Devices | while guest code runs | epoll, the disk ring, sockets already open |
 
 use std::collections::BTreeMap;
@@ -111,8 +111,18 @@ const SETUP: &[c_long] = &[
     libc::SYS_statx,
 ];
 
-const CONTROL: &[c_long] =
-    &[libc::SYS_poll, libc::SYS_ppoll, libc::SYS_recvmsg, libc::SYS_sendmsg, libc::SYS_tgkill];
+const CONTROL: &[c_long] = &[
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_tgkill,
+];
+
+/// A guest that resets its vsock device closes the streams on the vCPU thread that wrote the register;
+/// and the last thread to leave drops the devices.
+const VCPU: &[c_long] = &[libc::SYS_epoll_ctl, libc::SYS_shutdown];
 
 const DEVICES: &[c_long] = &[
     libc::SYS_epoll_ctl,
@@ -184,7 +194,10 @@ fn rules(kind: ThreadKind) -> Compiled<Rules> {
             allow(CONTROL);
             Vec::new()
         }
-        ThreadKind::Vcpu => KVM_RUNNING.to_vec(),
+        ThreadKind::Vcpu => {
+            allow(VCPU);
+            KVM_RUNNING.to_vec()
+        }
         ThreadKind::Devices => {
             allow(DEVICES);
             Vec::new()

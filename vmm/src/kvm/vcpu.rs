@@ -42,7 +42,7 @@ pub enum Parked {
     ForGood,
 }
 
-/// Asked each time a vCPU was kicked out of the guest.
+/// Asked before a vCPU first enters the guest, and each time it was kicked out.
 pub trait Pause {
     /// Whether to leave the run loop.
     fn leave(&self, parked: Parked) -> bool;
@@ -78,6 +78,10 @@ impl Vcpu {
     }
 
     fn run_reachable(&mut self, exits: &impl Exits, pause: &impl Pause) -> Result<(), Ending> {
+        // A kick that came before this thread was reachable is lost; what it was for is not.
+        if pause.leave(Parked::No) {
+            return Ok(());
+        }
         loop {
             match self.fd.run() {
                 Ok(VcpuExit::Intr) => {}

@@ -255,7 +255,10 @@ impl MmioDevice {
     /// Runs the device once, and interrupts the driver if that is due.
     pub(super) fn process(&self, ready: Ready) -> Result<Progress, DeviceError> {
         let mut guard = self.lock();
+        // Nothing is taken or given before DRIVER_OK (3.1.1), nor once a reset is due.
+        let live = guard.is_between(status::DRIVER_OK, status::FAILED);
         let State { device, queues, .. } = &mut *guard;
+        queues.iter_mut().for_each(|queue| queue.set_live(live));
         let progress = device.process(queues, &self.memory, ready)?;
         let mut interrupt = false;
         for queue in queues {

@@ -52,6 +52,32 @@ fn a_driver_comes_up_gets_bytes_and_an_interrupt() {
 }
 
 #[test]
+fn nothing_is_served_before_driver_ok_nor_once_a_reset_is_due() {
+    let mut driver = rng();
+    driver.start(u64::MAX);
+    // Once more by hand, up to the last step.
+    driver.negotiate(u64::MAX);
+    driver.describe(&driver.rings[0]);
+    driver.write(0x44, 1);
+    driver.add(0, &[], &[(0x10_0000, 64)]);
+    driver.kick(0);
+    driver.run().unwrap();
+    assert_eq!(driver.take_used(0), None, "not before DRIVER_OK");
+    assert!(!driver.line.clear().unwrap());
+    driver.write(0x70, 15);
+    driver.run().unwrap();
+    assert_eq!(driver.take_used(0), Some((0, 64)), "what waited is served then");
+    for (status, why) in [(1, "needs a reset"), (0x8f, "has failed")] {
+        driver.start(u64::MAX);
+        driver.write(0x70, status);
+        driver.add(0, &[], &[(0x10_0000, 64)]);
+        driver.kick(0);
+        driver.run().unwrap();
+        assert_eq!(driver.take_used(0), None, "{why}");
+    }
+}
+
+#[test]
 fn a_driver_that_wants_no_interrupts_gets_none() {
     let mut driver = rng();
     driver.start(VERSION_1);

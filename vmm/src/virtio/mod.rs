@@ -121,7 +121,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Does a bounded amount of work. Called on the device thread only, also before the driver is
-    /// ready and after a reset; the queues are not ready then: they give no chains and take none.
+    /// ready and after a reset; the queues are not live then: they give no chains and take none.
     ///
     /// # Errors
     /// When the guest broke a rule, or the host failed. Either ends the VM.

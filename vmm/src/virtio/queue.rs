@@ -116,6 +116,7 @@ pub struct VirtQueue {
     device: DeviceKind,
     index: u16,
     queue: Queue,
+    live: bool,
     used_since_interrupt: bool,
 }
 
@@ -127,7 +128,7 @@ impl VirtQueue {
             return None;
         }
         let queue = Queue::new(size_max).ok()?;
-        Some(Self { device, index, queue, used_since_interrupt: false })
+        Some(Self { device, index, queue, live: false, used_since_interrupt: false })
     }
 
     /// The fault of breaking `rule` on this queue.
@@ -137,9 +138,20 @@ impl VirtQueue {
     }
 
     /// Whether the driver has set it up and not taken it back.
-    #[must_use]
-    pub fn is_ready(&self) -> bool {
+    pub(super) fn is_ready(&self) -> bool {
         self.queue.ready()
+    }
+
+    /// Whether the device may touch it: it is ready, and so is the driver. A driver may set a queue
+    /// up and take it back as often as it likes before that.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        self.live && self.queue.ready()
+    }
+
+    /// Says whether the driver is ready.
+    pub(super) fn set_live(&mut self, live: bool) {
+        self.live = live;
     }
 
     pub(super) fn size_max(&self) -> u16 {
@@ -181,7 +193,7 @@ impl VirtQueue {
     /// # Errors
     /// When the ring or the chain is not in form.
     pub fn pop(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<bool, GuestFault> {
-        if !self.queue.ready() {
+        if !self.is_live() {
             return Ok(false);
         }
         let next = match self.queue.iter(memory) {
@@ -227,7 +239,7 @@ impl VirtQueue {
         self.queue.go_to_previous_position();
     }
 
-    /// Returns a chain with `bytes` written. Does nothing when the queue is not ready any more.
+    /// Returns a chain with `bytes` written. Does nothing when the queue is not live any more.
     ///
     /// # Errors
     /// When the used ring is gone from memory, which set-up excludes.
@@ -237,7 +249,7 @@ impl VirtQueue {
         head: u16,
         bytes: u32,
     ) -> Result<(), GuestFault> {
-        if !self.queue.ready() {
+        if !self.is_live() {
             return Ok(());
         }
         self.used_since_interrupt = true;
@@ -249,7 +261,7 @@ impl VirtQueue {
     /// # Errors
     /// When the ring is gone from memory, which set-up excludes.
     pub fn disable_kicks(&mut self, memory: &GuestRam) -> Result<(), GuestFault> {
-        if !self.queue.ready() {
+        if !self.is_live() {
             return Ok(());
         }
         self.queue.disable_notification(memory).map_err(|_| self.fault(Rule::QueueOutsideMemory))
@@ -260,7 +272,7 @@ impl VirtQueue {
     /// # Errors
     /// When the ring is gone from memory, which set-up excludes.
     pub fn enable_kicks(&mut self, memory: &GuestRam) -> Result<bool, GuestFault> {
-        if !self.queue.ready() {
+        if !self.is_live() {
             return Ok(false);
         }
         self.queue.enable_notification(memory).map_err(|_| self.fault(Rule::QueueOutsideMemory))
@@ -268,7 +280,7 @@ impl VirtQueue {
 
     /// Whether the driver wants an interrupt for what was returned since the last call.
     pub(super) fn take_interrupt(&mut self, memory: &GuestRam) -> Result<bool, GuestFault> {
-        if !std::mem::take(&mut self.used_since_interrupt) || !self.queue.ready() {
+        if !std::mem::take(&mut self.used_since_interrupt) || !self.is_live() {
             return Ok(false);
         }
         let suppressed = !self.queue.event_idx_enabled() && self.interrupts_off(memory)?;

@@ -210,7 +210,7 @@ impl Blk {
         while taken < STEPS_PER_ROUND {
             let Some((slot, moved)) = self.ring.complete() else { break };
             taken += 1;
-            let live = self.began[slot.index()] == self.generation && queue.is_ready();
+            let live = self.began[slot.index()] == self.generation && queue.is_live();
             if live {
                 self.advance(slot, moved, queue, memory)?;
             } else {
