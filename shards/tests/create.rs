@@ -137,6 +137,38 @@ fn a_client_that_goes_away_leaves_nothing() {
 }
 
 #[test]
+fn what_nobody_wants_any_more_is_not_begun() {
+    const CREATES: usize = 40;
+    let bench = Bench::new();
+    let begun = bench.root.join("begun");
+    let program = bench.program("never-rings");
+    let exec = std::fs::read_to_string(&program).unwrap();
+    let (shell, exec) = exec.split_once('\n').unwrap();
+    let text = format!("{shell}\necho begun >> {}\n{exec}", begun.display());
+    let cgroup = bench.cgroup.clone();
+    let config = bench.config("never-rings");
+    std::fs::write(&program, text).unwrap();
+    let ended = bench.host_with(config, move |host| async move {
+        let creates: Vec<_> = (0..CREATES)
+            .map(|_| {
+                let host = host.clone();
+                rt::spawn(async move { host.create(request("agent")).await })
+            })
+            .collect();
+        rt::yield_now().await;
+        for create in creates {
+            create.end().await;
+        }
+        eventually("all are taken back", async || std::fs::read_dir(&cgroup).unwrap().all(is_file))
+            .await;
+    });
+    ended.unwrap();
+    let begun = std::fs::read_to_string(begun).unwrap_or_default().lines().count();
+    assert!(begun < CREATES / 2, "{begun} VM processes were started for nobody");
+    assert_eq!(bench.leftovers(), Leftovers::default());
+}
+
+#[test]
 fn a_sandbox_can_be_killed_while_it_boots() {
     let bench = Bench::new();
     let cgroup = bench.cgroup.clone();

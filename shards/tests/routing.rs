@@ -37,6 +37,10 @@ async fn flood(host: Host, release: Sender<()>) {
     }
     // Each of them has sent by the time this timer is over: it is behind them all.
     rt::time::sleep(Duration::from_millis(1)).await;
+    // What needs every shard is refused as well, and does not wait for the one that is held.
+    let begun = rt::time::Instant::now();
+    assert!(matches!(host.list().await, Err(ShardError::Busy)));
+    assert!(begun.elapsed() < Duration::from_secs(1));
     release.send(()).unwrap();
     let (mut busy, mut answered) = (0, 0);
     for task in tasks {

@@ -7,6 +7,8 @@ use std::future::{Future, pending};
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_lite::FutureExt;
@@ -76,6 +78,9 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>) {
     loop {
         let Some(event) = driver.next().await else { continue };
         let effects = driver.sandbox.state.borrow_mut().advance(driver.ready, event);
+        if driver.sandbox.is_ending() {
+            driver.sandbox.unwanted.store(true, Ordering::Relaxed);
+        }
         for effect in effects {
             driver.perform(effect).await;
         }
@@ -87,8 +92,16 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>) {
 
 fn prepare(workshop: Workshop, sandbox: &Sandbox) -> Work {
     let (id, uid, template) = (sandbox.id, sandbox.uid, sandbox.request.template.clone());
+    let unwanted = Arc::clone(&sandbox.unwanted);
     Box::pin(async move {
-        let made = rt::blocking(move || workshop.prepare(&id, &template, uid).map(Box::new)).await;
+        let make = move || {
+            // It may have waited for a thread longer than its client waited for it.
+            if unwanted.load(Ordering::Relaxed) {
+                return Err(Cause::Killed);
+            }
+            workshop.prepare(&id, &template, uid).map(Box::new)
+        };
+        let made = rt::blocking(make).await;
         Done::Prepared(made.unwrap_or_else(|error| {
             Err(match error {
                 BlockingError::Full => Cause::Busy,

@@ -11,6 +11,8 @@ mod state;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use mica_numa::rt::oneshot;
@@ -39,6 +41,8 @@ pub(crate) struct Sandbox {
     request: CreateRequest,
     access_token: Option<String>,
     state: RefCell<State>,
+    /// Whether its end has been decided, for the blocking thread that is to make it.
+    unwanted: Arc<AtomicBool>,
     /// What its driver has not seen yet.
     queue: Queue,
     /// While it runs: what others see of it.
@@ -67,6 +71,7 @@ impl Sandbox {
             request,
             access_token,
             state: RefCell::new(State::Starting),
+            unwanted: Arc::default(),
             queue: Queue::default(),
             info: RefCell::new(None),
             control: RefCell::new(None),

@@ -17,8 +17,9 @@
 //!                        ▼
 //!                       Gone
 //! ```
-//! Starting cannot be interrupted half way: what is being made is finished, then taken back. Every
-//! way to the end goes through Stopping, whose one effect takes back everything at once.
+//! Starting cannot be interrupted half way: what is being made is finished, then taken back; what
+//! still waits to be made is not begun. Every way to the end goes through Stopping, whose one effect
+//! takes back everything at once.
 
 use std::mem;
 
