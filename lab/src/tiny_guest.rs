@@ -99,6 +99,9 @@ pub enum Then {
     Scribble(u32),
     /// Starts the second vCPU, which says `2` and halts, then halts too.
     StartSecond,
+    /// Puts the other vCPUs into the state that INIT leaves them in, as Linux does before it halts,
+    /// then halts.
+    InitOthers,
 }
 
 /// A vmlinux that writes `text` to the console and then does `then`.
@@ -137,6 +140,10 @@ pub fn vmlinux(text: &str, then: Then) -> Vec<u8> {
         Then::ResetVsock => reset_vsock(&mut code),
         Then::Scribble(seed) => scribble(&mut code, seed),
         Then::StartSecond => start_second(&mut code),
+        Then::InitOthers => {
+            init_others(&mut code);
+            code.halt();
+        }
     }
     elf(&code.code)
 }
@@ -157,19 +164,26 @@ fn touch_pages(code: &mut Assembler, pages: u32) {
 fn start_second(code: &mut Assembler) {
     // mov dx, 0x3f8; mov al, '2'; out dx, al; cli; hlt; jmp back to the hlt
     const REAL_MODE: [u8; 10] = [0xba, 0xf8, 0x03, 0xb0, b'2', 0xee, 0xfa, 0xf4, 0xeb, 0xfd];
-    const ICR_LOW: u32 = 0x300;
-    const INIT_ALL_BUT_SELF: u32 = 0x000c_4500;
     const SIPI_ALL_BUT_SELF: u32 = 0x000c_4600;
     code.set_rbx(TRAMPOLINE);
     for (at, byte) in (0u32..).zip(REAL_MODE) {
         code.store_u8(at, byte);
     }
+    init_others(code);
+    code.store_u32(ICR_LOW, SIPI_ALL_BUT_SELF | 8);
+    code.halt();
+}
+
+/// Low half of the interrupt command register.
+const ICR_LOW: u32 = 0x300;
+
+/// Sends INIT to the other processors. Leaves the base of stores at the local APIC.
+fn init_others(code: &mut Assembler) {
+    const INIT_ALL_BUT_SELF: u32 = 0x000c_4500;
     code.set_rbx(LOCAL_APIC);
     // Software-enable the local APIC.
     code.store_u32(0xf0, 0x1ff);
     code.store_u32(ICR_LOW, INIT_ALL_BUT_SELF);
-    code.store_u32(ICR_LOW, SIPI_ALL_BUT_SELF | 8);
-    code.halt();
 }
 
 /// The parts of a queue, from [`SCRATCH`] on.

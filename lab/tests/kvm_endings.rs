@@ -250,3 +250,13 @@ fn a_second_vcpu_starts_and_both_halting_is_a_halt() {
     boot.vcpus = 2;
     assert_eq!(run_to_end(&boot), (Ending::Halted, "12".to_owned()));
 }
+
+#[test]
+fn a_halt_that_leaves_the_other_vcpus_in_init_is_found_out() {
+    if !have_kvm() {
+        return;
+    }
+    let mut boot = Boot::of_image(&vmlinux("1", Then::InitOthers)).unwrap();
+    boot.vcpus = 2;
+    assert_eq!(run_to_end(&boot), (Ending::Halted, "1".to_owned()));
+}

@@ -4,7 +4,7 @@
 //! into an [`Ending`], and refuses to interpret anything itself. Runs until the guest ends or
 //! [`Pause`] says so.
 
-use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED};
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use mica_wire::vm::Ending;
 
@@ -38,7 +38,8 @@ pub trait Exits {
 pub enum Parked {
     /// It runs, or an interrupt could wake it.
     No,
-    /// Halted with interrupts off, or never started: only another vCPU could wake it.
+    /// Halted with interrupts off, never started, or waiting in INIT to be started again: only
+    /// another vCPU could wake it.
     ForGood,
 }
 
@@ -104,7 +105,7 @@ impl Vcpu {
     fn parked(&self) -> Result<Parked, Ending> {
         let internal = |error| Ending::Internal(format!("reading vCPU state failed: {error}"));
         match self.fd.get_mp_state().map_err(internal)?.mp_state {
-            KVM_MP_STATE_UNINITIALIZED => Ok(Parked::ForGood),
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => Ok(Parked::ForGood),
             KVM_MP_STATE_HALTED => {
                 let rflags = self.fd.get_regs().map_err(internal)?.rflags;
                 Ok(if rflags & RFLAGS_INTERRUPTS == 0 { Parked::ForGood } else { Parked::No })
