@@ -88,7 +88,7 @@ def test_nothing_is_left_after_fifty_rounds():
         sandbox = make("tiny-base")
         assert sandbox.kill(**SLOW) is True
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(round_trip, range(50)))
     settled(before)
 

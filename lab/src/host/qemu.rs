@@ -95,8 +95,19 @@ fn network(lab: &Lab) -> String {
     )
 }
 
+/// A host that died says why on its console, and the next start must not wipe that away.
+fn keep_last_console(home: &Home) -> Result<()> {
+    match fs::rename(home.console_log(), home.file("console.last.log")) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).context("keep the console log of the last start")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Starts QEMU in the background. Returns when it has set itself up.
 pub fn start(home: &Home, lab: &Lab, image: &Image) -> Result<()> {
+    keep_last_console(home)?;
     fs::write(home.console_log(), "").context("empty the console log")?;
     let arguments = arguments(home, lab, image);
     run::capture("start QEMU", Command::new("qemu-system-x86_64").args(arguments)).map(drop)
