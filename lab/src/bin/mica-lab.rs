@@ -9,7 +9,7 @@ use mica_lab::host::drives::TOOLS;
 use mica_lab::host::options::Shape;
 use mica_lab::host::qemu::CHANNEL_PORT_INSIDE;
 use mica_lab::host::state::Home;
-use mica_lab::host::{down, ensure, foreground, progress, status, template, up};
+use mica_lab::host::{down, ensure, foreground, keys, progress, status, template, up};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -159,5 +159,7 @@ fn inside() -> Result<()> {
     let token = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, CHANNEL_PORT_INSIDE))
         .context("listen for the exec channel")?;
+    // The host works without it, only less long.
+    let _idle = keys::hold().inspect_err(|error| eprintln!("mica-lab inside: {error:#}"));
     server::serve(&listener, token)
 }

@@ -13,6 +13,7 @@ pub mod drives;
 pub mod ensure;
 pub mod foreground;
 pub mod image;
+pub mod keys;
 pub mod options;
 pub mod progress;
 pub mod qemu;
