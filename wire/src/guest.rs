@@ -9,7 +9,7 @@
 //!              ◀── 1 byte Verdict
 //!              ◀─▶ bytes of the TCP port asked for, or one control exchange
 //! ```
-//! A control exchange is one line of JSON each way ([`InitRequest`], [`InitReply`]), at most
+//! A control exchange is one line of JSON each way ([`ControlRequest`], [`ControlReply`]), at most
 //! [`CONTROL_LINE_BYTES_MAX`] long with its newline, and then the connection is closed.
 
 use std::collections::BTreeMap;
@@ -112,24 +112,44 @@ impl Verdict {
     }
 }
 
-/// What the host tells a sandbox about itself, once, before anyone else may talk to it.
+/// What the host asks the agent itself. Only the host can: a guest's programs do not reach it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlRequest {
+    /// Start every service of the template and answer when all of them would answer a client at
+    /// once. Sent while a template is made, before it is frozen; the sandbox has no identity yet.
+    Warm {
+        /// How long that may take.
+        deadline_ms: u64,
+    },
+    /// Take on an identity: after every restore, rollback and resume, before anyone else may talk
+    /// to the sandbox. The last one counts.
+    Init(InitRequest),
+}
+
+/// What the host tells a sandbox about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InitRequest {
     /// Becomes the host name and `E2B_SANDBOX_ID`.
     pub sandbox_id: String,
     /// Becomes `E2B_TEMPLATE_ID`.
     pub template_id: String,
+    /// Becomes `/etc/machine-id`: 32 characters of 0-9 and a-f, drawn for each sandbox.
+    pub machine_id: String,
     /// The token that envd requests must carry; `None` leaves envd open.
     pub access_token: Option<String>,
-    /// Environment of every process started in the sandbox.
+    /// Environment of every process started in the sandbox, kernels that run already included.
     pub env_vars: BTreeMap<String, String>,
     /// The wall clock of the host, in nanoseconds since the Unix epoch.
     pub wall_clock_unix_ns: u64,
+    /// Whether this is another sandbox than the state was saved in (a create or a clone), and not
+    /// the same one going on (a resume or a rollback).
+    pub new_sandbox: bool,
 }
 
-/// The agent's answer to [`InitRequest`].
+/// The agent's answer to a [`ControlRequest`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InitReply {
+pub struct ControlReply {
     /// [`ENVD_VERSION`] of the agent in the template.
     pub envd_version: String,
     /// Set when the request could not be carried out.

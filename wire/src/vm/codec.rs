@@ -6,7 +6,7 @@
 //! ```text
 //!  0      4         6          8
 //!  ┌──────┬─────────┬──────────┬───────────────────┐
-//!  │ MVM1 │ version │ reserved │ rkyv archive      │   integers little endian
+//!  │ MVM2 │ version │ reserved │ rkyv archive      │   integers little endian
 //!  └──────┴─────────┴──────────┴───────────────────┘
 //! ```
 
@@ -18,8 +18,8 @@ use super::{Command, Event};
 /// Longest frame, header included. A receive buffer of this size never truncates a packet.
 pub const FRAME_BYTES_MAX: usize = 16 * 1024;
 
-const MAGIC: [u8; 4] = *b"MVM1";
-const VERSION: u16 = 1;
+const MAGIC: [u8; 4] = *b"MVM2";
+const VERSION: u16 = 2;
 const HEADER_BYTES: usize = 8;
 
 /// Why bytes are not a frame, or a value does not become one.
@@ -108,12 +108,9 @@ mod tests {
 
     fn boot() -> Command {
         Command::Boot(BootConfig {
-            vcpus: 2,
-            memory_mib: 512,
             cmdline: "console=ttyS0".to_owned(),
             disk_read_only: false,
-            console_bytes: 65536,
-            fds: vec![FdRole::Kvm, FdRole::Kernel, FdRole::Console],
+            fds: vec![FdRole::Kernel, FdRole::Disk],
         })
     }
 

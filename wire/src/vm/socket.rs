@@ -17,10 +17,10 @@ use rustix::net::{
 use super::codec::{
     FRAME_BYTES_MAX, FrameError, decode_command, decode_event, encode_command, encode_event,
 };
-use super::{Command, Event};
+use super::{Command, Event, LAYERS_MAX};
 
-/// Most descriptors beside one frame: one of each role.
-pub const FDS_PER_FRAME_MAX: usize = 6;
+/// Most descriptors beside one frame: every layer, and a disk.
+pub const FDS_PER_FRAME_MAX: usize = LAYERS_MAX + 1;
 
 /// Why a frame was not sent or received.
 #[derive(Debug, thiserror::Error)]
