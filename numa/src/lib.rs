@@ -9,6 +9,7 @@
 
 mod bell;
 mod blocking;
+pub mod io;
 pub mod mailbox;
 pub mod plan;
 pub mod preflight;
