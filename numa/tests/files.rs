@@ -180,7 +180,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Two tenants share one buffer. Each has a file of its own that holds its own letter, writes only
     /// its letter, and must find nothing but its letter and zeroes.
