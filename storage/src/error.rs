@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use mica_units::SandboxId;
 
+use crate::layer::LayerError;
 use crate::manifest::ManifestError;
 
 /// The result of a store operation.
@@ -74,6 +75,15 @@ pub enum StorageError {
         /// Which check.
         #[source]
         source: ManifestError,
+    },
+    /// A layer failed a check.
+    #[error("the memory layer {} cannot be used", path.display())]
+    Layer {
+        /// The file.
+        path: PathBuf,
+        /// Which check.
+        #[source]
+        source: LayerError,
     },
     /// A template of this name is there already.
     #[error("a template named `{name}` exists; delete it first or ask for it to be replaced")]

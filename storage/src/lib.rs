@@ -24,6 +24,8 @@ mod archive;
 mod crash_tests;
 mod crashsafe;
 mod error;
+mod id;
+mod layer;
 mod manifest;
 mod sparse;
 mod staging;
@@ -31,12 +33,20 @@ mod store;
 mod template;
 #[cfg(test)]
 mod testing;
+mod writer;
 
 pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};
+pub use layer::{
+    CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId, LayerIdError,
+    LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, restrict,
+};
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,
 };
 pub use staging::{Staging, TemplateSpec};
 pub use store::Store;
 pub use template::{Part, Template};
+pub use writer::{
+    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, run_blocking,
+};

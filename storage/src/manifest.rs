@@ -18,8 +18,10 @@ use rkyv::rancor;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::id::is_id;
+
 /// Characters of a template id.
-pub const TEMPLATE_ID_CHARS: usize = 20;
+pub const TEMPLATE_ID_CHARS: usize = crate::id::CHARS;
 /// The largest manifest that is read.
 pub const MANIFEST_BYTES_MAX: usize = 16 * 1024;
 
@@ -228,7 +230,7 @@ impl Manifest {
 
     /// Checks every bound that the field types do not already keep.
     fn check(&self) -> Result<(), ManifestError> {
-        if !is_template_id(&self.id) {
+        if !is_id(&self.id) {
             return Err(field("id", "it must be 20 characters of 0-9 and a-z"));
         }
         if !(1..=MEMORY_MIB_MAX).contains(&self.memory.count()) {
@@ -251,12 +253,6 @@ impl Manifest {
         }
         Ok(())
     }
-}
-
-/// Whether `text` has the form of a template id, so that it can be joined to a path.
-pub(crate) fn is_template_id(text: &str) -> bool {
-    text.len() == TEMPLATE_ID_CHARS
-        && text.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase())
 }
 
 /// The body, once the header and the checksum have been found right.

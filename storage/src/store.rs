@@ -15,7 +15,8 @@ use rustix::io::Errno;
 
 use crate::crashsafe::Disk;
 use crate::error::{Result, StorageError};
-use crate::manifest::{ManifestError, is_template_id};
+use crate::id::is_id;
+use crate::manifest::ManifestError;
 use crate::sparse::{self, Copied};
 use crate::template::{Template, open_read, read_manifest};
 
@@ -102,7 +103,7 @@ impl Store {
         {
             return Ok(Some(template));
         }
-        if !is_template_id(id_or_name) {
+        if !is_id(id_or_name) {
             return Ok(None);
         }
         for name in self.names()? {
@@ -210,7 +211,7 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(StorageError::io("read", &path, error)),
         };
-        match target.to_str().filter(|id| is_template_id(id)) {
+        match target.to_str().filter(|id| is_id(id)) {
             Some(id) => Ok(Some(id.to_owned())),
             None => Err(mismatch(&path, "it does not point at a template id")),
         }
