@@ -99,6 +99,18 @@ pub enum StorageError {
         /// Its id.
         id: String,
     },
+    /// A snapshot of this id is there already.
+    #[error("snapshot {id} exists already, or is being made")]
+    SnapshotExists {
+        /// Its id.
+        id: String,
+    },
+    /// The snapshot was deleted, or its layers were replaced, since it was looked up.
+    #[error("snapshot {id} was deleted or changed; look it up again")]
+    SnapshotGone {
+        /// Its id.
+        id: String,
+    },
     /// The template has no root disk to clone.
     #[error("template `{name}` has no disk, so a sandbox of it has none either")]
     NoDisk {
@@ -134,6 +146,11 @@ impl StorageError {
             }
             _ => Self::Io { operation, path, source },
         }
+    }
+
+    /// Whether the cause is a name that is taken.
+    pub(crate) fn is_already_there(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
     }
 
     /// Whether the cause is a file that is not there.
