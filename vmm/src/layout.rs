@@ -53,7 +53,7 @@ pub const HOLE_END: Gpa = Gpa::new(0x1_0000_0000);
 pub const MMIO_DEVICES: Gpa = Gpa::new(0xd000_0000);
 /// Bytes of registers for each device.
 pub const MMIO_DEVICE_BYTES: u64 = PAGE_BYTES;
-/// Most virtio-mmio devices: one interrupt line each, [`FIRST_DEVICE_GSI`] to 23.
+/// Most virtio-mmio devices: one interrupt line each, from [`FIRST_DEVICE_GSI`] on.
 pub const MMIO_DEVICES_MAX: usize = 8;
 /// I/O APIC, at the address every x86 kernel expects.
 pub const IOAPIC: u32 = 0xfec0_0000;
@@ -66,6 +66,9 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt line of the first virtio-mmio device; the n-th has the n-th after it.
 pub const FIRST_DEVICE_GSI: u32 = 5;
+/// Interrupt line of the Generic Event Device, which says that the generation id is a new one. Above
+/// the lines that the ISA bus gives a meaning.
+pub const GENERATION_GSI: u32 = 16;
 
 /// First port of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -114,8 +117,10 @@ const _: () = assert!(CMDLINE.raw() + CMDLINE_BYTES_MAX <= LOW_RAM_END.raw());
 const _: () = assert!(ACPI.raw() + ACPI_BYTES_MAX <= GENERATION_ID.raw());
 const _: () = assert!(GENERATION_ID.raw() + PAGE_BYTES <= BIOS.raw());
 const _: () = assert!(RESET_VECTOR.raw() + 16 == HIGH_RAM.raw());
-// The I/O APIC has 24 lines.
-const _: () = assert!(FIRST_DEVICE_GSI as usize + MMIO_DEVICES_MAX <= 24);
+// The I/O APIC has 24 lines; no two sources share one.
+const _: () = assert!(SERIAL_GSI < FIRST_DEVICE_GSI);
+const _: () = assert!(FIRST_DEVICE_GSI as usize + MMIO_DEVICES_MAX <= GENERATION_GSI as usize);
+const _: () = assert!(GENERATION_GSI < 24);
 const _: () =
     assert!(MMIO_DEVICES.raw() + MMIO_DEVICES_MAX as u64 * MMIO_DEVICE_BYTES <= IOAPIC as u64);
 const _: () = assert!(MEMORY_MIN.to_bytes() > HIGH_RAM.raw());

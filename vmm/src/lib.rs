@@ -17,6 +17,7 @@ mod bus;
 mod console;
 pub mod control;
 pub mod floor;
+pub mod generation;
 pub mod jail;
 mod kvm;
 mod layout;
