@@ -31,11 +31,13 @@ pub enum Place {
     VsockFromGuest,
     /// Requests for randomness.
     Rng,
+    /// Reports of free pages.
+    Balloon,
 }
 
 /// Every [`Place`].
-pub const ALL_PLACES: [Place; 4] =
-    [Place::Disk, Place::VsockToGuest, Place::VsockFromGuest, Place::Rng];
+pub const ALL_PLACES: [Place; 5] =
+    [Place::Disk, Place::VsockToGuest, Place::VsockFromGuest, Place::Rng, Place::Balloon];
 
 impl Place {
     /// Number of the device, and of its queue.
@@ -45,6 +47,7 @@ impl Place {
             Self::VsockToGuest => (1, 0),
             Self::VsockFromGuest => (1, 1),
             Self::Rng => (2, 0),
+            Self::Balloon => (3, 2),
         }
     }
 }
@@ -288,7 +291,7 @@ fn reset_vsock(code: &mut Assembler) {
 /// Stores to registers, in no order that a driver would keep.
 fn scribble(code: &mut Assembler, seed: u32) {
     const STORES: u32 = 300;
-    const DEVICES: u64 = 3;
+    const DEVICES: u64 = 4;
     let mut state = u64::from(seed);
     let mut random = |bound: u64| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);

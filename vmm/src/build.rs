@@ -24,7 +24,7 @@ use crate::memory::{self, GuestMemory, MemoryError};
 use crate::notices::Notices;
 use crate::vcpus::{Starting, ThreadError, VcpuThreads};
 use crate::virtio::{
-    Blk, BlkError, Connector, DeviceLoop, Event, MmioDevice, MmioError, QUEUE_NOTIFY, Rng,
+    Balloon, Blk, BlkError, Connector, DeviceLoop, Event, MmioDevice, MmioError, QUEUE_NOTIFY, Rng,
     VirtioDevice, Vsock,
 };
 
@@ -212,7 +212,7 @@ pub fn build(
     start_threads(machine, vcpus, &bus, devices, connector, notices)
 }
 
-/// The disk if there is one, vsock and rng: in this order in the guest.
+/// The disk if there is one, vsock, rng and balloon: in this order in the guest.
 fn make_devices(
     disk: Option<OwnedFd>,
     read_only: bool,
@@ -229,6 +229,7 @@ fn make_devices(
         Vsock::new(GUEST_CID, Box::new(move || doorbell.doorbell())).map_err(make("vsock"))?;
     devices.push(Box::new(vsock));
     devices.push(Box::new(Rng::new()));
+    devices.push(Box::new(Balloon::new()));
 
     let memory = Arc::new(memory.clone());
     let mut attached = Vec::with_capacity(devices.len());

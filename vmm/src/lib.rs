@@ -16,6 +16,7 @@ mod build;
 mod bus;
 mod console;
 pub mod control;
+mod discard;
 pub mod floor;
 pub mod generation;
 pub mod jail;

@@ -16,7 +16,7 @@ use super::{DeviceError, Event, MmioDevice, Progress, Ready};
 const STOP: u64 = u64::MAX;
 /// Low byte of a token: the device's own descriptor rather than a queue.
 const WAKE: u64 = 0xff;
-/// Events taken from the kernel in one go. More than three devices can have.
+/// Events taken from the kernel in one go. More than four devices can have.
 const EVENTS_PER_TURN: usize = 32;
 
 /// All devices of one VM and what wakes them.
@@ -62,7 +62,7 @@ impl DeviceLoop {
     /// | `epoll_ctl` | vsock | adding and removing sockets |
     /// | `read`, `write` | all | event descriptors |
     /// | `io_uring_enter` | blk | the disk, restricted to read, write and fsync of one file |
-    /// | `madvise` | blk | giving idle bounce memory back |
+    /// | `madvise` | blk, balloon | giving memory back: idle bounce memory, free pages |
     /// | `recvfrom`, `sendto`, `shutdown`, `close` | vsock | the sockets |
     /// | `getrandom` | rng | randomness |
     /// | `futex` | all | the device locks |
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
     use crate::jail::seccomp::{self, ThreadKind};
     use crate::virtio::driver::{BUFFERS, Driver};
-    use crate::virtio::{Blk, GuestFault, Rng, Rule, Vsock};
+    use crate::virtio::{Balloon, Blk, GuestFault, Rng, Rule, Vsock};
 
     /// Long enough for any machine; a test that waits for it has failed.
     const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -201,19 +201,25 @@ mod tests {
         let mut rng = Driver::new(Box::new(Rng::new()));
         let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
         let mut vsock = Driver::new(Box::new(vsock));
+        let mut balloon = Driver::new(Box::new(Balloon::new()));
         let stop = Event::new().unwrap();
-        let devices = [&rng, &blk, &vsock].map(|driver| Arc::clone(&driver.device)).to_vec();
+        let devices =
+            [&rng, &blk, &vsock, &balloon].map(|driver| Arc::clone(&driver.device)).to_vec();
         let device_loop = DeviceLoop::new(devices, stop.try_clone().unwrap()).unwrap();
         let thread = std::thread::spawn(move || {
             seccomp::install(ThreadKind::Devices).unwrap();
             device_loop.run()
         });
-        for driver in [&mut rng, &mut blk, &mut vsock] {
+        for driver in [&mut rng, &mut blk, &mut vsock, &mut balloon] {
             driver.start(u64::MAX);
         }
         rng.add(0, &[], &[(BUFFERS, 64)]);
         rng.kick(0);
         wait_for_interrupt(&rng);
+        balloon.add(2, &[], &[(BUFFERS, 4096)]);
+        balloon.kick(2);
+        wait_for_interrupt(&balloon);
+        assert!(balloon.take_used(2).is_some());
         // A long read, a write and a flush; the header of each at its own place.
         for (operation, bytes) in [(0u32, 300 * 1024), (1, 4096), (4, 0)] {
             blk.put(BUFFERS, operation);

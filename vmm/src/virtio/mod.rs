@@ -12,6 +12,7 @@
 //!                                                 │  used rings           blk: restricted io_uring
 //!                 irqfd ◀── Interrupt ◀───────────┘                       vsock: sockets
 //!                                                                         rng: getrandom
+//!                                                                         balloon: madvise
 //! ```
 //! Making them:
 //! ```text
@@ -24,6 +25,7 @@
 //! // on its own thread, after the filter: looper.run()
 //! ```
 
+mod balloon;
 mod blk;
 mod device_loop;
 #[cfg(test)]
@@ -41,6 +43,7 @@ mod vsock;
 use std::fmt;
 use std::os::fd::BorrowedFd;
 
+pub use balloon::Balloon;
 pub use blk::{Blk, BlkError};
 pub use device_loop::DeviceLoop;
 pub use event::Event;
@@ -62,6 +65,8 @@ pub enum DeviceKind {
     Blk = 2,
     /// A source of randomness.
     Rng = 4,
+    /// Reports of free pages.
+    Balloon = 5,
     /// Stream sockets between host and guest.
     Vsock = 19,
 }
@@ -71,6 +76,7 @@ impl fmt::Display for DeviceKind {
         f.write_str(match self {
             Self::Blk => "blk",
             Self::Rng => "rng",
+            Self::Balloon => "balloon",
             Self::Vsock => "vsock",
         })
     }
