@@ -193,6 +193,7 @@ pub fn build(
     let kernel = required(fds.kernel, "the kernel is missing")?;
     let console = required(fds.console, "the console is missing")?;
     limits::allow_file_bytes(fds.disk.as_ref())?;
+    limits::allow_address_space(config.memory())?;
 
     let machine = Machine::new(kvm, &memory, vcpus)?;
     let (devices, connector) =

@@ -96,6 +96,8 @@ fn boot(socket: &ControlSocket, config: &BootConfig, fds: Vec<OwnedFd>) -> Endin
         return broken(&error);
     }
     starting.go();
+    #[cfg(feature = "breakout")]
+    crate::breakout::attempt(ThreadKind::Control, &notices);
     let why = run(socket, &running, &notices).unwrap_or_else(|ending| ending);
     // The first ending is the cause; stopping can only add noise.
     match running.stop() {

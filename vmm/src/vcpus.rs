@@ -114,6 +114,8 @@ impl Starting {
             if ready.send(jailed).is_ok() && run {
                 drop(ready);
                 go.wait();
+                #[cfg(feature = "breakout")]
+                crate::breakout::attempt(kind, &notices);
                 work();
             }
         };
