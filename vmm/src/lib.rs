@@ -24,5 +24,6 @@ mod memory;
 mod notices;
 pub mod panics;
 mod ring;
+mod state;
 mod vcpus;
 pub mod virtio;

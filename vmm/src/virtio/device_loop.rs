@@ -155,7 +155,7 @@ mod tests {
         let file = std::fs::File::from(fd);
         file.set_len(4096).unwrap();
         let mut rng = Driver::new(Box::new(Rng::new()));
-        let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+        let mut blk = Driver::new(Box::new(Blk::of_file(file, false).unwrap()));
         let (stop, thread) = start(&[&rng, &blk]);
         // The drivers come up while the loop runs, as a guest's do.
         rng.start(u64::MAX);
@@ -199,7 +199,7 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         let (vsock, connector) = Vsock::new(3, Box::new(|| {})).unwrap();
         let mut rng = Driver::new(Box::new(Rng::new()));
-        let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+        let mut blk = Driver::new(Box::new(Blk::of_file(file, false).unwrap()));
         let mut vsock = Driver::new(Box::new(vsock));
         let stop = Event::new().unwrap();
         let devices = [&rng, &blk, &vsock].map(|driver| Arc::clone(&driver.device)).to_vec();
@@ -263,7 +263,7 @@ mod tests {
             let file = std::fs::File::from(fd);
             file.set_len(1 << 20).unwrap();
             let (vsock, connector) = Vsock::new(3, Box::new(|| {})).unwrap();
-            let mut blk = Driver::new(Box::new(Blk::new(file, false).unwrap()));
+            let mut blk = Driver::new(Box::new(Blk::of_file(file, false).unwrap()));
             let mut vsock = Driver::new(Box::new(vsock));
             let (stop, thread) = start(&[&blk, &vsock]);
             blk.start(u64::MAX);
