@@ -20,7 +20,7 @@
 //! let device = MmioDevice::new(Box::new(blk), Arc::clone(&memory), irq_event)?;
 //! // KVM: for (i, event) in device.queue_events(): ioeventfd at base + QUEUE_NOTIFY, datamatch i: u32
 //! let devices = vec![device /* , ... */];
-//! let looper = DeviceLoop::new(devices, stop_event)?; // before seccomp
+//! let looper = DeviceLoop::new(devices, gate)?; // before seccomp
 //! // on its own thread, after the filter: looper.run()
 //! ```
 
@@ -30,6 +30,7 @@ mod device_loop;
 mod driver;
 mod event;
 mod fault;
+mod gate;
 mod interrupt;
 mod mmio;
 #[cfg(test)]
@@ -48,6 +49,7 @@ pub use blk::{Blk, BlkError};
 pub use device_loop::DeviceLoop;
 pub use event::Event;
 pub use fault::{DeviceError, GuestFault, Rule};
+pub use gate::{Gate, GateError};
 pub use mmio::{MMIO_BYTES, MmioDevice, MmioError, QUEUE_NOTIFY};
 pub use queue::{Chain, Segment, VirtQueue};
 pub use rng::Rng;
