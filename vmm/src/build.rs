@@ -8,13 +8,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use mica_units::{Gpa, Mebibytes, VcpuCount};
+use mica_units::{Gpa, VcpuCount};
 use mica_wire::vm::{self, Ending, FdRole, GUEST_CID, ShellConfig};
 
 use crate::bus::{Bus, device_ending};
 use crate::console::{Console, ConsoleError};
 use crate::descriptors::{Descriptors, DescriptorsError};
 use crate::exchange::{Exchange, ExchangeError};
+use crate::generation::Generation;
 use crate::jail;
 use crate::jail::limits::{self, LimitError};
 use crate::jail::seccomp::ThreadKind;
@@ -24,7 +25,7 @@ use crate::memory::{GuestMemory, Memory, MemoryError, Userfault};
 use crate::notices::Notices;
 use crate::vcpus::{Starting, ThreadError, VcpuThreads};
 use crate::virtio::{
-    Blk, BlkError, Connector, DeviceKind, DeviceLoop, Event, Gate, MmioDevice, MmioError,
+    Balloon, Blk, BlkError, Connector, DeviceKind, DeviceLoop, Event, Gate, MmioDevice, MmioError,
     QUEUE_NOTIFY, Rng, VirtioDevice, Vsock,
 };
 
@@ -117,7 +118,7 @@ pub struct Shell {
     /// Guest memory.
     pub memory: Memory,
     /// Its size.
-    pub memory_size: Mebibytes,
+    pub memory_mib: u32,
     /// How many vCPUs there are.
     pub vcpu_count: VcpuCount,
     /// The vCPU threads.
@@ -130,6 +131,8 @@ pub struct Shell {
     pub gate: Arc<Gate>,
     /// Hands sockets to the vsock device.
     pub connector: Connector,
+    /// Tells the guest that it is a copy.
+    pub generation: Generation,
     /// Plans and states.
     pub exchange: Exchange,
     /// Tells writes, and has pages served.
@@ -197,11 +200,15 @@ pub fn build(
     let (devices, connector) = make_devices(config.disk, memory.guest(), &machine, notices)?;
     let line = Event::new().map_err(make("the serial interrupt"))?;
     machine.interrupt_on_signal(&line, layout::SERIAL_GSI)?;
+    let generation = Event::new().map_err(make("the interrupt of the generation id"))?;
+    machine.interrupt_on_signal(&generation, layout::GENERATION_GSI)?;
     let console = Console::new(console_fd, config.console_bytes, line, Arc::clone(notices))?;
     let bus = Arc::new(Bus::new(console, devices.clone()));
 
     let userfault = match jail::take_userfault() {
-        Some(fd) => Some(Userfault::new(fd).map_err(|errno| make("the userfaultfd")(errno.into()))?),
+        Some(fd) => {
+            Some(Userfault::new(fd).map_err(|errno| make("the userfaultfd")(errno.into()))?)
+        }
         None => None,
     };
     let gate = Arc::new(Gate::new().map_err(make("the gate of the device thread"))?);
@@ -212,13 +219,14 @@ pub fn build(
     starting.all_jailed()?;
     Ok(Shell {
         memory,
-        memory_size: config.memory(),
+        memory_mib: config.memory_mib,
         vcpu_count,
         vcpus,
         held,
         bus,
         gate,
         connector,
+        generation: Generation::new(generation),
         exchange,
         userfault,
         notices: Arc::clone(notices),
@@ -227,7 +235,7 @@ pub fn build(
     })
 }
 
-/// The disk if there is one, vsock and rng: in this order in the guest.
+/// The disk if there is one, vsock, rng and balloon: in this order in the guest.
 fn make_devices(
     disk: bool,
     memory: &GuestMemory,
@@ -243,6 +251,7 @@ fn make_devices(
         Vsock::new(GUEST_CID, Box::new(move || doorbell.doorbell())).map_err(make("vsock"))?;
     devices.push(Box::new(vsock));
     devices.push(Box::new(Rng::new()));
+    devices.push(Box::new(Balloon::new()));
 
     let memory = Arc::new(memory.clone());
     let mut attached = Vec::with_capacity(devices.len());
@@ -286,10 +295,7 @@ mod tests {
     fn endings_name_every_cause_once() {
         let error = BuildError::from(DescriptorsError::Twice);
         let Ending::BadConfig(words) = error.ending() else { panic!("whose fault") };
-        assert_eq!(
-            words,
-            "the build command's descriptors are wrong: a role is there twice"
-        );
+        assert_eq!(words, "the build command's descriptors are wrong: a role is there twice");
         let error = make("a thing")(std::io::Error::other("the house is on fire"));
         assert_eq!(
             error.ending(),

@@ -198,9 +198,8 @@ impl Console {
             // There is no input.
             in_buffer: Vec::new(),
         };
-        let port =
-            Serial::from_state(&state, self.line.clone(), NoEvents, self.output.clone())
-                .map_err(|error| SerialError(format!("{error:?}")))?;
+        let port = Serial::from_state(&state, self.line.clone(), NoEvents, self.output.clone())
+            .map_err(|error| SerialError(format!("{error:?}")))?;
         *self.lock() = port;
         Ok(())
     }
@@ -219,9 +218,7 @@ impl Console {
     /// # Errors
     /// When the ring or the interrupt line failed: the host's fault.
     pub fn write(&self, offset: u8, value: u8) -> Result<(), SerialError> {
-        self.lock()
-            .write(offset, value)
-            .map_err(|error| SerialError(format!("{error:?}")))
+        self.lock().write(offset, value).map_err(|error| SerialError(format!("{error:?}")))
     }
 }
 

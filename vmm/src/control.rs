@@ -256,12 +256,7 @@ impl<'a> Control<'a> {
         Ok(Stage::Idle(shell))
     }
 
-    fn boot(
-        &self,
-        shell: Shell,
-        config: &BootConfig,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Stage, Ending> {
+    fn boot(&self, shell: Shell, config: &BootConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
             restore::boot(shell, config, fds).map_err(|error| error.ending())?;
             close_jail()?;

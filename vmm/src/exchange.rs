@@ -131,9 +131,13 @@ mod tests {
         assert!(Exchange::new(memfd(PAGE_BYTES), 2 * PAGE_BYTES).is_err());
         assert!(Exchange::new(memfd(0), 0).is_err());
         let exchange = Exchange::new(memfd(PAGE_BYTES), PAGE_BYTES).unwrap();
-        for (offset, bytes) in
-            [(0, PAGE_BYTES + 1), (PAGE_BYTES, 1), (u64::MAX, 1), (1, u64::MAX), (u64::MAX, u64::MAX)]
-        {
+        for (offset, bytes) in [
+            (0, PAGE_BYTES + 1),
+            (PAGE_BYTES, 1),
+            (u64::MAX, 1),
+            (1, u64::MAX),
+            (u64::MAX, u64::MAX),
+        ] {
             assert!(exchange.read(offset, bytes).is_err(), "{offset} {bytes}");
         }
         assert!(exchange.write(&[0; 4097]).is_err());

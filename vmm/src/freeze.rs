@@ -101,7 +101,7 @@ pub fn freeze(shell: &mut Shell, track: bool) -> Result<(Frozen, Saved), FreezeE
     let since = Instant::now();
     shell.vcpus.save()?;
     let state = VmState {
-        memory_mib: shell.memory_size.get(),
+        memory_mib: shell.memory_mib,
         cpuid: shell.held.cpuid(),
         machine: shell.held.save()?,
         serial: shell.bus.console().save(),

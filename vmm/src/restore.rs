@@ -18,6 +18,7 @@ use std::sync::Arc;
 use mica_units::FrameRun;
 use mica_wire::vm::plan::{self, Entry, PlanError};
 use mica_wire::vm::{BootConfig, Ending, FdRole, RestoreConfig};
+use vm_memory::GuestMemoryError;
 
 use crate::boot::{self, BootError, Images};
 use crate::build::{Shell, causes};
@@ -82,6 +83,12 @@ pub enum StartError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The generation id could not be written.
+    #[error("writing the generation id failed")]
+    Generation(#[from] GuestMemoryError),
+    /// Nor could the guest be told.
+    #[error("raising the line of the generation id failed")]
+    Notify(#[source] std::io::Error),
     /// Pages are to be served from outside, and cannot be.
     #[error("pages cannot be served on demand")]
     OnDemand(#[source] rustix::io::Errno),
@@ -118,6 +125,8 @@ impl StartError {
             | Self::Vcpus(_)
             | Self::Serial(_)
             | Self::Device(_)
+            | Self::Generation(_)
+            | Self::Notify(_)
             | Self::OnDemand(_) => false,
         };
         if configured { Ending::BadConfig(words) } else { Ending::Internal(words) }
@@ -183,6 +192,8 @@ pub fn restore(
     shell.held.restore_chips(&machine)?;
     shell.held.restore_clock(machine.clock_ns)?;
     shell.bus.console().restore(&serial)?;
+    shell.generation.set(shell.memory.guest(), config.generation)?;
+    shell.generation.notify().map_err(StartError::Notify)?;
     Ok(shell.bus.devices().iter().try_for_each(|device| device.catch_up())?)
 }
 
@@ -209,7 +220,7 @@ fn check(
     let plan = plan::decode(&plan, shell.memory.frames(), layers.len())?;
     let at = Exchange::behind(config.plan_bytes);
     let state = VmState::decode(&shell.exchange.read(at, config.state_bytes)?)?;
-    if state.memory_mib != shell.memory_size.get() {
+    if state.memory_mib != shell.memory_mib {
         return Err(Unfit("its memory has another size").into());
     }
     if state.vcpus.len() != usize::from(shell.vcpu_count.get()) {
@@ -247,13 +258,15 @@ fn prepare_faults(shell: &mut Shell, plan: &[Entry], on_demand: bool) -> Result<
     }
 }
 
-/// The runs that a plan leaves out.
+/// The runs that a plan leaves out. Its entries may lie over one another.
 fn gaps(plan: &[Entry], frames: u32) -> Vec<FrameRun> {
+    let mut runs: Vec<FrameRun> = plan.iter().map(|entry| entry.run).collect();
+    runs.sort_unstable();
     let mut gaps = Vec::new();
     let mut at = 0;
-    for entry in plan {
-        gaps.extend(FrameRun::new(at, entry.run.first().saturating_sub(at)));
-        at = entry.run.end();
+    for run in runs {
+        gaps.extend(FrameRun::new(at, run.first().saturating_sub(at)));
+        at = at.max(run.end());
     }
     gaps.extend(FrameRun::new(at, frames.saturating_sub(at)));
     gaps
@@ -270,8 +283,9 @@ mod tests {
         let entry = |first, count| Entry { run: run(first, count), source: Source::Zero };
         assert_eq!(gaps(&[], 10), [run(0, 10)]);
         assert_eq!(gaps(&[entry(0, 10)], 10), []);
-        let plan = [entry(2, 3), entry(5, 1), entry(8, 1)];
+        let plan = [entry(8, 1), entry(2, 3), entry(2, 1), entry(4, 2)];
         assert_eq!(gaps(&plan, 10), [run(0, 2), run(6, 2), run(9, 1)]);
+        assert_eq!(gaps(&[entry(0, 10), entry(3, 1)], 10), []);
     }
 
     #[test]

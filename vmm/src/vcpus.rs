@@ -27,9 +27,7 @@ use mica_wire::vm::Ending;
 
 use crate::bus::Bus;
 use crate::jail::seccomp::{self, SeccompError, ThreadKind};
-use crate::kvm::{
-    self, Cpuid, Kick, KickError, KvmError, Parked, Pause, RestoreError, Tsc, Vcpu,
-};
+use crate::kvm::{self, Cpuid, Kick, KickError, KvmError, Parked, Pause, RestoreError, Tsc, Vcpu};
 use crate::notices::Notices;
 use crate::state::VcpuState;
 
@@ -177,11 +175,7 @@ impl Pause for Seat {
             }
             // Nothing else is asked of a vCPU that runs; a mistake of ours is answered as one.
             Ok(
-                Order::Run
-                | Order::EnterAt(_)
-                | Order::Save
-                | Order::Restore(_)
-                | Order::Thaw(_),
+                Order::Run | Order::EnterAt(_) | Order::Save | Order::Restore(_) | Order::Thaw(_),
             ) => {
                 self.answer(Err(ThreadError::Answer));
                 Kick::GoOn

@@ -114,8 +114,7 @@ impl Base {
             return Ok(None);
         }
         let find = |leaves: &[CpuidLeaf], function, index| {
-            let found =
-                leaves.iter().find(|leaf| leaf.function == function && leaf.index == index);
+            let found = leaves.iter().find(|leaf| leaf.function == function && leaf.index == index);
             found.map_or([0; 4], |leaf| leaf.registers)
         };
         let vendor = |leaves| find(leaves, 0, 0)[1..].to_vec();

@@ -11,8 +11,8 @@
 use std::collections::BTreeSet;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs,
-    Xsave, kvm_clock_data, kvm_irqchip, kvm_mp_state, kvm_msr_entry, kvm_xsave, kvm_xsave2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, Xsave, kvm_clock_data,
+    kvm_irqchip, kvm_mp_state, kvm_msr_entry, kvm_xsave, kvm_xsave2,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -165,11 +165,8 @@ fn read_msrs(
 
 /// Writes at most [`MSRS_PER_REQUEST`] MSRs, up to the first that is refused; how many.
 fn write_msrs(vcpu: &VcpuFd, values: &[MsrState]) -> Result<usize, KvmError> {
-    let entry = |msr: &MsrState| kvm_msr_entry {
-        index: msr.index,
-        data: msr.value,
-        ..Default::default()
-    };
+    let entry =
+        |msr: &MsrState| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() };
     let wanted: Vec<_> = values.iter().map(entry).collect();
     let msrs = Msrs::from_entries(&wanted).map_err(|_| KvmError::Msr(wanted.len()))?;
     Ok(vcpu.set_msrs(&msrs).map_err(failed("write MSRs"))?.min(wanted.len()))
@@ -207,17 +204,15 @@ pub(super) fn save(vcpu: &VcpuFd, shape: &Shape) -> Result<VcpuState, KvmError> 
 }
 
 /// Puts a saved vCPU into this one, whatever it was before. The CPUID table is in place already.
-pub(super) fn restore(
-    vcpu: &VcpuFd,
-    shape: &Shape,
-    state: &VcpuState,
-) -> Result<(), RestoreError> {
+pub(super) fn restore(vcpu: &VcpuFd, shape: &Shape, state: &VcpuState) -> Result<(), RestoreError> {
     restore_tsc_khz(vcpu, shape, state.tsc_khz)?;
     vcpu.set_sregs(&from_bytes(&state.sregs)).map_err(failed("set the segment registers"))?;
-    vcpu.set_xcrs(&from_bytes(&state.xcrs)).map_err(failed("set the extended control registers"))?;
+    vcpu.set_xcrs(&from_bytes(&state.xcrs))
+        .map_err(failed("set the extended control registers"))?;
     restore_xsave(vcpu, shape, &state.xsave)?;
     vcpu.set_regs(&from_bytes(&state.regs)).map_err(failed("set the registers"))?;
-    vcpu.set_debug_regs(&from_bytes(&state.debugregs)).map_err(failed("set the debug registers"))?;
+    vcpu.set_debug_regs(&from_bytes(&state.debugregs))
+        .map_err(failed("set the debug registers"))?;
     vcpu.set_lapic(&from_bytes(&state.lapic)).map_err(failed("set the local APIC"))?;
     restore_msrs(vcpu, shape, &state.msrs)?;
     vcpu.set_vcpu_events(&from_bytes(&state.events)).map_err(failed("set what is on its way"))?;

@@ -1,7 +1,6 @@
 //! Guest memory: one range of this process's addresses, seen by the guest with a hole below 4 GiB.
 //!
-//! Called by `build`, which reserves it once, by `restore`, which maps layers into it, and by the
-//! balloon, which gives pages back. Refuses sizes it cannot place, and runs outside the guest. Nothing
+//! Called by `build`, which reserves it once, and by `restore`, which maps layers into it. Refuses sizes it cannot place, and runs outside the guest. Nothing
 //! here or elsewhere makes a Rust reference into guest memory: every access copies through
 //! `vm-memory`'s volatile accessors, because the guest may write at any moment.
 //!
@@ -23,14 +22,11 @@ mod userfault;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use mica_units::{FRAMES_MAX, FrameRun, Mebibytes, PAGE_BYTES, frames_of};
+use mica_units::{FRAMES_MAX, FrameRun, Mebibytes, frames_of};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::layout::{MEMORY_MIN, memory_spans};
 
@@ -162,29 +158,6 @@ fn cut(start: *mut u8, memory: Mebibytes) -> Result<GuestMemory, MemoryError> {
     GuestMemory::from_regions(regions).map_err(|_| MemoryError::TooLarge(memory))
 }
 
-/// Gives the whole pages of a range of guest memory back to the host: what a guest says it does not
-/// use. They read as what lies below afterwards, a layer or zeros. A range that is not in guest memory
-/// is refused.
-///
-/// # Errors
-/// When the range is outside guest memory, or the kernel refuses.
-pub fn discard(memory: &GuestMemory, at: GuestAddress, bytes: u64) -> Result<(), Errno> {
-    let end = at.checked_add(bytes).ok_or(Errno::FAULT)?;
-    let inner = |address: u64| address.checked_next_multiple_of(PAGE_BYTES);
-    let first = inner(at.raw_value()).ok_or(Errno::FAULT)?;
-    let last = end.raw_value() / PAGE_BYTES * PAGE_BYTES;
-    let region = memory.find_region(at).ok_or(Errno::FAULT)?;
-    if end > region.start_addr().unchecked_add(region.len()) {
-        return Err(Errno::FAULT);
-    }
-    let Some(length) = last.checked_sub(first).filter(|length| *length > 0) else { return Ok(()) };
-    let start = memory.get_host_address(GuestAddress(first)).map_err(|_| Errno::FAULT)?;
-    let length = usize::try_from(length).map_err(|_| Errno::FAULT)?;
-    // SAFETY: the range lies within one region of guest memory, which stays mapped. Its content
-    // changes as it would if the guest wrote it, and nothing refers into it but volatile accessors.
-    unsafe { madvise(start.cast(), length, Advice::LinuxDontNeed) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,21 +190,10 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_pages_inside_guest_memory_are_given_back() {
+    fn memory_that_was_cleared_is_zero_and_still_there() {
         let memory = Memory::reserve(Mebibytes::new(4)).unwrap();
-        let guest = memory.guest();
-        let word = |at| guest.read_obj::<u64>(GuestAddress(at)).unwrap();
-        for at in [0x1000, 0x2000, 0x3000] {
-            guest.write_obj(7u64, GuestAddress(at)).unwrap();
-        }
-        discard(guest, GuestAddress(0x1001), 0x2000).unwrap();
-        assert_eq!([word(0x1000), word(0x2000), word(0x3000)], [7, 0, 7]);
-        discard(guest, GuestAddress(0x1001), 0x10).unwrap();
-        assert_eq!(word(0x1000), 7);
-        for (at, bytes) in [(0x3f_f000, 0x2000), (0xd000_0000, 0x1000), (0x1000, u64::MAX)] {
-            assert_eq!(discard(guest, GuestAddress(at), bytes), Err(Errno::FAULT), "{at:#x}");
-        }
+        memory.guest().write_obj(7u64, GuestAddress(0x1000)).unwrap();
         memory.clear().unwrap();
-        assert_eq!(word(0x1000), 0);
+        assert_eq!(memory.guest().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
     }
 }

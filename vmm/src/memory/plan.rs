@@ -74,7 +74,7 @@ fn os(operation: &'static str) -> impl Fn(Errno) -> ApplyError {
 }
 
 impl Memory {
-    /// Carries out a plan. `plan` is in the order of its frames, as decoding sees to.
+    /// Carries out a plan, each entry over those before it.
     ///
     /// # Errors
     /// See [`ApplyError`].
@@ -91,15 +91,27 @@ impl Memory {
                 entry = longer;
                 rest.next();
             }
+            if let Source::Copy { layer, page } = entry.source {
+                copies.push((layer, page, entry.run));
+                // Read together with those that follow, as long as there is nothing else between.
+                if rest.peek().is_some_and(|next| matches!(next.source, Source::Copy { .. })) {
+                    continue;
+                }
+                self.copy_all(&copies, layers)?;
+                copies.clear();
+            }
             match entry.source {
+                Source::Copy { .. } => {}
                 Source::Map { layer, page } => self.map(entry.run, layer, page, layers)?,
-                Source::Copy { layer, page } => copies.push((layer, page, entry.run)),
                 Source::Drop => self.forget(entry.run)?,
                 Source::Zero => self.zero(entry.run)?,
             }
         }
-        // In the order of the files, so that what is together there is read together.
-        copies.sort_unstable_by_key(|(layer, page, _)| (*layer, *page));
+        Ok(())
+    }
+
+    /// Copies runs in their order; what follows one another in a file is one read.
+    fn copy_all(&self, copies: &[(u8, u32, FrameRun)], layers: &[Layer]) -> Result<(), ApplyError> {
         copies
             .chunk_by(|a, b| {
                 a.0 == b.0 && u64::from(a.1) + u64::from(a.2.count()) == u64::from(b.1)

@@ -61,8 +61,8 @@ pub enum DeviceState {
     Rng,
     /// Streams.
     Vsock(VsockState),
-    /// Memory that the guest does not use.
-    Balloon(BalloonState),
+    /// Reports of free pages: nothing.
+    Balloon,
 }
 
 /// What the guest knows of its root disk.
@@ -93,13 +93,4 @@ pub struct PortPair {
     pub host: u32,
     /// The guest's port.
     pub guest: u32,
-}
-
-/// What the guest knows of its balloon.
-#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BalloonState {
-    /// Pages the host asks for.
-    pub wanted_pages: u32,
-    /// Pages the guest says it has given.
-    pub given_pages: u32,
 }

@@ -25,9 +25,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::layout::MMIO_DEVICES_MAX;
 
-pub use devices::{
-    BalloonState, BlkState, DeviceState, PortPair, QueueState, TransportState, Unfit, VsockState,
-};
+pub use devices::{BlkState, DeviceState, PortPair, QueueState, TransportState, Unfit, VsockState};
 pub use vcpu::{
     CPUID_LEAVES_MAX, CpuidLeaf, MSRS_MAX, MachineState, MsrState, SerialState, VcpuState,
     XSAVE_BYTES_MAX,
@@ -126,8 +124,8 @@ impl VmState {
         // rkyv wants it aligned, and these bytes lie anywhere.
         let mut aligned: AlignedVec = AlignedVec::with_capacity(archive.len());
         aligned.extend_from_slice(archive);
-        let state = rkyv::from_bytes::<Self, rancor::Error>(&aligned)
-            .map_err(|_| StateError::Contents)?;
+        let state =
+            rkyv::from_bytes::<Self, rancor::Error>(&aligned).map_err(|_| StateError::Contents)?;
         state.check()?;
         Ok(state)
     }

@@ -51,7 +51,7 @@ fn sample() -> VmState {
             device(2, DeviceState::Blk(BlkState { bytes: 4096, read_only: false })),
             device(19, DeviceState::Vsock(streams)),
             device(4, DeviceState::Rng),
-            device(5, DeviceState::Balloon(BalloonState { wanted_pages: 1, given_pages: 2 })),
+            device(5, DeviceState::Balloon),
         ],
     }
 }

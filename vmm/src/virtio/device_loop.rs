@@ -17,7 +17,7 @@ use super::{DeviceError, Gate, MmioDevice, Progress, Ready};
 const GATE: u64 = u64::MAX;
 /// Low byte of a token: the device's own descriptor rather than a queue.
 const WAKE: u64 = 0xff;
-/// Events taken from the kernel in one go. More than three devices can have.
+/// Events taken from the kernel in one go. More than four devices can have.
 const EVENTS_PER_TURN: usize = 32;
 /// Longest time that what is in flight may take to end when the thread is asked to park.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
@@ -72,7 +72,7 @@ impl DeviceLoop {
     /// | `ppoll` | loop | waiting for what is in flight, when it is to park |
     /// | `read`, `write` | all | event descriptors |
     /// | `io_uring_enter` | blk | the disk, restricted to read, write and fsync of one file |
-    /// | `madvise` | blk | giving idle bounce memory back |
+    /// | `madvise` | blk, balloon | giving memory back: idle bounce memory, free pages |
     /// | `recvfrom`, `sendto`, `shutdown`, `close` | vsock | the sockets |
     /// | `getrandom` | rng | randomness |
     /// | `futex` | all | the device locks |
@@ -142,7 +142,9 @@ impl DeviceLoop {
                     wake.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
                 match poll(&mut fds, Some(&DRAIN_STEP)) {
                     Ok(_) | Err(Errno::INTR) => {}
-                    Err(errno) => return Err(mmio.host("wait for what is in flight")(errno.into())),
+                    Err(errno) => {
+                        return Err(mmio.host("wait for what is in flight")(errno.into()));
+                    }
                 }
             }
         }
@@ -179,7 +181,7 @@ mod tests {
     use super::*;
     use crate::jail::seccomp::{self, ThreadKind};
     use crate::virtio::driver::{BUFFERS, Driver};
-    use crate::virtio::{Blk, GateError, GuestFault, Rng, Rule, Vsock};
+    use crate::virtio::{Balloon, Blk, GateError, GuestFault, Rng, Rule, Vsock};
 
     /// Long enough for any machine; a test that waits for it has failed.
     const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -309,20 +311,26 @@ mod tests {
         let mut rng = Driver::new(Box::new(Rng::new()));
         let mut blk = Driver::new(Box::new(Blk::of_file(file, false).unwrap()));
         let mut vsock = Driver::new(Box::new(vsock));
+        let mut balloon = Driver::new(Box::new(Balloon::new()));
         let gate = Arc::new(Gate::new().unwrap());
-        let devices = [&rng, &blk, &vsock].map(|driver| Arc::clone(&driver.device)).to_vec();
+        let devices =
+            [&rng, &blk, &vsock, &balloon].map(|driver| Arc::clone(&driver.device)).to_vec();
         let device_loop = DeviceLoop::new(devices, Arc::clone(&gate)).unwrap();
         gate.open().unwrap();
         let thread = std::thread::spawn(move || {
             seccomp::install(ThreadKind::Devices).unwrap();
             device_loop.run()
         });
-        for driver in [&mut rng, &mut blk, &mut vsock] {
+        for driver in [&mut rng, &mut blk, &mut vsock, &mut balloon] {
             driver.start(u64::MAX);
         }
         rng.add(0, &[], &[(BUFFERS, 64)]);
         rng.kick(0);
         wait_for_interrupt(&rng);
+        balloon.add(2, &[], &[(BUFFERS, 4096)]);
+        balloon.kick(2);
+        wait_for_interrupt(&balloon);
+        assert!(balloon.take_used(2).is_some());
         // A long read, a write and a flush; the header of each at its own place.
         for (operation, bytes) in [(0u32, 300 * 1024), (1, 4096), (4, 0)] {
             blk.put(BUFFERS, operation);

@@ -12,6 +12,7 @@
 //!                                                 │  used rings           blk: restricted io_uring
 //!                 irqfd ◀── Interrupt ◀───────────┘                       vsock: sockets
 //!                                                                         rng: getrandom
+//!                                                                         balloon: madvise
 //! ```
 //! Making them:
 //! ```text
@@ -24,6 +25,7 @@
 //! // on its own thread, after the filter: looper.run()
 //! ```
 
+mod balloon;
 mod blk;
 mod device_loop;
 #[cfg(test)]
@@ -45,6 +47,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::state::{DeviceState, Unfit};
 
+pub use balloon::Balloon;
 pub use blk::{Blk, BlkError};
 pub use device_loop::DeviceLoop;
 pub use event::Event;
@@ -67,7 +70,7 @@ pub enum DeviceKind {
     Blk = 2,
     /// A source of randomness.
     Rng = 4,
-    /// Memory that the guest does not use.
+    /// Reports of free pages.
     Balloon = 5,
     /// Stream sockets between host and guest.
     Vsock = 19,
