@@ -50,11 +50,12 @@ mod tests {
 
     #[test]
     fn the_id_lies_where_the_tables_say_and_the_line_is_raised_once_asked() {
-        let memory = crate::memory::map(crate::layout::MEMORY_MIN).unwrap();
+        let memory = crate::memory::Memory::reserve(crate::layout::MEMORY_MIN).unwrap();
+        let memory = memory.guest();
         let line = Event::new().unwrap();
         let generation = Generation::new(line.try_clone().unwrap());
         let id = [7, 6, 5, 4, 3, 2, 1, 0, 8, 9, 10, 11, 12, 13, 14, 15];
-        generation.set(&memory, id).unwrap();
+        generation.set(memory, id).unwrap();
         assert!(!line.clear().unwrap(), "setting interrupts nobody");
         let read: [u8; 16] = memory.read_obj(GuestAddress(0xe_f000)).unwrap();
         assert_eq!(read, id);

@@ -15,6 +15,7 @@
 use std::os::fd::BorrowedFd;
 
 use crate::discard::{DiscardError, discard};
+use crate::state::{DeviceState, Unfit};
 
 use super::{
     Chain, DeviceError, DeviceKind, GuestRam, Progress, Ready, Rule, VirtQueue, VirtioDevice,
@@ -124,6 +125,17 @@ impl VirtioDevice for Balloon {
             };
         }
         Ok(if more { Progress::More } else { Progress::Idle })
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Balloon
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Unfit> {
+        match state {
+            DeviceState::Balloon => Ok(()),
+            _ => Err(Unfit("the state of another device is where that of the balloon belongs")),
+        }
     }
 }
 
