@@ -5,7 +5,6 @@
 
 #![cfg(not(feature = "breakout"))]
 #![forbid(unsafe_code)]
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[test]
 fn the_word_of_the_break_out_attempts_is_not_in_the_program() {
