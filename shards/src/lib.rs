@@ -32,6 +32,4 @@ pub use host::{CLONES_MAX, Host};
 pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;
-pub use types::{
-    CreateRequest, Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo, TemplateInfo,
-};
+pub use types::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo, TemplateInfo};

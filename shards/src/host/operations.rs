@@ -151,10 +151,7 @@ impl Host {
     ///
     /// # Errors
     /// See [`ShardError`].
-    pub async fn snapshots(
-        &self,
-        of: Option<SandboxId>,
-    ) -> Result<Vec<SnapshotInfo>, ShardError> {
+    pub async fn snapshots(&self, of: Option<SandboxId>) -> Result<Vec<SnapshotInfo>, ShardError> {
         let store = self.0.shard.workshop.store.clone();
         let listed = rt::blocking(move || store.snapshots()).await;
         let listed = listed.map_err(|_| ShardError::Busy)?.map_err(storage("listing snapshots"))?;
@@ -207,9 +204,7 @@ impl Host {
     }
 }
 
-fn split(
-    results: Vec<Result<SandboxInfo, ShardError>>,
-) -> (Vec<SandboxInfo>, Vec<ShardError>) {
+fn split(results: Vec<Result<SandboxInfo, ShardError>>) -> (Vec<SandboxInfo>, Vec<ShardError>) {
     let (mut made, mut failures) = (Vec::new(), Vec::new());
     for result in results {
         match result {
