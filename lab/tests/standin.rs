@@ -181,6 +181,8 @@ fn a_state_goes_on_and_is_saved_again() {
     let warm = shard.ask(&ControlRequest::Warm { deadline_ms: 1000 });
     assert_eq!((warm.envd_version.as_str(), warm.error), (ENVD_VERSION, None));
     assert_eq!(shard.ask(&init("0123456789abcdef0123456789abcdef")).error, None);
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", shard.child.id()));
+    assert_eq!(comm.ok().as_deref(), Some("i0123456789abcd\n"), "ps shows whose it is");
     assert!(shard.ask(&init("0123")).error.is_some(), "a real agent would refuse that as well");
 
     let state = shard.freeze();

@@ -16,6 +16,7 @@ pub mod target;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
@@ -37,6 +38,10 @@ use repeat::{Heard, Listening, Upload};
 const RESPONSE_FIELDS_MAX: usize = 200;
 /// Bytes of the head of such an answer, and of what is read ahead of its body.
 const RESPONSE_BUFFER_BYTES_MAX: usize = 128 * 1024;
+
+/// How long a request waits for a sandbox that is between two states, and the time between two looks.
+const TRANSITION_MAX: Duration = Duration::from_secs(2);
+const TRANSITION_LOOK: Duration = Duration::from_millis(5);
 
 /// Routes of envd between E2B's own host and its agent.
 const INTERNAL_ROUTES: [&str; 7] =
@@ -93,27 +98,34 @@ async fn enter(
     connect(host, limits, id, port).await
 }
 
+/// A stream to the port. A sandbox between two states is waited for: a rollback takes milliseconds.
 async fn connect(
     host: &Host,
     limits: &Limits,
     id: SandboxId,
     port: GuestPort,
 ) -> Result<GuestStream, ApiError> {
-    let connected = time::timeout(limits.connect_timeout, host.connect(id, port)).await;
-    let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
-        Ok(stream) => return Ok(stream),
-        Err(error) => error,
-    };
-    let absence = match error {
-        ConnectError::Unreachable | ConnectError::IsPaused(_) => absence(host, id).await,
-        _ => None,
-    };
-    Err(match (absence, error) {
-        (Some(absence), _) => absence,
-        // Not paused any more, or not yet.
-        (None, ConnectError::IsPaused(_)) => ApiError::transitioning(id),
-        (None, error) => ApiError::from_connect(&error, id, port),
-    })
+    let began = time::Instant::now();
+    loop {
+        let connected = time::timeout(limits.connect_timeout, host.connect(id, port)).await;
+        let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
+        let absence = match error {
+            ConnectError::Unreachable | ConnectError::IsPaused(_) => absence(host, id).await,
+            _ => None,
+        };
+        match (absence, error) {
+            (Some(absence), _) => return Err(absence),
+            // Not paused, so on its way from or to somewhere.
+            (None, ConnectError::IsPaused(_)) if began.elapsed() < TRANSITION_MAX => {
+                time::sleep(TRANSITION_LOOK).await;
+            }
+            (None, ConnectError::IsPaused(_)) => return Err(ApiError::transitioning(id)),
+            (None, error) => return Err(ApiError::from_connect(&error, id, port)),
+        }
+    }
 }
 
 /// The answer for a sandbox that has ended or is paused. One that is killed or paused under a
