@@ -41,6 +41,9 @@ const UNSAFE_MODULES: &[&str] = &[
     "numa/src/sys.rs",
     "numa/src/arena.rs",
     "numa/src/io/buf.rs",
+    // Pushing an entry hands the kernel addresses and descriptor numbers. They are good because the
+    // same module owns the buffer and the file until the completion; apart, neither half is an argument.
+    "numa/src/io/ring.rs",
     "vmm/src/kvm/",
     "vmm/src/memory.rs",
     "vmm/src/ring.rs",

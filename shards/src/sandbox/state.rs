@@ -26,9 +26,11 @@ use std::mem;
 
 use mica_wire::vm;
 
+mod operations;
 mod refusal;
 
 pub(crate) use refusal::{Refusal, doing};
+use refusal::ended_how;
 
 /// Where a sandbox is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub(crate) enum State {
     Cancelling(Cause),
     /// The VM process maps its memory and takes its state.
     Restoring(Birth),
-    /// The agent is told who it is.
+    /// Its record is written, and its agent told who it is.
     Initialising(Birth),
     /// A daemon that found it running asks its VM process how far it is.
     Adopting,
@@ -77,6 +79,9 @@ pub(crate) enum Step {
     Freezing,
     /// It stands still; what it is, is copied, or replaced.
     Copying,
+    /// It wrote too much to be copied while it stands still. It goes on, and the most is copied
+    /// meanwhile; what it writes over is copied again.
+    Precopying,
     /// The copy is brought to the device. After a snapshot the guest is also told to go on.
     Committing,
     /// The same, and the guest goes on.
@@ -123,15 +128,6 @@ pub(crate) enum Cause {
     Ended(String),
 }
 
-/// When a guest counts as up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ready {
-    /// When its agent has been initialised.
-    Agent,
-    /// When its vCPUs run.
-    Started,
-}
-
 /// What a client can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
@@ -168,6 +164,10 @@ pub(crate) enum Event {
     Copied,
     /// They are not; the guest is as it was.
     CopyFailed,
+    /// There is too much to copy while the guest stands still.
+    TooMuch,
+    /// The most of it is copied.
+    Precopied,
     /// The copy is on the device.
     Committed,
     /// It is not, and nothing of it is left.
@@ -191,22 +191,22 @@ pub(crate) enum Effect {
     Prepare,
     /// Send the plan and the state.
     SendRestore,
-    /// Start the exchange with the agent.
+    /// Write its record, and tell its agent who it is, where there is one.
     Initialise,
     /// Start its time, and tell whoever made it.
     Announce,
     /// Ask the guest to stop.
     Freeze,
-    /// Copy memory and disk.
+    /// Copy memory and disk, or find that it is too much.
     Copy,
+    /// Copy what was too much, while the guest runs.
+    Precopy,
     /// Work out what differs from the snapshot, and put the disk back.
     Replace,
     /// Let the guest go on.
     Thaw,
     /// Bring the copy to the device.
     Commit,
-    /// Throw the copy away.
-    Discard,
     /// From now on it shows as paused.
     ShowPaused,
     /// From now on it shows as running, its time starts, and whoever resumed it is told.
@@ -230,8 +230,6 @@ pub(crate) enum Effect {
 /// What the machine has to know of a sandbox beside its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Terms {
-    /// When its guest counts as up.
-    pub(crate) ready: Ready,
     /// Whether it is paused, and not killed, when its time is over.
     pub(crate) pause_at_end: bool,
     /// Whether it outlives the daemon although it runs.
@@ -258,14 +256,14 @@ pub(crate) fn step(state: State, terms: Terms, event: Event) -> Stepped {
         (state, Event::Drain) => drain(state, terms),
         (State::Starting(birth), event) => starting(birth, event),
         (state @ (State::Restoring(_) | State::Initialising(_)), event) => {
-            coming_up(state, terms, event)
+            coming_up(state, event)
         }
         (State::Adopting, event) => adopting(event),
         (State::Running, event) => running(terms, event),
-        (State::Snapshotting(step), event) => snapshotting(step, event),
-        (State::Pausing(step), event) => pausing(step, event),
-        (State::RollingBack(step), event) => rolling_back(step, event),
-        (State::Paused(process), event) => paused(process, terms, event),
+        (State::Snapshotting(step), event) => operations::snapshotting(step, event),
+        (State::Pausing(step), event) => operations::pausing(step, event),
+        (State::RollingBack(step), event) => operations::rolling_back(step, event),
+        (State::Paused(process), event) => paused(process, event),
     }
 }
 
@@ -343,12 +341,11 @@ fn starting(birth: Birth, event: Event) -> Stepped {
     }
 }
 
-fn coming_up(state: State, terms: Terms, event: Event) -> Stepped {
+fn coming_up(state: State, event: Event) -> Stepped {
     match (state, event) {
-        (State::Restoring(birth), Event::Vm(vm::Event::Started)) => match terms.ready {
-            Ready::Agent => (State::Initialising(birth), vec![Effect::Initialise]),
-            Ready::Started => up(birth),
-        },
+        (State::Restoring(birth), Event::Vm(vm::Event::Started)) => {
+            (State::Initialising(birth), vec![Effect::Initialise])
+        }
         (State::Initialising(birth), Event::InitDone) => up(birth),
         (
             state @ (State::Restoring(_) | State::Initialising(_)),
@@ -396,80 +393,14 @@ fn running(terms: Terms, event: Event) -> Stepped {
     }
 }
 
-fn snapshotting(step: Step, event: Event) -> Stepped {
-    let at = State::Snapshotting;
-    match (step, event) {
-        (Step::Freezing, Event::Vm(vm::Event::Frozen { .. })) => {
-            (at(Step::Copying), vec![Effect::Copy])
-        }
-        (Step::Copying, Event::Copied) => {
-            (at(Step::Committing), vec![Effect::Thaw, Effect::Commit])
-        }
-        (Step::Copying, Event::CopyFailed) => {
-            (at(Step::Thawing), vec![Effect::AnswerFailure, Effect::Thaw])
-        }
-        (Step::Committing, Event::Vm(vm::Event::Thawed)) => stay(at(Step::Finishing)),
-        (Step::Committing, Event::Committed) => (at(Step::Thawing), vec![Effect::Answer]),
-        (Step::Committing, Event::CommitFailed) => (at(Step::Thawing), vec![Effect::AnswerFailure]),
-        (Step::Finishing, Event::Committed) => (State::Running, vec![Effect::Answer]),
-        (Step::Finishing, Event::CommitFailed) => (State::Running, vec![Effect::AnswerFailure]),
-        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
-        (step, event) => talking(at(step), event),
-    }
-}
-
-fn pausing(step: Step, event: Event) -> Stepped {
-    let at = State::Pausing;
-    match (step, event) {
-        (Step::Freezing, Event::Vm(vm::Event::Frozen { .. })) => {
-            (at(Step::Copying), vec![Effect::Copy])
-        }
-        (Step::Copying, Event::Copied) => (at(Step::Committing), vec![Effect::Commit]),
-        (Step::Committing, Event::Committed) => {
-            (State::Paused(Process::Frozen), vec![Effect::ShowPaused, Effect::Answer])
-        }
-        (Step::Copying, Event::CopyFailed) | (Step::Committing, Event::CommitFailed) => {
-            (at(Step::Thawing), vec![Effect::AnswerFailure, Effect::Thaw])
-        }
-        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
-        (step, event) => talking(at(step), event),
-    }
-}
-
-fn rolling_back(step: Step, event: Event) -> Stepped {
-    let at = State::RollingBack;
-    match (step, event) {
-        (Step::Freezing, Event::Vm(vm::Event::Frozen { .. })) => {
-            (at(Step::Copying), vec![Effect::Replace])
-        }
-        (Step::Copying, Event::Copied) => {
-            (State::Restoring(Birth::Rollback), vec![Effect::SendRestore])
-        }
-        (Step::Copying, Event::CopyFailed) => {
-            (at(Step::Thawing), vec![Effect::AnswerFailure, Effect::Thaw])
-        }
-        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
-        (step, event) => talking(at(step), event),
-    }
-}
-
-/// What may come at any time while the guest still runs, or did a moment ago.
-fn talking(state: State, event: Event) -> Stepped {
-    match event {
-        Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell) => stay(state),
-        event => fall(state, event),
-    }
-}
-
-fn paused(process: Process, terms: Terms, event: Event) -> Stepped {
+fn paused(process: Process, event: Event) -> Stepped {
     let at = State::Paused;
     match (process, event) {
         (Process::Frozen, Event::Evict) => (at(Process::Ending), vec![Effect::EndProcess]),
         (Process::Ending, Event::ProcessEnded) => stay(at(Process::None)),
-        (Process::Thawing, Event::Vm(vm::Event::Thawed)) => match terms.ready {
-            Ready::Agent => (State::Initialising(Birth::Resume), vec![Effect::Initialise]),
-            Ready::Started => up(Birth::Resume),
-        },
+        (Process::Thawing, Event::Vm(vm::Event::Thawed)) => {
+            (State::Initialising(Birth::Resume), vec![Effect::Initialise])
+        }
         (process, Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell)) => stay(at(process)),
         // A process that goes by itself takes nothing with it.
         (Process::Frozen, Event::VmLost(_) | Event::Vm(_)) => {
@@ -494,25 +425,6 @@ fn fall(state: State, event: Event) -> Stepped {
         Event::Vm(_) => end(state, Cause::Failed("the VM process broke its protocol".to_owned())),
         // Answers that nobody asked for, or not any more: ours, not the guest's.
         _ => stay(state),
-    }
-}
-
-/// Longest text of a VM process that is passed on.
-const ENDING_CHARS_MAX: usize = 512;
-
-fn ended_how(ending: vm::Ending) -> String {
-    let bounded = |text: String| {
-        let text = crate::console::sanitise(text.as_bytes());
-        text.chars().take(ENDING_CHARS_MAX).collect::<String>()
-    };
-    match ending {
-        vm::Ending::Asked => "the VM process was asked to end".to_owned(),
-        vm::Ending::Reset => "the guest reset or powered off".to_owned(),
-        vm::Ending::Halted => "the guest halted".to_owned(),
-        vm::Ending::TripleFault => "the guest triple-faulted".to_owned(),
-        vm::Ending::GuestFault(what) => format!("the guest broke a rule: {}", bounded(what)),
-        vm::Ending::BadConfig(what) => format!("the snapshot cannot start: {}", bounded(what)),
-        vm::Ending::Internal(what) => format!("the VM process failed: {}", bounded(what)),
     }
 }
 

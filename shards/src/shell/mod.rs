@@ -40,9 +40,9 @@ impl fmt::Display for Size {
     }
 }
 
-/// A VM process and everything the shard holds of it.
+/// A VM process and everything the shard holds of it, but its events.
 #[derive(Debug)]
-pub(crate) struct Shell {
+pub(crate) struct Held {
     /// Names its cgroup.
     pub(crate) name: SandboxId,
     /// Its uid.
@@ -50,13 +50,20 @@ pub(crate) struct Shell {
     /// Its process.
     pub(crate) process: VmProcess,
     /// The shard's end of its control socket.
-    pub(crate) control: Rc<ControlSocket>,
-    /// What it says.
-    pub(crate) events: Events,
+    pub(crate) control: ControlSocket,
     /// What its guest's serial port writes to.
     pub(crate) console: OwnedFd,
     /// Where plans and states travel.
     pub(crate) exchange: OwnedFd,
     /// What it said of itself.
     pub(crate) layout: vm::Shell,
+}
+
+/// A VM process that waits for a guest.
+#[derive(Debug)]
+pub(crate) struct Shell {
+    /// What it is.
+    pub(crate) held: Rc<Held>,
+    /// What it says.
+    pub(crate) events: Events,
 }

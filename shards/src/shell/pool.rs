@@ -16,7 +16,7 @@ use mica_units::{SANDBOX_ID_CHARS, SandboxId};
 use mica_wire::vm;
 
 use super::demand::{Bounds, Demand};
-use super::{Launched, Launcher, Shell, Size};
+use super::{Held, Launched, Launcher, Shell, Size, VmProcess};
 use crate::sandbox::{Events, send};
 use crate::shard::random;
 use crate::uids::Uids;
@@ -115,11 +115,6 @@ impl Pool {
         }
     }
 
-    /// Takes a uid that an adopted process runs under.
-    pub(crate) fn reserve_uid(&self, uid: u32) -> bool {
-        self.uids.borrow_mut().reserve(uid)
-    }
-
     /// A shell: one that waits, or one made now.
     pub(crate) async fn take(
         self: &Rc<Self>,
@@ -133,13 +128,13 @@ impl Pool {
             let waiting = self.ready.borrow_mut().get_mut(&size).and_then(VecDeque::pop_front);
             let Some(shell) = waiting else { break };
             self.nudge();
-            if shell.process.is_alive() {
+            if shell.held.process.is_alive() {
                 counts.hits += 1;
                 self.counts.set(counts);
                 return Ok(shell);
             }
-            tracing::warn!(name = %shell.name, "a shell died while it waited");
-            self.bury(shell);
+            tracing::warn!(name = %shell.held.name, "a shell died while it waited");
+            self.bury(shell.held);
         }
         counts.misses += 1;
         self.counts.set(counts);
@@ -187,15 +182,16 @@ impl Pool {
         };
         let built = time::timeout(BUILD_DEADLINE, build).await;
         let built = built.unwrap_or_else(|_| Err("it took too long".to_owned()));
-        let Launched { name, uid, mut process, control, console, exchange, .. } = launched;
+        let Launched { name, uid, process, control, console, exchange, .. } = launched;
         match built {
             Ok((layout, events)) => {
-                let control = Rc::new(control);
-                Ok(Shell { name, uid, process, control, events, console, exchange, layout })
+                let held = Held { name, uid, process, control, console, exchange, layout };
+                Ok(Shell { held: Rc::new(held), events })
             }
             Err(why) => {
                 let complaint = process.complaint();
-                rt::spawn(Rc::clone(self).end_process(name, uid, process)).detach();
+                let pool = Rc::clone(self);
+                rt::spawn(async move { pool.end_process(name, uid, &process).await }).detach();
                 let separator = if complaint.is_empty() { "" } else { "; it wrote: " };
                 Err(NoShell::Failed(format!("making a shell: {why}{separator}{complaint}")))
             }
@@ -203,23 +199,17 @@ impl Pool {
     }
 
     /// Ends a process and takes everything of it back, off the path.
-    pub(crate) fn bury(self: &Rc<Self>, shell: Shell) {
-        rt::spawn(Rc::clone(self).end(shell)).detach();
+    pub(crate) fn bury(self: &Rc<Self>, held: Rc<Held>) {
+        let pool = Rc::clone(self);
+        rt::spawn(async move { pool.end(&held).await }).detach();
     }
 
     /// The same, and waits until nothing of it is left. Whether its uid can be used again.
-    pub(crate) async fn end(self: Rc<Self>, shell: Shell) -> bool {
-        let Shell { name, uid, process, control, events, .. } = shell;
-        drop((control, events));
-        self.end_process(name, uid, process).await
+    pub(crate) async fn end(&self, held: &Held) -> bool {
+        self.end_process(held.name, held.uid, &held.process).await
     }
 
-    async fn end_process(
-        self: Rc<Self>,
-        name: SandboxId,
-        uid: u32,
-        process: super::VmProcess,
-    ) -> bool {
+    async fn end_process(&self, name: SandboxId, uid: u32, process: &VmProcess) -> bool {
         process.end(&name).await;
         loop {
             let launcher = self.launcher.clone();
@@ -266,7 +256,7 @@ impl Pool {
         let built = self.build(size).await;
         match built {
             Ok(shell) if self.closed.get() => {
-                self.clone().end(shell).await;
+                self.end(&shell.held).await;
             }
             Ok(shell) => self.ready.borrow_mut().entry(size).or_default().push_back(shell),
             Err(error) => {
@@ -310,7 +300,7 @@ impl Pool {
         });
         let shell = too_many.and_then(|size| self.ready.borrow_mut().get_mut(&size)?.pop_back());
         if let Some(shell) = shell {
-            self.bury(shell);
+            self.bury(shell.held);
         }
     }
 
@@ -320,8 +310,11 @@ impl Pool {
         self.nudge();
         let all: Vec<Shell> =
             std::mem::take(&mut *self.ready.borrow_mut()).into_values().flatten().collect();
-        let ends: Vec<_> =
-            all.into_iter().map(|shell| rt::spawn(Rc::clone(self).end(shell))).collect();
+        let end = |shell: Shell| {
+            let pool = Rc::clone(self);
+            rt::spawn(async move { pool.end(&shell.held).await })
+        };
+        let ends: Vec<_> = all.into_iter().map(end).collect();
         for end in ends {
             end.join().await;
         }

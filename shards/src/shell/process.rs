@@ -4,6 +4,7 @@
 //! or adopted from one before; both are watched and signalled through a pidfd, never by number.
 //! Refuses to leave a process of ours unreaped.
 
+use std::cell::RefCell;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ChildStderr;
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use mica_numa::process::Pagemap;
 use mica_numa::rt::{self, time};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
@@ -26,9 +28,10 @@ const STDERR_BYTES_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct VmProcess {
     pid: Pid,
+    start_ticks: u64,
     pidfd: OwnedFd,
     pagemap: Pagemap,
-    stderr: Option<ChildStderr>,
+    stderr: RefCell<Option<ChildStderr>>,
 }
 
 impl VmProcess {
@@ -37,15 +40,29 @@ impl VmProcess {
     pub(crate) fn open(pid: Pid, stderr: Option<ChildStderr>) -> std::io::Result<Self> {
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         let pagemap = Pagemap::open(pid)?;
+        let start_ticks = start_ticks(pid)?;
         if let Some(pipe) = &stderr {
             rustix::io::ioctl_fionbio(pipe, true)?;
         }
-        Ok(Self { pid, pidfd, pagemap, stderr })
+        Ok(Self { pid, start_ticks, pidfd, pagemap, stderr: RefCell::new(stderr) })
     }
 
     /// Its number on this host.
     pub(crate) fn pid(&self) -> Pid {
         self.pid
+    }
+
+    /// When it was started, in clock ticks since the machine was.
+    pub(crate) fn start_ticks(&self) -> u64 {
+        self.start_ticks
+    }
+
+    /// Whether it has not ended yet.
+    pub(crate) fn is_alive(&self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // A poll that fails says nothing; the first command finds out.
+        !matches!(poll(&mut fds, Some(&now)), Ok(1..))
     }
 
     /// Its pages.
@@ -59,7 +76,7 @@ impl VmProcess {
     }
 
     /// Kills it, waits for its death without blocking, and reaps it if it is ours.
-    pub(crate) async fn end(self, name: &impl std::fmt::Display) {
+    pub(crate) async fn end(&self, name: &impl std::fmt::Display) {
         if let Err(errno) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL)
             && errno != Errno::SRCH
         {
@@ -86,12 +103,21 @@ impl VmProcess {
     }
 
     /// What it wrote to its standard error, as harmless text; reads once, does not wait.
-    pub(crate) fn complaint(&mut self) -> String {
+    pub(crate) fn complaint(&self) -> String {
         let mut bytes = [0u8; STDERR_BYTES_MAX];
-        let length = match &mut self.stderr {
+        let length = match &mut *self.stderr.borrow_mut() {
             Some(pipe) => pipe.read(&mut bytes).unwrap_or(0),
             None => 0,
         };
         console::sanitise(&bytes[..length]).trim().to_owned()
     }
+}
+
+/// Field 22 of `/proc/PID/stat` (`proc_pid_stat(5)`). The second may hold anything, so what counts
+/// comes after its last parenthesis.
+pub(crate) fn start_ticks(pid: Pid) -> std::io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))?;
+    let rest = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    let field = rest.and_then(|rest| rest.split(' ').nth(19)?.parse().ok());
+    field.ok_or_else(|| std::io::ErrorKind::InvalidData.into())
 }

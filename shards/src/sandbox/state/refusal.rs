@@ -1,7 +1,9 @@
-//! Why an operation is refused, and what a sandbox is doing, in words.
+//! What a sandbox is doing, why an operation is refused, and how a VM process ended, in words.
 //!
 //! Called by the state machine and by the driver, which turns a refusal into an error for whoever
 //! asked. Refuses nothing itself.
+
+use mica_wire::vm;
 
 use super::{Ask, Birth, Process, State};
 
@@ -59,5 +61,24 @@ pub(crate) fn doing(state: &State) -> &'static str {
         State::Paused(_) => "it is paused",
         State::Running => "it runs",
         State::Stopping(_) | State::Gone(_) => "it ends",
+    }
+}
+
+/// Longest text of a VM process that is passed on.
+pub(super) const ENDING_CHARS_MAX: usize = 512;
+
+pub(super) fn ended_how(ending: vm::Ending) -> String {
+    let bounded = |text: String| {
+        let text = crate::console::sanitise(text.as_bytes());
+        text.chars().take(ENDING_CHARS_MAX).collect::<String>()
+    };
+    match ending {
+        vm::Ending::Asked => "the VM process was asked to end".to_owned(),
+        vm::Ending::Reset => "the guest reset or powered off".to_owned(),
+        vm::Ending::Halted => "the guest halted".to_owned(),
+        vm::Ending::TripleFault => "the guest triple-faulted".to_owned(),
+        vm::Ending::GuestFault(what) => format!("the guest broke a rule: {}", bounded(what)),
+        vm::Ending::BadConfig(what) => format!("the snapshot cannot start: {}", bounded(what)),
+        vm::Ending::Internal(what) => format!("the VM process failed: {}", bounded(what)),
     }
 }
