@@ -101,12 +101,12 @@ pub fn pause(body: &[u8]) -> Result<bool, ApiError> {
 pub fn snapshot(body: &[u8]) -> Result<Option<String>, ApiError> {
     let NewSnapshot { name, memory } = json::read_or_default(body)?;
     refuse_disk_only(memory)?;
-    let in_form = |name: &String| {
-        (1..=NAME_CHARS_MAX).contains(&name.chars().count()) && !name.contains(char::is_control)
-    };
+    let printable = |b: u8| b.is_ascii_graphic() || b == b' ';
+    let in_form =
+        |name: &String| (1..=NAME_CHARS_MAX).contains(&name.len()) && name.bytes().all(printable);
     if !name.as_ref().is_none_or(in_form) {
         return Err(ApiError::bad_request(format!(
-            "`name` must be 1 to {NAME_CHARS_MAX} characters without control characters"
+            "`name` must be 1 to {NAME_CHARS_MAX} printable ASCII characters"
         )));
     }
     Ok(name)
@@ -261,7 +261,13 @@ mod tests {
         assert_eq!(read(r#"{"name":null}"#), Ok(None));
         assert_eq!(read(r#"{"name":"ns/a b:v1"}"#), Ok(Some("ns/a b:v1".to_owned())));
         let long = format!(r#"{{"name":"{}"}}"#, "x".repeat(129));
-        for bad in [r#"{"name":""}"#, r#"{"name":7}"#, r#"{"name":"a\nb"}"#, &long] {
+        for bad in [
+            r#"{"name":""}"#,
+            r#"{"name":7}"#,
+            r#"{"name":"a\nb"}"#,
+            "{\"name\":\"\u{e9}\"}",
+            &long,
+        ] {
             assert_eq!(read(bad), Err(400), "{bad}");
         }
     }
