@@ -106,6 +106,7 @@ async fn connect(
     port: GuestPort,
 ) -> Result<GuestStream, ApiError> {
     let began = time::Instant::now();
+    let mut broken = false;
     loop {
         let connected = time::timeout(limits.connect_timeout, host.connect(id, port)).await;
         let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
@@ -123,6 +124,11 @@ async fn connect(
                 time::sleep(TRANSITION_LOOK).await;
             }
             (None, ConnectError::IsPaused(_)) => return Err(ApiError::transitioning(id)),
+            // It broke at once, before anything was sent: a rollback does that, but only once.
+            (None, ConnectError::Unreachable) if !broken && began.elapsed() < TRANSITION_MAX => {
+                broken = true;
+                time::sleep(TRANSITION_LOOK).await;
+            }
             (None, error) => return Err(ApiError::from_connect(&error, id, port)),
         }
     }
