@@ -28,8 +28,8 @@ mod uids;
 
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};
-pub use host::Host;
+pub use host::{CLONES_MAX, Host};
 pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;
-pub use types::{CreateRequest, SandboxInfo, TemplateInfo};
+pub use types::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo, TemplateInfo};

@@ -91,7 +91,7 @@ proptest! {
             apply(&mut after, &last);
 
             let crash = Arc::new(Crash::after(stop));
-            let dying = Store::open_on(dir.path(), Disk { crash: Some(Arc::clone(&crash)) });
+            let dying = Store::open_on(dir.path(), Disk::crashing(&crash));
             let result = dying.and_then(|store| run(&store, &last));
             let found = observe(dir.path());
             if result.is_ok() {
@@ -112,7 +112,7 @@ fn a_stop_while_the_store_is_made_leaves_it_makeable() {
     for stop in 0.. {
         let dir = TempDir::in_memory();
         let crash = Arc::new(Crash::after(stop));
-        let made = Store::open_on(dir.path(), Disk { crash: Some(Arc::clone(&crash)) });
+        let made = Store::open_on(dir.path(), Disk::crashing(&crash));
         assert_eq!(observe(dir.path()), Model::new(), "step {stop}");
         assert_eq!(fs::read_to_string(dir.join("mica-store")).unwrap(), "mica store 1\n");
         if !crash.happened() {
@@ -128,7 +128,7 @@ fn everything_is_on_the_device_before_the_name_points_at_it() {
     let dir = TempDir::in_memory();
     Store::open(dir.path()).unwrap();
     let crash = Arc::new(Crash::after(u32::MAX));
-    let store = Store::open_on(dir.path(), Disk { crash: Some(Arc::clone(&crash)) }).unwrap();
+    let store = Store::open_on(dir.path(), Disk::crashing(&crash)).unwrap();
     let template = put(&store, "base", 1, false).unwrap();
     let home = dir.join("templates").join(&template.manifest().id);
     let log = crash.log();
@@ -154,7 +154,7 @@ fn a_disk_that_is_not_made_says_why() {
     let template = put(&store, "base", 1, false).unwrap();
     let sandbox = mica_units::SandboxId::from_random([1; mica_units::SANDBOX_ID_CHARS]);
     // The directory is the one step that happens: neither the disk nor its removal does.
-    store.disk = Disk { crash: Some(Arc::new(Crash::after(1))) };
+    store.disk = Disk::crashing(&Arc::new(Crash::after(1)));
     let error = store.create_disk(&template, &sandbox).unwrap_err();
     assert!(error.to_string().contains("create"), "{error}");
 }

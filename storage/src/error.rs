@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use mica_units::SandboxId;
 
+use crate::layer::LayerError;
 use crate::manifest::ManifestError;
 
 /// The result of a store operation.
@@ -75,6 +76,15 @@ pub enum StorageError {
         #[source]
         source: ManifestError,
     },
+    /// A layer failed a check.
+    #[error("the memory layer {} cannot be used", path.display())]
+    Layer {
+        /// The file.
+        path: PathBuf,
+        /// Which check.
+        #[source]
+        source: LayerError,
+    },
     /// A template of this name is there already.
     #[error("a template named `{name}` exists; delete it first or ask for it to be replaced")]
     TemplateExists {
@@ -86,6 +96,18 @@ pub enum StorageError {
     TemplateGone {
         /// Its name.
         name: String,
+        /// Its id.
+        id: String,
+    },
+    /// A snapshot of this id is there already.
+    #[error("snapshot {id} exists already, or is being made")]
+    SnapshotExists {
+        /// Its id.
+        id: String,
+    },
+    /// The snapshot was deleted, or its layers were replaced, since it was looked up.
+    #[error("snapshot {id} was deleted or changed; look it up again")]
+    SnapshotGone {
         /// Its id.
         id: String,
     },
@@ -124,6 +146,11 @@ impl StorageError {
             }
             _ => Self::Io { operation, path, source },
         }
+    }
+
+    /// Whether the cause is a name that is taken.
+    pub(crate) fn is_already_there(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
     }
 
     /// Whether the cause is a file that is not there.

@@ -8,7 +8,9 @@
 //! <root>/lock                       flock: exclusive while a template is written or deleted
 //! <root>/templates/<id>/            manifest, kernel, initramfs, disk: immutable once committed
 //! <root>/names/<name> -> <id>       THE commit: a template exists when its name points at it
-//! <root>/sandboxes/<sandbox id>/disk
+//! <root>/snapshots/<id>/            what sandboxes start from: see `snapshot.rs`
+//! <root>/snapshots.lock             flock: shared while a snapshot is made
+//! <root>/sandboxes/<sandbox id>/    see `sandbox.rs`
 //! ```
 //!
 //! One symlink, replaced by one rename, is both the index by name and the commit point. So the
@@ -23,20 +25,41 @@ mod archive;
 #[cfg(test)]
 mod crash_tests;
 mod crashsafe;
+mod envelope;
 mod error;
+mod id;
+mod layer;
 mod manifest;
+mod sandbox;
+#[cfg(test)]
+mod simulation;
+mod snapshot;
 mod sparse;
 mod staging;
 mod store;
 mod template;
 #[cfg(test)]
 mod testing;
+mod working_set;
+mod writer;
 
 pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};
+pub use layer::{
+    CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId, LayerIdError,
+    LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, restrict,
+};
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,
+};
+pub use snapshot::{
+    OpenSnapshot, RECORD_BYTES_MAX, STATE_BYTES_MAX, Snapshot, SnapshotKind, SnapshotManifest,
+    SnapshotStaging, SyncJob, Synced,
 };
 pub use staging::{Staging, TemplateSpec};
 pub use store::Store;
 pub use template::{Part, Template};
+pub use working_set::{PREFETCH_FRAMES, WORKING_SET_RUNS_MAX, prefetch_plan};
+pub use writer::{
+    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, run_blocking,
+};

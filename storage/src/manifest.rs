@@ -1,15 +1,8 @@
 //! The manifest of a template: what it is, and how its files must look.
 //!
 //! Called by `template` and `staging`, and by whoever shows a template. Refuses bytes that are not
-//! exactly what [`Manifest::encode`] writes: magic, version, length and CRC are checked before
+//! exactly what [`Manifest::encode`] writes: the envelope (see `envelope.rs`) is checked before
 //! rkyv's bytecheck looks at the body, and every field is checked against its bound after it.
-//!
-//! ```text
-//!  0        8         12       16       20
-//!  ┌────────┬─────────┬────────┬────────┬──────────────┐
-//!  │ magic  │ version │ length │ CRC32C │ body (rkyv)  │   integers little endian; length is that
-//!  └────────┴─────────┴────────┴────────┴──────────────┘   of the body; the CRC covers all else
-//! ```
 
 use std::str::FromStr;
 
@@ -18,31 +11,33 @@ use rkyv::rancor;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::envelope::Envelope;
+use crate::id::is_id;
+
 /// Characters of a template id.
-pub const TEMPLATE_ID_CHARS: usize = 20;
+pub const TEMPLATE_ID_CHARS: usize = crate::id::CHARS;
 /// The largest manifest that is read.
 pub const MANIFEST_BYTES_MAX: usize = 16 * 1024;
 
-const MAGIC: &[u8; 8] = b"MICAMANI";
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 20;
+const ENVELOPE: Envelope =
+    Envelope { magic: b"MICAMANI", version: 1, bytes_max: MANIFEST_BYTES_MAX };
 const CMDLINE_BYTES_MAX: usize = 2048;
-const VERSION_TEXT_BYTES_MAX: usize = 32;
+pub(crate) const VERSION_TEXT_BYTES_MAX: usize = 32;
 const HASH_CHARS_MAX: usize = 64;
-const MEMORY_MIB_MAX: u32 = 1 << 20;
+pub(crate) const MEMORY_MIB_MAX: u32 = 1 << 20;
 /// 64 TiB: far above any template, far below where offsets overflow.
-const PART_BYTES_MAX: u64 = 1 << 46;
+pub(crate) const PART_BYTES_MAX: u64 = 1 << 46;
 /// A disk is read and written in sectors.
-const SECTOR_BYTES: u64 = 512;
+pub(crate) const SECTOR_BYTES: u64 = 512;
 
 /// Why a manifest was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
     /// The file is not a manifest.
-    #[error("it does not start with the magic of a template manifest")]
+    #[error("it does not start with the magic of such a file")]
     Magic,
     /// Another program version wrote it.
-    #[error("it has format version {0}, this program reads version {VERSION}")]
+    #[error("it has format version {0}, which this program does not read")]
     Version(u32),
     /// Too short, too long, or cut off.
     #[error("its length is wrong: {got} bytes, and its header asks for {expected}")]
@@ -138,7 +133,6 @@ struct BodyV1 {
 const _: () = assert!(size_of::<ArchivedBodyV1>() == 128);
 const _: () = assert!(align_of::<ArchivedBodyV1>() == 8);
 const _: () = assert!(size_of::<ArchivedPartInfo>() == 16);
-const _: () = assert!(HEADER_BYTES == MAGIC.len() + 4 + 4 + 4);
 
 impl Manifest {
     /// Whether a sandbox of it has a root disk.
@@ -183,18 +177,7 @@ impl Manifest {
         };
         let body = rkyv::to_bytes::<rancor::Error>(&body)
             .map_err(|error| ManifestError::Body(error.to_string()))?;
-        let length = u32::try_from(body.len())
-            .ok()
-            .filter(|_| HEADER_BYTES + body.len() <= MANIFEST_BYTES_MAX)
-            .ok_or(ManifestError::Length { got: body.len(), expected: MANIFEST_BYTES_MAX })?;
-        let mut out = Vec::with_capacity(HEADER_BYTES + body.len());
-        out.extend_from_slice(MAGIC);
-        out.extend_from_slice(&VERSION.to_le_bytes());
-        out.extend_from_slice(&length.to_le_bytes());
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&out), &body);
-        out.extend_from_slice(&crc.to_le_bytes());
-        out.extend_from_slice(&body);
-        Ok(out)
+        ENVELOPE.seal(&body)
     }
 
     /// Reads what [`Self::encode`] wrote.
@@ -202,7 +185,7 @@ impl Manifest {
     /// # Errors
     /// When anything about the bytes is not as it must be.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let body = checked_body(bytes)?;
+        let body = ENVELOPE.open(bytes)?;
         let mut aligned = AlignedVec::<16>::with_capacity(body.len());
         aligned.extend_from_slice(body);
         let body = rkyv::from_bytes::<BodyV1, rancor::Error>(&aligned)
@@ -228,7 +211,7 @@ impl Manifest {
 
     /// Checks every bound that the field types do not already keep.
     fn check(&self) -> Result<(), ManifestError> {
-        if !is_template_id(&self.id) {
+        if !is_id(&self.id) {
             return Err(field("id", "it must be 20 characters of 0-9 and a-z"));
         }
         if !(1..=MEMORY_MIB_MAX).contains(&self.memory.count()) {
@@ -253,41 +236,15 @@ impl Manifest {
     }
 }
 
-/// Whether `text` has the form of a template id, so that it can be joined to a path.
-pub(crate) fn is_template_id(text: &str) -> bool {
-    text.len() == TEMPLATE_ID_CHARS
-        && text.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase())
-}
-
-/// The body, once the header and the checksum have been found right.
-fn checked_body(bytes: &[u8]) -> Result<&[u8], ManifestError> {
-    let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
-        return Err(ManifestError::Length { got: bytes.len(), expected: HEADER_BYTES });
-    };
-    if &header[..8] != MAGIC {
-        return Err(ManifestError::Magic);
-    }
-    let word = |at: usize| {
-        u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
-    };
-    if word(8) != VERSION {
-        return Err(ManifestError::Version(word(8)));
-    }
-    let expected = usize::try_from(word(12)).unwrap_or(usize::MAX).saturating_add(HEADER_BYTES);
-    if bytes.len() != expected || expected > MANIFEST_BYTES_MAX {
-        return Err(ManifestError::Length { got: bytes.len(), expected });
-    }
-    if crc32c::crc32c_append(crc32c::crc32c(&header[..16]), body) != word(16) {
-        return Err(ManifestError::Checksum);
-    }
-    Ok(body)
-}
-
-fn field(field: &'static str, what: impl Into<String>) -> ManifestError {
+pub(crate) fn field(field: &'static str, what: impl Into<String>) -> ManifestError {
     ManifestError::Field { field, what: what.into() }
 }
 
-fn printable(name: &'static str, text: &str, bytes_max: usize) -> Result<(), ManifestError> {
+pub(crate) fn printable(
+    name: &'static str,
+    text: &str,
+    bytes_max: usize,
+) -> Result<(), ManifestError> {
     if text.len() > bytes_max {
         return Err(field(name, format!("{} bytes, at most {bytes_max} are allowed", text.len())));
     }

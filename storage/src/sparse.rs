@@ -31,12 +31,31 @@ pub(crate) enum Copied {
 pub(crate) fn clone_or_copy(from: &File, to: &File) -> io::Result<Copied> {
     match rustix::fs::ioctl_ficlone(to, from) {
         Ok(()) => Ok(Copied::Reflink),
-        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
+        Err(error) if cannot_clone(error) => {
             copy(from, to)?;
             Ok(Copied::Bytes)
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Gives the file `to`, which has content of its own, the content of the equally long `from`.
+pub(crate) fn clone_over(from: &File, to: &File) -> io::Result<Copied> {
+    match rustix::fs::ioctl_ficlone(to, from) {
+        Ok(()) => Ok(Copied::Reflink),
+        Err(error) if cannot_clone(error) => {
+            // What was there must not show through the holes of what comes.
+            to.set_len(0)?;
+            copy(from, to)?;
+            Ok(Copied::Bytes)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether the file system cannot clone at all, and did nothing.
+const fn cannot_clone(error: Errno) -> bool {
+    matches!(error, Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS)
 }
 
 /// Says once per process that disks are copied and not cloned.

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use mica_units::{Mebibytes, TemplateName, VcpuCount};
 
 use crate::error::{Result, StorageError};
-use crate::manifest::{Manifest, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS};
+use crate::manifest::{Manifest, PartInfo, ReadyWhen};
 use crate::sparse;
 use crate::store::{Store, WriteLock};
 use crate::template::{MANIFEST_FILE, Part, Template, open_read};
@@ -55,7 +55,8 @@ impl Store {
         if !replace && self.target_of(name)?.is_some() {
             return Err(StorageError::TemplateExists { name: name.to_string() });
         }
-        let id = new_template_id(self.root())?;
+        let id = crate::id::random_text()
+            .map_err(|e| StorageError::io("draw a random id in", self.root(), e))?;
         let dir = self.templates_dir().join(&id);
         self.disk.make_new_dir(&dir)?;
         Ok(Staging { store: self.clone(), lock, id, dir, name: name.clone(), committed: false })
@@ -172,17 +173,4 @@ impl Drop for Staging {
 pub(crate) fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// A random template id. The modulo bias (256 mod 36) does not matter for a name.
-fn new_template_id(root: &Path) -> Result<String> {
-    const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
-    let mut random = [0u8; TEMPLATE_ID_CHARS];
-    let got = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| StorageError::io("draw a random id in", root, e.into()))?;
-    if got != random.len() {
-        let short = std::io::ErrorKind::UnexpectedEof.into();
-        return Err(StorageError::io("draw a random id in", root, short));
-    }
-    Ok(random.iter().map(|byte| char::from(DIGITS[usize::from(*byte) % DIGITS.len()])).collect())
 }

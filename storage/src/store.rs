@@ -1,4 +1,4 @@
-//! The store's directory: opening it, looking templates up, deleting them, and sandbox disks.
+//! The store's directory: opening it, looking templates up, deleting them.
 //!
 //! Called by `shards` and by `mica template`. Refuses a directory it did not make. Any number of
 //! processes may use one store: readers take no lock, since one symlink commits; writers take the
@@ -9,14 +9,15 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use mica_units::{SandboxId, TemplateName};
+use mica_units::TemplateName;
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use crate::crashsafe::Disk;
 use crate::error::{Result, StorageError};
-use crate::manifest::{ManifestError, is_template_id};
-use crate::sparse::{self, Copied};
+use crate::id::is_id;
+use crate::manifest::ManifestError;
+use crate::snapshot::{SNAPSHOTS_DIR, SNAPSHOTS_LOCK};
 use crate::template::{Template, open_read, read_manifest};
 
 const MARKER_FILE: &str = "mica-store";
@@ -25,10 +26,9 @@ const MARKER: &str = "mica store 1";
 const LOCK_FILE: &str = "lock";
 pub(crate) const TEMPLATES_DIR: &str = "templates";
 pub(crate) const NAMES_DIR: &str = "names";
-const SANDBOXES_DIR: &str = "sandboxes";
-const SANDBOX_DISK: &str = "disk";
+pub(crate) const SANDBOXES_DIR: &str = "sandboxes";
 /// Times a lookup starts again because a writer replaced what it was looking at.
-const LOOKUP_ATTEMPTS: u32 = 16;
+pub(crate) const LOOKUP_ATTEMPTS: u32 = 16;
 
 /// A store, open. Cheap to clone; every clone is the same store.
 #[derive(Clone, Debug)]
@@ -60,9 +60,12 @@ impl Store {
         if !store.has_marker()? {
             store.make_layout()?;
         }
+        // A store of before there were snapshots has no directory for them.
+        store.disk.make_dir(&store.snapshots_dir())?;
         if let Some(lock) = store.try_lock()? {
             store.remove_uncommitted(&lock)?;
         }
+        store.remove_uncommitted_snapshots()?;
         Ok(store)
     }
 
@@ -102,7 +105,7 @@ impl Store {
         {
             return Ok(Some(template));
         }
-        if !is_template_id(id_or_name) {
+        if !is_id(id_or_name) {
             return Ok(None);
         }
         for name in self.names()? {
@@ -114,8 +117,8 @@ impl Store {
         Ok(None)
     }
 
-    /// Deletes a template; says whether there was one. Sandboxes that run from it are not
-    /// affected: their disks are clones, and their kernel is loaded.
+    /// Deletes a template and its running snapshot; says whether there was one. Sandboxes that run
+    /// from it are not affected: their disks are clones, and their layers have links of their own.
     ///
     /// # Errors
     /// When it could not be deleted.
@@ -127,74 +130,12 @@ impl Store {
         Ok(true)
     }
 
-    /// Makes the root disk of a sandbox: a clone of its template's.
-    ///
-    /// # Errors
-    /// [`StorageError::NoSpace`] when the disk is full, [`StorageError::NoDisk`] when the template
-    /// has none, [`StorageError::SandboxExists`] when it was made before. A failure leaves nothing.
-    pub fn create_disk(&self, template: &Template, sandbox: &SandboxId) -> Result<File> {
-        let manifest = template.manifest();
-        let source = template
-            .open_disk()?
-            .ok_or_else(|| StorageError::NoDisk { name: manifest.name.to_string() })?;
-        let dir = self.sandbox_dir(sandbox);
-        match self.disk.make_new_dir(&dir) {
-            Err(StorageError::Io { source, .. }) if source.kind() == ErrorKind::AlreadyExists => {
-                return Err(StorageError::SandboxExists(*sandbox));
-            }
-            other => other?,
-        }
-        let made = self.fill_disk(&source, &dir.join(SANDBOX_DISK));
-        if made.is_err()
-            && let Err(error) = self.remove_sandbox(sandbox)
-        {
-            // What is told is why there is no disk; the next start sweeps what is left.
-            tracing::warn!(error = %chain(&error), "an unfinished disk could not be removed");
-        }
-        made
-    }
-
-    fn fill_disk(&self, source: &File, path: &Path) -> Result<File> {
-        let file = self.disk.create_file(path)?;
-        let copied = sparse::clone_or_copy(source, &file)
-            .map_err(|e| StorageError::io("clone the template's disk to", path, e))?;
-        if copied == Copied::Bytes {
-            sparse::warn_no_reflink(path);
-        }
-        Ok(file)
-    }
-
-    /// Removes all a sandbox has in the store. Not an error when it has nothing.
-    ///
-    /// # Errors
-    /// When something could not be removed.
-    pub fn remove_sandbox(&self, sandbox: &SandboxId) -> Result<()> {
-        self.disk.remove_tree(&self.sandbox_dir(sandbox))
-    }
-
-    /// Removes what sandboxes of an earlier run left; says how many. For the daemon's start.
-    ///
-    /// # Errors
-    /// When something could not be removed.
-    pub fn sweep_sandboxes(&self) -> Result<usize> {
-        let dir = self.root.join(SANDBOXES_DIR);
-        let entries = entries(&dir)?;
-        for name in &entries {
-            self.disk.remove_tree(&dir.join(name))?;
-        }
-        Ok(entries.len())
-    }
-
     pub(crate) fn names_dir(&self) -> PathBuf {
         self.root.join(NAMES_DIR)
     }
 
     pub(crate) fn templates_dir(&self) -> PathBuf {
         self.root.join(TEMPLATES_DIR)
-    }
-
-    fn sandbox_dir(&self, sandbox: &SandboxId) -> PathBuf {
-        self.root.join(SANDBOXES_DIR).join(sandbox.as_str())
     }
 
     /// Every committed name.
@@ -210,7 +151,7 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(StorageError::io("read", &path, error)),
         };
-        match target.to_str().filter(|id| is_template_id(id)) {
+        match target.to_str().filter(|id| is_id(id)) {
             Some(id) => Ok(Some(id.to_owned())),
             None => Err(mismatch(&path, "it does not point at a template id")),
         }
@@ -240,30 +181,31 @@ impl Store {
 
     /// Waits until no other process writes.
     pub(crate) fn lock(&self) -> Result<WriteLock> {
-        let (path, file) = self.open_lock()?;
-        rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))
-            .map_err(|e| StorageError::io("lock", &path, e.into()))?;
-        Ok(WriteLock { _file: file })
+        let file = self.flock(LOCK_FILE, FlockOperation::LockExclusive)?;
+        let busy = || StorageError::io("lock", &self.root, io::ErrorKind::WouldBlock.into());
+        Ok(WriteLock { _file: file.ok_or_else(busy)? })
     }
 
     fn try_lock(&self) -> Result<Option<WriteLock>> {
-        let (path, file) = self.open_lock()?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(WriteLock { _file: file })),
-            Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(StorageError::io("lock", &path, error.into())),
-        }
+        let file = self.flock(LOCK_FILE, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(file.map(|file| WriteLock { _file: file }))
     }
 
-    fn open_lock(&self) -> Result<(PathBuf, File)> {
-        let path = self.root.join(LOCK_FILE);
+    /// Locks a file of the store for as long as what is returned is open. `None` when another holds
+    /// it and the operation does not wait.
+    pub(crate) fn flock(&self, name: &str, operation: FlockOperation) -> Result<Option<File>> {
+        let path = self.root.join(name);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options
             .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
             .open(&path)
             .map_err(|e| StorageError::io("open", &path, e))?;
-        Ok((path, file))
+        match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, operation)) {
+            Ok(()) => Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(StorageError::io("lock", &path, error.into())),
+        }
     }
 
     /// Whether the directory is a store already.
@@ -295,7 +237,7 @@ impl Store {
         if self.has_marker()? {
             return Ok(());
         }
-        for dir in [TEMPLATES_DIR, NAMES_DIR, SANDBOXES_DIR] {
+        for dir in [TEMPLATES_DIR, NAMES_DIR, SANDBOXES_DIR, SNAPSHOTS_DIR] {
             self.disk.make_dir(&self.root.join(dir))?;
         }
         let temporary = self.root.join(MARKER_TEMPORARY);
@@ -308,8 +250,8 @@ impl Store {
     fn refuse_foreign(&self) -> Result<()> {
         for name in entries(&self.root)? {
             let ours = match name.as_str() {
-                LOCK_FILE | MARKER_FILE | MARKER_TEMPORARY | "lost+found" => true,
-                TEMPLATES_DIR | NAMES_DIR | SANDBOXES_DIR => {
+                LOCK_FILE | SNAPSHOTS_LOCK | MARKER_FILE | MARKER_TEMPORARY | "lost+found" => true,
+                TEMPLATES_DIR | NAMES_DIR | SANDBOXES_DIR | SNAPSHOTS_DIR => {
                     entries(&self.root.join(&name))?.is_empty()
                 }
                 _ => false,
@@ -341,10 +283,14 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the directory of a template that no name points at any more. A failure is not the
-    /// caller's: the next start-up tries again.
+    /// Removes the directory of a template that no name points at any more, and its running snapshot
+    /// before that: as long as the directory is there, a start knows that both have to go. A failure
+    /// is not the caller's: the next start-up tries again.
     pub(crate) fn discard(&self, _lock: &WriteLock, id: &str) {
-        if let Err(error) = self.disk.remove_tree(&self.templates_dir().join(id)) {
+        let removed = self
+            .delete_snapshot(id)
+            .and_then(|_| self.disk.remove_tree(&self.templates_dir().join(id)));
+        if let Err(error) = removed {
             tracing::warn!(error = %chain(&error), "the next start will try to remove it again");
         }
     }
@@ -352,7 +298,7 @@ impl Store {
 
 /// The names in a directory. A name that is not UTF-8 is shown with replacement characters; it is
 /// never one of ours.
-fn entries(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn entries(dir: &Path) -> Result<Vec<String>> {
     let read = || -> io::Result<Vec<String>> {
         fs::read_dir(dir)?
             .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
@@ -361,7 +307,7 @@ fn entries(dir: &Path) -> Result<Vec<String>> {
     read().map_err(|e| StorageError::io("list", dir, e))
 }
 
-fn mismatch(path: &Path, what: &str) -> StorageError {
+pub(crate) fn mismatch(path: &Path, what: &str) -> StorageError {
     let source = ManifestError::Field { field: "id", what: what.to_owned() };
     StorageError::Manifest { path: path.to_path_buf(), source }
 }

@@ -1,6 +1,7 @@
 //! The manifest's format holds, and no damage gets through.
 
 use super::*;
+use crate::envelope::HEADER_BYTES;
 
 const GOLDEN: &[u8] = include_bytes!("../../tests/goldens/manifest-v1.bin");
 
@@ -81,14 +82,7 @@ fn every_truncation_and_extension_is_found() {
 
 /// Gives a body a header whose checksum is right, as an attacker would.
 fn sealed(body: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
-    bytes.extend_from_slice(&u32::try_from(body.len()).unwrap().to_le_bytes());
-    let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes), body);
-    bytes.extend_from_slice(&crc.to_le_bytes());
-    bytes.extend_from_slice(body);
-    bytes
+    ENVELOPE.seal(body).unwrap()
 }
 
 #[test]

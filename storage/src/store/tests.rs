@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 
+use mica_units::SandboxId;
+
 use super::*;
 use crate::testing::{TempDir, names_in, put, spec};
 use crate::{Part, ReadyWhen};
@@ -17,7 +19,10 @@ fn a_new_store_is_empty_and_opens_again() {
     let root = dir.join("a/b/store");
     let store = Store::open(&root).unwrap();
     assert!(store.templates().unwrap().is_empty());
-    assert_eq!(names_in(&root), ["lock", "mica-store", "names", "sandboxes", "templates"]);
+    assert_eq!(
+        names_in(&root),
+        ["lock", "mica-store", "names", "sandboxes", "snapshots", "snapshots.lock", "templates"]
+    );
     for private in ["names", "sandboxes", "templates"] {
         let mode = fs::metadata(root.join(private)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700, "{private}");

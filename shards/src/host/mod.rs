@@ -2,25 +2,28 @@
 //!
 //! Called by `http` on every shard. Refuses to hold any sandbox itself.
 
+mod operations;
+
+pub use operations::CLONES_MAX;
+
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use mica_numa::mailbox::Returned;
 use mica_numa::rt::net::UnixStream;
 use mica_numa::rt::{self, oneshot, time};
-use mica_storage::Template;
-use mica_units::{GuestPort, Mebibytes, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId};
+use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId};
 use mica_wire::guest::Preamble;
 
-use crate::event::{Address, Answer, OUTSTANDING_MAX, Operation, Reply, Request, Spawned};
+use crate::event::{Address, Answer, OUTSTANDING_MAX, Operation, Reply, Request};
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
-use crate::{ConnectError, CreateRequest, GuestStream, SandboxInfo, ShardError, TemplateInfo};
+use crate::{ConnectError, CreateRequest, GuestStream, SandboxInfo, ShardError};
 
 /// How long a guest's gateway may take to answer a preamble.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -158,27 +161,6 @@ impl Host {
             Ok(Err(GatewayError::Refused)) => Err(ConnectError::PortNotOpen(port)),
             Ok(Err(GatewayError::Broken)) | Err(time::Elapsed) => Err(ConnectError::Unreachable),
         }
-    }
-
-    /// Every template, with what this host made of it.
-    ///
-    /// # Errors
-    /// See [`ShardError`].
-    pub async fn templates(&self) -> Result<Vec<TemplateInfo>, ShardError> {
-        let store = self.0.shard.workshop.store.clone();
-        let listed = rt::blocking(move || store.templates()).await;
-        let templates = listed.map_err(|_| ShardError::Busy)?.map_err(|error| {
-            ShardError::Storage { operation: "listing templates", source: Arc::new(error) }
-        })?;
-        let mut spawns: BTreeMap<String, Spawned> = BTreeMap::new();
-        for reply in self.ask_all(|| Operation::Spawns).await? {
-            let Reply::Spawns(some) = reply else { return Err(out_of_form(&reply)) };
-            for (template_id, new) in some {
-                let sum = spawns.entry(template_id).or_insert(Spawned { count: 0, ..new });
-                *sum = Spawned { count: sum.count + new.count, last: sum.last.max(new.last) };
-            }
-        }
-        Ok(templates.iter().map(|template| template_info(template, &spawns)).collect())
     }
 
     /// Hands an answer to who waits for it. One that nobody waits for any more is dropped, and
@@ -327,20 +309,4 @@ impl Drop for CancelOnDrop<'_> {
 fn out_of_form(reply: &Reply) -> ShardError {
     tracing::error!(?reply, "a shard answered out of form");
     ShardError::Busy
-}
-
-fn template_info(template: &Template, spawns: &BTreeMap<String, Spawned>) -> TemplateInfo {
-    let manifest = template.manifest();
-    let spawned = spawns.get(&manifest.id);
-    TemplateInfo {
-        id: manifest.id.clone(),
-        name: manifest.name.clone(),
-        vcpus: manifest.vcpus,
-        memory: manifest.memory,
-        disk: Mebibytes::covering_bytes(manifest.disk_bytes()).unwrap_or(Mebibytes::new(0)),
-        envd_version: manifest.envd_version.clone(),
-        created_at: UNIX_EPOCH + Duration::from_millis(manifest.created_unix_ms),
-        spawn_count: spawned.map_or(0, |spawned| spawned.count),
-        last_spawned_at: spawned.map(|spawned| spawned.last),
-    }
 }
