@@ -10,6 +10,11 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Descriptors: KVM and its vCPUs, device events, and one for each stream into the guest.
 const DESCRIPTORS_MAX: u64 = 1024;
+/// Threads of its user, which has no other process: control, devices, a vCPU each, KVM's own, and
+/// those of the disk's ring.
+const THREADS_MAX: u64 = 64;
+/// Memory that cannot be reclaimed: the rings of an io_uring count, since Linux 6.14 in full.
+const LOCKED_BYTES_MAX: u64 = 64 * 1024;
 
 /// Why a limit was not set.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +30,8 @@ pub enum LimitError {
 /// The limits that do not depend on what is booted.
 pub fn set() -> Result<(), Errno> {
     set_one(Resource::Nofile, DESCRIPTORS_MAX)?;
+    set_one(Resource::Nproc, THREADS_MAX)?;
+    set_one(Resource::Memlock, LOCKED_BYTES_MAX)?;
     // A core dump would write guest memory to the host's disk.
     set_one(Resource::Core, 0)
 }
