@@ -83,12 +83,7 @@ pub fn serve(
     });
 }
 
-fn answer_stream(
-    mood: &Mood,
-    stream: &UnixStream,
-    machine: &Arc<Machine>,
-    socket: &ControlSocket,
-) {
+fn answer_stream(mood: &Mood, stream: &UnixStream, machine: &Arc<Machine>, socket: &ControlSocket) {
     let mut stream = stream.try_clone().unwrap();
     // The shard's ends do not block; ours does.
     stream.set_nonblocking(false).unwrap();
