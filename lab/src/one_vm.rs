@@ -5,14 +5,20 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command as Process, Stdio};
+use std::process::{Command as Process, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use mica_wire::vm::{BootConfig, Command, ControlSocket, Event, FdRole, console};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::retry_on_intr;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, set_child_subreaper,
+    waitpid,
+};
 
 /// What to boot.
 #[derive(Debug)]
@@ -64,7 +70,8 @@ pub fn memfd_of(name: &str, contents: &[u8]) -> Result<OwnedFd> {
 /// A VM process.
 #[derive(Debug)]
 pub struct OneVm {
-    child: Child,
+    pid: Pid,
+    pidfd: OwnedFd,
     socket: ControlSocket,
     console: Option<File>,
 }
@@ -75,19 +82,42 @@ impl OneVm {
     /// # Errors
     /// When it cannot be started.
     pub fn spawn(program: &Path, id: u32) -> Result<Self> {
+        Self::spawn_in(program, id, None)
+    }
+
+    /// As [`OneVm::spawn`], in this network namespace instead of one of its own.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn_in(program: &Path, id: u32, network: Option<BorrowedFd<'_>>) -> Result<Self> {
+        // The VM's process is a child of the one started here, which ends: it comes to us then.
+        set_child_subreaper(Some(Pid::INIT))?;
         let (near, far) = ControlSocket::pair()?;
-        let child = Process::new(program)
-            .args(["--uid", &id.to_string(), "--gid", &id.to_string()])
-            .stdin(Stdio::from(far.into_fd()))
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
-        Ok(Self { child, socket: near, console: None })
+        let mut process = Process::new(program);
+        process.args(["--uid", &id.to_string(), "--gid", &id.to_string()]);
+        if let Some(network) = network {
+            process.args(["--netns", "1"]).stdout(Stdio::from(network.try_clone_to_owned()?));
+        }
+        process.stdin(Stdio::from(far.into_fd()));
+        let mut first =
+            process.spawn().with_context(|| format!("starting {}", program.display()))?;
+        // It holds the far end, whose closing would never be seen.
+        drop(process);
+        let spawned = near.receive_event();
+        let status = first.wait()?;
+        let pid = match spawned {
+            Ok(Event::Spawned { pid }) => i32::try_from(pid).ok().and_then(Pid::from_raw),
+            other => bail!("the first process ended with {status} and said {other:?}"),
+        };
+        let pid = pid.context("a process has no such number")?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(Self { pid, pidfd, socket: near, console: None })
     }
 
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
     /// Sends a command without waiting for anything.
@@ -192,7 +222,7 @@ impl OneVm {
     ///
     /// # Errors
     /// When it does not end within `patience`; it is killed then.
-    pub fn hang_up(mut self, patience: Duration) -> Result<std::process::ExitStatus> {
+    pub fn hang_up(mut self, patience: Duration) -> Result<ExitStatus> {
         let (unused, _) = ControlSocket::pair()?;
         drop(std::mem::replace(&mut self.socket, unused));
         self.wait(patience)
@@ -202,29 +232,47 @@ impl OneVm {
     ///
     /// # Errors
     /// When it does not end within `patience`; it is killed then.
-    pub fn wait(mut self, patience: Duration) -> Result<std::process::ExitStatus> {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    pub fn wait(self, patience: Duration) -> Result<ExitStatus> {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let start = Instant::now();
         if poll(&mut fds, Some(&Timespec::try_from(patience)?))? == 0 {
-            self.child.kill()?;
-            self.child.wait()?;
+            // Dropping it kills it.
             bail!("mica-vm still ran after {:?}", start.elapsed());
         }
-        Ok(self.child.wait()?)
+        self.reap().context("somebody else has waited for mica-vm")
+    }
+
+    /// Waits for it. `None` when that was done already.
+    fn reap(&self) -> Option<ExitStatus> {
+        match retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty())) {
+            Ok(Some((_, status))) => Some(ExitStatus::from_raw(status.as_raw())),
+            Ok(None) | Err(_) => None,
+        }
     }
 }
 
 impl Drop for OneVm {
     fn drop(&mut self) {
-        // A test that failed half-way leaves a process behind otherwise. Already waited for: fine.
-        if self.child.try_wait().is_ok_and(|status| status.is_none())
-            && self.child.kill().and_then(|()| self.child.wait()).is_err()
-        {
-            eprintln!("could not kill mica-vm {}", self.child.id());
+        // A test that failed half-way leaves a process behind otherwise. A process that was waited
+        // for has no number any more, and the descriptor never means another one.
+        if pidfd_send_signal(&self.pidfd, Signal::KILL).is_ok() && self.reap().is_none() {
+            eprintln!("could not reap mica-vm {}", self.pid());
         }
     }
+}
+
+/// A network namespace with nothing in it, for VM processes to share.
+///
+/// # Errors
+/// When the kernel refuses; it takes root.
+pub fn empty_network() -> Result<OwnedFd> {
+    // A thread of its own makes it, because a thread that leaves a namespace does not come back.
+    let made = std::thread::spawn(|| -> std::io::Result<OwnedFd> {
+        #[expect(deprecated, reason = "its successor is unsafe for CLONE_FILES, not asked for")]
+        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)?;
+        Ok(File::open("/proc/thread-self/ns/net")?.into())
+    });
+    Ok(made.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??)
 }
 
 /// The `mica-vm` to drive: `MICA_VM`, or the one beside this program, or one directory up (where

@@ -194,6 +194,7 @@ fn garbage_in_a_virtqueue_ends_the_guest_that_wrote_it_and_no_other() {
                 Place::Disk => "blk",
                 Place::VsockToGuest | Place::VsockFromGuest => "vsock",
                 Place::Rng => "rng",
+                Place::Balloon => "balloon",
             };
             assert!(
                 matches!(&ending, Ending::GuestFault(words) if words.contains(name)),

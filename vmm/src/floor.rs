@@ -12,9 +12,9 @@ use mica_units::{Gpa, Mebibytes, VcpuCount};
 use mica_wire::vm::Ending;
 
 use crate::boot::{self, BootError, Images};
-use crate::kvm::{Exits, KvmError, Machine, Parked, Pause};
+use crate::kvm::{Exits, Kick, KvmError, Machine, Parked, Pause};
 use crate::layout;
-use crate::memory::{self, MemoryError};
+use crate::memory::{Memory, MemoryError};
 use crate::virtio::{Event, QUEUE_NOTIFY};
 
 /// Why there is no measurement.
@@ -29,6 +29,9 @@ pub enum FloorError {
     /// The image.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Guest memory again.
+    #[error("giving guest memory back failed")]
+    Clear(#[source] rustix::io::Errno),
     /// An event.
     #[error("making an event failed")]
     Event(#[source] std::io::Error),
@@ -57,9 +60,11 @@ impl Exits for FirstByte {
 }
 
 impl Pause for FirstByte {
-    fn leave(&self, _: Parked) -> bool {
-        false
+    fn kicked(&self) -> Kick {
+        Kick::GoOn
     }
+
+    fn probed(&self, _: Parked) {}
 }
 
 /// Queues of the devices that a VM without a disk has: three of vsock, one of rng.
@@ -77,8 +82,8 @@ pub fn first_byte(
 ) -> Result<Duration, FloorError> {
     let start = Instant::now();
     let vcpus = VcpuCount::new(1).unwrap_or_else(|_| unreachable!("1 is within the bounds"));
-    let memory = memory::map(memory_size)?;
-    let machine = Machine::new(kvm, &memory, vcpus)?;
+    let memory = Memory::reserve(memory_size)?;
+    let machine = Machine::new(kvm, memory.guest(), vcpus)?;
     let mut events = Vec::new();
     let mut event = || -> Result<Event, FloorError> {
         let event = Event::new().map_err(FloorError::Event)?;
@@ -94,10 +99,10 @@ pub fn first_byte(
         }
     }
     let images = Images { kernel, initramfs: None, cmdline: "" };
-    let loaded = boot::load(&memory, images, vcpus, QUEUES.len())?;
-    machine.enter_at(loaded.entry)?;
+    let loaded = boot::load(memory.guest(), images, vcpus, QUEUES.len())?;
     let (held, vcpus) = machine.split();
     for mut vcpu in vcpus {
+        vcpu.enter_at(loaded.entry)?;
         match vcpu.run(&FirstByte, &FirstByte) {
             Err(Ending::Asked) => {}
             Err(ending) => return Err(FloorError::Ended(ending)),
@@ -106,5 +111,7 @@ pub fn first_byte(
     }
     let took = start.elapsed();
     drop(held);
+    // The addresses stay reserved; what the guest wrote is given back.
+    memory.clear().map_err(FloorError::Clear)?;
     Ok(took)
 }

@@ -90,8 +90,8 @@ struct Header {
 pub enum Request<'a> {
     /// Asks whether the kernel is up.
     KernelInfo,
-    /// Runs code as a numbered cell.
-    Execute { code: &'a str },
+    /// Runs code as a cell, numbered unless it is `unnumbered`.
+    Execute { code: &'a str, unnumbered: bool },
     /// Runs code that leaves no trace in the history and publishes no result.
     Silent { code: &'a str },
 }
@@ -106,8 +106,10 @@ pub fn encode(
 ) -> Vec<Bytes> {
     let (msg_type, content) = match request {
         Request::KernelInfo => ("kernel_info_request", json!({})),
-        Request::Execute { code } => ("execute_request", execute_content(code, false)),
-        Request::Silent { code } => ("execute_request", execute_content(code, true)),
+        Request::Execute { code, unnumbered } => {
+            ("execute_request", execute_content(code, false, !unnumbered))
+        }
+        Request::Silent { code } => ("execute_request", execute_content(code, true, false)),
     };
     let header = json!({
         "msg_id": msg_id,
@@ -127,11 +129,11 @@ pub fn encode(
     frames
 }
 
-fn execute_content(code: &str, silent: bool) -> Value {
+fn execute_content(code: &str, silent: bool, store_history: bool) -> Value {
     json!({
         "code": code,
         "silent": silent,
-        "store_history": !silent,
+        "store_history": store_history,
         "user_expressions": {},
         "allow_stdin": false,
         // Our own queue decides what runs next; the kernel must not drop requests behind a
@@ -333,8 +335,13 @@ mod tests {
 
     #[test]
     fn requests_are_read_back_by_the_same_rules() {
-        let frames =
-            encode(&Request::Execute { code: "1+1" }, "m1", "s1", "2026-01-02T03:04:05Z", &key());
+        let frames = encode(
+            &Request::Execute { code: "1+1", unnumbered: false },
+            "m1",
+            "s1",
+            "2026-01-02T03:04:05Z",
+            &key(),
+        );
         assert_eq!(frames.len(), 6);
         let content: Value = serde_json::from_slice(&frames[5]).unwrap();
         assert_eq!(content["code"], "1+1");

@@ -3,12 +3,19 @@
 //! Started by [`super::contexts`]. Refuses a cell when [`WAITING_CELLS_MAX`] wait already. A cell
 //! whose client has gone is interrupted, and skipped when it has not begun. A kernel that does not
 //! give way to interrupts is replaced, so one cell cannot hold a context for ever.
+//!
+//! A kernel outlives the sandbox it was started in: saved with the guest, it goes on in every
+//! sandbox that is restored from there. What it has of the former one, environment and random
+//! state, is made good before its next cell and not when the sandbox gets its identity: most of a
+//! kernel's memory is shared between all that were restored from it until it runs, so one that is
+//! never used costs nothing, and the answer that a client waits for does not wait for Python.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
@@ -16,7 +23,7 @@ use super::cell::{Cell, Ending, Job, Restart, Run};
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
 use super::protocol::{Body, Request};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Standing};
 use crate::users::User;
 
 /// Most cells that wait for one context.
@@ -64,7 +71,8 @@ pub fn start(config: SessionConfig) -> Handle {
         jobs: jobs_in,
         restarts: restarts_in,
         state: state_out,
-        base_env: BTreeMap::new(),
+        env: BTreeMap::new(),
+        sandboxes: 0,
     };
     tokio::spawn(session.run());
     Handle { jobs, restarts, state }
@@ -76,7 +84,9 @@ struct Session {
     restarts: mpsc::Receiver<Restart>,
     state: watch::Sender<State>,
     /// The sandbox's variables as the kernel has them.
-    base_env: BTreeMap<String, String>,
+    env: BTreeMap<String, String>,
+    /// [`Standing::sandboxes`] when the kernel's random state was made.
+    sandboxes: u64,
 }
 
 impl Session {
@@ -119,21 +129,10 @@ impl Session {
     }
 
     async fn start_kernel(&mut self) -> Result<Kernel, KernelError> {
-        let mut env = self.config.sandbox.environment();
-        self.base_env.clone_from(&env);
-        let user = &self.config.user;
-        for (name, value) in [
-            ("HOME", user.home.display().to_string()),
-            ("USER", user.name.clone()),
-            ("LOGNAME", user.name.clone()),
-            ("PATH", search_path(&self.config.kernel.python)),
-            ("LANG", "C.UTF-8".to_owned()),
-            // Python would otherwise hold back what a child process prints after it.
-            ("PYTHONUNBUFFERED", "1".to_owned()),
-            ("MPLBACKEND", "module://matplotlib_inline.backend_inline".to_owned()),
-        ] {
-            env.entry(name.to_owned()).or_insert(value);
-        }
+        let standing = self.config.sandbox.standing();
+        let env = self.environment(&standing);
+        self.sandboxes = standing.sandboxes;
+        self.env.clone_from(&env);
         let config = &self.config;
         let mut kernel = Kernel::start(&config.kernel, &config.user, &config.cwd, env).await?;
         // IPython makes a few things at its first cell only; now they are made before anyone waits.
@@ -150,6 +149,25 @@ impl Session {
                 Err(error)
             }
         }
+    }
+
+    /// The whole environment of a kernel, but for what cells add.
+    fn environment(&self, standing: &Standing) -> BTreeMap<String, String> {
+        let mut env = self.config.sandbox.environment_of(standing.identity.as_deref());
+        let user = &self.config.user;
+        for (name, value) in [
+            ("HOME", user.home.display().to_string()),
+            ("USER", user.name.clone()),
+            ("LOGNAME", user.name.clone()),
+            ("PATH", search_path(&self.config.kernel.python)),
+            ("LANG", "C.UTF-8".to_owned()),
+            // Python would otherwise hold back what a child process prints after it.
+            ("PYTHONUNBUFFERED", "1".to_owned()),
+            ("MPLBACKEND", "module://matplotlib_inline.backend_inline".to_owned()),
+        ] {
+            env.entry(name.to_owned()).or_insert(value);
+        }
+        env
     }
 
     /// A kernel could not be started: the next cell is told why, and then it is tried again.
@@ -227,7 +245,8 @@ impl Session {
         if let Err(ending) = self.prepare(kernel, &run.env).await {
             return run.broken(ending).await;
         }
-        let outcome = match kernel.send(&Request::Execute { code: &run.code }).await {
+        let request = Request::Execute { code: &run.code, unnumbered: run.rehearsal };
+        let outcome = match kernel.send(&request).await {
             Ok(id) => run.drive(kernel, &id, &mut self.restarts).await,
             Err(error) => Err(Ending::Died(error.to_string())),
         };
@@ -236,10 +255,10 @@ impl Session {
         }
         // The environment is put back before the client learns of the end, so that its next
         // cell cannot overtake it.
-        let restored = if run.env.is_empty() {
-            Ok(())
-        } else {
-            silent(kernel, "__import__('_mica').pop()").await
+        let restored = match (run.rehearsal, run.env.is_empty()) {
+            (true, _) => silent(kernel, "__import__('_mica').settle()").await,
+            (false, false) => silent(kernel, "__import__('_mica').pop()").await,
+            (false, true) => Ok(()),
         };
         run.finish().await;
         match restored {
@@ -249,29 +268,66 @@ impl Session {
         }
     }
 
-    /// Brings the kernel's environment up to date before a cell.
+    /// Brings the kernel up to date before a cell: the sandbox it is in, then what the cell brings.
     async fn prepare(
         &mut self,
         kernel: &mut Kernel,
         env: &BTreeMap<String, String>,
     ) -> Result<(), Ending> {
-        let base = self.config.sandbox.environment();
-        let mut code = String::new();
-        if base != self.base_env {
-            code.push_str(&call("base", &base));
-            self.base_env = base;
+        let standing = self.config.sandbox.standing();
+        let wanted = self.environment(&standing);
+        let reseed = standing.sandboxes != self.sandboxes;
+        if reseed || wanted != self.env {
+            let code = call("become", &Changes::between(&self.env, &wanted, reseed));
+            if run_silently(kernel, &code).await? {
+                (self.env, self.sandboxes) = (wanted, standing.sandboxes);
+            }
         }
         if !env.is_empty() {
-            code.push_str(&call("push", env));
+            run_silently(kernel, &call("push", env)).await?;
         }
-        if code.is_empty() {
-            return Ok(());
+        Ok(())
+    }
+}
+
+/// What a kernel that has been saved in one sandbox and restored in another must change.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Changes<'a> {
+    set: BTreeMap<&'a str, &'a str>,
+    unset: Vec<&'a str>,
+    /// Every kernel restored from the same state would draw the same random numbers.
+    reseed: bool,
+}
+
+impl<'a> Changes<'a> {
+    /// What stays the same is left alone: a cell may have changed it, and then it is the user's.
+    fn between(
+        held: &'a BTreeMap<String, String>,
+        wanted: &'a BTreeMap<String, String>,
+        reseed: bool,
+    ) -> Self {
+        let differs = |(name, value): &(&String, &String)| held.get(*name) != Some(*value);
+        let pair = |(name, value): (&'a String, &'a String)| (name.as_str(), value.as_str());
+        Self {
+            set: wanted.iter().filter(differs).map(pair).collect(),
+            unset: held
+                .keys()
+                .filter(|name| !wanted.contains_key(*name))
+                .map(String::as_str)
+                .collect(),
+            reseed,
         }
-        match silent(kernel, &code).await {
-            Ok(()) | Err(Silent::Failed) => Ok(()),
-            Err(Silent::Ended(status)) => Err(Ending::Died(status)),
-            Err(Silent::Kernel(error)) => Err(Ending::Died(error.to_string())),
-        }
+    }
+}
+
+/// Whether the code ran without an exception. A cell may have broken what it needs; the kernel is
+/// its user's, and the next cell tries again.
+async fn run_silently(kernel: &mut Kernel, code: &str) -> Result<bool, Ending> {
+    match silent(kernel, code).await {
+        Ok(()) => Ok(true),
+        Err(Silent::Failed) => Ok(false),
+        Err(Silent::Ended(status)) => Err(Ending::Died(status)),
+        Err(Silent::Kernel(error)) => Err(Ending::Died(error.to_string())),
     }
 }
 
@@ -287,10 +343,11 @@ fn search_path(python: &Path) -> String {
     }
 }
 
-/// Python that hands a map of texts to a function of the kernel's `_mica` module. The map travels as
-/// JSON inside a Python literal of bytes, so no character of it can be read as code.
-fn call(function: &str, variables: &BTreeMap<String, String>) -> String {
-    let json = serde_json::to_vec(variables).unwrap_or_else(|_| b"{}".to_vec());
+/// Python that hands a value to a function of the kernel's `_mica` module. The value travels as JSON
+/// inside a Python literal of bytes, so no character of it can be read as code.
+fn call(function: &str, value: &impl Serialize) -> String {
+    // Texts, lists and maps of texts always serialise.
+    let json = serde_json::to_vec(value).unwrap_or_else(|_| b"{}".to_vec());
     let hex = super::protocol::hex(&json);
     format!("__import__('_mica').{function}(__import__('json').loads(bytes.fromhex('{hex}')))\n")
 }
@@ -343,5 +400,16 @@ mod tests {
         let code = call("push", &variables);
         assert_eq!(code.matches('\n').count(), 1);
         assert!(!code.contains("boom"), "{code}");
+    }
+    #[test]
+    fn only_what_differs_is_changed() {
+        let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        };
+        let held = map(&[("GONE", "1"), ("SAME", "1"), ("OTHER", "1")]);
+        let wanted = map(&[("SAME", "1"), ("OTHER", "2"), ("NEW", "1")]);
+        let changes = Changes::between(&held, &wanted, true);
+        assert_eq!(changes.set, BTreeMap::from([("NEW", "1"), ("OTHER", "2")]));
+        assert_eq!((changes.unset, changes.reseed), (vec!["GONE"], true));
     }
 }

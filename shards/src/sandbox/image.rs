@@ -9,9 +9,11 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use mica_storage::{Layer, Piece, RunTable, Snapshot, SnapshotManifest, StorageError, merge};
+use mica_storage::{
+    Layer, OpenSnapshot, Piece, RunTable, SnapshotManifest, merge,
+};
 use mica_units::{FrameRun, frames_of};
-use mica_wire::vm::plan::{self, Entry, Source};
+use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
 use crate::shell::Size;
 
@@ -38,17 +40,13 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Opens a snapshot and works its plan out. Blocks.
-    pub(crate) fn open(snapshot: &Snapshot) -> Result<Self, StorageError> {
+    /// Works the plan of a snapshot out.
+    pub(crate) fn new(opened: OpenSnapshot) -> Result<Self, PlanError> {
+        let OpenSnapshot { snapshot, layers, disk } = opened;
         let manifest = snapshot.manifest().clone();
-        let layers = snapshot.open_layers()?;
-        let disk = snapshot.open_disk()?.map(Arc::new);
         let pieces = pieces_of(&layers, frames_of(manifest.memory));
         let entries = lay_out(&pieces, frames_of(manifest.memory));
-        let plan = plan::encode(&entries).map_err(|error| StorageError::TooManyRuns {
-            id: manifest.id.clone(),
-            what: error.to_string(),
-        })?;
+        let plan = plan::encode(&entries)?;
         Ok(Self { manifest, layers, disk, pieces, plan })
     }
 

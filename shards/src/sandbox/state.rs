@@ -441,6 +441,20 @@ impl State {
         matches!(self, Self::Cancelling(_) | Self::Stopping(_) | Self::Gone(_))
     }
 
+    /// Whether it will soon be running, or not be: what waits for that may.
+    pub(crate) fn is_in_transition(&self) -> bool {
+        match self {
+            Self::Starting(birth) | Self::Restoring(birth) | Self::Initialising(birth) => {
+                *birth != Birth::Create
+            }
+            Self::Adopting
+            | Self::Pausing(_)
+            | Self::RollingBack(_)
+            | Self::Paused(Process::Thawing) => true,
+            _ => false,
+        }
+    }
+
     /// Whether a client may use it: a guest that stands still for a moment takes connections.
     pub(crate) fn takes_streams(&self) -> bool {
         matches!(self, Self::Running | Self::Snapshotting(_))
