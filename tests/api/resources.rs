@@ -4,14 +4,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, TEMPLATE, eventually};
+use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill};
 use crate::upstream::Upstream;
 
 const ROUNDS: usize = 50;
 
 #[test]
 fn fifty_rounds_leave_nothing() {
-    let daemon = Daemon::start();
+    // The pool holds descriptors as well: always the same.
+    let daemon = Daemon::start_with(&["--pool-min", "1", "--pool-max", "1"]);
     // What is opened once and kept is opened in the first rounds.
     for _ in 0..4 {
         round(&daemon);
@@ -56,9 +57,9 @@ fn settled(daemon: &Daemon, wanted: Option<[usize; 4]>) -> [usize; 4] {
 
 #[test]
 fn a_create_whose_client_goes_away_is_taken_back() {
-    let daemon = Daemon::start();
-    // A VM process that never says a word: the create waits for it.
-    daemon.replace_vm_program("exec sleep 3600");
+    // Without a pool a create waits for a process of its own.
+    let daemon = Daemon::start_with(&NO_POOL);
+    daemon.change_vm_options("--hang restore");
     let body = format!("{{\"templateID\":\"{TEMPLATE}\"}}");
     for (framing, body) in [
         (format!("content-length: {}", body.len()), body.clone()),
@@ -72,28 +73,35 @@ fn a_create_whose_client_goes_away_is_taken_back() {
             "POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n{framing}\r\n\r\n{body}",
             daemon.key()
         ));
-        eventually("its process is there", || daemon.vm_processes().len() == 1);
+        eventually("its process is there", || daemon.processes().len() == 1);
         drop(client);
-        eventually("it is gone", || daemon.holdings()[1..] == [0, 0, 0]);
+        eventually("it is gone", || {
+            daemon.processes().is_empty() && daemon.holdings()[1..] == [0, 0, 0]
+        });
     }
+    daemon.change_vm_options("");
+    daemon.create();
 }
 
 #[test]
-fn a_daemon_that_was_killed_cleans_up_when_it_starts_again() {
+fn what_died_beside_the_daemon_is_cleaned_up_when_it_starts_again() {
     let mut daemon = Daemon::start();
-    let ids = [daemon.create(), daemon.create()];
-    let left = daemon.vm_processes();
-    assert_eq!(left.len(), 2);
-    daemon.crash_and_restart();
-    for id in &ids {
-        daemon.ask("GET", &format!("/sandboxes/{id}"), None).error(404);
+    let (alive, dead) = (daemon.create(), daemon.create());
+    let process = daemon.vm_of(&dead);
+    let pool = daemon.processes();
+    daemon.crash();
+    kill("KILL", process);
+    daemon.restart();
+    daemon.get(&dead).error(404);
+    assert_eq!(daemon.state(&alive), "running");
+    eventually("nothing of the dead one is left", || daemon.holdings()[1..] == [1, 1, 1]);
+    // Shells that waited are nobody's now.
+    let waited = pool.into_iter().filter(|(_, name)| name == "standin-vm");
+    for (shell, _) in waited {
+        assert!(!is_running(shell), "process {shell} of the first daemon runs on");
     }
-    assert_eq!(settled(&daemon, None)[1..], [0, 0, 0]);
-    for process in left {
-        assert!(!is_running(process), "process {process} of the first daemon runs on");
-    }
-    // And it works.
     daemon.create();
+    assert_eq!(daemon.delete(&alive).status, 204);
 }
 
 /// Whether a process exists and is no zombie: nobody here may be its parent to bury it.
