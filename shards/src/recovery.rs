@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mica_storage::{SnapshotKind, Store, StorageError};
+use mica_storage::{SnapshotKind, StorageError, Store};
 use mica_units::SandboxId;
 use rustix::process::Pid;
 

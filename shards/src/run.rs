@@ -158,11 +158,8 @@ pub(crate) fn open_base(config: HostConfig) -> Result<(Base, Cgroups), RunError>
         .map_err(|error| machine(Box::new(error)))?;
     let netns = empty_network().map_err(|error| machine(Box::new(error)))?;
     let config = Arc::new(config);
-    let launcher = Launcher {
-        config: Arc::clone(&config),
-        cgroups: cgroups.clone(),
-        netns: Arc::new(netns),
-    };
+    let launcher =
+        Launcher { config: Arc::clone(&config), cgroups: cgroups.clone(), netns: Arc::new(netns) };
     let workshop = Workshop { config, store };
     Ok((Base { workshop, launcher, taken: Arc::default() }, cgroups))
 }
@@ -183,7 +180,8 @@ async fn seat_shard(
     loads: Loads,
 ) -> Result<Rc<Shard>, String> {
     let buffers = base.workshop.config.io_buffers;
-    let ring = Ring::attach(RingConfig { buffers }).map_err(|error| crate::sandbox::chain(&error))?;
+    let ring =
+        Ring::attach(RingConfig { buffers }).map_err(|error| crate::sandbox::chain(&error))?;
     let (store, index) = (base.workshop.store.clone(), id.index());
     let found = rt::blocking(move || {
         let hours = hours::read(&store, index);

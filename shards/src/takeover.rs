@@ -64,11 +64,7 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
     shard.begin(sandbox, start);
 }
 
-async fn hold(
-    shard: &Rc<Shard>,
-    id: SandboxId,
-    record: &Record,
-) -> Option<(Rc<Held>, Memory)> {
+async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<Held>, Memory)> {
     let (store, process) = (shard.workshop.store.clone(), record.process.clone()?);
     let infos = record.layers.clone();
     let opened = rt::blocking(move || -> Result<(Held, Vec<Layer>), TakeoverError> {

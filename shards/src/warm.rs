@@ -74,12 +74,8 @@ pub fn warm(
 ) -> Result<(), WarmError> {
     let (base, cgroups) = open_base(config)?;
     // What an earlier run left in its own control group.
-    let left: Vec<SandboxId> = cgroups
-        .children()
-        .map_err(machine)?
-        .into_iter()
-        .map(|(name, _)| name)
-        .collect();
+    let left: Vec<SandboxId> =
+        cgroups.children().map_err(machine)?.into_iter().map(|(name, _)| name).collect();
     cgroups.sweep(&left).map_err(machine)?;
     let plan = Plan { seats: plan.seats.iter().copied().take(1).collect(), ..plan.clone() };
     let input = (base, template.to_owned());
@@ -116,12 +112,12 @@ async fn on_seat(base: Base, name: String) -> Result<(), WarmError> {
     let buffers = base.workshop.config.io_buffers;
     let ring = Ring::attach(RingConfig { buffers }).map_err(machine)?;
     let manifest = template.manifest();
-    let size =
-        Size { vcpus: manifest.vcpus, memory: manifest.memory, disk: manifest.has_disk() };
+    let size = Size { vcpus: manifest.vcpus, memory: manifest.memory, disk: manifest.has_disk() };
     let pool = base.pool(ShardId::new(0), ShardCount::MIN, Demand::default());
-    let shell = pool.take(size, &manifest.id).await.map_err(|error: NoShell| {
-        guest(format!("there is no VM process for it: {error}"), "")
-    })?;
+    let shell = pool
+        .take(size, &manifest.id)
+        .await
+        .map_err(|error: NoShell| guest(format!("there is no VM process for it: {error}"), ""))?;
     let held = Rc::clone(&shell.held);
     let outcome = warm_up(&base, &ring, &template, shell).await;
     let outcome = outcome.map_err(|error| match error {
@@ -165,14 +161,13 @@ async fn warm_up(
             .map_err(|error| guest(format!("its services did not start: {error}"), ""))?;
     }
     command(&shell, &Command::Freeze { track: false }, &[]).await?;
-    let frozen = wait(&mut shell, deadline, "its freeze", |event| {
-        matches!(event, vm::Event::Frozen { .. })
-    });
+    let frozen =
+        wait(&mut shell, deadline, "its freeze", |event| matches!(event, vm::Event::Frozen { .. }));
     let vm::Event::Frozen { state_bytes, .. } = frozen.await? else {
         return Err(guest("it broke its protocol", ""));
     };
-    let state = read_state(&shell.held.exchange, state_bytes)
-        .map_err(|error| guest(chain(&error), ""))?;
+    let state =
+        read_state(&shell.held.exchange, state_bytes).map_err(|error| guest(chain(&error), ""))?;
     tracing::info!(name = %manifest.name, "writing its running snapshot");
     write(base, ring, template, &shell, disk, state).await
 }

@@ -38,8 +38,8 @@ pub use blocking::{Aligned, BlockingFile, run_blocking};
 
 use crate::error::{Result, StorageError};
 use crate::layer::{
-    CHUNK_BYTES, COALESCE_GAP, Extent, Footer, LayerError, LayerId, LayerInfo, LayerKind, RunTable,
-    PAGE, coalesce, data_pages_max, merge, tail,
+    CHUNK_BYTES, COALESCE_GAP, Extent, Footer, LayerError, LayerId, LayerInfo, LayerKind, PAGE,
+    RunTable, coalesce, data_pages_max, merge, tail,
 };
 use crate::sparse::is_zero;
 use queue::Queue;

@@ -13,9 +13,7 @@ use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Reply, Spawned};
-use crate::{
-    CreateRequest, HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo,
-};
+use crate::{CreateRequest, HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
 
 /// Most sandboxes of one clone or fork.
 pub const CLONES_MAX: usize = 1000;

@@ -20,8 +20,8 @@ use mica_numa::io::Ring;
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{
-    COALESCE_GAP, Layer, LayerId, LayerInfo, PackedWriter, Snapshot, SnapshotManifest, SnapshotStaging,
-    ROUNDS_MAX, Store, StorageError, coalesce, groups,
+    COALESCE_GAP, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot, SnapshotManifest,
+    SnapshotStaging, StorageError, Store, coalesce, groups,
 };
 use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;

@@ -208,9 +208,8 @@ pub(crate) fn pages(runs: &[FrameRun]) -> u64 {
 pub(crate) fn difference(a: &[Layer], b: &[Layer]) -> Vec<FrameRun> {
     let common = a.iter().zip(b).take_while(|(a, b)| a.info().id == b.info().id).count();
     let above = a.iter().skip(common).chain(b.iter().skip(common));
-    let runs: Vec<FrameRun> = above
-        .flat_map(|layer| layer.table().extents().iter().map(|extent| extent.run))
-        .collect();
+    let runs: Vec<FrameRun> =
+        above.flat_map(|layer| layer.table().extents().iter().map(|extent| extent.run)).collect();
     union(&runs, &[])
 }
 

@@ -33,10 +33,10 @@ pub(crate) use driver::{Start, drive};
 pub(crate) use image::Images;
 pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
 pub(crate) use memory::Memory;
-pub(crate) use ring_file::RingFile;
 pub(crate) use prepare::Workshop;
-pub(crate) use record::{Record, RecordedProcess, RecordedState};
 use queue::Queue;
+pub(crate) use record::{Record, RecordedProcess, RecordedState};
+pub(crate) use ring_file::RingFile;
 use state::{Event, State};
 
 /// Who made a sandbox waits for this.
@@ -83,11 +83,8 @@ impl Sandbox {
         identity: Identity,
         maker: Option<oneshot::Sender<Made>>,
     ) -> Self {
-        let state = if maker.is_some() {
-            State::Starting(state::Birth::Create)
-        } else {
-            State::Adopting
-        };
+        let state =
+            if maker.is_some() { State::Starting(state::Birth::Create) } else { State::Adopting };
         Self {
             id,
             identity,

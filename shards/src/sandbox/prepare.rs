@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use mica_storage::{Layer, SnapshotKind, Store, StorageError};
+use mica_storage::{Layer, SnapshotKind, StorageError, Store};
 use mica_units::SandboxId;
 
 use super::chain;

@@ -98,8 +98,7 @@ pub(crate) enum RecordError {
 impl Record {
     /// The bytes to keep.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, RecordError> {
-        let archive =
-            rkyv::to_bytes::<rancor::Error>(self).map_err(|_| RecordError::Contents)?;
+        let archive = rkyv::to_bytes::<rancor::Error>(self).map_err(|_| RecordError::Contents)?;
         let length = u32::try_from(archive.len()).map_err(|_| RecordError::Header)?;
         let mut bytes = Vec::with_capacity(HEADER_BYTES + archive.len());
         bytes.extend_from_slice(&MAGIC);

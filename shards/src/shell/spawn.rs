@@ -84,9 +84,7 @@ impl Launcher {
         uid: u32,
         size: Size,
     ) -> Result<Launched, SpawnError> {
-        self.cgroups
-            .create(&name, size.memory, size.vcpus)
-            .map_err(step("making its cgroup"))?;
+        self.cgroups.create(&name, size.memory, size.vcpus).map_err(step("making its cgroup"))?;
         let console_bytes = self.config.console_bytes;
         let console = console::create(console_bytes).map_err(step("making its console"))?;
         let exchange = make_exchange().map_err(step("making its exchange"))?;
@@ -215,7 +213,10 @@ fn make_exchange() -> io::Result<OwnedFd> {
 pub(crate) fn empty_network() -> io::Result<OwnedFd> {
     // A thread of its own makes it, because leaving a namespace is for ever.
     let made = std::thread::Builder::new().name("netns".to_owned()).spawn(|| {
-        #[expect(deprecated, reason = "its successor is unsafe for CLONE_FILES, not asked for here")]
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe for CLONE_FILES, not asked for here"
+        )]
         rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)?;
         File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
     })?;

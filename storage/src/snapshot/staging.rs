@@ -33,7 +33,7 @@ use crate::sparse::{self, Copied};
 use crate::store::{Store, chain};
 use crate::template::MANIFEST_FILE;
 
-pub(super) const MANIFEST_NEW: &str = "manifest.new";
+pub(crate) const MANIFEST_NEW: &str = "manifest.new";
 
 /// A snapshot that is not committed yet.
 #[derive(Debug)]

@@ -65,7 +65,8 @@ impl Driver {
         let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
         let (id, shard) = (self.sandbox.id, Rc::clone(&self.shard));
         let paused_in = self.paused_in.clone();
-        let asked = paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
+        let asked =
+            paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
         let sandbox = Rc::clone(&self.sandbox);
         self.work = Some(Box::pin(async move {
             let known = shard.images.get(&asked);
@@ -161,9 +162,8 @@ impl Driver {
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let request = ControlRequest::Init(self.init_request(new_sandbox));
         self.work = Some(Box::pin(async move {
-            let recorded = rt::blocking(move || {
-                record.map(|record| store.write_record(&id, &record, false))
-            });
+            let recorded =
+                rt::blocking(move || record.map(|record| store.write_record(&id, &record, false)));
             let told = async {
                 match has_agent {
                     true => tell_agent(&held, &request).await.map(Some),
@@ -215,10 +215,8 @@ impl Driver {
     }
 
     async fn freeze(&mut self) {
-        let captures = matches!(
-            *self.sandbox.state.borrow(),
-            State::Snapshotting(_) | State::Pausing(_)
-        );
+        let captures =
+            matches!(*self.sandbox.state.borrow(), State::Snapshotting(_) | State::Pausing(_));
         if captures && self.capture.is_none() {
             let (store, ring) = (self.shard.workshop.store.clone(), Rc::clone(&self.shard.ring));
             let (layers, frames) = (self.memory.layers.clone(), self.frames());
