@@ -128,6 +128,12 @@ impl Daemon {
         ]
     }
 
+    /// Directories of snapshots in the store: committed or not, paused sandboxes' and the template's.
+    pub fn snapshots_kept(&self) -> usize {
+        let entries = std::fs::read_dir(self.directory.join("store/snapshots"));
+        entries.expect("a directory").flatten().filter(|entry| entry.path().is_dir()).count()
+    }
+
     fn wait_until_up(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         while !self.answers() {

@@ -1,33 +1,75 @@
 //! Sandboxes come and go, daemons crash, and nothing of either stays.
 
+use std::collections::BTreeSet;
+use std::num::NonZeroU16;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use mica_units::SandboxId;
+use serde_json::json;
 
 use crate::client::PATIENCE;
 use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill};
 use crate::upstream::Upstream;
 
 const ROUNDS: usize = 50;
+const ROUNDS_OF_EVERYTHING: usize = 10;
+
+/// One process waits on each of the two shards, so that what the pool holds is always the same.
+const SMALL_POOL: [&str; 4] = ["--pool-min", "1", "--pool-max", "1"];
 
 #[test]
 fn fifty_rounds_leave_nothing() {
-    // The pool holds descriptors as well: always the same.
-    let daemon = Daemon::start_with(&["--pool-min", "1", "--pool-max", "1"]);
-    // What is opened once and kept is opened in the first rounds.
-    for _ in 0..4 {
-        round(&daemon);
+    rounds(ROUNDS, round);
+}
+
+#[test]
+fn rounds_of_every_operation_leave_nothing() {
+    rounds(ROUNDS_OF_EVERYTHING, |daemon| {
+        let id = daemon.create();
+        let snapshot = daemon.snapshot(&id);
+        let back = daemon.act_with(&id, "rollback", &json!({ "snapshotID": snapshot }));
+        assert_eq!(back.status, 200, "{back:?}");
+        let clones = daemon.act_with(&id, "clone", &json!({ "count": 2 }));
+        assert_eq!(clones.status, 201, "{clones:?}");
+        daemon.pause(&id);
+        assert_eq!(daemon.act(&id, "resume").status, 201);
+        daemon.pause(&id);
+        for clone in clones.json().as_array().expect("a list") {
+            let clone = clone["sandboxID"].as_str().expect("an id");
+            assert_eq!(daemon.delete(clone).status, 204);
+        }
+        assert_eq!(daemon.delete(&id).status, 204);
+        let gone = daemon.ask("DELETE", &format!("/templates/{snapshot}"), None);
+        assert_eq!(gone.status, 204, "{gone:?}");
+        id
+    });
+}
+
+/// Runs rounds, each of which gives the id of its sandbox, and compares what the daemon holds.
+fn rounds(count: usize, round: impl Fn(&Daemon) -> String) {
+    let daemon = Daemon::start_with(&SMALL_POOL);
+    // What a shard opens once and keeps, it opens in its first round.
+    let mut shards = BTreeSet::new();
+    while shards.len() < 2 {
+        let id: SandboxId = round(&daemon).parse().expect("an id");
+        shards.insert(id.shard(NonZeroU16::new(2).expect("two")));
     }
+    let full = || daemon.processes().len() == 2;
+    eventually("the pool is full", full);
     let before = settled(&daemon, None);
     assert_eq!(before[1..], [0, 0, 0], "processes, cgroups, sandbox directories");
-    for _ in 0..ROUNDS {
+    for _ in 0..count {
         round(&daemon);
     }
+    eventually("the pool is full again", full);
     let after = settled(&daemon, Some(before));
     assert_eq!(after, before, "open files, processes, cgroups, sandbox directories");
+    assert_eq!(daemon.snapshots_kept(), 1, "the template's own, and no other");
 }
 
 /// A sandbox with a request through it.
-fn round(daemon: &Daemon) {
+fn round(daemon: &Daemon) -> String {
     let id = daemon.create();
     let server = Upstream::start(|mut served| {
         served.head();
@@ -36,7 +78,8 @@ fn round(daemon: &Daemon) {
     let mut client = daemon.to_sandbox(&id, server.port, "GET /");
     assert_eq!(client.send("\r\n").reply().status, 200);
     server.join();
-    assert_eq!(daemon.ask("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+    assert_eq!(daemon.delete(&id).status, 204);
+    id
 }
 
 /// The holdings once they are `wanted`, or stay the same for a moment: the daemon sees closed
