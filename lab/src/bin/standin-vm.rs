@@ -27,8 +27,8 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use mica_units::GuestPort;
 use mica_wire::guest::{
-    CONTROL_LINE_BYTES_MAX, ENVD_VERSION, GATEWAY_PORT, InitReply, InitRequest, PREAMBLE_BYTES,
-    Preamble, Verdict,
+    CONTROL_LINE_BYTES_MAX, ControlReply, ControlRequest, ENVD_VERSION, GATEWAY_PORT,
+    PREAMBLE_BYTES, Preamble, Verdict,
 };
 use mica_wire::vm::{
     BootConfig, Command, ControlSocket, Ending, Event, FdRole, SocketError, console,
@@ -219,8 +219,8 @@ fn builtin_control(mut stream: UnixStream) -> Result<()> {
     let limit = u64::try_from(CONTROL_LINE_BYTES_MAX)?;
     let mut line = String::new();
     BufReader::new(stream.try_clone()?).take(limit).read_line(&mut line)?;
-    let _request: InitRequest = serde_json::from_str(&line).context("an init request")?;
-    let reply = InitReply { envd_version: ENVD_VERSION.to_owned(), error: None };
+    let _request: ControlRequest = serde_json::from_str(&line).context("a control request")?;
+    let reply = ControlReply { envd_version: ENVD_VERSION.to_owned(), error: None };
     let mut line = serde_json::to_vec(&reply)?;
     line.push(b'\n');
     Ok(stream.write_all(&line)?)
