@@ -34,7 +34,7 @@ const SPAWNS_MAX: usize = 4096;
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long a stream waits for a sandbox that is on its way to running.
-const TRANSITION_DEADLINE: Duration = Duration::from_secs(10);
+const TRANSITION_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How many live sandboxes each shard has. A hint to spread creates by, read and written without order;
 /// what counts is the owner's own admission.
