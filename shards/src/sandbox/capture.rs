@@ -67,7 +67,7 @@ pub(crate) enum CaptureError {
 /// A snapshot in the making.
 #[derive(Debug)]
 pub(crate) struct Capture {
-    staging: Arc<SnapshotStaging>,
+    staging: Staged,
     layer: LayerId,
     /// What the new layer will lie on.
     under: Vec<Layer>,
@@ -82,6 +82,29 @@ pub(crate) struct Capture {
     round: Vec<FrameRun>,
     precopies: u32,
     allocated: bool,
+}
+
+/// The directory. Thrown away on a blocking thread: that removes files.
+#[derive(Debug)]
+struct Staged(Option<Arc<SnapshotStaging>>);
+
+impl Staged {
+    fn share(&self) -> Result<Arc<SnapshotStaging>, CaptureError> {
+        self.0.clone().ok_or(CaptureError::Shared)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Some(staging) = self.0.take() {
+            rt::spawn(async move {
+                if let Err(error) = rt::blocking(move || drop(staging)).await {
+                    tracing::debug!(%error, "the next start removes a snapshot that was given up");
+                }
+            })
+            .detach();
+        }
+    }
 }
 
 /// How a copy came out.
@@ -124,7 +147,7 @@ impl Capture {
         let (staging, (layer, file), under) = rt::blocking(make).await??;
         let file = RingFile::new(Rc::clone(ring), file);
         Ok(Self {
-            staging: Arc::new(staging),
+            staging: Staged(Some(Arc::new(staging))),
             layer,
             under,
             folded,
@@ -156,10 +179,10 @@ impl Capture {
             return Ok(Copied::TooMuch(self));
         }
         self.state = read_state(source.exchange, source.state_bytes)?;
-        let cloning = source.disk.map(|disk| {
-            let staging = Arc::clone(&self.staging);
-            rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop)))
-        });
+        let staging = self.staging.share()?;
+        let cloning = source
+            .disk
+            .map(|disk| rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop))));
         self.read_pages(source.place).await?;
         if let Some(cloning) = cloning {
             cloning.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??;
@@ -221,16 +244,17 @@ impl Capture {
         describe: impl FnOnce(String, Vec<LayerInfo>, Vec<u8>) -> SnapshotManifest,
     ) -> Result<Snapshot, CaptureError> {
         self.write_held().await?;
-        let Self { staging, layer, under, writer, state, found, .. } = self;
+        let Self { mut staging, layer, under, writer, state, found, .. } = self;
         let info = match writer {
             Some(writer) if !found.is_empty() => Some(writer.finish().await?),
             // Nothing was written: the layers below say it all.
             _ => None,
         };
-        let id = staging.id().to_owned();
+        let shared = staging.share()?;
+        let id = shared.id().to_owned();
         let layers = under.iter().map(|layer| *layer.info()).chain(info).collect();
         let manifest = describe(id, layers, state);
-        let preparing = Arc::clone(&staging);
+        let preparing = Arc::clone(&shared);
         let jobs = rt::blocking(move || {
             if info.is_none() {
                 preparing.remove_layer(layer)?;
@@ -245,8 +269,9 @@ impl Capture {
         for job in jobs {
             synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
         }
-        let staging = Arc::into_inner(staging).ok_or(CaptureError::Shared)?;
-        Ok(rt::blocking(move || staging.commit(manifest, synced)).await??)
+        drop(shared);
+        let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
+        Ok(rt::blocking(move || whole.commit(manifest, synced)).await??)
     }
 }
 

@@ -25,7 +25,9 @@ impl Driver {
         let pool = Rc::clone(&self.shard.pool);
         self.work = Some(Box::pin(async move {
             if let Some(held) = held {
-                pool.end(&held).await;
+                // A task of its own: a kill drops this work, and the process must end all the same.
+                let ending = rt::spawn(async move { pool.end(&held).await });
+                ending.join().await;
             }
             Done::ProcessEnded
         }));
