@@ -94,7 +94,8 @@ download)
         >pkg/DEBIAN/control
     echo a kernel >pkg/boot/vmlinuz-6.12
     for module in virtio virtio_ring virtio_mmio virtio_blk vsock \
-        vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport rng-core virtio-rng; do
+        vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport rng-core virtio-rng \
+        virtio_balloon; do
         echo "kernel/$module.ko"
     done >pkg/lib/modules/6.12/modules.builtin
     dpkg-deb -b pkg k.deb >/dev/null

@@ -13,6 +13,8 @@ pub const SCRATCH: u64 = 0x20_0000;
 const FIRST_DEVICE: u64 = 0xd000_0000;
 const DEVICE_BYTES: u64 = 0x1000;
 const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Where the VM process keeps the generation id: the VM's `layout::GENERATION_ID`.
+pub const GENERATION_ID: u64 = 0xe_f000;
 /// Where the second vCPU starts, in real mode: page 8.
 const TRAMPOLINE: u64 = 0x8000;
 
@@ -29,11 +31,13 @@ pub enum Place {
     VsockFromGuest,
     /// Requests for randomness.
     Rng,
+    /// Reports of free pages.
+    Balloon,
 }
 
 /// Every [`Place`].
-pub const ALL_PLACES: [Place; 4] =
-    [Place::Disk, Place::VsockToGuest, Place::VsockFromGuest, Place::Rng];
+pub const ALL_PLACES: [Place; 5] =
+    [Place::Disk, Place::VsockToGuest, Place::VsockFromGuest, Place::Rng, Place::Balloon];
 
 impl Place {
     /// Number of the device, and of its queue.
@@ -43,6 +47,7 @@ impl Place {
             Self::VsockToGuest => (1, 0),
             Self::VsockFromGuest => (1, 1),
             Self::Rng => (2, 0),
+            Self::Balloon => (3, 2),
         }
     }
 }
@@ -97,6 +102,11 @@ pub enum Then {
     /// Writes pseudo-random values, from this seed on, into random registers of all devices, then
     /// halts.
     Scribble(u32),
+    /// Runs in a circle until the first four bytes of [`GENERATION_ID`] are not what they were, says
+    /// `R`, then idles.
+    WaitForGeneration,
+    /// As [`Then::WaitForGeneration`], but says `R` at every change from then on.
+    WaitForGenerations,
     /// Starts the second vCPU, which says `2` and halts, then halts too.
     StartSecond,
     /// Puts the other vCPUs into the state that INIT leaves them in, as Linux does before it halts,
@@ -139,6 +149,23 @@ pub fn vmlinux(text: &str, then: Then) -> Vec<u8> {
         Then::Garbage(place, garbage) => fill_queue(&mut code, place, garbage),
         Then::ResetVsock => reset_vsock(&mut code),
         Then::Scribble(seed) => scribble(&mut code, seed),
+        Then::WaitForGeneration => {
+            code.set_rbx(GENERATION_ID);
+            code.load_ecx();
+            code.wait_while_ecx();
+            code.set_al(b'R');
+            code.out_dx_al();
+            code.idle();
+        }
+        Then::WaitForGenerations => {
+            code.set_rbx(GENERATION_ID);
+            let start = code.code.len();
+            code.load_ecx();
+            code.wait_while_ecx();
+            code.set_al(b'R');
+            code.out_dx_al();
+            code.jump_to(start);
+        }
         Then::StartSecond => start_second(&mut code),
         Then::InitOthers => {
             init_others(&mut code);
@@ -264,7 +291,7 @@ fn reset_vsock(code: &mut Assembler) {
 /// Stores to registers, in no order that a driver would keep.
 fn scribble(code: &mut Assembler, seed: u32) {
     const STORES: u32 = 300;
-    const DEVICES: u64 = 3;
+    const DEVICES: u64 = 4;
     let mut state = u64::from(seed);
     let mut random = |bound: u64| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -347,6 +374,22 @@ impl Assembler {
         self.bytes(&[0, 0x74, 0xf7]);
     }
 
+    /// `mov ecx, [rbx]`
+    fn load_ecx(&mut self) {
+        self.bytes(&[0x8b, 0x0b]);
+    }
+
+    /// `cmp ecx, [rbx]; je` back to it
+    fn wait_while_ecx(&mut self) {
+        self.bytes(&[0x3b, 0x0b, 0x74, 0xfc]);
+    }
+
+    /// `jmp` to an earlier place, at most 126 bytes back.
+    fn jump_to(&mut self, start: usize) {
+        let back = u8::try_from(self.code.len() + 2 - start).unwrap_or(u8::MAX);
+        self.bytes(&[0xeb, back.wrapping_neg()]);
+    }
+
     /// Runs `body` `count` times, counting `ecx` down. `count` 0 runs it 2^32 times.
     fn repeat(&mut self, count: u32, body: impl FnOnce(&mut Self)) {
         self.bytes(&[0xb9]);
@@ -413,6 +456,14 @@ mod tests {
             code.code,
             [0xb9, 3, 0, 0, 0, 0xee, 0xff, 0xc9, 0x0f, 0x85, 0xf7, 0xff, 0xff, 0xff]
         );
+    }
+
+    #[test]
+    fn waiting_for_generations_ends_where_it_began() {
+        let image = vmlinux("", Then::WaitForGenerations);
+        let code = &image[0x1000..];
+        // mov dx; mov rbx, id; mov ecx, [rbx]; cmp ecx, [rbx]; je -4; mov al, 'R'; out; jmp -11
+        assert_eq!(&code[14..], [0x8b, 0x0b, 0x3b, 0x0b, 0x74, 0xfc, 0xb0, b'R', 0xee, 0xeb, 0xf5]);
     }
 
     #[test]

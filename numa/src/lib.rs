@@ -7,16 +7,21 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod arena;
 mod bell;
 mod blocking;
+pub mod io;
 pub mod mailbox;
+pub mod memfd;
 pub mod plan;
 pub mod preflight;
+pub mod process;
 pub mod rt;
 pub mod seat;
 mod stop;
 mod sys;
 pub mod topology;
+pub mod userfault;
 
 pub use plan::{Plan, PlanConfig, PlanError, Reserved, ShardSeat, Shards, plan};
 pub use stop::StopSignal;

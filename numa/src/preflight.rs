@@ -70,6 +70,15 @@ pub fn check(seats: u16) -> Result<(), PreflightError> {
     Ok(())
 }
 
+/// Raises the limit on locked memory by `bytes` above what it is, as far as that goes. Whoever needs
+/// the memory finds out by asking the kernel for it.
+pub(crate) fn raise_memlock_by(bytes: u64) {
+    let Some(now) = getrlimit(Resource::Memlock).current else { return };
+    if let Err(limit) = raise(Resource::Memlock, now.saturating_add(bytes)) {
+        tracing::warn!(limit, "locked memory is limited; I/O buffers may not fit");
+    }
+}
+
 fn io_uring() -> Result<(), PreflightError> {
     io_uring::IoUring::new(4).map(drop).map_err(explain)
 }

@@ -4,10 +4,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
 
+mod common;
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use common::on_one;
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::mailbox::{Returned, mailbox};
 use mica_numa::plan::VcpuCores;
@@ -32,15 +35,6 @@ fn one_seat() -> Plan {
     let mut plan = two_seats();
     plan.seats.truncate(1);
     plan
-}
-
-fn on_one<T, F>(work: impl Fn() -> F + Clone + Send + 'static) -> T
-where
-    T: Send + 'static,
-    F: Future<Output = T> + 'static,
-{
-    let stop = StopSignal::new().unwrap();
-    run_all(&one_seat(), vec![()], &stop, move |_, ()| work()).unwrap().pop().unwrap()
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(crate) enum CgroupError {
     },
 }
 
-/// The cgroup under which every sandbox has its own. Clones are the same.
+/// The cgroup under which every VM process has its own. Clones are the same.
 #[derive(Clone, Debug)]
 pub(crate) struct Cgroups(Arc<Root>);
 
@@ -132,27 +132,29 @@ impl Cgroups {
         Ok(Self(Arc::new(Root { path: path.to_owned(), controllers, _lock: lock })))
     }
 
-    /// Kills and removes what an earlier run left. Says how many there were.
-    pub(crate) fn sweep(&self) -> Result<usize, CgroupError> {
+    /// Every child, and the processes in it.
+    pub(crate) fn children(&self) -> Result<Vec<(SandboxId, Vec<u32>)>, CgroupError> {
         let root = &self.0.path;
         let io = |source| CgroupError::Io { operation: "read", path: root.clone(), source };
-        let mut left: Vec<SandboxId> = Vec::new();
+        let mut found = Vec::new();
         for entry in fs::read_dir(root).map_err(io)? {
             let entry = entry.map_err(io)?;
             if !entry.file_type().map_err(io)?.is_dir() {
                 continue;
             }
-            let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let name = entry.file_name().to_str().and_then(|name| name.parse().ok());
             // Before any is killed: a root given by mistake must lose nothing.
-            left.push(id.ok_or_else(|| CgroupError::Foreign(entry.path()))?);
+            let name: SandboxId = name.ok_or_else(|| CgroupError::Foreign(entry.path()))?;
+            let procs = fs::read_to_string(entry.path().join("cgroup.procs")).map_err(io)?;
+            found.push((name, procs.lines().filter_map(|pid| pid.parse().ok()).collect()));
         }
-        for id in &left {
-            self.kill(id)?;
-        }
-        for id in &left {
-            self.remove(id)?;
-        }
-        Ok(left.len())
+        Ok(found)
+    }
+
+    /// Kills and removes these.
+    pub(crate) fn sweep(&self, names: &[SandboxId]) -> Result<(), CgroupError> {
+        names.iter().try_for_each(|name| self.kill(name))?;
+        names.iter().try_for_each(|name| self.remove(name))
     }
 
     /// Makes the cgroup of a sandbox, with its limits.

@@ -29,20 +29,43 @@ pub struct HostConfig {
     /// The `mica-vm` executable.
     pub vm_program: PathBuf,
     /// A directory of a cgroup v2 file system that belongs to this daemon alone, such as
-    /// `/sys/fs/cgroup/mica`. Made if it is not there; every child of it is killed at start.
+    /// `/sys/fs/cgroup/mica`. Made if it is not there. What runs in it at start is taken over where a
+    /// record says that it is a sandbox, and killed where none does.
     pub cgroup_root: PathBuf,
     /// Whether the memory and pids controllers must be there. Off only for development on machines
     /// that bind them to cgroup v1: sandboxes then run without those limits, and the log says so.
     pub cgroup_limits_required: bool,
-    /// VM processes run as `uid_first` to `uid_first + sandboxes_max - 1`, each as its own.
+    /// VM processes run under uids from `uid_first` on, each under its own: one for each sandbox and
+    /// for each process that is held ready.
     pub uid_first: u32,
     /// Most sandboxes at one time, those being made included.
     pub sandboxes_max: u32,
     /// Length of each sandbox's console ring.
     pub console_bytes: u64,
-    /// How long a create may take before it is given up.
+    /// How long a create, or one step of an operation, may take before it is given up.
     pub boot_deadline: Duration,
+    /// VM processes that each shard holds ready for each size of template, however quiet it is.
+    pub pool_floor: u32,
+    /// Most that it holds ready when much is asked for.
+    pub pool_ceiling: u32,
+    /// Whether running sandboxes go on when the daemon is told to stop, for the next one to take over.
+    /// Paused ones always wait for it.
+    pub keep_sandboxes: bool,
+    /// Guest memory that is copied while the guest stands still, in MiB. More than that is copied while
+    /// it runs, and what it wrote meanwhile once more.
+    pub capture_budget_mib: u32,
+    /// Buffers of 1 MiB that each shard pins for reading and writing files.
+    pub io_buffers: u16,
+    /// Memory of each node that is to stay free: below it, frozen processes of paused sandboxes go, the
+    /// longest paused first.
+    pub memory_reserve_mib: u32,
 }
+
+/// Most VM processes that one shard may hold ready for one size.
+const POOL_MAX: u32 = 4096;
+
+/// Bytes of a page of guest memory times those in a MiB.
+const PAGES_PER_MIB: u64 = (1 << 20) / mica_units::PAGE_BYTES;
 
 impl HostConfig {
     /// Checks every bound.
@@ -60,10 +83,23 @@ impl HostConfig {
         } else if self.boot_deadline.is_zero() || self.boot_deadline > BOOT_DEADLINE_MAX {
             let most = BOOT_DEADLINE_MAX.as_secs();
             Some(format!("boot_deadline is {:?}, not up to {most} s", self.boot_deadline))
+        } else if self.pool_ceiling < self.pool_floor || self.pool_ceiling > POOL_MAX {
+            let (floor, ceiling) = (self.pool_floor, self.pool_ceiling);
+            Some(format!("pool_ceiling is {ceiling}, not {floor} (the floor) to {POOL_MAX}"))
+        } else if self.capture_budget_mib == 0 {
+            Some("capture_budget_mib is 0; a guest has at least one page to copy".to_owned())
+        } else if !(4..=mica_numa::io::IO_BUFS_MAX).contains(&self.io_buffers) {
+            let most = mica_numa::io::IO_BUFS_MAX;
+            Some(format!("io_buffers is {}, not 4 to {most}", self.io_buffers))
         } else {
             None
         };
         problem.map_or(Ok(()), |problem| Err(RunError::Config(problem)))
+    }
+
+    /// Pages that may be copied while a guest stands still.
+    pub(crate) fn capture_budget_pages(&self) -> u64 {
+        u64::from(self.capture_budget_mib) * PAGES_PER_MIB
     }
 }
 
@@ -82,6 +118,12 @@ mod tests {
             sandboxes_max: 1000,
             console_bytes: 65_536,
             boot_deadline: Duration::from_secs(60),
+            pool_floor: 2,
+            pool_ceiling: 8,
+            keep_sandboxes: false,
+            capture_budget_mib: 16,
+            io_buffers: 8,
+            memory_reserve_mib: 256,
         };
         assert!(good.check().is_ok());
         let bad = [
@@ -90,7 +132,10 @@ mod tests {
             ("uid_first", HostConfig { uid_first: 0, ..good.clone() }),
             ("uid_first", HostConfig { uid_first: u32::MAX, ..good.clone() }),
             ("boot_deadline", HostConfig { boot_deadline: Duration::ZERO, ..good.clone() }),
-            ("boot_deadline", HostConfig { boot_deadline: Duration::MAX, ..good }),
+            ("boot_deadline", HostConfig { boot_deadline: Duration::MAX, ..good.clone() }),
+            ("pool_ceiling", HostConfig { pool_ceiling: 1, ..good.clone() }),
+            ("capture_budget_mib", HostConfig { capture_budget_mib: 0, ..good.clone() }),
+            ("io_buffers", HostConfig { io_buffers: 0, ..good }),
         ];
         for (name, config) in bad {
             let said = config.check().unwrap_err().to_string();

@@ -18,6 +18,53 @@ pub enum ShardError {
     /// Neither an id nor a name of a template.
     #[error("template {0:?} does not exist; list the templates for what does")]
     NoSuchTemplate(String),
+    /// The template was never started and frozen, so nothing can be restored from it.
+    #[error("template {0:?} has no running snapshot; run `mica template warm {0}` on this host")]
+    TemplateNotWarm(String),
+    /// No snapshot of that id.
+    #[error("snapshot {0:?} does not exist")]
+    NoSuchSnapshot(String),
+    /// The snapshot is of another sandbox, so this one cannot go back to it.
+    #[error(
+        "snapshot {snapshot:?} is not of sandbox {sandbox}; a rollback goes to one of its own \
+         snapshots"
+    )]
+    ForeignSnapshot {
+        /// What was asked for.
+        snapshot: String,
+        /// Who cannot go there.
+        sandbox: SandboxId,
+    },
+    /// Another operation has the sandbox just now.
+    #[error("sandbox {sandbox} is busy: {doing}; try again when that is done")]
+    Conflict {
+        /// Which.
+        sandbox: SandboxId,
+        /// What is going on.
+        doing: &'static str,
+    },
+    /// It is paused already.
+    #[error("Error pausing sandbox - sandbox '{0}' is already paused")]
+    AlreadyPaused(SandboxId),
+    /// It runs already.
+    #[error("sandbox '{0}' is already running")]
+    AlreadyRunning(SandboxId),
+    /// It is paused, and what was asked needs it to run.
+    #[error("sandbox {0} is paused; resume it first")]
+    IsPaused(SandboxId),
+    /// The store's file system is full. Nothing was changed.
+    #[error("the host's disk is full; delete snapshots or sandboxes, or enlarge the store")]
+    NoSpace,
+    /// An operation on a running sandbox failed; the sandbox goes on as it was.
+    #[error("{operation} of sandbox {sandbox} failed: {reason}")]
+    OperationFailed {
+        /// What was asked.
+        operation: &'static str,
+        /// Of which sandbox.
+        sandbox: SandboxId,
+        /// Why it did not work.
+        reason: String,
+    },
     /// A queue between shards is full.
     #[error("the host is too busy; try again in a moment")]
     Busy,
@@ -71,6 +118,9 @@ pub enum ConnectError {
     /// As [`ShardError::NoSuchSandbox`].
     #[error("sandbox {0} does not exist")]
     NoSuchSandbox(SandboxId),
+    /// It is paused, or on its way there or back.
+    #[error("sandbox {0} is paused")]
+    IsPaused(SandboxId),
     /// Nothing listens there, in a guest that answers.
     #[error("nothing listens on port {0} of the sandbox")]
     PortNotOpen(GuestPort),

@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime};
 use mica_numa::mailbox::Post;
 use mica_units::{SandboxId, ShardId};
 
-use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError};
+use crate::shell::PoolCounts;
+use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
 pub(crate) const REQUESTS_MAX: usize = 1024;
@@ -36,27 +37,65 @@ pub(crate) enum Operation {
     Kill(SandboxId),
     /// Set its remaining time.
     SetTimeout(SandboxId, Duration),
-    /// Make its remaining time at least this.
-    Extend(SandboxId, Duration),
     /// Make a stream to its gateway.
     Connect(SandboxId),
+    /// Make a snapshot of it, under this name.
+    Snapshot(SandboxId, Option<String>),
+    /// Put it back to this snapshot of its own.
+    Rollback(SandboxId, String),
+    /// Pause it.
+    Pause(SandboxId),
+    /// Let a paused one go on, for at least this long; whether one that runs is an error.
+    Resume(SandboxId, Duration, IfRunning),
+    /// Say what a sandbox was asked for with.
+    RequestOf(SandboxId),
     /// Say how many sandboxes it made from each template.
     Spawns,
+    /// Say what it has, and what its pool did.
+    Counts,
+}
+
+/// What a resume makes of a sandbox that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IfRunning {
+    /// An error.
+    Refuse,
+    /// Only its time is extended.
+    Extend,
 }
 
 /// What it answers.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    /// To `Create`, `Get` and `Extend`.
+    /// To `Create` and `Get`.
     Sandbox(Result<Box<SandboxInfo>, ShardError>),
     /// To `List`.
     Sandboxes(Vec<SandboxInfo>),
-    /// To `Kill` and `SetTimeout`.
+    /// To `Resume`: the sandbox, and whether it was paused.
+    Resumed(Result<(Box<SandboxInfo>, bool), ShardError>),
+    /// To `Snapshot`.
+    Snapshot(Result<Box<SnapshotInfo>, ShardError>),
+    /// To `Kill`, `SetTimeout`, `Rollback` and `Pause`.
     Done(Result<(), ShardError>),
     /// To `Connect`: our end, nothing said on it yet.
     Stream(Result<OwnedFd, ConnectError>),
+    /// To `RequestOf`.
+    Request(Result<Box<CreateRequest>, ShardError>),
     /// To `Spawns`, by template id.
     Spawns(BTreeMap<String, Spawned>),
+    /// To `Counts`.
+    Counts(Counts),
+}
+
+/// Numbers of one shard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// What its pool did.
+    pub(crate) pool: PoolCounts,
+    /// VM processes that wait.
+    pub(crate) shells: usize,
+    /// Sandboxes, paused ones included.
+    pub(crate) sandboxes: usize,
 }
 
 /// What one shard made of a template.

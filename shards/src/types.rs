@@ -8,10 +8,29 @@ use std::time::{Duration, SystemTime};
 
 use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
 
+/// What happens to a sandbox whose time is over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// It ends.
+    #[default]
+    Kill,
+    /// It is paused, and waits.
+    Pause,
+}
+
+/// What a sandbox is doing, as a client may know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lifecycle {
+    /// It runs, or is stopped for a moment for a snapshot.
+    Running,
+    /// It waits, on disk and maybe still in memory.
+    Paused,
+}
+
 /// A sandbox to be made.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CreateRequest {
-    /// Id or name of a template.
+    /// Id or name of a template, or the id of a snapshot.
     pub template: String,
     /// How long it lives, from the moment it is ready.
     pub timeout: Duration,
@@ -21,6 +40,8 @@ pub struct CreateRequest {
     pub metadata: BTreeMap<String, String>,
     /// Environment of every process in the sandbox.
     pub env_vars: BTreeMap<String, String>,
+    /// What happens when its time is over.
+    pub on_timeout: OnTimeout,
 }
 
 // Environment values are secrets more often than not, so they stay out of logs.
@@ -32,11 +53,12 @@ impl std::fmt::Debug for CreateRequest {
             .field("secure", &self.secure)
             .field("metadata", &self.metadata)
             .field("env_vars", &self.env_vars.keys())
+            .field("on_timeout", &self.on_timeout)
             .finish()
     }
 }
 
-/// A running sandbox.
+/// A sandbox that runs or is paused.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SandboxInfo {
     /// Its id, which also names its shard.
@@ -47,8 +69,10 @@ pub struct SandboxInfo {
     pub template_name: TemplateName,
     /// When its create was answered.
     pub started_at: SystemTime,
-    /// When it will be killed.
+    /// When its time is over. Of a paused sandbox: when it was paused.
     pub end_at: SystemTime,
+    /// Whether it runs.
+    pub state: Lifecycle,
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
     /// Guest memory.
@@ -97,4 +121,32 @@ pub struct TemplateInfo {
     pub spawn_count: u64,
     /// When the last of them was made.
     pub last_spawned_at: Option<SystemTime>,
+}
+
+/// A snapshot that a client made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Its id, usable wherever the id of a template is.
+    pub id: String,
+    /// The name it was given.
+    pub name: Option<String>,
+    /// The sandbox it was made of.
+    pub sandbox: Option<SandboxId>,
+    /// Id of that sandbox's template.
+    pub template_id: String,
+    /// When it was committed.
+    pub created_at: SystemTime,
+}
+
+/// Numbers of a host, all shards together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostCounters {
+    /// Creates and resumes that found a VM process ready.
+    pub pool_hits: u64,
+    /// Those that had to wait for one to be made.
+    pub pool_misses: u64,
+    /// VM processes that wait for a guest.
+    pub shells: u64,
+    /// Sandboxes, paused ones included.
+    pub sandboxes: u64,
 }

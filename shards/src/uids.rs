@@ -1,7 +1,7 @@
 //! User ids for VM processes: each its own, of a shard's share of the host's range.
 //!
-//! Called by a shard when it admits and when it has removed a sandbox. A shard has as many as it may
-//! have sandboxes, so taking one is also the admission. Refuses to give one out twice.
+//! Called by a shard's pool when it makes a VM process and when it has removed one. Refuses to give one
+//! out twice.
 
 use std::collections::BTreeSet;
 
@@ -15,11 +15,20 @@ pub(crate) struct Uids {
 }
 
 impl Uids {
-    /// Every `shards`-th uid of `first .. first + total`, starting with the shard's index.
-    pub(crate) fn share(first: u32, total: u32, shard: ShardId, shards: ShardCount) -> Self {
+    /// Every `shards`-th uid of `first .. first + total`, starting with the shard's index; but none
+    /// that is `taken` by a process of an earlier daemon. Such a one joins the share of the shard that
+    /// gives it back.
+    pub(crate) fn share(
+        first: u32,
+        total: u32,
+        shard: ShardId,
+        shards: ShardCount,
+        taken: &BTreeSet<u32>,
+    ) -> Self {
         let step = usize::from(shards.get());
         let range = first..first.saturating_add(total);
-        Self { free: range.skip(usize::from(shard.index())).step_by(step).collect() }
+        let share = range.skip(usize::from(shard.index())).step_by(step);
+        Self { free: share.filter(|uid| !taken.contains(uid)).collect() }
     }
 
     /// Takes one; `None` when the shard has as many sandboxes as it may.
@@ -50,18 +59,19 @@ mod tests {
             let count = ShardCount::new(shards).unwrap();
             let mut all = BTreeSet::new();
             for shard in 0..shards {
-                let mut uids = Uids::share(first, total, ShardId::new(shard), count);
+                let taken = BTreeSet::from([first]);
+                let mut uids = Uids::share(first, total, ShardId::new(shard), count, &taken);
                 while let Some(uid) = uids.take() {
                     prop_assert!(all.insert(uid), "uid {} is in two shares", uid);
                 }
             }
-            prop_assert_eq!(all, (first..first + total).collect::<BTreeSet<_>>());
+            prop_assert_eq!(all, (first + 1..first + total).collect::<BTreeSet<_>>());
         }
     }
 
     #[test]
     fn the_lowest_is_used_again() {
-        let mut uids = Uids::share(10_000, 2, ShardId::new(0), ShardCount::MIN);
+        let mut uids = Uids::share(10_000, 2, ShardId::new(0), ShardCount::MIN, &BTreeSet::new());
         assert_eq!(uids.take(), Some(10_000));
         assert_eq!(uids.take(), Some(10_001));
         assert_eq!(uids.take(), None);

@@ -16,7 +16,7 @@ use super::debian::KernelPackage;
 use super::runner::{Runner, bound_to_us};
 
 /// The drivers a guest loads, each after what it needs. One that is built in is left out.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
     "virtio",
     "virtio_ring",
     "virtio_mmio",
@@ -26,6 +26,7 @@ const MODULES: [&str; 9] = [
     "vmw_vsock_virtio_transport",
     "rng-core",
     "virtio-rng",
+    "virtio_balloon",
 ];
 const INITRAMFS_DIRS: [&str; 9] =
     ["dev", "proc", "sys", "run", "tmp", "etc", "mnt", "newroot", "modules"];

@@ -169,6 +169,11 @@ impl Disk {
         })
     }
 
+    /// Gives the empty file `to` the content of `from`, in blocks of its own.
+    pub(crate) fn copy_content(&self, from: &File, to: &File, path: &Path) -> Result<()> {
+        self.step("copy a disk to", path, &Effect::Clone(from, to), || sparse::copy_apart(from, to))
+    }
+
     /// Makes the content of a file durable.
     pub(crate) fn sync_file(&self, path: &Path, file: &File) -> Result<()> {
         self.step("sync", path, &Effect::SyncFile(file), || file.sync_all())

@@ -68,5 +68,5 @@ pub use store::Store;
 pub use template::{Part, Template};
 pub use working_set::{PREFETCH_FRAMES, WORKING_SET_RUNS_MAX, prefetch_plan};
 pub use writer::{
-    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, run_blocking,
+    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, ROUNDS_MAX, run_blocking,
 };

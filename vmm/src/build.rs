@@ -1,52 +1,53 @@
-//! Wiring: from a boot command and its descriptors to a VM whose threads wait to be let go.
+//! Wiring: from a build command and its descriptors to a shell whose threads wait in their jails.
 //!
 //! Called by `control`, once. Decides nothing but the order of things: what needs system calls that
-//! guest time does not need (rings, mappings, KVM shells, threads) happens here, before any filter
-//! of the running VM is in place.
+//! guest time does not need (mappings, the KVM shell, rings, threads) happens here, before any filter
+//! of the running VM is in place, and before anybody waits for a sandbox.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use mica_units::{Gpa, VcpuCount};
-use mica_wire::vm::{BootConfig, Ending, FdRole, GUEST_CID};
+use mica_wire::vm::{self, Ending, FdRole, GUEST_CID, ShellConfig};
 
-use crate::boot::{self, BootError, Images};
 use crate::bus::{Bus, device_ending};
 use crate::console::{Console, ConsoleError};
+use crate::descriptors::{Descriptors, DescriptorsError};
+use crate::exchange::{Exchange, ExchangeError};
+use crate::generation::Generation;
+use crate::jail;
 use crate::jail::limits::{self, LimitError};
 use crate::jail::seccomp::ThreadKind;
 use crate::kvm::{Held, KvmError, Machine};
 use crate::layout;
-use crate::memory::{self, GuestMemory, MemoryError};
+use crate::memory::{GuestMemory, Memory, MemoryError, Userfault};
 use crate::notices::Notices;
 use crate::vcpus::{Starting, ThreadError, VcpuThreads};
 use crate::virtio::{
-    Blk, BlkError, Connector, DeviceLoop, Event, MmioDevice, MmioError, QUEUE_NOTIFY, Rng,
-    VirtioDevice, Vsock,
+    Balloon, Blk, BlkError, Connector, DeviceKind, DeviceLoop, Event, Gate, MmioDevice, MmioError,
+    QUEUE_NOTIFY, Rng, VirtioDevice, Vsock,
 };
 
-/// Why the VM was not built.
+/// Why the shell was not built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The descriptors do not match their list, or one is missing or twice.
-    #[error("the boot command's descriptors are wrong: {0}")]
-    Descriptors(&'static str),
+    #[error("the build command's descriptors are wrong")]
+    Descriptors(#[from] DescriptorsError),
     /// A vCPU count out of bounds.
     #[error(transparent)]
     Vcpus(#[from] mica_units::VcpuCountError),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The images.
-    #[error(transparent)]
-    Boot(#[from] BootError),
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
-    /// The disk.
+    /// The exchange.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    /// The disk's ring.
     #[error(transparent)]
     Disk(#[from] BlkError),
     /// KVM.
@@ -76,22 +77,16 @@ impl BuildError {
     /// Whose fault it is: the configuration's, or the host's and ours.
     #[must_use]
     pub fn ending(&self) -> Ending {
-        let mut words = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            words.push_str(": ");
-            words.push_str(&error.to_string());
-            cause = error.source();
-        }
+        let words = causes(self);
         match self {
             Self::Descriptors(_)
             | Self::Vcpus(_)
             | Self::Memory(_)
-            | Self::Boot(_)
             | Self::Console(_)
-            | Self::Disk(_)
+            | Self::Exchange(_)
             | Self::Kvm(KvmError::ApiVersion(_)) => Ending::BadConfig(words),
-            Self::Kvm(_)
+            Self::Disk(_)
+            | Self::Kvm(_)
             | Self::Device(_)
             | Self::Limit(_)
             | Self::Thread(_)
@@ -100,79 +95,82 @@ impl BuildError {
     }
 }
 
+/// An error and everything that caused it, in words.
+#[must_use]
+pub fn causes(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        words.push_str(": ");
+        words.push_str(&error.to_string());
+        cause = error.source();
+    }
+    words
+}
+
 fn make(what: &'static str) -> impl Fn(std::io::Error) -> BuildError {
     move |source| BuildError::Make { what, source }
 }
 
-/// The descriptors of a boot command, each under its role.
-#[derive(Debug, Default)]
-struct Descriptors {
-    kvm: Option<OwnedFd>,
-    kernel: Option<OwnedFd>,
-    initramfs: Option<OwnedFd>,
-    disk: Option<OwnedFd>,
-    console: Option<OwnedFd>,
-}
-
-impl Descriptors {
-    fn sort(roles: &[FdRole], fds: Vec<OwnedFd>) -> Result<Self, BuildError> {
-        if roles.len() != fds.len() {
-            return Err(BuildError::Descriptors("there are more or fewer than the list says"));
-        }
-        let mut sorted = Self::default();
-        for (role, fd) in roles.iter().zip(VecDeque::from(fds)) {
-            let slot = match role {
-                FdRole::Kvm => &mut sorted.kvm,
-                FdRole::Kernel => &mut sorted.kernel,
-                FdRole::Initramfs => &mut sorted.initramfs,
-                FdRole::Disk => &mut sorted.disk,
-                FdRole::Console => &mut sorted.console,
-                FdRole::Stream => {
-                    return Err(BuildError::Descriptors("a stream does not belong to a boot"));
-                }
-            };
-            if slot.replace(fd).is_some() {
-                return Err(BuildError::Descriptors("a role is there twice"));
-            }
-        }
-        Ok(sorted)
-    }
-}
-
-fn required(fd: Option<OwnedFd>, missing: &'static str) -> Result<OwnedFd, BuildError> {
-    fd.ok_or(BuildError::Descriptors(missing))
-}
-
-/// A VM whose threads are in their jails and wait.
+/// A VM that is there in full, and whose threads wait.
 #[derive(Debug)]
-pub struct Built {
-    /// Lets the threads go.
-    pub starting: Starting,
-    /// The running VM.
-    pub running: Running,
-}
-
-/// A VM whose threads run.
-#[derive(Debug)]
-pub struct Running {
-    /// Hands sockets to the vsock device.
-    pub connector: Connector,
+pub struct Shell {
+    /// Guest memory.
+    pub memory: Memory,
+    /// Its size.
+    pub memory_mib: u32,
+    /// How many vCPUs there are.
+    pub vcpu_count: VcpuCount,
     /// The vCPU threads.
     pub vcpus: VcpuThreads,
+    /// The KVM machine around them.
+    pub held: Held,
+    /// Serial port and virtio devices.
+    pub bus: Arc<Bus>,
+    /// Parks the device thread.
+    pub gate: Arc<Gate>,
+    /// Hands sockets to the vsock device.
+    pub connector: Connector,
+    /// Tells the guest that it is a copy.
+    pub generation: Generation,
+    /// Plans and states.
+    pub exchange: Exchange,
+    /// Tells writes, and has pages served.
+    pub userfault: Option<Userfault>,
+    /// What the other threads tell.
+    pub notices: Arc<Notices>,
     devices: JoinHandle<()>,
-    stop_devices: Event,
-    _held: Held,
+    // The socket stays open as long as this does.
+    spare: OwnedFd,
 }
 
-impl Running {
+impl Shell {
+    /// What the shard has to know.
+    #[must_use]
+    pub fn numbers(&self) -> vm::Shell {
+        vm::Shell {
+            memory_address: self.memory.address(),
+            spare_fd: self.spare.as_raw_fd(),
+            exchange_fd: self.exchange.fd(),
+            console_fd: self.bus.console().fd(),
+            userfault_fd: self.userfault.as_ref().map(|userfault| userfault.fd().as_raw_fd()),
+        }
+    }
+
+    /// The root disk, if the shell was made for one.
+    #[must_use]
+    pub fn disk(&self) -> Option<&Arc<MmioDevice>> {
+        self.bus.devices().iter().find(|device| device.kind() == DeviceKind::Blk)
+    }
+
     /// Stops the guest and its devices, in this order, and waits for the threads.
     ///
     /// # Errors
     /// With the ending that it means, when a thread cannot be stopped.
     pub fn stop(self) -> Result<(), Ending> {
-        let internal = |error: &dyn std::error::Error| Ending::Internal(error.to_string());
+        let internal = |error: &dyn std::error::Error| Ending::Internal(causes(error));
         self.vcpus.stop().map_err(|error| internal(&error))?;
-        self.stop_devices.signal().map_err(|error| internal(&error))?;
+        self.gate.stop().map_err(|error| internal(&error))?;
         self.devices.join().map_err(|_| Ending::Internal("the device thread panicked".to_owned()))
     }
 }
@@ -182,53 +180,79 @@ impl Running {
 /// # Errors
 /// See [`BuildError`].
 pub fn build(
-    config: &BootConfig,
+    config: &ShellConfig,
     fds: Vec<OwnedFd>,
     notices: &Arc<Notices>,
-) -> Result<Built, BuildError> {
-    let fds = Descriptors::sort(&config.fds, fds)?;
-    let vcpus = config.vcpu_count()?;
-    let memory = memory::map(config.memory())?;
-    let kvm = required(fds.kvm, "KVM is missing")?;
-    let kernel = required(fds.kernel, "the kernel is missing")?;
-    let console = required(fds.console, "the console is missing")?;
-    limits::allow_file_bytes(fds.disk.as_ref())?;
+) -> Result<Shell, BuildError> {
+    let allowed = [FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare];
+    let mut fds = Descriptors::sort(&config.fds, fds, &allowed)?;
+    let vcpu_count = config.vcpu_count()?;
+    let memory = Memory::reserve(config.memory())?;
+    limits::allow_address_space(config.memory())?;
+    let exchange = Exchange::new(fds.required(FdRole::Exchange)?, config.exchange_bytes)?;
+    let console_fd = fds.required(FdRole::Console)?;
+    let spare = fds.required(FdRole::Spare)?;
+    // With a disk the limit follows when that comes.
+    if !config.disk {
+        limits::allow_file_bytes(None::<&OwnedFd>)?;
+    }
 
-    let machine = Machine::new(kvm, &memory, vcpus)?;
-    let (devices, connector) =
-        make_devices(fds.disk, config.disk_read_only, &memory, &machine, notices)?;
-    let images = Images {
-        kernel: File::from(kernel),
-        initramfs: fds.initramfs.map(File::from),
-        cmdline: &config.cmdline,
-    };
-    let loaded = boot::load(&memory, images, vcpus, devices.len())?;
-    machine.enter_at(loaded.entry)?;
-
+    let machine = Machine::new(fds.required(FdRole::Kvm)?, memory.guest(), vcpu_count)?;
+    let (devices, connector) = make_devices(config.disk, memory.guest(), &machine, notices)?;
     let line = Event::new().map_err(make("the serial interrupt"))?;
     machine.interrupt_on_signal(&line, layout::SERIAL_GSI)?;
-    let console = Console::new(console, config.console_bytes, line, Arc::clone(notices))?;
+    let generation = Event::new().map_err(make("the interrupt of the generation id"))?;
+    machine.interrupt_on_signal(&generation, layout::GENERATION_GSI)?;
+    let console = Console::new(console_fd, config.console_bytes, line, Arc::clone(notices))?;
     let bus = Arc::new(Bus::new(console, devices.clone()));
-    start_threads(machine, vcpus, &bus, devices, connector, notices)
+
+    let userfault = match jail::take_userfault() {
+        Some(fd) => {
+            Some(Userfault::new(fd).map_err(|errno| make("the userfaultfd")(errno.into()))?)
+        }
+        None => None,
+    };
+    let gate = Arc::new(Gate::new().map_err(make("the gate of the device thread"))?);
+    let starting = Starting::default();
+    let devices = start_devices(&starting, devices, &gate, notices)?;
+    let (held, vcpus) = machine.split();
+    let vcpus = VcpuThreads::start(&starting, vcpus, &bus, notices)?;
+    starting.all_jailed()?;
+    Ok(Shell {
+        memory,
+        memory_mib: config.memory_mib,
+        vcpu_count,
+        vcpus,
+        held,
+        bus,
+        gate,
+        connector,
+        generation: Generation::new(generation),
+        exchange,
+        userfault,
+        notices: Arc::clone(notices),
+        devices,
+        spare,
+    })
 }
 
-/// The disk if there is one, vsock and rng: in this order in the guest.
+/// The disk if there is one, vsock, rng and balloon: in this order in the guest.
 fn make_devices(
-    disk: Option<OwnedFd>,
-    read_only: bool,
+    disk: bool,
     memory: &GuestMemory,
     machine: &Machine,
     notices: &Arc<Notices>,
 ) -> Result<(Vec<Arc<MmioDevice>>, Connector), BuildError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-    if let Some(disk) = disk {
-        devices.push(Box::new(Blk::new(File::from(disk), read_only)?));
+    if disk {
+        devices.push(Box::new(Blk::new()?));
     }
     let doorbell = Arc::clone(notices);
     let (vsock, connector) =
         Vsock::new(GUEST_CID, Box::new(move || doorbell.doorbell())).map_err(make("vsock"))?;
     devices.push(Box::new(vsock));
     devices.push(Box::new(Rng::new()));
+    devices.push(Box::new(Balloon::new()));
 
     let memory = Arc::new(memory.clone());
     let mut attached = Vec::with_capacity(devices.len());
@@ -245,63 +269,38 @@ fn make_devices(
     Ok((attached, connector))
 }
 
-fn start_threads(
-    machine: Machine,
-    vcpus: VcpuCount,
-    bus: &Arc<Bus>,
+fn start_devices(
+    starting: &Starting,
     devices: Vec<Arc<MmioDevice>>,
-    connector: Connector,
+    gate: &Arc<Gate>,
     notices: &Arc<Notices>,
-) -> Result<Built, BuildError> {
-    let mut starting = Starting::new(usize::from(vcpus.get()) + 1);
-    let stop_devices = Event::new().map_err(make("the stop event"))?;
-    let stop = stop_devices.try_clone().map_err(make("the stop event"))?;
-    let device_loop = DeviceLoop::new(devices, stop).map_err(make("the device loop"))?;
-    let ended = Arc::clone(notices);
-    let devices =
-        starting.spawn("devices".to_owned(), ThreadKind::Devices, notices, move || {
-            if let Err(error) = device_loop.run() {
-                ended.end(device_ending(&error));
-            }
-        })?;
-    let (held, vcpus) = machine.split();
-    let vcpus = VcpuThreads::start(&starting, vcpus, bus, notices)?;
-    starting.all_jailed()?;
-    let running = Running { connector, vcpus, devices, stop_devices, _held: held };
-    Ok(Built { starting, running })
+) -> Result<JoinHandle<()>, BuildError> {
+    let device_loop =
+        DeviceLoop::new(devices, Arc::clone(gate)).map_err(make("the device loop"))?;
+    let (ended, gate) = (Arc::clone(notices), Arc::clone(gate));
+    Ok(starting.spawn("devices".to_owned(), ThreadKind::Devices, notices, move || {
+        // Dropped last: who learns that the thread is gone finds the reason.
+        let gone = gate.on_end();
+        if let Err(error) = device_loop.run() {
+            ended.end(device_ending(&error));
+        }
+        drop(gone);
+    })?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn null() -> OwnedFd {
-        File::open("/dev/null").unwrap().into()
-    }
-
-    #[test]
-    fn descriptors_are_matched_by_their_list() {
-        let roles = [FdRole::Kernel, FdRole::Kvm];
-        let sorted = Descriptors::sort(&roles, vec![null(), null()]).unwrap();
-        assert!(sorted.kernel.is_some() && sorted.kvm.is_some() && sorted.disk.is_none());
-        for (roles, count) in [
-            (&[FdRole::Kvm][..], 0),
-            (&[FdRole::Kvm][..], 2),
-            (&[FdRole::Kvm, FdRole::Kvm][..], 2),
-            (&[FdRole::Stream][..], 1),
-        ] {
-            let fds = (0..count).map(|_| null()).collect();
-            assert!(Descriptors::sort(roles, fds).is_err(), "{roles:?} {count}");
-        }
-    }
-
     #[test]
     fn endings_name_every_cause_once() {
-        let error = BuildError::from(BootError::Read {
-            what: "kernel",
-            source: std::io::Error::other("the disk is on fire"),
-        });
-        let words = "reading the kernel failed: the disk is on fire".to_owned();
-        assert_eq!(error.ending(), Ending::BadConfig(words));
+        let error = BuildError::from(DescriptorsError::Twice);
+        let Ending::BadConfig(words) = error.ending() else { panic!("whose fault") };
+        assert_eq!(words, "the build command's descriptors are wrong: a role is there twice");
+        let error = make("a thing")(std::io::Error::other("the house is on fire"));
+        assert_eq!(
+            error.ending(),
+            Ending::Internal("making a thing failed: the house is on fire".to_owned())
+        );
     }
 }

@@ -28,6 +28,18 @@ impl Bus {
         Self { console, devices }
     }
 
+    /// The serial port.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// The virtio devices, in the order of the DSDT.
+    #[must_use]
+    pub fn devices(&self) -> &[Arc<MmioDevice>] {
+        &self.devices
+    }
+
     /// The device at this address, and the offset into its registers.
     fn device_at(&self, address: u64) -> Option<(&MmioDevice, u64)> {
         let offset = address.checked_sub(layout::MMIO_DEVICES.raw())?;

@@ -6,9 +6,9 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mica_wire::vm::console::{BYTES_MIN, HEADER_BYTES};
 use vm_memory::mmap::MmapRegionError;
@@ -17,6 +17,7 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
 use crate::notices::Notices;
+use crate::state::SerialState;
 use crate::virtio::Event;
 
 /// Why there is no console.
@@ -38,6 +39,20 @@ pub enum ConsoleError {
     /// It could not be mapped.
     #[error("mapping the console memfd failed")]
     Map(#[source] MmapRegionError),
+}
+
+/// The ring, which stays while the serial port before it is exchanged for a restored one.
+#[derive(Clone, Debug)]
+struct Output(Arc<Mutex<Ring>>);
+
+impl Write for Output {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The ring in the shared memfd (layout: `mica_wire::vm::console`).
@@ -94,8 +109,8 @@ impl Write for Ring {
 }
 
 /// The interrupt line of the serial port.
-#[derive(Debug)]
-struct Line(Event);
+#[derive(Clone, Debug)]
+struct Line(Arc<Event>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -105,7 +120,12 @@ impl Trigger for Line {
 }
 
 /// The serial port of one VM.
-pub struct Console(Mutex<Serial<Line, NoEvents, Ring>>);
+pub struct Console {
+    port: Mutex<Serial<Line, NoEvents, Output>>,
+    output: Output,
+    line: Line,
+    fd: RawFd,
+}
 
 impl std::fmt::Debug for Console {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -129,13 +149,68 @@ impl Console {
         line: Event,
         notices: Arc<Notices>,
     ) -> Result<Self, ConsoleError> {
+        let fd = memfd.as_raw_fd();
         let ring = Ring::new(memfd, bytes, notices)?;
-        Ok(Self(Mutex::new(Serial::new(Line(line), ring))))
+        let output = Output(Arc::new(Mutex::new(ring)));
+        let line = Line(Arc::new(line));
+        let port = Mutex::new(Serial::new(line.clone(), output.clone()));
+        Ok(Self { port, output, line, fd })
+    }
+
+    /// The number of the memfd in this process. It stays open as long as this lives.
+    #[must_use]
+    pub fn fd(&self) -> RawFd {
+        self.fd
+    }
+
+    /// The registers of the port. What was written is in the ring, which is no part of a state.
+    #[must_use]
+    pub fn save(&self) -> SerialState {
+        let state = self.lock().state();
+        SerialState {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+        }
+    }
+
+    /// Takes on saved registers, and interrupts again if they say that an interrupt is due.
+    ///
+    /// # Errors
+    /// When the interrupt line failed: the host's fault.
+    pub fn restore(&self, state: &SerialState) -> Result<(), SerialError> {
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let state = vm_superio::serial::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            // There is no input.
+            in_buffer: Vec::new(),
+        };
+        let port = Serial::from_state(&state, self.line.clone(), NoEvents, self.output.clone())
+            .map_err(|error| SerialError(format!("{error:?}")))?;
+        *self.lock() = port;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Serial<Line, NoEvents, Output>> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest reads register `offset`.
     pub fn read(&self, offset: u8) -> u8 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset)
+        self.lock().read(offset)
     }
 
     /// The guest writes register `offset`.
@@ -143,11 +218,7 @@ impl Console {
     /// # Errors
     /// When the ring or the interrupt line failed: the host's fault.
     pub fn write(&self, offset: u8, value: u8) -> Result<(), SerialError> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write(offset, value)
-            .map_err(|error| SerialError(format!("{error:?}")))
+        self.lock().write(offset, value).map_err(|error| SerialError(format!("{error:?}")))
     }
 }
 

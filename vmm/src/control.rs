@@ -8,15 +8,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mica_wire::vm::{BootConfig, Command, ControlSocket, Ending, Event, SocketError};
+use mica_wire::vm::{
+    BootConfig, Command, ControlSocket, Ending, Event, Phase, RestoreConfig, ShellConfig,
+    SocketError,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::build::{self, Built, Running};
+use crate::build::{self, Shell, causes};
+use crate::freeze::{self, FreezeError, Frozen, Saved};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::notices::Notices;
+use crate::restore;
 use crate::virtio::ConnectError;
 
 /// How long a guest shows no sign of life before its vCPUs are asked. The wait doubles each time,
@@ -41,9 +46,9 @@ pub fn warm_clocks() {
 /// When the shard is gone, so that nobody can be told.
 pub fn serve(socket: &ControlSocket) -> Result<(), SocketError> {
     socket.send_event(&Event::Jailed)?;
-    let ending = match first_frame(socket) {
-        Ok((config, fds)) => boot(socket, &config, fds),
-        Err(ending) => ending,
+    let ending = match Notices::new() {
+        Ok(notices) => Control::new(socket, Arc::new(notices)).run_to_end(),
+        Err(error) => Ending::Internal(format!("making an event failed: {error}")),
     };
     stop_listening(socket)?;
     socket.send_event(&Event::Ended(ending))
@@ -62,15 +67,6 @@ fn stop_listening(socket: &ControlSocket) -> Result<(), SocketError> {
     }
 }
 
-fn first_frame(socket: &ControlSocket) -> Result<(BootConfig, Vec<OwnedFd>), Ending> {
-    match socket.receive_command() {
-        Ok((Command::Boot(config), fds)) => Ok((config, fds)),
-        Ok((Command::Stop, _)) | Err(SocketError::Closed) => Err(Ending::Asked),
-        Ok((Command::OpenStream { .. }, _)) => Err(protocol("a stream came before the boot")),
-        Err(error) => Err(broken(&error)),
-    }
-}
-
 fn protocol(what: &str) -> Ending {
     Ending::Internal(format!("the shard broke the protocol: {what}"))
 }
@@ -79,102 +75,271 @@ fn broken(error: &SocketError) -> Ending {
     Ending::Internal(format!("reading from the shard failed: {error}"))
 }
 
-fn boot(socket: &ControlSocket, config: &BootConfig, fds: Vec<OwnedFd>) -> Ending {
-    let notices = match Notices::new() {
-        Ok(notices) => Arc::new(notices),
-        Err(error) => return Ending::Internal(format!("making an event failed: {error}")),
-    };
-    let built = match build::build(config, fds, &notices) {
-        Ok(built) => built,
-        Err(error) => return error.ending(),
-    };
-    let Built { starting, running } = built;
-    if let Err(error) = seccomp::install(ThreadKind::Control) {
-        return Ending::Internal(format!("closing the jail failed: {error}"));
+/// How far the VM is.
+enum Stage {
+    /// Nothing is built.
+    Empty,
+    /// A shell that has not run.
+    Idle(Shell),
+    /// vCPUs run.
+    Running(Shell, Pulse),
+    /// They do not.
+    Frozen(Shell, Frozen),
+    /// It could not be made, or is being taken down.
+    Over,
+}
+
+impl Stage {
+    fn shell(&self) -> Option<&Shell> {
+        match self {
+            Self::Idle(shell) | Self::Running(shell, _) | Self::Frozen(shell, _) => Some(shell),
+            Self::Empty | Self::Over => None,
+        }
     }
-    if let Err(error) = socket.send_event(&Event::Started) {
-        return broken(&error);
-    }
-    starting.go();
-    let why = run(socket, &running, &notices).unwrap_or_else(|ending| ending);
-    // The first ending is the cause; stopping can only add noise.
-    match running.stop() {
-        Ok(()) => why,
-        Err(ending) => {
-            if matches!(why, Ending::Asked) {
-                ending
-            } else {
-                why
-            }
+
+    fn phase(&self) -> Phase {
+        match self {
+            Self::Running(..) => Phase::Running,
+            Self::Frozen(..) => Phase::Frozen,
+            Self::Empty | Self::Idle(_) | Self::Over => Phase::Idle,
         }
     }
 }
 
-/// Runs until the guest ends, which is the value either way: `Err` is the short way out.
-fn run(socket: &ControlSocket, running: &Running, notices: &Notices) -> Result<Ending, Ending> {
-    let mut pulse = Pulse::new();
-    loop {
-        let (frame, notice) = wait(socket, notices, pulse.silence)?;
+/// The control thread.
+struct Control<'a> {
+    socket: &'a ControlSocket,
+    notices: Arc<Notices>,
+    stage: Stage,
+}
+
+impl<'a> Control<'a> {
+    fn new(socket: &'a ControlSocket, notices: Arc<Notices>) -> Self {
+        #[cfg(feature = "breakout")]
+        crate::breakout::tell(&notices);
+        Self { socket, notices, stage: Stage::Empty }
+    }
+
+    /// Why it ended, after everything has stopped.
+    fn run_to_end(mut self) -> Ending {
+        let why = self.run();
+        let stopped = match std::mem::replace(&mut self.stage, Stage::Over) {
+            Stage::Idle(shell) | Stage::Running(shell, _) | Stage::Frozen(shell, _) => shell.stop(),
+            Stage::Empty | Stage::Over => Ok(()),
+        };
+        // The first ending is the cause; stopping can only add noise.
+        match stopped {
+            Err(ending) if matches!(why, Ending::Asked) => ending,
+            Ok(()) | Err(_) => why,
+        }
+    }
+
+    /// Runs until the VM ends.
+    fn run(&mut self) -> Ending {
+        loop {
+            if let Err(ending) = self.turn() {
+                return ending;
+            }
+        }
+    }
+
+    /// Waits once, and sees to what came. The ending is the short way out.
+    fn turn(&mut self) -> Result<(), Ending> {
+        let (frame, notice) = self.wait()?;
         if notice {
-            let news = notices.take().map_err(|error| Ending::Internal(error.to_string()))?;
-            tell(socket, news.console_started, &Event::ConsoleStarted)?;
-            tell(socket, news.doorbell, &Event::Doorbell)?;
+            let news = self.notices.take().map_err(|error| Ending::Internal(error.to_string()))?;
+            if news.console_started {
+                self.tell(&Event::ConsoleStarted)?;
+            }
+            if news.doorbell {
+                self.tell(&Event::Doorbell)?;
+            }
             if let Some(ending) = news.ending {
-                return Ok(ending);
+                return Err(ending);
             }
         }
-        if frame && let Some(ending) = take_frame(socket, running)? {
-            return Ok(ending);
+        if frame {
+            return self.take_frame();
         }
-        if !frame && !notice && pulse.is_silent()? {
-            running.vcpus.probe().map_err(|error| Ending::Internal(error.to_string()))?;
+        if let (Stage::Running(shell, pulse), false) = (&mut self.stage, notice)
+            && pulse.is_silent()?
+        {
+            shell.vcpus.probe().map_err(|error| Ending::Internal(causes(&error)))?;
         }
+        Ok(())
     }
-}
 
-/// Which of the two is ready: a frame, a notice. Neither after `timeout`.
-fn wait(
-    socket: &ControlSocket,
-    notices: &Notices,
-    timeout: Duration,
-) -> Result<(bool, bool), Ending> {
-    let event = notices.event().as_fd();
-    let mut fds =
-        [PollFd::new(socket, PollFlags::IN), PollFd::from_borrowed_fd(event, PollFlags::IN)];
-    let timeout = Timespec::try_from(timeout).map_err(|e| Ending::Internal(e.to_string()))?;
-    match poll(&mut fds, Some(&timeout)) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(errno) => return Err(Ending::Internal(format!("waiting failed: {errno}"))),
+    /// Which of the two is ready: a frame, a notice. Neither when a guest that runs gave no sign of
+    /// life for a while.
+    fn wait(&self) -> Result<(bool, bool), Ending> {
+        let event = self.notices.event().as_fd();
+        let mut fds = [
+            PollFd::new(self.socket, PollFlags::IN),
+            PollFd::from_borrowed_fd(event, PollFlags::IN),
+        ];
+        let timeout = match &self.stage {
+            Stage::Running(_, pulse) => Some(
+                Timespec::try_from(pulse.silence).map_err(|e| Ending::Internal(e.to_string()))?,
+            ),
+            _ => None,
+        };
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(Ending::Internal(format!("waiting failed: {errno}"))),
+        }
+        let [socket, event] = fds.map(|fd| !fd.revents().is_empty());
+        Ok((socket, event))
     }
-    let [socket, event] = fds.map(|fd| !fd.revents().is_empty());
-    Ok((socket, event))
-}
 
-fn tell(socket: &ControlSocket, happened: bool, event: &Event) -> Result<(), Ending> {
-    if !happened {
-        return Ok(());
+    fn tell(&self, event: &Event) -> Result<(), Ending> {
+        self.socket.send_event(event).map_err(|error| broken(&error))
     }
-    socket.send_event(event).map_err(|error| broken(&error))
-}
 
-/// Carries out one frame. An ending is asked for, or is the protocol's.
-fn take_frame(socket: &ControlSocket, running: &Running) -> Result<Option<Ending>, Ending> {
-    match socket.receive_command() {
-        Ok((Command::OpenStream { vsock_port }, mut fds)) => {
-            let (Some(stream), true) = (fds.pop(), fds.is_empty()) else {
-                return Err(protocol("a stream comes with one descriptor"));
-            };
-            // A refusal closes the descriptor, which tells whoever holds its other end.
-            match running.connector.connect(stream, vsock_port) {
-                // A thread that is gone said why in a notice.
-                Ok(()) | Err(ConnectError::Busy | ConnectError::Gone) => Ok(None),
-                Err(error) => Err(Ending::Internal(error.to_string())),
+    /// Carries out one frame. Any order of frames but the one drawn in `mica_wire::vm` is an ending.
+    fn take_frame(&mut self) -> Result<(), Ending> {
+        let (command, fds) = match self.socket.receive_command() {
+            Ok(received) => received,
+            // Before the spare is here: nobody will ever ask for anything again.
+            Err(SocketError::Closed) => return Err(Ending::Asked),
+            Err(error) => return Err(broken(&error)),
+        };
+        match command {
+            Command::Stop => return Err(Ending::Asked),
+            Command::Report { nonce } => return self.report(nonce),
+            Command::OpenStream { vsock_port } => return self.open_stream(vsock_port, fds),
+            Command::Build(_) | Command::Boot(_) | Command::Restore(_) => {}
+            Command::Freeze { .. } | Command::Thaw => {}
+        }
+        // An error on the way must not leave half a stage behind.
+        let stage = std::mem::replace(&mut self.stage, Stage::Over);
+        self.stage = match (command, stage) {
+            (Command::Build(config), Stage::Empty) => self.build(&config, fds)?,
+            (Command::Boot(config), Stage::Idle(shell)) => self.boot(shell, &config, fds)?,
+            (Command::Restore(config), Stage::Idle(shell)) => {
+                self.restore(shell, &config, fds, false)?
             }
-        }
-        Ok((Command::Stop, _)) | Err(SocketError::Closed) => Ok(Some(Ending::Asked)),
-        Ok((Command::Boot(_), _)) => Err(protocol("it booted twice")),
-        Err(error) => Err(broken(&error)),
+            (Command::Restore(config), Stage::Frozen(shell, _)) => {
+                self.restore(shell, &config, fds, true)?
+            }
+            (Command::Freeze { track }, Stage::Running(shell, _)) => self.freeze(shell, track)?,
+            (Command::Thaw, Stage::Frozen(shell, frozen)) => self.thaw(shell, &frozen)?,
+            (command, stage) => {
+                self.stage = stage;
+                return Err(protocol(&out_of_turn(&command, self.stage.phase())));
+            }
+        };
+        Ok(())
     }
+
+    fn report(&self, nonce: u64) -> Result<(), Ending> {
+        let (phase, shell) = (self.stage.phase(), self.stage.shell().map(Shell::numbers));
+        self.tell(&Event::Status { nonce, phase, shell })
+    }
+
+    fn open_stream(&self, vsock_port: u32, mut fds: Vec<OwnedFd>) -> Result<(), Ending> {
+        let (Some(stream), true) = (fds.pop(), fds.is_empty()) else {
+            return Err(protocol("a stream comes with one descriptor"));
+        };
+        let shell = match &self.stage {
+            Stage::Running(shell, _) | Stage::Frozen(shell, _) => shell,
+            _ => return Err(protocol("a stream came before there was a guest")),
+        };
+        // A refusal closes the descriptor, which tells whoever holds its other end.
+        match shell.connector.connect(stream, vsock_port) {
+            // A thread that is gone said why in a notice.
+            Ok(()) | Err(ConnectError::Busy | ConnectError::Gone) => Ok(()),
+            Err(error) => Err(Ending::Internal(error.to_string())),
+        }
+    }
+
+    fn build(&self, config: &ShellConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
+        let shell = build::build(config, fds, &self.notices).map_err(|error| error.ending())?;
+        self.tell(&Event::Built(shell.numbers()))?;
+        Ok(Stage::Idle(shell))
+    }
+
+    fn boot(&self, shell: Shell, config: &BootConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
+        stopping(shell, |shell| {
+            restore::boot(shell, config, fds).map_err(|error| error.ending())?;
+            close_jail()?;
+            restore::run(shell).map_err(|error| error.ending())?;
+            #[cfg(feature = "breakout")]
+            crate::breakout::attempt(ThreadKind::Control);
+            self.tell(&Event::Started)
+        })
+        .map(|(shell, ())| Stage::Running(shell, Pulse::new()))
+    }
+
+    fn restore(
+        &self,
+        shell: Shell,
+        config: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+        has_run: bool,
+    ) -> Result<Stage, Ending> {
+        stopping(shell, |shell| {
+            restore::restore(shell, config, fds, has_run).map_err(|error| error.ending())?;
+            if !has_run {
+                close_jail()?;
+            }
+            restore::run(shell).map_err(|error| error.ending())?;
+            self.tell(&Event::Started)
+        })
+        .map(|(shell, ())| Stage::Running(shell, Pulse::new()))
+    }
+
+    fn freeze(&self, shell: Shell, track: bool) -> Result<Stage, Ending> {
+        stopping(shell, |shell| {
+            let (frozen, saved) = freeze::freeze(shell, track).map_err(FreezeError::ending)?;
+            let Saved { state_bytes, tracked } = saved;
+            self.tell(&Event::Frozen { state_bytes, tracked })?;
+            Ok(frozen)
+        })
+        .map(|(shell, frozen)| Stage::Frozen(shell, frozen))
+    }
+
+    fn thaw(&self, shell: Shell, frozen: &Frozen) -> Result<Stage, Ending> {
+        stopping(shell, |shell| {
+            freeze::thaw(shell, frozen).map_err(FreezeError::ending)?;
+            self.tell(&Event::Thawed)
+        })
+        .map(|(shell, ())| Stage::Running(shell, Pulse::new()))
+    }
+}
+
+/// Does something with a shell, and takes the shell down if that fails.
+fn stopping<T>(
+    mut shell: Shell,
+    work: impl FnOnce(&mut Shell) -> Result<T, Ending>,
+) -> Result<(Shell, T), Ending> {
+    match work(&mut shell) {
+        Ok(value) => Ok((shell, value)),
+        Err(ending) => {
+            // The first ending is the cause.
+            shell.stop().ok();
+            Err(ending)
+        }
+    }
+}
+
+/// From here on this thread may do only what a VM with a guest needs.
+fn close_jail() -> Result<(), Ending> {
+    seccomp::install(ThreadKind::Control)
+        .map_err(|error| Ending::Internal(format!("closing the jail failed: {}", causes(&error))))
+}
+
+fn out_of_turn(command: &Command, phase: Phase) -> String {
+    let name = match command {
+        Command::Build(_) => "a build",
+        Command::Boot(_) => "a boot",
+        Command::Restore(_) => "a restore",
+        Command::OpenStream { .. } => "a stream",
+        Command::Freeze { .. } => "a freeze",
+        Command::Thaw => "a thaw",
+        Command::Report { .. } => "a question",
+        Command::Stop => "a stop",
+    };
+    format!("{name} came out of turn: the VM is {phase:?}")
 }
 
 /// Whether the threads of the VM use any processor time.

@@ -1,21 +1,26 @@
-//! The floor of a cold boot: the KVM calls of a VM and nothing else.
+//! The floor of a cold boot, and of the other operations ([`Guest`]): the KVM calls and nothing else.
 //!
 //! Called by the boot benchmark, to be printed beside the real thing. The same shell, memory, boot
 //! structures and eventfds as `build` makes, and one vCPU on the calling thread: no process, no jail,
 //! no thread, no device behind the registers. Refuses to serve a guest past its first byte.
 
+mod guest;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use mica_units::{Gpa, Mebibytes, VcpuCount};
+use mica_units::{Mebibytes, VcpuCount};
 use mica_wire::vm::Ending;
+use vm_memory::GuestMemoryError;
 
 use crate::boot::{self, BootError, Images};
-use crate::kvm::{Exits, KvmError, Machine, Parked, Pause};
+use crate::kvm::{Exits, Kick, KvmError, Machine, Parked, Pause, RestoreError};
 use crate::layout;
-use crate::memory::{self, MemoryError};
-use crate::virtio::{Event, QUEUE_NOTIFY};
+use crate::memory::{ApplyError, Memory, MemoryError};
+
+pub use crate::memory::Layer;
+pub use guest::{Guest, Saved};
 
 /// Why there is no measurement.
 #[derive(Debug, thiserror::Error)]
@@ -29,9 +34,24 @@ pub enum FloorError {
     /// The image.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Guest memory again.
+    #[error("giving guest memory back failed")]
+    Clear(#[source] rustix::io::Errno),
     /// An event.
     #[error("making an event failed")]
     Event(#[source] std::io::Error),
+    /// A saved state.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The memory was not mapped.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// Guest memory was not read or written.
+    #[error("guest memory cannot be accessed there")]
+    Access(#[from] GuestMemoryError),
+    /// No vCPU, or more than there may be.
+    #[error("a guest has at least one vCPU")]
+    Vcpus,
     /// The guest ended before it wrote a byte.
     #[error("the guest ended before its first byte: {0:?}")]
     Ended(Ending),
@@ -57,9 +77,11 @@ impl Exits for FirstByte {
 }
 
 impl Pause for FirstByte {
-    fn leave(&self, _: Parked) -> bool {
-        false
+    fn kicked(&self) -> Kick {
+        Kick::GoOn
     }
+
+    fn probed(&self, _: Parked) {}
 }
 
 /// Queues of the devices that a VM without a disk has: three of vsock, one of rng.
@@ -77,27 +99,14 @@ pub fn first_byte(
 ) -> Result<Duration, FloorError> {
     let start = Instant::now();
     let vcpus = VcpuCount::new(1).unwrap_or_else(|_| unreachable!("1 is within the bounds"));
-    let memory = memory::map(memory_size)?;
-    let machine = Machine::new(kvm, &memory, vcpus)?;
-    let mut events = Vec::new();
-    let mut event = || -> Result<Event, FloorError> {
-        let event = Event::new().map_err(FloorError::Event)?;
-        events.push(event.try_clone().map_err(FloorError::Event)?);
-        Ok(event)
-    };
-    machine.interrupt_on_signal(&event()?, layout::SERIAL_GSI)?;
-    for (device, queues) in (0u32..).zip(QUEUES) {
-        machine.interrupt_on_signal(&event()?, layout::FIRST_DEVICE_GSI + device)?;
-        let base = layout::MMIO_DEVICES.raw() + u64::from(device) * layout::MMIO_DEVICE_BYTES;
-        for queue in 0..queues {
-            machine.signal_on_write(&event()?, Gpa::new(base + QUEUE_NOTIFY), queue)?;
-        }
-    }
+    let memory = Memory::reserve(memory_size)?;
+    let machine = Machine::new(kvm, memory.guest(), vcpus)?;
+    let events = guest::connect(&machine)?;
     let images = Images { kernel, initramfs: None, cmdline: "" };
-    let loaded = boot::load(&memory, images, vcpus, QUEUES.len())?;
-    machine.enter_at(loaded.entry)?;
+    let loaded = boot::load(memory.guest(), images, vcpus, QUEUES.len())?;
     let (held, vcpus) = machine.split();
     for mut vcpu in vcpus {
+        vcpu.enter_at(loaded.entry)?;
         match vcpu.run(&FirstByte, &FirstByte) {
             Err(Ending::Asked) => {}
             Err(ending) => return Err(FloorError::Ended(ending)),
@@ -105,6 +114,8 @@ pub fn first_byte(
         }
     }
     let took = start.elapsed();
-    drop(held);
+    drop((held, events));
+    // The addresses stay reserved; what the guest wrote is given back.
+    memory.clear().map_err(FloorError::Clear)?;
     Ok(took)
 }

@@ -5,9 +5,10 @@
 //!
 //! ```text
 //!  0x500      GDT, IDT                      0xe0000   ACPI tables
-//!  0x7000     zero page                     0x100000  kernel, then initramfs at the top
-//!  0x9000     page tables (6 pages)         0xc0000000 .. 4 GiB  the hole: devices, APICs
-//!  0x20000    command line                  4 GiB     the rest of memory
+//!  0x7000     zero page                     0xef000   generation id
+//!  0x9000     page tables (6 pages)         0x100000  kernel, then initramfs at the top
+//!  0x20000    command line                  0xc0000000 .. 4 GiB  the hole: devices, APICs
+//!                                           4 GiB     the rest of memory
 //! ```
 
 use mica_units::{Gpa, Mebibytes, PAGE_BYTES};
@@ -33,7 +34,10 @@ pub const LOW_RAM_END: Gpa = Gpa::new(0x9_fc00);
 /// ACPI tables, the RSDP first: a BIOS-less kernel also searches here.
 pub const ACPI: Gpa = Gpa::new(0xe_0000);
 /// Room for the ACPI tables.
-pub const ACPI_BYTES_MAX: u64 = 0x1_0000;
+pub const ACPI_BYTES_MAX: u64 = 0xf000;
+/// The generation id, 16 bytes: the last page before [`BIOS`], reserved, so that no kernel ever uses
+/// it for anything else.
+pub const GENERATION_ID: Gpa = Gpa::new(0xe_f000);
 /// What stands for a BIOS: reserved, and empty but for [`RESET_VECTOR`].
 pub const BIOS: Gpa = Gpa::new(0xf_0000);
 /// Where a kernel jumps in real mode when it asks the BIOS for a reset.
@@ -49,7 +53,7 @@ pub const HOLE_END: Gpa = Gpa::new(0x1_0000_0000);
 pub const MMIO_DEVICES: Gpa = Gpa::new(0xd000_0000);
 /// Bytes of registers for each device.
 pub const MMIO_DEVICE_BYTES: u64 = PAGE_BYTES;
-/// Most virtio-mmio devices: one interrupt line each, [`FIRST_DEVICE_GSI`] to 23.
+/// Most virtio-mmio devices: one interrupt line each, from [`FIRST_DEVICE_GSI`] on.
 pub const MMIO_DEVICES_MAX: usize = 8;
 /// I/O APIC, at the address every x86 kernel expects.
 pub const IOAPIC: u32 = 0xfec0_0000;
@@ -62,6 +66,9 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt line of the first virtio-mmio device; the n-th has the n-th after it.
 pub const FIRST_DEVICE_GSI: u32 = 5;
+/// Interrupt line of the Generic Event Device, which says that the generation id is a new one. Above
+/// the lines that the ISA bus gives a meaning.
+pub const GENERATION_GSI: u32 = 16;
 
 /// First port of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -107,10 +114,13 @@ const _: () = assert!(IDT.raw() + 16 <= ZERO_PAGE.raw());
 const _: () = assert!(ZERO_PAGE.raw() + PAGE_BYTES <= PAGE_TABLES.raw());
 const _: () = assert!(PAGE_TABLES.raw() + PAGE_TABLE_PAGES * PAGE_BYTES <= CMDLINE.raw());
 const _: () = assert!(CMDLINE.raw() + CMDLINE_BYTES_MAX <= LOW_RAM_END.raw());
-const _: () = assert!(ACPI.raw() + ACPI_BYTES_MAX <= BIOS.raw());
+const _: () = assert!(ACPI.raw() + ACPI_BYTES_MAX <= GENERATION_ID.raw());
+const _: () = assert!(GENERATION_ID.raw() + PAGE_BYTES <= BIOS.raw());
 const _: () = assert!(RESET_VECTOR.raw() + 16 == HIGH_RAM.raw());
-// The I/O APIC has 24 lines.
-const _: () = assert!(FIRST_DEVICE_GSI as usize + MMIO_DEVICES_MAX <= 24);
+// The I/O APIC has 24 lines; no two sources share one.
+const _: () = assert!(SERIAL_GSI < FIRST_DEVICE_GSI);
+const _: () = assert!(FIRST_DEVICE_GSI as usize + MMIO_DEVICES_MAX <= GENERATION_GSI as usize);
+const _: () = assert!(GENERATION_GSI < 24);
 const _: () =
     assert!(MMIO_DEVICES.raw() + MMIO_DEVICES_MAX as u64 * MMIO_DEVICE_BYTES <= IOAPIC as u64);
 const _: () = assert!(MEMORY_MIN.to_bytes() > HIGH_RAM.raw());

@@ -68,13 +68,19 @@ impl Notices {
         self.wake();
     }
 
+    /// Why the guest ended, if it has.
+    #[must_use]
+    pub fn ending(&self) -> Option<Ending> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// What was told since the last call. An ending stays.
     pub fn take(&self) -> std::io::Result<News> {
         self.wake.clear()?;
         Ok(News {
             console_started: self.console_started.swap(false, Ordering::Acquire),
             doorbell: self.doorbell.swap(false, Ordering::Acquire),
-            ending: self.ending.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            ending: self.ending(),
         })
     }
 

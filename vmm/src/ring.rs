@@ -1,7 +1,8 @@
 //! The disk's io_uring: it can read, write and sync one file, and nothing else.
 //!
 //! Called by `virtio::blk` only. Refuses, in the kernel, every other operation and every other file:
-//! the ring is made disabled, the file registered, the restrictions set, and only then is it enabled.
+//! the ring is made disabled; when the file comes, it is registered, the restrictions are set, and only
+//! then is the ring enabled.
 //! After that no one can register anything with it, so taking over this process does not widen it.
 //!
 //! Data goes through bounce buffers of this module, not through addresses in guest memory. The
@@ -73,21 +74,13 @@ pub(crate) struct DiskRing {
 }
 
 impl DiskRing {
-    /// A ring for `file` alone that signals `done` at each completion.
-    pub(crate) fn new(file: impl AsFd, done: impl AsFd) -> io::Result<Self> {
+    /// A ring that signals `done` at each completion. It is disabled: the kernel takes nothing from
+    /// it before [`DiskRing::attach`].
+    pub(crate) fn new(done: impl AsFd) -> io::Result<Self> {
         let ring = IoUring::builder().setup_r_disabled().dontfork().build(ENTRIES)?;
         let submitter = ring.submitter();
-        submitter.register_files(&[file.as_fd().as_raw_fd()])?;
         submitter.register_eventfd(done.as_fd().as_raw_fd())?;
         submitter.register_iowq_max_workers(&mut WORKERS_MAX.clone())?;
-        submitter.register_restrictions(&mut [
-            Restriction::sqe_op(opcode::Read::CODE),
-            Restriction::sqe_op(opcode::Write::CODE),
-            Restriction::sqe_op(opcode::Fsync::CODE),
-            // Required on each entry; no other flag is allowed.
-            Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
-        ])?;
-        submitter.register_enable_rings()?;
         Ok(Self {
             ring,
             arena: Arena::new()?,
@@ -97,6 +90,20 @@ impl DiskRing {
             unsubmitted: 0,
             used_to: 0,
         })
+    }
+
+    /// Restricts the ring to `file`, and only then enables it. Works once.
+    pub(crate) fn attach(&self, file: impl AsFd) -> io::Result<()> {
+        let submitter = self.ring.submitter();
+        submitter.register_files(&[file.as_fd().as_raw_fd()])?;
+        submitter.register_restrictions(&mut [
+            Restriction::sqe_op(opcode::Read::CODE),
+            Restriction::sqe_op(opcode::Write::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            // Required on each entry; no other flag is allowed.
+            Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
+        ])?;
+        submitter.register_enable_rings()
     }
 
     /// Takes a free buffer. `None` when all are taken.
@@ -298,6 +305,12 @@ mod tests {
         rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()
     }
 
+    fn attached(file: impl AsFd) -> DiskRing {
+        let ring = DiskRing::new(event()).unwrap();
+        ring.attach(file).unwrap();
+        ring
+    }
+
     fn wait(ring: &mut DiskRing) -> (Slot, io::Result<usize>) {
         assert!(ring.submit().unwrap());
         loop {
@@ -311,7 +324,7 @@ mod tests {
     #[test]
     fn bytes_go_to_the_file_and_come_back() {
         let file = disk(&[0; 8192]);
-        let mut ring = DiskRing::new(&file, event()).unwrap();
+        let mut ring = attached(&file);
         let slot = ring.acquire().unwrap();
         ring.bytes(&slot)[..4096].fill(7);
         ring.write(slot, 4096, 4096);
@@ -336,7 +349,7 @@ mod tests {
     #[test]
     fn other_operations_files_and_registrations_are_refused() {
         let file = disk(&[0; 4096]);
-        let mut ring = DiskRing::new(&file, event()).unwrap();
+        let mut ring = attached(&file);
         let other = disk(b"secret");
         let raw = types::Fd(other.as_raw_fd());
         let mut buffer = [0u8; 16];
@@ -364,10 +377,26 @@ mod tests {
         assert!(submitter.register_restrictions(&mut []).is_err());
     }
 
+    /// Between build and attach the ring is open to nobody: the kernel takes nothing from it, and
+    /// afterwards no second file.
+    #[test]
+    fn a_ring_without_a_file_does_nothing_and_takes_one_file() {
+        let (first, second) = (disk(b"first"), disk(b"second"));
+        let mut ring = DiskRing::new(event()).unwrap();
+        let slot = ring.acquire().unwrap();
+        ring.read(slot, 0, 4);
+        assert_eq!(ring.submit().unwrap_err().raw_os_error(), Some(libc::EBADFD));
+        ring.attach(&first).unwrap();
+        let (slot, moved) = wait(&mut ring);
+        assert_eq!(moved.unwrap(), 4);
+        assert_eq!(ring.bytes(&slot)[..4], *b"firs");
+        assert!(ring.attach(&second).is_err());
+    }
+
     #[test]
     fn slots_run_out_and_come_back() {
         let file = disk(&[0; 4096]);
-        let mut ring = DiskRing::new(&file, event()).unwrap();
+        let mut ring = attached(&file);
         let slots: Vec<Slot> = std::iter::from_fn(|| ring.acquire()).collect();
         assert_eq!(slots.len(), SLOTS);
         slots.into_iter().for_each(|slot| ring.read(slot, 0, 4096));
@@ -382,7 +411,7 @@ mod tests {
     #[test]
     fn trimmed_buffers_are_zero_and_work() {
         let file = disk(&[5; 4096]);
-        let mut ring = DiskRing::new(&file, event()).unwrap();
+        let mut ring = attached(&file);
         let slots: Vec<Slot> = (0..4).filter_map(|_| ring.acquire()).collect();
         slots.iter().for_each(|slot| ring.bytes(slot).fill(1));
         slots.into_iter().for_each(|slot| ring.release(slot));
@@ -397,7 +426,7 @@ mod tests {
     #[test]
     fn dropping_leaves_buffers_in_flight_mapped() {
         let (read, write) = rustix::pipe::pipe().unwrap();
-        let mut ring = DiskRing::new(&read, event()).unwrap();
+        let mut ring = attached(&read);
         let slot = ring.acquire().unwrap();
         let start = ring.arena.slot(slot.index()).as_ptr();
         ring.read(slot, 0, 4);

@@ -10,5 +10,6 @@ mod task;
 pub mod time;
 
 pub use crate::blocking::{BlockingError, blocking};
+pub(crate) use ready::polled;
 pub use ready::{readable, writable};
 pub use task::{Task, spawn, yield_now};

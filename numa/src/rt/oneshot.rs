@@ -37,11 +37,17 @@ impl<T> Sender<T> {
     /// # Errors
     /// The value back, when nobody waits for it any more.
     pub fn send(self, value: T) -> Result<(), T> {
-        if Rc::strong_count(&self.0) < 2 {
+        if self.is_closed() {
             return Err(value);
         }
         self.0.borrow_mut().value = Some(value);
         Ok(())
+    }
+
+    /// Whether nobody waits for the value any more.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        Rc::strong_count(&self.0) < 2
     }
 }
 
@@ -50,7 +56,8 @@ impl<T> Drop for Sender<T> {
         let waker = {
             let mut slot = self.0.borrow_mut();
             slot.sender_gone = true;
-            slot.waker.take()
+            // A waker that is left over from a receiver that is gone has nobody to wake.
+            slot.waker.take().filter(|_| Rc::strong_count(&self.0) > 1)
         };
         if let Some(waker) = waker {
             waker.wake();

@@ -33,7 +33,7 @@ pub async fn writable(fd: impl AsFd) -> io::Result<()> {
 /// When the process has no descriptor left.
 pub(super) async fn connecting(listener: &OwnedFd) -> io::Result<()> {
     // The receive after the poll fails with ENOTCONN and takes nothing.
-    poll_once(listener.try_clone()?).await;
+    polled(listener.try_clone()?).await;
     Ok(())
 }
 
@@ -42,7 +42,7 @@ async fn wait(fd: BorrowedFd<'_>, flags: epoll::EventFlags) -> io::Result<()> {
     // epoll descriptor is readable when what it watches is ready, and no receive works on it.
     let epoll: OwnedFd = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     epoll::add(&epoll, fd, epoll::EventData::new_u64(0), flags)?;
-    poll_once(epoll).await;
+    polled(epoll).await;
     Ok(())
 }
 
@@ -50,7 +50,7 @@ async fn wait(fd: BorrowedFd<'_>, flags: epoll::EventFlags) -> io::Result<()> {
 ///
 /// glommio polls sockets only, and only as the first half of a receive. So the first read of a
 /// "stream" over `fd` waits for POLLIN and then fails: that it ends, in whatever way, means ready.
-async fn poll_once(fd: OwnedFd) {
+pub(crate) async fn polled(fd: OwnedFd) {
     let mut stream = crate::sys::glommio_unix_stream(fd);
     std::future::poll_fn(|cx: &mut Context<'_>| {
         let mut nothing = [0u8; 1];

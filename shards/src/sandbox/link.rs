@@ -11,7 +11,7 @@ use futures_lite::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use mica_numa::rt::net::UnixStream;
 use mica_numa::rt::{self, time};
 use mica_wire::guest::{
-    CONTROL_LINE_BYTES_MAX, GATEWAY_PORT, InitReply, InitRequest, Preamble, Verdict,
+    CONTROL_LINE_BYTES_MAX, ControlReply, ControlRequest, GATEWAY_PORT, Preamble, Verdict,
 };
 use mica_wire::vm::{self, Command, ControlSocket, FRAME_BYTES_MAX, SocketError, decode_event};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -28,6 +28,7 @@ pub(crate) struct Events {
     stream: UnixStream,
     // One byte more than a frame may have: a longer packet shows.
     packet: Box<[u8]>,
+    /// What comes once in the life of a process, and came.
     heard: Vec<vm::Event>,
 }
 
@@ -52,12 +53,14 @@ impl Events {
         };
         let event = decode_event(&self.packet[..length])
             .map_err(|_| "the VM process sent something that is no event")?;
-        // Every event comes once. So a VM process that a guest has taken over cannot keep a shard
-        // busy with them, and this list stays as short as the list of kinds.
-        if self.heard.contains(&event) {
-            return Err("the VM process said the same thing twice");
+        // What is no answer to a command comes once, and answers that nobody asked for end a sandbox.
+        // So a VM process that a guest has taken over cannot keep a shard busy.
+        if matches!(event, vm::Event::ConsoleStarted | vm::Event::Doorbell) {
+            if self.heard.contains(&event) {
+                return Err("the VM process said the same thing twice");
+            }
+            self.heard.push(event.clone());
         }
-        self.heard.push(event.clone());
         Ok(event)
     }
 }
@@ -128,31 +131,52 @@ pub(crate) async fn greet(stream: &mut UnixStream, preamble: Preamble) -> Result
     }
 }
 
-/// The exchange that tells an agent who it is; the envd version it speaks.
-pub(crate) async fn initialise(
+/// Why an agent was not told.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum AgentError {
+    /// The connection ended before the answer: trying again can help.
+    #[error("the agent closed the connection")]
+    Broken,
+    /// The agent says no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl AgentError {
+    /// Whether the connection broke.
+    pub(crate) fn is_broken(&self) -> bool {
+        *self == Self::Broken
+    }
+}
+
+/// One exchange with the agent itself; the envd version it speaks.
+pub(crate) async fn tell_agent(
     control: &ControlSocket,
-    request: &InitRequest,
-) -> Result<String, String> {
-    let near = open_stream(control).await.map_err(|e| super::prepare::chain(&e))?;
+    request: &ControlRequest,
+) -> Result<String, AgentError> {
+    let refused = |words: String| AgentError::Refused(words);
+    let near = open_stream(control).await.map_err(|error| refused(super::chain(&error)))?;
     let mut stream = UnixStream::from_fd(near);
-    greet(&mut stream, Preamble::Control).await.map_err(|error| error.to_string())?;
-    let mut line = serde_json::to_vec(request).map_err(|error| error.to_string())?;
+    greet(&mut stream, Preamble::Control).await.map_err(|error| match error {
+        GatewayError::Broken => AgentError::Broken,
+        GatewayError::Refused => refused(error.to_string()),
+    })?;
+    let mut line = serde_json::to_vec(request).map_err(|error| refused(error.to_string()))?;
     line.push(b'\n');
     if line.len() > CONTROL_LINE_BYTES_MAX {
         let most = CONTROL_LINE_BYTES_MAX;
-        return Err(format!("env_vars make a request of more than {most} bytes"));
+        return Err(refused(format!("env_vars make a request of more than {most} bytes")));
     }
-    let broken = |_| "the agent closed the connection".to_owned();
-    stream.write_all(&line).await.map_err(broken)?;
+    stream.write_all(&line).await.map_err(|_| AgentError::Broken)?;
     let reply = read_line(&mut stream).await?;
-    let reply: InitReply =
-        serde_json::from_slice(&reply).map_err(|_| "the agent's answer is no answer".to_owned())?;
+    let reply: ControlReply = serde_json::from_slice(&reply)
+        .map_err(|_| refused("the agent's answer is no answer".to_owned()))?;
     let harmless = |text: String| {
         let text = crate::console::sanitise(text.as_bytes());
         text.chars().take(TEXT_CHARS_MAX).collect::<String>()
     };
     match reply.error {
-        Some(error) => Err(harmless(error)),
+        Some(error) => Err(refused(harmless(error))),
         None => Ok(harmless(reply.envd_version)),
     }
 }
@@ -161,13 +185,13 @@ pub(crate) async fn initialise(
 const TEXT_CHARS_MAX: usize = 256;
 
 /// One line, without its newline, of at most [`CONTROL_LINE_BYTES_MAX`].
-async fn read_line(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, String> {
+async fn read_line(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, AgentError> {
     let mut line = Vec::new();
     let mut piece = [0u8; 4096];
     loop {
-        let length = stream.read(&mut piece).await.map_err(|error| error.to_string())?;
+        let length = stream.read(&mut piece).await.map_err(|_| AgentError::Broken)?;
         if length == 0 {
-            return Err("the agent closed the connection".to_owned());
+            return Err(AgentError::Broken);
         }
         if let Some(end) = piece[..length].iter().position(|b| *b == b'\n') {
             line.extend_from_slice(&piece[..end]);
@@ -175,7 +199,7 @@ async fn read_line(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, Str
         }
         line.extend_from_slice(&piece[..length]);
         if line.len() >= CONTROL_LINE_BYTES_MAX {
-            return Err("the agent's answer is too long".to_owned());
+            return Err(AgentError::Refused("the agent's answer is too long".to_owned()));
         }
     }
 }
@@ -190,9 +214,10 @@ mod tests {
             let mut good: &[u8] = b"{}\nrest";
             assert_eq!(read_line(&mut good).await, Ok(b"{}".to_vec()));
             let mut cut: &[u8] = b"{}";
-            assert!(read_line(&mut cut).await.is_err());
+            assert_eq!(read_line(&mut cut).await, Err(AgentError::Broken));
             let long = vec![b'x'; CONTROL_LINE_BYTES_MAX + 5000];
-            assert!(read_line(&mut long.as_slice()).await.unwrap_err().contains("too long"));
+            let error = read_line(&mut long.as_slice()).await.unwrap_err();
+            assert!(error.to_string().contains("too long"));
         });
     }
 }

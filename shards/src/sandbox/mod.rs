@@ -3,93 +3,135 @@
 //! Called by `shard`, which finds sandboxes, and by the driver, which lives them. Refuses to be
 //! reached from another core: it is reference counted without atomics.
 
+mod asks;
+mod capture;
 mod driver;
+mod image;
 mod link;
+mod memory;
 mod prepare;
 mod queue;
+mod record;
+mod ring_file;
+mod rollback;
 mod state;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
 use mica_units::SandboxId;
-use mica_wire::vm::ControlSocket;
 
-use crate::{CreateRequest, SandboxInfo, ShardError};
+use crate::shell::Held;
+use crate::{CreateRequest, Lifecycle, SandboxInfo, ShardError};
 
-pub(crate) use driver::drive;
-pub(crate) use link::{GatewayError, greet, open_stream};
-pub(crate) use prepare::{Workshop, chain, check_program};
+pub(crate) use asks::Request;
+pub(crate) use capture::read_state;
+pub(crate) use driver::{Start, drive};
+pub(crate) use image::Images;
+pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
+pub(crate) use memory::Memory;
+pub(crate) use prepare::Workshop;
 use queue::Queue;
+pub(crate) use record::{Record, RecordedProcess, RecordedState};
+pub(crate) use ring_file::RingFile;
 use state::{Event, State};
 
 /// Who made a sandbox waits for this.
 pub(crate) type Made = Result<Box<SandboxInfo>, ShardError>;
+
+/// What a sandbox keeps from its create to its end.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    /// What was asked for.
+    pub(crate) request: CreateRequest,
+    /// What requests to its agent carry.
+    pub(crate) access_token: Option<String>,
+    /// Its `/etc/machine-id`.
+    pub(crate) machine_id: String,
+}
 
 /// One sandbox.
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     /// Its name.
     pub(crate) id: SandboxId,
-    /// The uid of its process.
-    pub(crate) uid: u32,
-    request: CreateRequest,
-    access_token: Option<String>,
+    identity: Identity,
     state: RefCell<State>,
-    /// Whether its end has been decided, for the blocking thread that is to make it.
-    unwanted: Arc<AtomicBool>,
     /// What its driver has not seen yet.
     queue: Queue,
-    /// While it runs: what others see of it.
+    /// While clients may know it: what they see of it.
     info: RefCell<Option<SandboxInfo>>,
-    /// While its process lives.
-    control: RefCell<Option<Rc<ControlSocket>>>,
-    /// When its time is over: of its boot, then of its life.
+    /// While it has a process.
+    held: RefCell<Option<Rc<Held>>>,
+    /// When its time is over.
     deadline: Cell<Instant>,
+    /// Since when it is paused.
+    paused_at: Cell<Option<Instant>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
+    /// Who waits for it to run, or not to.
+    watchers: RefCell<Vec<oneshot::Sender<()>>>,
     mourners: RefCell<Vec<oneshot::Sender<()>>>,
 }
 
 impl Sandbox {
-    /// A sandbox of which there is nothing yet but its uid.
+    /// A sandbox of which there is nothing yet.
     pub(crate) fn new(
         id: SandboxId,
-        uid: u32,
-        request: CreateRequest,
-        access_token: Option<String>,
-        deadline: Instant,
-        maker: oneshot::Sender<Made>,
+        identity: Identity,
+        maker: Option<oneshot::Sender<Made>>,
     ) -> Self {
+        let state =
+            if maker.is_some() { State::Starting(state::Birth::Create) } else { State::Adopting };
         Self {
             id,
-            uid,
-            request,
-            access_token,
-            state: RefCell::new(State::Starting),
-            unwanted: Arc::default(),
+            identity,
+            state: RefCell::new(state),
             queue: Queue::default(),
             info: RefCell::new(None),
-            control: RefCell::new(None),
-            deadline: Cell::new(deadline),
-            maker: RefCell::new(Some(maker)),
+            held: RefCell::new(None),
+            deadline: Cell::new(Instant::now() + LIFE_MAX),
+            paused_at: Cell::new(None),
+            maker: RefCell::new(maker),
+            watchers: RefCell::new(Vec::new()),
             mourners: RefCell::new(Vec::new()),
         }
     }
 
-    /// What others see of it; nothing before it runs and after it ended.
+    /// What others see of it; nothing before it first runs and after it ended.
     pub(crate) fn info(&self) -> Option<SandboxInfo> {
         self.info.borrow().clone()
     }
 
-    /// The way to its guest, while it runs.
-    pub(crate) fn control(&self) -> Option<Rc<ControlSocket>> {
+    /// What it was asked for with, while it runs.
+    pub(crate) fn request(&self) -> Option<CreateRequest> {
+        self.info.borrow().as_ref().map(|_| self.identity.request.clone())
+    }
+
+    /// The way to its guest, while clients may use it.
+    pub(crate) fn process(&self) -> Option<Rc<Held>> {
         self.info.borrow().as_ref()?;
-        self.control.borrow().clone()
+        if self.state.borrow().takes_streams() { self.held.borrow().clone() } else { None }
+    }
+
+    /// Resolves when it is neither on its way to running nor away from it.
+    pub(crate) async fn settled(&self) {
+        while self.state.borrow().is_in_transition() {
+            let (sender, settled) = oneshot::channel();
+            self.watchers.borrow_mut().push(sender);
+            settled.await;
+        }
+    }
+
+    /// Tells those that wait for a change of state.
+    fn tell_watchers(&self) {
+        for watcher in std::mem::take(&mut *self.watchers.borrow_mut()) {
+            if watcher.send(()).is_err() {
+                tracing::trace!(id = %self.id, "nobody waits for this change any more");
+            }
+        }
     }
 
     /// Whether its end has been decided.
@@ -97,7 +139,23 @@ impl Sandbox {
         self.state.borrow().is_ending()
     }
 
-    /// Sets its remaining time, if it runs.
+    /// Whether it has a process, or is about to.
+    pub(crate) fn is_live(&self) -> bool {
+        !matches!(*self.state.borrow(), State::Paused(state::Process::None))
+    }
+
+    /// Since when it waits frozen in its process, so that its memory could be had.
+    pub(crate) fn evictable_since(&self) -> Option<Instant> {
+        let frozen = matches!(*self.state.borrow(), State::Paused(state::Process::Frozen));
+        self.paused_at.get().filter(|_| frozen)
+    }
+
+    /// Asks it to give its process up.
+    pub(crate) fn evict(&self) {
+        self.queue.push(Event::Evict);
+    }
+
+    /// Sets its remaining time, if it is there.
     pub(crate) fn set_life(&self, life: Duration) -> bool {
         let mut info = self.info.borrow_mut();
         let Some(info) = info.as_mut() else { return false };
@@ -108,12 +166,19 @@ impl Sandbox {
         true
     }
 
-    /// Makes its remaining time at least `life`, if it runs. What others see of it then.
+    /// Makes its remaining time at least `life`, if it is there. What others see of it then.
     pub(crate) fn extend_life(&self, life: Duration) -> Option<SandboxInfo> {
         if from_now(life).0 > self.deadline.get() {
             self.set_life(life);
         }
         self.info()
+    }
+
+    /// Asks for an operation; answers at once when too many wait.
+    pub(crate) fn ask(&self, request: Request) {
+        if let Err(request) = self.queue.ask(request) {
+            request.fail(ShardError::Busy);
+        }
     }
 
     /// Asks for its end.
@@ -132,13 +197,31 @@ impl Sandbox {
         self.mourners.borrow_mut().push(sender);
         receiver
     }
+
+    fn show(&self, state: Lifecycle) {
+        if let Some(info) = self.info.borrow_mut().as_mut() {
+            info.state = state;
+        }
+    }
 }
 
 /// Longest life that is counted: 100 years. Keeps both clocks from overflowing.
 const LIFE_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// A moment from now on, on both clocks.
-fn from_now(life: Duration) -> (Instant, std::time::SystemTime) {
+fn from_now(life: Duration) -> (Instant, SystemTime) {
     let life = life.min(LIFE_MAX);
-    (Instant::now() + life, std::time::SystemTime::now() + life)
+    (Instant::now() + life, SystemTime::now() + life)
+}
+
+/// An error and its causes on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }

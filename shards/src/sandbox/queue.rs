@@ -1,22 +1,38 @@
 //! What other tasks of the shard tell a driver.
 //!
-//! Called by `Sandbox`. Refuses to grow: an event that waits already is not queued twice, and there
-//! are few kinds.
+//! Called by `Sandbox`. Refuses to grow: an event that waits already is not queued twice, and there are
+//! few kinds; requests are bounded.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
 
+use super::asks::Request;
 use super::state::Event;
 
-/// Events that wait for the driver.
+/// Requests that wait for the driver. Each is answered within one of its turns.
+const REQUESTS_MAX: usize = 64;
+
+/// What the driver hears.
+#[derive(Debug)]
+pub(crate) enum Told {
+    /// Something happened.
+    Event(Event),
+    /// A client asks.
+    Request(Request),
+    /// The deadline, or what others see of the sandbox, has changed.
+    Nudge,
+}
+
+/// What waits for the driver.
 #[derive(Debug, Default)]
 pub(crate) struct Queue(RefCell<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     events: VecDeque<Event>,
+    requests: VecDeque<Request>,
     nudged: bool,
     waker: Option<Waker>,
 }
@@ -31,27 +47,46 @@ impl Queue {
         wake(&mut inner);
     }
 
-    /// Makes the driver look at its deadline again.
+    /// Adds a request; gives it back when too many wait.
+    pub(crate) fn ask(&self, request: Request) -> Result<(), Request> {
+        let mut inner = self.0.borrow_mut();
+        if inner.requests.len() >= REQUESTS_MAX {
+            return Err(request);
+        }
+        inner.requests.push_back(request);
+        wake(&mut inner);
+        Ok(())
+    }
+
+    /// Makes the driver look again.
     pub(crate) fn nudge(&self) {
         let mut inner = self.0.borrow_mut();
         inner.nudged = true;
         wake(&mut inner);
     }
 
-    /// The next event, or `None` for a nudge. May be dropped at any await.
-    pub(crate) async fn next(&self) -> Option<Event> {
+    /// The next thing. May be dropped at any await.
+    pub(crate) async fn next(&self) -> Told {
         poll_fn(|cx| {
             let mut inner = self.0.borrow_mut();
             if let Some(event) = inner.events.pop_front() {
-                return Poll::Ready(Some(event));
+                return Poll::Ready(Told::Event(event));
+            }
+            if let Some(request) = inner.requests.pop_front() {
+                return Poll::Ready(Told::Request(request));
             }
             if std::mem::take(&mut inner.nudged) {
-                return Poll::Ready(None);
+                return Poll::Ready(Told::Nudge);
             }
             inner.waker = Some(cx.waker().clone());
             Poll::Pending
         })
         .await
+    }
+
+    /// Requests that nobody will hear any more.
+    pub(crate) fn take_requests(&self) -> VecDeque<Request> {
+        std::mem::take(&mut self.0.borrow_mut().requests)
     }
 }
 
@@ -66,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_events_wait_once() {
+    fn equal_events_wait_once_and_requests_are_bounded() {
         futures_lite::future::block_on(async {
             let queue = Queue::default();
             for _ in 0..1000 {
@@ -74,9 +109,18 @@ mod tests {
             }
             queue.push(Event::Drain);
             queue.nudge();
-            assert_eq!(queue.next().await, Some(Event::Kill));
-            assert_eq!(queue.next().await, Some(Event::Drain));
-            assert_eq!(queue.next().await, None);
+            let pause = || {
+                let (sender, receiver) = mica_numa::rt::oneshot::channel();
+                (queue.ask(Request::Pause(sender)), receiver)
+            };
+            let receivers: Vec<_> = (0..REQUESTS_MAX).map(|_| pause()).collect();
+            assert!(receivers.iter().all(|(asked, _)| asked.is_ok()));
+            assert!(pause().0.is_err(), "one more than the bound");
+            assert!(matches!(queue.next().await, Told::Event(Event::Kill)));
+            assert!(matches!(queue.next().await, Told::Event(Event::Drain)));
+            assert!(matches!(queue.next().await, Told::Request(Request::Pause(_))));
+            assert_eq!(queue.take_requests().len(), REQUESTS_MAX - 1);
+            assert!(matches!(queue.next().await, Told::Nudge));
             assert!(futures_lite::future::poll_once(queue.next()).await.is_none());
         });
     }

@@ -4,46 +4,103 @@
 //! Refuses to do anything itself: no clock, no descriptor, no error of the operating system.
 //!
 //! ```text
-//!            Prepared        Jailed         Doorbell           InitDone
-//!  Starting ─────────▶ Jailing ─────▶ Booting ─────▶ Initialising ─────▶ Running
-//!     │                  │              │ ConsoleStarted (console templates) ▲ │
-//!     │ kill, time       │              └────────────────────────────────────┘ │
-//!     ▼                  │ kill, time, socket closed, frame out of turn,       │
-//!  Cancelling            │ vm ended, init failed                               │
-//!     │ Prepared or      ▼                                                     │
-//!     │ PrepareFailed                                                          │
-//!     └──────────────▶ Stopping ◀──────────────────────────────────────────────┘
-//!                        │ CleanedUp
-//!                        ▼
-//!                       Gone
+//!            Prepared            Started              InitDone
+//!  Starting ─────────▶ Restoring ───────▶ Initialising ───────▶ Running ◀────────────┐
+//!     │ ▲                  ▲                   ▲  ▲               │ │ │              │
+//!     │ │ Resume (on disk) │                   │  │ Thawed        │ │ └ Snapshot ▶ Snapshotting
+//!     │ │                  │ RolledBack        │  │               │ │      Freezing ▶ Copying ▶ Committing
+//!     │ └──── Paused ──────┼───────────────────┼──┘               │ └ Rollback ▶ RollingBack
+//!     │        ▲  ▲        └── RollingBack ◀───┼──────────────────┘        Freezing ▶ Replacing
+//!     │        │  └── Pausing ◀────────────────┼─ Pause
+//!     │        │       Freezing ▶ Copying ▶ Committing
+//!     ▼        └ the process of a paused one may go at any time: it is on disk
+//!  Cancelling ──▶ Stopping ──▶ Gone
 //! ```
 //! Starting cannot be interrupted half way: what is being made is finished, then taken back; what
 //! still waits to be made is not begun. Every way to the end goes through Stopping, whose one effect
-//! takes back everything at once.
+//! takes back everything at once. One operation at a time: whoever asks for a second is refused at
+//! once. A step of an operation that takes too long ends the sandbox, so none stays between states;
+//! an operation that fails while the guest can go on lets it go on.
 
 use std::mem;
 
 use mica_wire::vm;
 
+mod operations;
+mod refusal;
+
+use refusal::ended_how;
+pub(crate) use refusal::{Refusal, doing};
+
 /// Where a sandbox is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Its disk, cgroup and process are being made.
-    Starting,
+    /// Its disk is being made and a VM process found for it.
+    Starting(Birth),
     /// Its end was decided while they were being made.
     Cancelling(Cause),
-    /// The VM process locks itself in.
-    Jailing,
-    /// The guest boots.
-    Booting,
-    /// The agent is told who it is.
-    Initialising,
+    /// The VM process maps its memory and takes its state.
+    Restoring(Birth),
+    /// Its record is written, and its agent told who it is.
+    Initialising(Birth),
+    /// A daemon that found it running asks its VM process how far it is.
+    Adopting,
     /// Anyone may use it.
     Running,
+    /// A snapshot is made of it.
+    Snapshotting(Step),
+    /// It is on its way to being paused.
+    Pausing(Step),
+    /// It is on disk.
+    Paused(Process),
+    /// It goes back to a snapshot.
+    RollingBack(Step),
     /// Everything is being taken back.
     Stopping(Cause),
     /// Nothing is left.
     Gone(Cause),
+}
+
+/// Why a guest is brought up: what its coming up is the answer to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Birth {
+    /// A create: nobody knows it yet.
+    Create,
+    /// A resume.
+    Resume,
+    /// A rollback.
+    Rollback,
+}
+
+/// How far an operation is that stops the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// The guest is asked to stop.
+    Freezing,
+    /// It stands still; what it is, is copied, or replaced.
+    Copying,
+    /// It wrote too much to be copied while it stands still. It goes on, and the most is copied
+    /// meanwhile; what it writes over is copied again.
+    Precopying,
+    /// The copy is brought to the device. After a snapshot the guest is also told to go on.
+    Committing,
+    /// The same, and the guest goes on.
+    Finishing,
+    /// Nothing is left to do but for the guest to go on.
+    Thawing,
+}
+
+/// Whether a paused sandbox still has its process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Process {
+    /// Frozen; a resume is a word to it.
+    Frozen,
+    /// That word was said.
+    Thawing,
+    /// It is being ended, because its memory is wanted.
+    Ending,
+    /// None; a resume is a restore.
+    None,
 }
 
 /// Why a sandbox ends. The first reason stays.
@@ -56,30 +113,38 @@ pub(crate) enum Cause {
     /// The daemon stops.
     Draining,
     /// Not ready in time; where it was then.
-    BootTimedOut(&'static str),
+    TimedOut(&'static str),
     /// A step could not be done.
     Failed(String),
     /// No blocking thread had room for it.
     Busy,
     /// The template was not there.
     NoSuchTemplate,
+    /// The template has no running snapshot.
+    NotWarm,
+    /// The store is full.
+    NoSpace,
     /// The guest stopped or its VM process ended.
     Ended(String),
 }
 
-/// When a template counts as up.
+/// What a client can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ready {
-    /// When its agent has been initialised.
-    Agent,
-    /// When the guest writes to its console.
-    Console,
+pub(crate) enum Ask {
+    /// A snapshot.
+    Snapshot,
+    /// To go back to one.
+    Rollback,
+    /// To wait.
+    Pause,
+    /// To go on.
+    Resume,
 }
 
 /// What can happen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// Disk, cgroup and process are there.
+    /// Its disk is there, and a VM process for it.
     Prepared,
     /// They are not, and why.
     PrepareFailed(Cause),
@@ -91,8 +156,26 @@ pub(crate) enum Event {
     InitDone,
     /// It did not, or not well.
     InitFailed(String),
-    /// The boot deadline, or the end of its time.
+    /// The deadline of the step at hand, or the end of its time.
     TimeOver,
+    /// A client asks.
+    Ask(Ask),
+    /// Memory and disk are copied (or, of a rollback, ready to be put back).
+    Copied,
+    /// They are not; the guest is as it was.
+    CopyFailed,
+    /// There is too much to copy while the guest stands still.
+    TooMuch,
+    /// The most of it is copied.
+    Precopied,
+    /// The copy is on the device.
+    Committed,
+    /// It is not, and nothing of it is left.
+    CommitFailed,
+    /// Memory is wanted: a paused sandbox gives its process up.
+    Evict,
+    /// Its process is gone, as was asked.
+    ProcessEnded,
     /// Someone asks for its end.
     Kill,
     /// The daemon stops.
@@ -104,115 +187,249 @@ pub(crate) enum Event {
 /// What the driver is to do, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// Send the boot command.
-    SendBoot,
-    /// Start the exchange with the agent.
+    /// Find a VM process and make a disk.
+    Prepare,
+    /// Send the plan and the state.
+    SendRestore,
+    /// Write its record, and tell its agent who it is, where there is one.
     Initialise,
     /// Start its time, and tell whoever made it.
     Announce,
-    /// Take back process, cgroup, disk and uid.
+    /// Ask the guest to stop.
+    Freeze,
+    /// Copy memory and disk, or find that it is too much.
+    Copy,
+    /// Copy what was too much, while the guest runs.
+    Precopy,
+    /// Work out what differs from the snapshot, and put the disk back.
+    Replace,
+    /// Let the guest go on.
+    Thaw,
+    /// Bring the copy to the device.
+    Commit,
+    /// From now on it shows as paused.
+    ShowPaused,
+    /// From now on it shows as running, its time starts, and whoever resumed it is told.
+    ShowResumed,
+    /// Tell whoever asked that it is done.
+    Answer,
+    /// Tell whoever asked that it failed, and why; the sandbox goes on.
+    AnswerFailure,
+    /// Tell whoever asks just now why not.
+    Refuse(Refusal),
+    /// End its process, and nothing else.
+    EndProcess,
+    /// Take back process, cgroup, disk, snapshots of its own and uid.
     CleanUp,
+    /// Leave everything as it is, for the next daemon.
+    Leave,
     /// Forget it, and tell whoever waits for its end or its beginning.
     Bury,
 }
 
+/// What the machine has to know of a sandbox beside its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Whether it is paused, and not killed, when its time is over.
+    pub(crate) pause_at_end: bool,
+    /// Whether it outlives the daemon although it runs.
+    pub(crate) outlives_daemon: bool,
+}
+
+type Stepped = (State, Vec<Effect>);
+
 /// One step.
-pub(crate) fn step(state: State, ready: Ready, event: Event) -> (State, Vec<Effect>) {
+pub(crate) fn step(state: State, terms: Terms, event: Event) -> Stepped {
     match (state, event) {
         // The end has been decided already.
-        (State::Gone(cause), _) => (State::Gone(cause), vec![]),
+        (State::Gone(cause), event) => (State::Gone(cause), refuse_ask(&event, Refusal::Gone)),
         (State::Stopping(cause), Event::CleanedUp) => (State::Gone(cause), vec![Effect::Bury]),
-        (State::Stopping(cause), _) => (State::Stopping(cause), vec![]),
+        (State::Stopping(cause), event) => {
+            (State::Stopping(cause), refuse_ask(&event, Refusal::Gone))
+        }
         (State::Cancelling(cause), Event::Prepared | Event::PrepareFailed(_)) => stop(cause),
-        (State::Cancelling(cause), _) => (State::Cancelling(cause), vec![]),
-        // While things are being made, an end has to wait for them.
-        (State::Starting, Event::Prepared) => (State::Jailing, vec![]),
-        (State::Starting, Event::PrepareFailed(cause)) => stop(cause),
-        (State::Starting, event) => match end_by(&State::Starting, event) {
-            Some(cause) => (State::Cancelling(cause), vec![]),
-            None => (State::Starting, vec![]),
-        },
-        // The way up.
-        (State::Jailing, Event::Vm(vm::Event::Jailed)) => (State::Booting, vec![Effect::SendBoot]),
-        (State::Booting, Event::Vm(vm::Event::Started)) => (State::Booting, vec![]),
-        (State::Booting, Event::Vm(vm::Event::ConsoleStarted)) if ready == Ready::Console => {
-            (State::Running, vec![Effect::Announce])
+        (State::Cancelling(cause), event) => {
+            (State::Cancelling(cause), refuse_ask(&event, Refusal::Gone))
         }
-        (State::Booting, Event::Vm(vm::Event::Doorbell)) if ready == Ready::Agent => {
-            (State::Initialising, vec![Effect::Initialise])
-        }
-        (State::Initialising, Event::InitDone) => (State::Running, vec![Effect::Announce]),
-        // These may come at any time once the guest runs, and change nothing then.
-        (
-            state @ (State::Booting | State::Initialising | State::Running),
-            Event::Vm(vm::Event::Started | vm::Event::ConsoleStarted | vm::Event::Doorbell),
-        ) => (state, vec![]),
-        (state, event) => match end_by(&state, event) {
-            Some(cause) => stop(cause),
-            None => (state, vec![]),
-        },
+        (state, Event::Ask(ask)) => asked(state, ask),
+        (state, Event::Kill) => end(state, Cause::Killed),
+        (state, Event::Drain) => drain(state, terms),
+        (State::Starting(birth), event) => starting(birth, event),
+        (state @ (State::Restoring(_) | State::Initialising(_)), event) => coming_up(state, event),
+        (State::Adopting, event) => adopting(event),
+        (State::Running, event) => running(terms, event),
+        (State::Snapshotting(step), event) => operations::snapshotting(step, event),
+        (State::Pausing(step), event) => operations::pausing(step, event),
+        (State::RollingBack(step), event) => operations::rolling_back(step, event),
+        (State::Paused(process), event) => paused(process, event),
     }
 }
 
-fn stop(cause: Cause) -> (State, Vec<Effect>) {
+fn stop(cause: Cause) -> Stepped {
     (State::Stopping(cause), vec![Effect::CleanUp])
 }
 
-/// The reason to end that `event` is, if it is one.
-fn end_by(state: &State, event: Event) -> Option<Cause> {
-    match event {
-        Event::Kill => Some(Cause::Killed),
-        Event::Drain => Some(Cause::Draining),
-        Event::TimeOver if *state == State::Running => Some(Cause::Expired),
-        Event::TimeOver => Some(Cause::BootTimedOut(waiting_for(state))),
-        Event::VmLost(how) => Some(Cause::Ended(how.to_owned())),
-        Event::InitFailed(why) => Some(Cause::Failed(format!("the agent's start: {why}"))),
-        Event::Vm(vm::Event::Ended(ending)) => Some(Cause::Ended(ended_how(ending))),
-        Event::Vm(vm::Event::Jailed | vm::Event::Started) => Some(out_of_turn()),
-        Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell) => Some(out_of_turn()),
-        // Answers that nobody asked for: ours, not the guest's. They change nothing.
-        Event::Prepared | Event::PrepareFailed(_) | Event::InitDone | Event::CleanedUp => None,
+fn stay(state: State) -> Stepped {
+    (state, vec![])
+}
+
+fn refuse_ask(event: &Event, refusal: Refusal) -> Vec<Effect> {
+    if matches!(event, Event::Ask(_)) { vec![Effect::Refuse(refusal)] } else { vec![] }
+}
+
+fn asked(state: State, ask: Ask) -> Stepped {
+    match (state, ask) {
+        (State::Running, Ask::Snapshot) => {
+            (State::Snapshotting(Step::Freezing), vec![Effect::Freeze])
+        }
+        (State::Running, Ask::Pause) => (State::Pausing(Step::Freezing), vec![Effect::Freeze]),
+        (State::Running, Ask::Rollback) => {
+            (State::RollingBack(Step::Freezing), vec![Effect::Freeze])
+        }
+        (State::Paused(Process::Frozen), Ask::Resume) => {
+            (State::Paused(Process::Thawing), vec![Effect::Thaw])
+        }
+        (State::Paused(Process::None), Ask::Resume) => {
+            (State::Starting(Birth::Resume), vec![Effect::Prepare])
+        }
+        (state, ask) => {
+            let refusal = refusal::of(&state, ask);
+            (state, vec![Effect::Refuse(refusal)])
+        }
     }
 }
 
-fn out_of_turn() -> Cause {
-    Cause::Failed("the VM process broke its protocol".to_owned())
-}
-
-/// What a sandbox waits for, for the message of a deadline.
-pub(crate) fn waiting_for(state: &State) -> &'static str {
+/// The end, from any state before it.
+fn end(state: State, cause: Cause) -> Stepped {
     match state {
-        State::Starting | State::Cancelling(_) => "making its disk and its process",
-        State::Jailing => "waiting for the VM process to lock itself in",
-        State::Booting => "waiting for the guest to boot",
-        State::Initialising => "waiting for the agent in the guest",
-        State::Running | State::Stopping(_) | State::Gone(_) => "waiting for nothing",
+        // While things are being made, an end has to wait for them.
+        State::Starting(_) => (State::Cancelling(cause), vec![]),
+        _ => stop(cause),
     }
 }
 
-/// Longest text of a VM process that is passed on.
-const ENDING_CHARS_MAX: usize = 512;
+/// The daemon stops: what is on disk stays, what runs stays if it may, the rest ends.
+fn drain(state: State, terms: Terms) -> Stepped {
+    match state {
+        State::Paused(_) => leave(),
+        // The next daemon lets a frozen guest go on; only half a rollback it could not mend.
+        State::Running | State::Snapshotting(_) | State::Pausing(_) if terms.outlives_daemon => {
+            leave()
+        }
+        state => end(state, Cause::Draining),
+    }
+}
 
-fn ended_how(ending: vm::Ending) -> String {
-    let bounded = |text: String| {
-        let text = crate::console::sanitise(text.as_bytes());
-        text.chars().take(ENDING_CHARS_MAX).collect::<String>()
+fn leave() -> Stepped {
+    (State::Gone(Cause::Draining), vec![Effect::Leave, Effect::Bury])
+}
+
+fn starting(birth: Birth, event: Event) -> Stepped {
+    match event {
+        Event::Prepared => (State::Restoring(birth), vec![Effect::SendRestore]),
+        // What cannot be resumed now is still on disk.
+        Event::PrepareFailed(_) if birth == Birth::Resume => {
+            (State::Paused(Process::None), vec![Effect::AnswerFailure])
+        }
+        Event::PrepareFailed(cause) => stop(cause),
+        Event::TimeOver => {
+            (State::Cancelling(Cause::TimedOut(doing(&State::Starting(birth)))), vec![])
+        }
+        _ => stay(State::Starting(birth)),
+    }
+}
+
+fn coming_up(state: State, event: Event) -> Stepped {
+    match (state, event) {
+        (State::Restoring(birth), Event::Vm(vm::Event::Started)) => {
+            (State::Initialising(birth), vec![Effect::Initialise])
+        }
+        (State::Initialising(birth), Event::InitDone) => up(birth),
+        (
+            state @ (State::Restoring(_) | State::Initialising(_)),
+            Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell),
+        ) => stay(state),
+        (state, Event::InitFailed(why)) => {
+            end(state, Cause::Failed(format!("the agent's start: {why}")))
+        }
+        (state, event) => fall(state, event),
+    }
+}
+
+fn up(birth: Birth) -> Stepped {
+    let effect = match birth {
+        Birth::Create => Effect::Announce,
+        Birth::Resume => Effect::ShowResumed,
+        Birth::Rollback => Effect::Answer,
     };
-    match ending {
-        vm::Ending::Asked => "the VM process was asked to end".to_owned(),
-        vm::Ending::Reset => "the guest reset or powered off".to_owned(),
-        vm::Ending::Halted => "the guest halted".to_owned(),
-        vm::Ending::TripleFault => "the guest triple-faulted".to_owned(),
-        vm::Ending::GuestFault(what) => format!("the guest broke a rule: {}", bounded(what)),
-        vm::Ending::BadConfig(what) => format!("the template cannot boot: {}", bounded(what)),
-        vm::Ending::Internal(what) => format!("the VM process failed: {}", bounded(what)),
+    (State::Running, vec![effect])
+}
+
+fn adopting(event: Event) -> Stepped {
+    match event {
+        Event::Vm(vm::Event::Status { phase: vm::Phase::Running, .. }) => stay(State::Running),
+        // An operation of the daemon before us was cut off; its copy is gone.
+        Event::Vm(vm::Event::Status { phase: vm::Phase::Frozen, .. }) => {
+            (State::Snapshotting(Step::Thawing), vec![Effect::Thaw])
+        }
+        // Said to the daemon before us.
+        Event::Vm(event) if !matches!(event, vm::Event::Ended(_) | vm::Event::Status { .. }) => {
+            stay(State::Adopting)
+        }
+        event => fall(State::Adopting, event),
+    }
+}
+
+fn running(terms: Terms, event: Event) -> Stepped {
+    match event {
+        Event::TimeOver if terms.pause_at_end => {
+            (State::Pausing(Step::Freezing), vec![Effect::Freeze])
+        }
+        Event::TimeOver => stop(Cause::Expired),
+        Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell) => stay(State::Running),
+        event => fall(State::Running, event),
+    }
+}
+
+fn paused(process: Process, event: Event) -> Stepped {
+    let at = State::Paused;
+    match (process, event) {
+        (Process::Frozen, Event::Evict) => (at(Process::Ending), vec![Effect::EndProcess]),
+        (Process::Ending, Event::ProcessEnded) => stay(at(Process::None)),
+        (Process::Thawing, Event::Vm(vm::Event::Thawed)) => {
+            (State::Initialising(Birth::Resume), vec![Effect::Initialise])
+        }
+        (process, Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell)) => stay(at(process)),
+        // A process that goes by itself takes nothing with it.
+        (Process::Frozen, Event::VmLost(_) | Event::Vm(_)) => {
+            (at(Process::Ending), vec![Effect::EndProcess])
+        }
+        (Process::Thawing, Event::VmLost(_) | Event::Vm(_) | Event::TimeOver) => {
+            (at(Process::Ending), vec![Effect::AnswerFailure, Effect::EndProcess])
+        }
+        (process, _) => stay(at(process)),
+    }
+}
+
+/// What ends any sandbox that is not on disk, and what changes nothing.
+fn fall(state: State, event: Event) -> Stepped {
+    match event {
+        Event::TimeOver => {
+            let doing = doing(&state);
+            end(state, Cause::TimedOut(doing))
+        }
+        Event::VmLost(how) => end(state, Cause::Ended(how.to_owned())),
+        Event::Vm(vm::Event::Ended(ending)) => end(state, Cause::Ended(ended_how(ending))),
+        Event::Vm(_) => end(state, Cause::Failed("the VM process broke its protocol".to_owned())),
+        // Answers that nobody asked for, or not any more: ours, not the guest's.
+        _ => stay(state),
     }
 }
 
 impl State {
     /// Takes one step in place.
-    pub(crate) fn advance(&mut self, ready: Ready, event: Event) -> Vec<Effect> {
-        let (next, effects) = step(mem::replace(self, Self::Starting), ready, event);
+    pub(crate) fn advance(&mut self, terms: Terms, event: Event) -> Vec<Effect> {
+        let (next, effects) = step(mem::replace(self, Self::Running), terms, event);
         *self = next;
         effects
     }
@@ -220,6 +437,25 @@ impl State {
     /// Whether its end has been decided.
     pub(crate) fn is_ending(&self) -> bool {
         matches!(self, Self::Cancelling(_) | Self::Stopping(_) | Self::Gone(_))
+    }
+
+    /// Whether it will soon be running, or not be: what waits for that may.
+    pub(crate) fn is_in_transition(&self) -> bool {
+        match self {
+            Self::Starting(birth) | Self::Restoring(birth) | Self::Initialising(birth) => {
+                *birth != Birth::Create
+            }
+            Self::Adopting
+            | Self::Pausing(_)
+            | Self::RollingBack(_)
+            | Self::Paused(Process::Thawing) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether a client may use it: a guest that stands still for a moment takes connections.
+    pub(crate) fn takes_streams(&self) -> bool {
+        matches!(self, Self::Running | Self::Snapshotting(_))
     }
 }
 

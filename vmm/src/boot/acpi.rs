@@ -3,10 +3,14 @@
 //! Called by `boot`. Hardware-reduced ACPI: no PIT, no PIC, no ACPI timer, no SCI. Processors are in
 //! the MADT, virtio-mmio devices and the serial port in the DSDT. The reset register is the keyboard
 //! controller's port, so that every way a kernel knows to reset ends at the same place.
+//!
+//! The DSDT also has the generation id (Microsoft's "Virtual Machine Generation ID", 2012): a kernel
+//! that finds a new one knows that it is a copy, and seeds its random numbers again. It looks when
+//! the Generic Event Device (ACPI 6.4, 5.6.9) has an interrupt.
 
 use acpi_tables::aml::{
-    self, AmlStr, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
-    ResourceTemplate, Scope,
+    self, AmlStr, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -28,6 +32,7 @@ const OEM_TABLE: [u8; 8] = *b"MICAVM  ";
 const REVISION: u32 = 1;
 /// Bytes of the header that every table starts with.
 const HEADER_BYTES: u32 = 36;
+const GENERATION_DEVICE: &str = "VGEN";
 const TABLE_ALIGN: usize = 64;
 /// Boot architecture flags: no VGA, no CMOS clock. No bit says "keyboard controller", so absent.
 const NO_VGA_NO_CMOS: u16 = (1 << 2) | (1 << 5);
@@ -102,6 +107,8 @@ fn dsdt(devices: usize) -> Sdt {
     let devices: Vec<Raw> = (0u8..).take(devices).map(virtio_device).collect();
     let mut children: Vec<&dyn Aml> = vec![&serial];
     children.extend(devices.iter().map(|device| device as &dyn Aml));
+    let (generation, events) = (generation_device(), event_device());
+    children.extend([&generation as &dyn Aml, &events]);
     let mut aml = Vec::new();
     Scope::new(Path::new("_SB_"), children).to_aml_bytes(&mut Sink(&mut aml));
     let s5 = Package::new(vec![&layout::SLEEP_TYPE_S5]);
@@ -163,6 +170,49 @@ fn virtio_device(index: u8) -> Raw {
     Raw(aml)
 }
 
+fn generation_device() -> Raw {
+    // The hardware id under which every kernel that has the driver has tried it; the specification
+    // leaves it open and asks for the other two names.
+    let (hid, name): (AmlStr, AmlStr) = ("QEMUVGID", "VM_Gen_Counter");
+    // Low and high half. A constant of `layout` below 1 MiB.
+    let address = u32::try_from(layout::GENERATION_ID.raw()).unwrap_or(0);
+    let mut aml = Vec::new();
+    Device::new(
+        Path::new(GENERATION_DEVICE),
+        vec![
+            &Name::new(Path::new("_HID"), &hid),
+            &Name::new(Path::new("_CID"), &name),
+            &Name::new(Path::new("_DDN"), &name),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&address, &aml::ZERO])),
+        ],
+    )
+    .to_aml_bytes(&mut Sink(&mut aml));
+    Raw(aml)
+}
+
+/// The Generic Event Device: its one interrupt means that the generation id changed.
+fn event_device() -> Raw {
+    // "Device specific": the value that the generation id's specification names.
+    const CHANGED: u8 = 0x80;
+    let hid: AmlStr = "ACPI0013";
+    let interrupt = edge_interrupt(layout::GENERATION_GSI);
+    let device = Path::new(GENERATION_DEVICE);
+    let notify = Notify::new(&device, &CHANGED);
+    let is_ours = Equal::new(&Arg(0), &layout::GENERATION_GSI);
+    let mut aml = Vec::new();
+    Device::new(
+        Path::new("GED_"),
+        vec![
+            &Name::new(Path::new("_HID"), &hid),
+            &Name::new(Path::new("_UID"), &aml::ZERO),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt])),
+            &Method::new(Path::new("_EVT"), 1, true, vec![&If::new(&is_ours, vec![&notify])]),
+        ],
+    )
+    .to_aml_bytes(&mut Sink(&mut aml));
+    Raw(aml)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,5 +253,28 @@ mod tests {
             let names = dsdt.windows(8).filter(|window| *window == b"LNRO0005").count();
             assert_eq!(names, layout::MMIO_DEVICES_MAX);
         }
+    }
+
+    /// Checked by hand once: `iasl -d` (acpica-tools 20200925) prints the two devices as meant, and
+    /// Debian's 6.12 cloud kernel, given them as an SSDT under QEMU, binds both of its drivers.
+    #[test]
+    fn the_generation_id_and_its_event_are_these_bytes() {
+        let mut expected = b"\x5b\x82\x4d\x04VGEN".to_vec();
+        expected.extend_from_slice(b"\x08_HID\x0dQEMUVGID\0");
+        expected.extend_from_slice(b"\x08_CID\x0dVM_Gen_Counter\0");
+        expected.extend_from_slice(b"\x08_DDN\x0dVM_Gen_Counter\0");
+        expected.extend_from_slice(b"\x08ADDR\x12\x08\x02\x0c\x00\xf0\x0e\x00\x00");
+        assert_eq!(generation_device().0, expected);
+
+        let mut expected = b"\x5b\x82\x43\x04GED_".to_vec();
+        expected.extend_from_slice(b"\x08_HID\x0dACPI0013\0");
+        expected.extend_from_slice(b"\x08_UID\x00");
+        // A buffer of 11 bytes: one extended interrupt, consumer and edge, number 16; the end.
+        expected.extend_from_slice(b"\x08_CRS\x11\x0e\x0a\x0b");
+        expected.extend_from_slice(b"\x89\x06\x00\x03\x01\x10\x00\x00\x00\x79\x00");
+        // A serialized method of one argument: if it is 16, notify the device with 0x80.
+        expected.extend_from_slice(b"\x14\x13_EVT\x09");
+        expected.extend_from_slice(b"\xa0\x0c\x93\x68\x0a\x10\x86VGEN\x0a\x80");
+        assert_eq!(event_device().0, expected);
     }
 }

@@ -51,7 +51,8 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     let mut map = vec![
         entry(0, layout::LOW_RAM_END.raw(), E820_RAM),
         entry(layout::ACPI.raw(), layout::ACPI.raw() + layout::ACPI_BYTES_MAX, E820_ACPI),
-        entry(layout::BIOS.raw(), layout::HIGH_RAM.raw(), E820_RESERVED),
+        // The generation id and the BIOS: the id must not lie in memory that a kernel may reclaim.
+        entry(layout::GENERATION_ID.raw(), layout::HIGH_RAM.raw(), E820_RESERVED),
     ];
     for region in memory.iter() {
         let start = region.start_addr().raw_value();
@@ -64,12 +65,13 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
     use mica_units::Mebibytes;
 
     #[test]
     fn the_map_covers_memory_and_overlaps_nowhere() {
         for mebibytes in [2, 512, 3072, 8192] {
-            let memory = crate::memory::map(Mebibytes::new(mebibytes)).unwrap();
+            let memory = Memory::reserve(Mebibytes::new(mebibytes)).unwrap().guest().clone();
             let map = memory_map(&memory);
             let mut last_end = 0;
             for entry in &map {

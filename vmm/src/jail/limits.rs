@@ -4,12 +4,21 @@
 
 use std::os::fd::AsFd;
 
+use mica_units::Mebibytes;
 use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Descriptors: KVM and its vCPUs, device events, and one for each stream into the guest.
 const DESCRIPTORS_MAX: u64 = 1024;
+/// Threads of its user, which has no other process: control, devices, a vCPU each, KVM's own, and
+/// those of the disk's ring.
+const THREADS_MAX: u64 = 64;
+/// Memory that cannot be reclaimed: the rings of an io_uring count, since Linux 6.14 in full.
+const LOCKED_BYTES_MAX: u64 = 64 * 1024;
+/// Address space beside guest memory: the program, the stacks of its threads, the buffers of its
+/// devices, what it shares with the kernel and the shard.
+const OWN_BYTES_MAX: u64 = 256 << 20;
 
 /// Why a limit was not set.
 #[derive(Debug, thiserror::Error)]
@@ -20,11 +29,16 @@ pub enum LimitError {
     /// The kernel refused.
     #[error("limiting the size of files failed")]
     Set(#[source] Errno),
+    /// The kernel refused.
+    #[error("limiting the address space failed")]
+    Space(#[source] Errno),
 }
 
 /// The limits that do not depend on what is booted.
 pub fn set() -> Result<(), Errno> {
     set_one(Resource::Nofile, DESCRIPTORS_MAX)?;
+    set_one(Resource::Nproc, THREADS_MAX)?;
+    set_one(Resource::Memlock, LOCKED_BYTES_MAX)?;
     // A core dump would write guest memory to the host's disk.
     set_one(Resource::Core, 0)
 }
@@ -39,6 +53,14 @@ pub fn allow_file_bytes(disk: Option<&impl AsFd>) -> Result<(), LimitError> {
         None => 0,
     };
     set_one(Resource::Fsize, u64::try_from(bytes).unwrap_or(0)).map_err(LimitError::Set)
+}
+
+/// Lets this process map guest memory, and what it needs for itself.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn allow_address_space(memory: Mebibytes) -> Result<(), LimitError> {
+    set_one(Resource::As, memory.to_bytes() + OWN_BYTES_MAX).map_err(LimitError::Space)
 }
 
 fn set_one(resource: Resource, value: u64) -> Result<(), Errno> {

@@ -1,14 +1,21 @@
 //! The jail: what this process gives up before it reads the first frame, and before guest code runs.
 //!
 //! Called by `main` while there is one thread. Afterwards: no file system but an empty read-only
-//! one, no network, no other process's IPC, no descriptor but the control socket and `/dev/null`, a
-//! user of its own without any privilege, and a list of allowed system calls. Refuses to go on when
-//! any step fails: a half-closed jail is an open one.
+//! one, no network, no other process to see or signal, no other process's IPC, no descriptor but the
+//! control socket, `/dev/null` and a userfaultfd of its own, a user of its own without any privilege,
+//! and a list of allowed system calls. Refuses to go on when any step fails: a half-closed jail is an
+//! open one. What each wall is for, and which test shows it, is in `docs/jail.md`.
 
 pub mod descriptors;
 pub mod limits;
+mod process;
 pub mod seccomp;
 
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+use mica_wire::vm::ControlSocket;
 use rustix::fs::{Gid, Mode, OFlags, Uid, open};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -17,9 +24,12 @@ use rustix::mount::{
 use rustix::process::{DumpableBehavior, chdir, pivot_root, set_dumpable_behavior, umask};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, remove_capability_from_bounding_set,
-    set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
+    set_thread_res_gid, set_thread_res_uid,
 };
+
+pub use process::Side;
 
 /// Who the process becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +46,23 @@ pub struct Ids {
 pub struct JailError {
     step: &'static str,
     #[source]
-    source: Errno,
+    source: io::Error,
 }
 
-fn step(step: &'static str) -> impl Fn(Errno) -> JailError {
-    move |source| JailError { step, source }
+fn step<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> JailError {
+    move |source| JailError { step, source: source.into() }
+}
+
+/// Leaves the namespaces of the daemon and becomes two processes: see [`Side`] for what each has to do
+/// next. `network` is an empty network namespace that others may share; without one it makes its own.
+///
+/// # Errors
+/// When any step fails. The process must end then.
+pub fn separate(socket: &ControlSocket, network: Option<OwnedFd>) -> Result<Side, JailError> {
+    // Opened among the mounts of the daemon, or it would keep a copy of all of them.
+    replace_stdio()?;
+    leave_namespaces(network)?;
+    process::split(socket).map_err(step("start its process"))
 }
 
 /// Closes everything but system calls; see [`seccomp`] for those.
@@ -48,11 +70,21 @@ fn step(step: &'static str) -> impl Fn(Errno) -> JailError {
 /// # Errors
 /// When any step fails. The process must end then.
 pub fn enter(ids: Ids) -> Result<(), JailError> {
-    replace_stdio()?;
     limits::set().map_err(step("lower the resource limits"))?;
-    leave_namespaces()?;
     enter_empty_root()?;
+    let userfault = descriptors::userfault().map_err(step("make a userfaultfd"))?;
+    *USERFAULT.lock().unwrap_or_else(PoisonError::into_inner) = userfault;
     drop_privileges(ids)
+}
+
+/// Made in the jail, because it takes a privilege; wanted by whoever maps guest memory.
+static USERFAULT: Mutex<Option<OwnedFd>> = Mutex::new(None);
+
+/// A userfaultfd that also serves the faults of a guest, where the kernel gave one. The first caller
+/// gets it.
+#[must_use]
+pub fn take_userfault() -> Option<OwnedFd> {
+    USERFAULT.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// The control socket has moved to another number; what is left points nowhere.
@@ -68,9 +100,16 @@ fn replace_stdio() -> Result<(), JailError> {
     deprecated,
     reason = "its successor is unsafe for CLONE_FILES, which is not asked for here"
 )]
-fn leave_namespaces() -> Result<(), JailError> {
-    let flags =
-        UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNET;
+fn leave_namespaces(network: Option<OwnedFd>) -> Result<(), JailError> {
+    let mut flags =
+        UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWPID;
+    match network {
+        Some(network) => {
+            move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
+                .map_err(step("enter the network namespace it was given"))?;
+        }
+        None => flags |= UnshareFlags::NEWNET,
+    }
     rustix::thread::unshare(flags).map_err(step("make its own namespaces"))
 }
 

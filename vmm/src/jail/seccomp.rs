@@ -7,9 +7,9 @@
 //! | kind | when | what beyond memory and locks |
 //! |---|---|---|
 //! | Setup | from the jail to the start of the guest | KVM set-up, rings, threads, images |
-//! | Control | the first thread, then | frames, poll, kicks |
-//! | Vcpu | while guest code runs | `KVM_RUN`, two state reads, events, closing sockets |
-//! | Devices | while guest code runs | epoll, the disk ring, sockets already open |
+//! | Control | the first thread, from the start of the guest on | frames, poll, kicks, mapping layers, chips and clock |
+//! | Vcpu | as soon as there are vCPUs | `KVM_RUN`, state of vCPUs, events, closing sockets |
+//! | Devices | as soon as there are devices | epoll, the disk ring, sockets already open |
 
 use std::collections::BTreeMap;
 
@@ -111,9 +111,13 @@ const SETUP: &[c_long] = &[
     libc::SYS_statx,
 ];
 
+/// A rollback looks at layers, maps them and copies from them, and closes streams of the time before.
 const CONTROL: &[c_long] = &[
+    libc::SYS_epoll_ctl,
+    libc::SYS_fstat,
     libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_preadv,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
@@ -130,22 +134,57 @@ const DEVICES: &[c_long] = &[
     libc::SYS_epoll_wait,
     libc::SYS_getrandom,
     libc::SYS_io_uring_enter,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_shutdown,
 ];
 
-/// KVM requests of a running vCPU: run, and what tells a halted guest from an idle one.
-const KVM_RUNNING: &[u32] = &[
+/// KVM requests of a vCPU's thread: run it, tell a halted guest from an idle one, enter a kernel, save
+/// and restore the vCPU.
+const KVM_VCPU: &[u32] = &[
     0xae80,      // KVM_RUN
-    0x8004_ae98, // KVM_GET_MP_STATE
     0x8090_ae81, // KVM_GET_REGS
+    0x4090_ae82, // KVM_SET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0x4138_ae84, // KVM_SET_SREGS
+    0xc008_ae88, // KVM_GET_MSRS
+    0x4008_ae89, // KVM_SET_MSRS
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0x4400_ae8f, // KVM_SET_LAPIC
+    0x4008_ae90, // KVM_SET_CPUID2
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x4004_ae99, // KVM_SET_MP_STATE
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x4040_aea0, // KVM_SET_VCPU_EVENTS
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x4080_aea2, // KVM_SET_DEBUGREGS
+    0xaea2,      // KVM_SET_TSC_KHZ
+    0x9000_aea4, // KVM_GET_XSAVE
+    0x5000_aea5, // KVM_SET_XSAVE
+    0x8188_aea6, // KVM_GET_XCRS
+    0x4188_aea7, // KVM_SET_XCRS
+    0xaead,      // KVM_KVMCLOCK_CTRL
+    0x9000_aecf, // KVM_GET_XSAVE2
 ];
 
-/// KVM requests that build a VM.
+/// Requests of the control thread once there is a guest: KVM's for interrupt chips and clock, and the
+/// userfaultfd's for memory that was mapped anew.
+const CONTROL_REQUESTS: &[u32] = &[
+    0xc208_ae62, // KVM_GET_IRQCHIP
+    0x8208_ae63, // KVM_SET_IRQCHIP
+    0x4030_ae7b, // KVM_SET_CLOCK
+    0x8030_ae7c, // KVM_GET_CLOCK
+    0xc020_aa00, // UFFDIO_REGISTER
+];
+
+/// Requests that build a VM.
 const KVM_SETUP: &[u32] = &[
+    0xc018_aa3f, // UFFDIO_API
     0xae00,      // KVM_GET_API_VERSION
     0xae01,      // KVM_CREATE_VM
+    0xc004_ae02, // KVM_GET_MSR_INDEX_LIST
     0xae03,      // KVM_CHECK_EXTENSION
     0xae04,      // KVM_GET_VCPU_MMAP_SIZE
     0xc008_ae05, // KVM_GET_SUPPORTED_CPUID
@@ -155,14 +194,8 @@ const KVM_SETUP: &[u32] = &[
     0xae60,      // KVM_CREATE_IRQCHIP
     0x4020_ae76, // KVM_IRQFD
     0x4040_ae79, // KVM_IOEVENTFD
-    0x4090_ae82, // KVM_SET_REGS
-    0x8138_ae83, // KVM_GET_SREGS
-    0x4138_ae84, // KVM_SET_SREGS
-    0x4008_ae89, // KVM_SET_MSRS
     0x41a0_ae8d, // KVM_SET_FPU
-    0x8400_ae8e, // KVM_GET_LAPIC
-    0x4400_ae8f, // KVM_SET_LAPIC
-    0x4008_ae90, // KVM_SET_CPUID2
+    0xaea3,      // KVM_GET_TSC_KHZ
 ];
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
@@ -188,15 +221,15 @@ fn rules(kind: ThreadKind) -> Compiled<Rules> {
         ThreadKind::Setup => {
             // All that the threads after it may do, or the filters would add up to less.
             [SETUP, CONTROL, DEVICES].into_iter().for_each(allow);
-            [KVM_SETUP, KVM_RUNNING].concat()
+            [KVM_SETUP, KVM_VCPU, CONTROL_REQUESTS].concat()
         }
         ThreadKind::Control => {
             allow(CONTROL);
-            Vec::new()
+            CONTROL_REQUESTS.to_vec()
         }
         ThreadKind::Vcpu => {
             allow(VCPU);
-            KVM_RUNNING.to_vec()
+            KVM_VCPU.to_vec()
         }
         ThreadKind::Devices => {
             allow(DEVICES);

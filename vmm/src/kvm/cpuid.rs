@@ -9,6 +9,7 @@ use kvm_ioctls::{Cap, Kvm};
 use mica_units::VcpuCount;
 
 use super::{KvmError, failed};
+use crate::state::CpuidLeaf;
 
 /// More leaves than any processor has had; KVM itself allows no more.
 const ENTRIES_MAX: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -25,8 +26,50 @@ const ECX81_CMP_LEGACY: u32 = 1 << 1;
 const ECX81_SVM: u32 = 1 << 2;
 const ECX81_PERFCTR: u32 = (1 << 23) | (1 << 24) | (1 << 28);
 
+/// A saved table that this host cannot offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CpuidError {
+    /// A processor of another maker.
+    #[error("the state was saved on a processor of another vendor")]
+    Vendor,
+    /// Features that are not here.
+    #[error(
+        "the state needs processor features that this host lacks: bits {missing:#x} of {register} \
+         in CPUID leaf {function:#x}, {index}"
+    )]
+    Features {
+        /// Which leaf.
+        function: u32,
+        /// Which part of it.
+        index: u32,
+        /// Which register.
+        register: &'static str,
+        /// The bits.
+        missing: u32,
+    },
+}
+
+/// Registers of leaves in which each bit is a feature that guest code may rely on: `eax`, `ebx`, `ecx`,
+/// `edx`. What is not here says how much there is of something, and to whom it belongs.
+const FEATURES: &[(u32, u32, [bool; 4])] = &[
+    (0x1, 0, [false, false, true, true]),
+    (0x6, 0, [true, false, false, false]),
+    (0x7, 0, [false, true, true, true]),
+    (0x7, 1, [true, true, true, true]),
+    (0x7, 2, [false, false, false, true]),
+    (0xd, 0, [true, false, false, true]),
+    (0xd, 1, [true, false, true, true]),
+    (0x14, 0, [false, true, true, false]),
+    (0x4000_0001, 0, [true, false, false, false]),
+    (0x8000_0001, 0, [false, false, true, true]),
+    (0x8000_0007, 0, [false, false, false, true]),
+    (0x8000_0008, 0, [false, true, false, false]),
+    (0x8000_0021, 0, [true, false, false, false]),
+];
+const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
+
 /// The leaves that all vCPUs of a VM share.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Base {
     entries: Vec<kvm_cpuid_entry2>,
     vcpus: VcpuCount,
@@ -53,6 +96,49 @@ impl Base {
         Self { entries, vcpus }
     }
 
+    /// The table, for a saved state.
+    pub fn leaves(&self) -> Vec<CpuidLeaf> {
+        let leaf = |entry: &kvm_cpuid_entry2| CpuidLeaf {
+            function: entry.function,
+            index: entry.index,
+            flags: entry.flags,
+            registers: [entry.eax, entry.ebx, entry.ecx, entry.edx],
+        };
+        self.entries.iter().map(leaf).collect()
+    }
+
+    /// The saved table, if it is another than this one and this host can offer it.
+    pub fn for_saved(&self, saved: &[CpuidLeaf]) -> Result<Option<Self>, CpuidError> {
+        let here = self.leaves();
+        if here.iter().map(comparable).eq(saved.iter().map(comparable)) {
+            return Ok(None);
+        }
+        let find = |leaves: &[CpuidLeaf], function, index| {
+            let found = leaves.iter().find(|leaf| leaf.function == function && leaf.index == index);
+            found.map_or([0; 4], |leaf| leaf.registers)
+        };
+        let vendor = |leaves| find(leaves, 0, 0)[1..].to_vec();
+        if vendor(&here) != vendor(saved) {
+            return Err(CpuidError::Vendor);
+        }
+        for (function, index, registers) in FEATURES.iter().copied() {
+            let (have, need) = (find(&here, function, index), find(saved, function, index));
+            for at in (0..4).filter(|at| registers[*at]) {
+                let missing = need[at] & !have[at];
+                if missing != 0 {
+                    let register = REGISTERS[at];
+                    return Err(CpuidError::Features { function, index, register, missing });
+                }
+            }
+        }
+        let entry = |leaf: &CpuidLeaf| {
+            let [eax, ebx, ecx, edx] = leaf.registers;
+            let CpuidLeaf { function, index, flags, .. } = *leaf;
+            kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
+        };
+        Ok(Some(Self { entries: saved.iter().map(entry).collect(), vcpus: self.vcpus }))
+    }
+
     /// The whole table of one vCPU.
     pub fn of_vcpu(&self, index: u8) -> Result<CpuId, KvmError> {
         let apic_id = u32::from(index);
@@ -70,6 +156,17 @@ impl Base {
         entries.extend(topology(apic_id, self.vcpus));
         CpuId::from_entries(&entries).map_err(|_| KvmError::CpuidFull)
     }
+}
+
+/// A leaf without the number of the processor that KVM read it on.
+fn comparable(leaf: &CpuidLeaf) -> CpuidLeaf {
+    let mut leaf = *leaf;
+    match leaf.function {
+        0x1 => leaf.registers[1] &= 0x00ff_ffff,
+        0x8000_001e => leaf.registers = [0; 4],
+        _ => {}
+    }
+    leaf
 }
 
 /// Bits of an APIC id that number the cores.
@@ -172,6 +269,29 @@ mod tests {
         assert_ne!(ecx(1) & ECX1_HYPERVISOR, 0);
         assert_eq!(ecx(0x8000_0001) & ECX81_SVM, 0);
         assert_eq!(ecx(0xa), 0);
+    }
+
+    #[test]
+    fn a_saved_table_is_taken_where_the_host_has_all_of_it() {
+        let vcpus = VcpuCount::new(2).unwrap();
+        let table = |ecx1: u32, vendor: u32, processor: u32| {
+            let leaf = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+            let host = [
+                kvm_cpuid_entry2 { ebx: vendor, ..leaf(0) },
+                kvm_cpuid_entry2 { ebx: processor << 24, ecx: ecx1, ..leaf(1) },
+            ];
+            Base::from_supported(&host, vcpus, false)
+        };
+        let (small, large) = (table(0b0101, 7, 1), table(0b1101, 7, 2));
+        assert!(small.for_saved(&table(0b0101, 7, 9).leaves()).unwrap().is_none());
+        let taken = large.for_saved(&small.leaves()).unwrap().unwrap();
+        assert_eq!(taken.leaves(), small.leaves());
+        let missing = CpuidError::Features { function: 1, index: 0, register: "ecx", missing: 8 };
+        assert_eq!(small.for_saved(&large.leaves()).unwrap_err(), missing);
+        let other = table(0b0101, 8, 1);
+        assert_eq!(small.for_saved(&other.leaves()).unwrap_err(), CpuidError::Vendor);
+        // A table without a leaf lacks what is in it; a saved one without it asks for nothing.
+        assert!(large.for_saved(&small.leaves()[..1]).unwrap().is_some());
     }
 
     #[test]

@@ -1,16 +1,19 @@
 //! The only place that issues KVM ioctls: one VM with its memory, interrupt chips and vCPUs.
 //!
-//! Called by `build`. Refuses to know devices, boot protocols or frames. The order of the calls is
+//! Called by `build`, `freeze`, `restore` and the vCPU threads. Refuses to know devices, boot protocols or frames. The order of the calls is
 //! measured, not taste: memory slots before the interrupt chips, vCPUs before eventfds, no PIT.
 
 #![expect(unsafe_code, reason = "KVM takes raw descriptors and raw memory; each block argues why")]
 
 mod cpuid;
 mod kick;
+mod plain;
 mod registers;
+mod state;
 mod vcpu;
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -21,10 +24,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::state::{CpuidLeaf, MachineState};
 use crate::virtio::Event;
 
+pub use cpuid::{Base as Cpuid, CpuidError};
 pub use kick::{KickError, install as install_kick, kick};
-pub use vcpu::{Exits, Parked, Pause, Vcpu};
+pub use state::{RestoreError, Shape, Tsc};
+pub use vcpu::{Exits, Kick, Parked, Pause, Vcpu};
 
 /// The KVM API version since 2007.
 const API_VERSION: i32 = 12;
@@ -56,6 +62,12 @@ pub enum KvmError {
     /// The process is out of descriptors.
     #[error("duplicating an event failed")]
     Duplicate(#[source] std::io::Error),
+    /// An MSR that could be used when the machine was built.
+    #[error("KVM: MSR {0:#x} cannot be used any more")]
+    MsrLost(u32),
+    /// More extended state than a saved state holds.
+    #[error("KVM: the extended state of a vCPU has {0} bytes, more than a saved state holds")]
+    Xsave(usize),
     /// The CPUID table is full.
     #[error("the CPUID table has no room for the topology leaves")]
     CpuidFull,
@@ -70,6 +82,8 @@ pub(crate) fn failed(operation: &'static str) -> impl Fn(errno::Error) -> KvmErr
 pub struct Machine {
     vm: VmFd,
     vcpus: Vec<VcpuFd>,
+    shape: Shape,
+    cpuid: Cpuid,
     // KVM reads and writes this memory for as long as the VM lives. Declared last, dropped last.
     _memory: GuestMemory,
 }
@@ -88,25 +102,18 @@ impl Machine {
         vm.set_tss_address(layout::KVM_TSS).map_err(failed("set the TSS address"))?;
         add_memory(&vm, memory)?;
         vm.create_irq_chip().map_err(failed("create the interrupt chips"))?;
-        let base = cpuid::Base::read(&kvm, vcpus)?;
+        let cpuid = Cpuid::read(&kvm, vcpus)?;
         let vcpus = (0..vcpus.get())
             .map(|index| {
                 let vcpu = vm.create_vcpu(u64::from(index)).map_err(failed("create a vCPU"))?;
-                vcpu.set_cpuid2(&base.of_vcpu(index)?).map_err(failed("set CPUID"))?;
+                vcpu.set_cpuid2(&cpuid.of_vcpu(index)?).map_err(failed("set CPUID"))?;
                 registers::reset(&vcpu)?;
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>, KvmError>>()?;
-        Ok(Self { vm, vcpus, _memory: memory.clone() })
-    }
-
-    /// Points the boot vCPU at 64-bit code: paging on, interrupts off, `rsi` at the zero page.
-    ///
-    /// # Errors
-    /// When the boot structures do not fit guest memory, or KVM refuses the registers.
-    pub fn enter_at(&self, entry: Gpa) -> Result<(), KvmError> {
-        let boot_vcpu = self.vcpus.first().ok_or(KvmError::Missing(Cap::NrVcpus))?;
-        registers::enter_64bit(boot_vcpu, entry)
+        let boot_vcpu = vcpus.first().ok_or(KvmError::Missing(Cap::NrVcpus))?;
+        let shape = Shape::probe(&kvm, &vm, boot_vcpu)?;
+        Ok(Self { vm, vcpus, shape, cpuid, _memory: memory.clone() })
     }
 
     /// Makes KVM signal `event` when the guest writes `value` (32 bits) at `address`, without an exit.
@@ -131,17 +138,67 @@ impl Machine {
     /// it open in the kernel, and [`Held`] keeps the memory mapped.
     #[must_use]
     pub fn split(self) -> (Held, Vec<Vcpu>) {
-        let Self { vm, vcpus, _memory } = self;
-        let vcpus = (0u8..).zip(vcpus).map(|(index, fd)| Vcpu::new(index, fd)).collect();
-        (Held { _vm: vm, _memory }, vcpus)
+        let Self { vm, vcpus, shape, cpuid, _memory } = self;
+        let shape = Arc::new(shape);
+        let vcpu = |(index, fd)| Vcpu::new(index, fd, Arc::clone(&shape));
+        let vcpus = (0u8..).zip(vcpus).map(vcpu).collect();
+        (Held { vm, cpuid, _memory }, vcpus)
     }
 }
 
-/// Keeps a running VM and its memory in place. Drop it after every vCPU thread has ended.
+/// What a VM has besides its vCPUs. Keeps it and its memory in place: drop it after every vCPU thread
+/// has ended.
 #[derive(Debug)]
 pub struct Held {
-    _vm: VmFd,
+    vm: VmFd,
+    cpuid: Cpuid,
     _memory: GuestMemory,
+}
+
+impl Held {
+    /// The CPUID table, for a saved state.
+    #[must_use]
+    pub fn cpuid(&self) -> Vec<CpuidLeaf> {
+        self.cpuid.leaves()
+    }
+
+    /// What to do with the CPUID table of a saved state: nothing, when it is the one that the vCPUs
+    /// have, or set it, when this host can offer it.
+    ///
+    /// # Errors
+    /// When this host cannot.
+    pub fn cpuid_for(&self, saved: &[CpuidLeaf]) -> Result<Option<Cpuid>, CpuidError> {
+        self.cpuid.for_saved(saved)
+    }
+
+    /// The vCPUs have this table now.
+    pub fn set_cpuid(&mut self, cpuid: Cpuid) {
+        self.cpuid = cpuid;
+    }
+
+    /// Reads the interrupt chips and the clock. No vCPU runs.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn save(&self) -> Result<MachineState, KvmError> {
+        state::save_machine(&self.vm)
+    }
+
+    /// Puts the interrupt chips back, after the vCPUs.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn restore_chips(&self, state: &MachineState) -> Result<(), KvmError> {
+        state::restore_chips(&self.vm, state)
+    }
+
+    /// Lets the guest's clock go on from here.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn restore_clock(&self, clock_ns: u64) -> Result<(), KvmError> {
+        state::restore_clock(&self.vm, clock_ns)
+    }
 }
 
 /// A second descriptor of the event, in the type that kvm-ioctls wants. KVM keeps a reference of its

@@ -4,11 +4,17 @@
 //! into an [`Ending`], and refuses to interpret anything itself. Runs until the guest ends or
 //! [`Pause`] says so.
 
+use std::sync::Arc;
+
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use mica_units::Gpa;
 use mica_wire::vm::Ending;
 
 use super::kick::Reachable;
+use super::state::{self, RestoreError, Shape, Tsc};
+use super::{Cpuid, KvmError, failed, registers};
+use crate::state::VcpuState;
 
 const RFLAGS_INTERRUPTS: u64 = 1 << 9;
 
@@ -43,10 +49,23 @@ pub enum Parked {
     ForGood,
 }
 
+/// What a vCPU was kicked out of the guest for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kick {
+    /// Nothing any more.
+    GoOn,
+    /// To say whether it could run again by itself.
+    Probe,
+    /// To leave the run loop.
+    Leave,
+}
+
 /// Asked before a vCPU first enters the guest, and each time it was kicked out.
 pub trait Pause {
-    /// Whether to leave the run loop.
-    fn leave(&self, parked: Parked) -> bool;
+    /// What the kick was for.
+    fn kicked(&self) -> Kick;
+    /// The answer to [`Kick::Probe`].
+    fn probed(&self, parked: Parked);
 }
 
 /// One vCPU, owned by its thread.
@@ -54,11 +73,12 @@ pub trait Pause {
 pub struct Vcpu {
     index: u8,
     fd: VcpuFd,
+    shape: Arc<Shape>,
 }
 
 impl Vcpu {
-    pub(super) fn new(index: u8, fd: VcpuFd) -> Self {
-        Self { index, fd }
+    pub(super) fn new(index: u8, fd: VcpuFd, shape: Arc<Shape>) -> Self {
+        Self { index, fd, shape }
     }
 
     /// Its number, from 0.
@@ -67,7 +87,56 @@ impl Vcpu {
         self.index
     }
 
-    /// Runs guest code. Returns when `pause` says to leave.
+    /// Points it at 64-bit code: paging on, interrupts off, `rsi` at the zero page.
+    ///
+    /// # Errors
+    /// When KVM refuses the registers.
+    pub fn enter_at(&self, entry: Gpa) -> Result<(), KvmError> {
+        registers::enter_64bit(&self.fd, entry)
+    }
+
+    /// Everything KVM holds of it. It is out of the guest.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn save(&self) -> Result<VcpuState, KvmError> {
+        state::save(&self.fd, &self.shape)
+    }
+
+    /// Becomes a saved vCPU. `cpuid` is the table to set first, where it is another than it has.
+    ///
+    /// # Errors
+    /// When this host's KVM does not take it.
+    pub fn restore(&self, state: &VcpuState, cpuid: Option<&Cpuid>) -> Result<(), RestoreError> {
+        if let Some(cpuid) = cpuid {
+            let table = cpuid.of_vcpu(self.index)?;
+            self.fd.set_cpuid2(&table).map_err(failed("set CPUID"))?;
+        }
+        state::restore(&self.fd, &self.shape, state)
+    }
+
+    /// Sets the time stamp counter back.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn rewind(&self, tsc: &Tsc) -> Result<(), KvmError> {
+        state::rewind(&self.fd, tsc)
+    }
+
+    /// Tells the guest that it was stopped, so that its watchdogs do not take the gap for a hang.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn tell_stopped(&self) -> Result<(), KvmError> {
+        match self.fd.kvmclock_ctrl() {
+            Ok(()) => Ok(()),
+            // A guest that has set up no KVM clock cannot be told, and has no watchdog that asks.
+            Err(error) if error.errno() == libc::EINVAL => Ok(()),
+            Err(error) => Err(failed("tell the guest that it was stopped")(error)),
+        }
+    }
+
+    /// Runs guest code. Returns when `pause` says to leave; then no exit is half done.
     ///
     /// # Errors
     /// With the ending, when the guest ended.
@@ -80,7 +149,7 @@ impl Vcpu {
 
     fn run_reachable(&mut self, exits: &impl Exits, pause: &impl Pause) -> Result<(), Ending> {
         // A kick that came before this thread was reachable is lost; what it was for is not.
-        if pause.leave(Parked::No) {
+        if self.is_to_leave(pause)? {
             return Ok(());
         }
         loop {
@@ -90,14 +159,42 @@ impl Vcpu {
                     handle(exit, exits)?;
                     continue;
                 }
+                // Whatever exit came before was finished on the way in.
                 Err(error) if error.errno() == libc::EINTR => {}
                 // An application processor was started: enter again.
                 Err(error) if error.errno() == libc::EAGAIN => continue,
                 Err(error) => return Err(Ending::Internal(format!("KVM_RUN failed: {error}"))),
             }
             self.fd.set_kvm_immediate_exit(0);
-            if pause.leave(self.parked()?) {
+            if self.is_to_leave(pause)? {
                 return Ok(());
+            }
+        }
+    }
+
+    /// Finishes the exit that was left half done when [`Self::run`] ended with the guest's ending: KVM
+    /// does that on the way in, and comes out again before any guest code.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn settle(&mut self) -> Result<(), KvmError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let came_out = match self.fd.run() {
+            Ok(_) => Ok(()),
+            Err(error) if error.errno() == libc::EINTR => Ok(()),
+            Err(error) => Err(failed("finish an exit")(error)),
+        };
+        self.fd.set_kvm_immediate_exit(0);
+        came_out
+    }
+
+    /// Answers all that it was kicked for: two kicks may have come as one.
+    fn is_to_leave(&self, pause: &impl Pause) -> Result<bool, Ending> {
+        loop {
+            match pause.kicked() {
+                Kick::GoOn => return Ok(false),
+                Kick::Leave => return Ok(true),
+                Kick::Probe => pause.probed(self.parked()?),
             }
         }
     }

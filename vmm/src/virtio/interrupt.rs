@@ -50,6 +50,17 @@ impl Interrupt {
     }
 
     pub(super) fn reset(&self) {
-        self.status.store(0, Ordering::SeqCst);
+        self.restore(0);
+    }
+
+    /// Takes on a saved status. The line is not touched: see [`Interrupt::raise_again`].
+    pub(super) fn restore(&self, status: u32) {
+        self.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+    }
+
+    /// Interrupts again if the driver has not acknowledged everything: an edge may have been on its
+    /// way when the state was saved. One too many does no harm, the driver reads the status first.
+    pub(super) fn raise_again(&self) -> std::io::Result<()> {
+        if self.status() == 0 { Ok(()) } else { self.line.signal() }
     }
 }

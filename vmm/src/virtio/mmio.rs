@@ -12,6 +12,9 @@
 //! not offered, or not VERSION_1. Any other order puts the device into `DEVICE_NEEDS_RESET`, where
 //! it does nothing until it is reset. A ring outside guest memory is a [`GuestFault`].
 
+mod saved;
+
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,7 +24,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::interrupt::Interrupt;
 use super::queue::QueueSetup;
 use super::{
-    DeviceError, DeviceKind, Event, GuestFault, GuestRam, Progress, Ready, VirtQueue, VirtioDevice,
+    BlkError, DeviceError, DeviceKind, Event, GuestFault, GuestRam, Progress, Ready, VirtQueue,
+    VirtioDevice,
 };
 
 /// Bytes of the register page: registers to 0x100, then the configuration space.
@@ -182,7 +186,12 @@ impl MmioDevice {
     /// [`DeviceError::Guest`] when the guest broke a rule that kills its VM,
     /// [`DeviceError::Host`] when an event could not be signalled.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
-        // No device here has a writable configuration space, so 0x100 and above fall through.
+        if let Some(at) = offset.checked_sub(reg::CONFIG) {
+            if let Ok(at) = usize::try_from(at) {
+                self.lock().device.write_config(at, data);
+            }
+            return Ok(());
+        }
         match (<[u8; 4]>::try_from(data), offset.is_multiple_of(4)) {
             (Ok(word), true) => self.write_register(offset, u32::from_le_bytes(word)),
             _ => Ok(()),
@@ -254,12 +263,19 @@ impl MmioDevice {
 
     /// Runs the device once, and interrupts the driver if that is due.
     pub(super) fn process(&self, ready: Ready) -> Result<Progress, DeviceError> {
+        self.with_queues(|device, queues, memory| device.process(queues, memory, ready))
+    }
+
+    fn with_queues<T>(
+        &self,
+        work: impl FnOnce(&mut dyn VirtioDevice, &mut [VirtQueue], &GuestRam) -> Result<T, DeviceError>,
+    ) -> Result<T, DeviceError> {
         let mut guard = self.lock();
         // Nothing is taken or given before DRIVER_OK (3.1.1), nor once a reset is due.
         let live = guard.is_between(status::DRIVER_OK, status::FAILED);
         let State { device, queues, .. } = &mut *guard;
         queues.iter_mut().for_each(|queue| queue.set_live(live));
-        let progress = device.process(queues, &self.memory, ready)?;
+        let outcome = work(&mut **device, queues, &self.memory)?;
         let mut interrupt = false;
         for queue in queues {
             interrupt |= queue.take_interrupt(&self.memory)?;
@@ -267,7 +283,20 @@ impl MmioDevice {
         if interrupt {
             self.interrupt.used_buffer().map_err(self.host("signal an interrupt"))?;
         }
-        Ok(progress)
+        Ok(outcome)
+    }
+
+    /// Gives the device the file behind it.
+    ///
+    /// # Errors
+    /// See [`VirtioDevice::attach`].
+    pub fn attach(&self, file: File, read_only: bool) -> Result<(), BlkError> {
+        self.lock().device.attach(file, read_only)
+    }
+
+    /// Ends what is in flight and begins nothing; whether nothing is in flight any more.
+    pub(super) fn drain(&self) -> Result<bool, DeviceError> {
+        self.with_queues(|device, queues, memory| device.drain(queues, memory))
     }
 
     pub(super) fn host(

@@ -12,24 +12,27 @@
 //!                                                 │  used rings           blk: restricted io_uring
 //!                 irqfd ◀── Interrupt ◀───────────┘                       vsock: sockets
 //!                                                                         rng: getrandom
+//!                                                                         balloon: madvise
 //! ```
 //! Making them:
 //! ```text
-//! let blk = Blk::new(disk_file, read_only)?;
+//! let blk = Blk::new()?; // its file comes later, by MmioDevice::attach
 //! let (vsock, connector) = Vsock::new(GUEST_CID, Box::new(move || doorbell()))?;
 //! let device = MmioDevice::new(Box::new(blk), Arc::clone(&memory), irq_event)?;
 //! // KVM: for (i, event) in device.queue_events(): ioeventfd at base + QUEUE_NOTIFY, datamatch i: u32
 //! let devices = vec![device /* , ... */];
-//! let looper = DeviceLoop::new(devices, stop_event)?; // before seccomp
+//! let looper = DeviceLoop::new(devices, gate)?; // before seccomp
 //! // on its own thread, after the filter: looper.run()
 //! ```
 
+mod balloon;
 mod blk;
 mod device_loop;
 #[cfg(test)]
 mod driver;
 mod event;
 mod fault;
+mod gate;
 mod interrupt;
 mod mmio;
 #[cfg(test)]
@@ -39,12 +42,17 @@ mod rng;
 mod vsock;
 
 use std::fmt;
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 
+use crate::state::{DeviceState, Unfit};
+
+pub use balloon::Balloon;
 pub use blk::{Blk, BlkError};
 pub use device_loop::DeviceLoop;
 pub use event::Event;
 pub use fault::{DeviceError, GuestFault, Rule};
+pub use gate::{Gate, GateError};
 pub use mmio::{MMIO_BYTES, MmioDevice, MmioError, QUEUE_NOTIFY};
 pub use queue::{Chain, Segment, VirtQueue};
 pub use rng::Rng;
@@ -62,6 +70,8 @@ pub enum DeviceKind {
     Blk = 2,
     /// A source of randomness.
     Rng = 4,
+    /// Reports of free pages.
+    Balloon = 5,
     /// Stream sockets between host and guest.
     Vsock = 19,
 }
@@ -71,6 +81,7 @@ impl fmt::Display for DeviceKind {
         f.write_str(match self {
             Self::Blk => "blk",
             Self::Rng => "rng",
+            Self::Balloon => "balloon",
             Self::Vsock => "vsock",
         })
     }
@@ -111,6 +122,9 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Reads the configuration space; bytes outside it read as 0.
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
+    /// The driver writes the configuration space; what cannot be written is not.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
     /// The driver has said `DRIVER_OK`. `features` are those it accepted.
     fn activate(&mut self, features: u64);
 
@@ -119,6 +133,14 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// A descriptor that is readable when the device has something to do.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Gives it the file behind it, once, before the guest runs.
+    ///
+    /// # Errors
+    /// When it takes none, or not this one.
+    fn attach(&mut self, _file: File, _read_only: bool) -> Result<(), BlkError> {
+        Err(BlkError::NoDisk)
+    }
 
     /// Does a bounded amount of work. Called on the device thread only, also before the driver is
     /// ready and after a reset; the queues are not live then: they give no chains and take none.
@@ -131,6 +153,31 @@ pub trait VirtioDevice: Send + fmt::Debug {
         memory: &GuestRam,
         ready: Ready,
     ) -> Result<Progress, DeviceError>;
+
+    /// Brings what is in flight to its end and begins nothing. Called on the device thread while the
+    /// VM is being frozen, first at once, then each time [`VirtioDevice::wake_fd`] is readable, until
+    /// it says that nothing is in flight any more.
+    ///
+    /// # Errors
+    /// As for [`VirtioDevice::process`].
+    fn drain(
+        &mut self,
+        _queues: &mut [VirtQueue],
+        _memory: &GuestRam,
+    ) -> Result<bool, DeviceError> {
+        Ok(true)
+    }
+
+    /// What it keeps beside registers and queues. Called when it is drained.
+    fn save(&self) -> DeviceState;
+
+    /// Takes on what was saved, in a device that has not run or that is drained, and forgets what it
+    /// was before. [`VirtioDevice::activate`] follows when the saved driver was ready; then every
+    /// queue is processed once, so that no kick is lost.
+    ///
+    /// # Errors
+    /// When the state is another device's, or names more than this device can have.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Unfit>;
 }
 
 /// Copies `data.len()` bytes at `offset` of a little configuration space; outside it reads 0.

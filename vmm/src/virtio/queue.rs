@@ -181,6 +181,17 @@ impl VirtQueue {
         Ok(())
     }
 
+    /// How far it has come: the numbers of the next chain to take and to return.
+    pub(super) fn position(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// Goes on from such a position, in a queue that has just been set up.
+    pub(super) fn go_on_from(&mut self, (next_available, next_used): (u16, u16)) {
+        self.queue.set_next_avail(next_available);
+        self.queue.set_next_used(next_used);
+    }
+
     /// Forgets everything. Chains taken before must not be returned afterwards; the devices see to
     /// it with their own `reset`.
     pub(super) fn reset(&mut self) {

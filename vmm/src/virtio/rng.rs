@@ -8,6 +8,8 @@ use std::os::fd::BorrowedFd;
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::Bytes;
 
+use crate::state::{DeviceState, Unfit};
+
 use super::{
     Chain, DeviceError, DeviceKind, GuestRam, Progress, Ready, Rule, VirtQueue, VirtioDevice,
 };
@@ -98,5 +100,16 @@ impl VirtioDevice for Rng {
             queue.push_used(memory, self.chain.head(), bytes)?;
         }
         Ok(Progress::More)
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Unfit> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            _ => Err(Unfit("the state of another device is where that of rng belongs")),
+        }
     }
 }

@@ -8,6 +8,7 @@
 //!
 //! ```text
 //!   shard                                   mica-vm (jailed before it reads the first frame)
+//!     │ ◀─────────────── Spawned {pid} ────────│  from the process that starts it and ends
 //!     │ ◀──────────────────────── Jailed ──────│
 //!     │ ── Build {shell} + fds ───────────────▶│
 //!     │ ◀───────────────────────── Built ──────│  memory reserved, KVM shell up: it waits in the pool
@@ -222,6 +223,12 @@ pub enum Phase {
 /// From the VM process to the shard.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// The number of the process that will be the VM, in the pid namespace of who started it. Said
+    /// by the process in between, which then ends; the VM process cannot know it.
+    Spawned {
+        /// The number.
+        pid: u32,
+    },
     /// The jail is closed; [`Command::Build`] may come.
     Jailed,
     /// The shell is up.

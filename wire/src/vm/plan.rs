@@ -1,8 +1,9 @@
 //! A plan: what every part of a guest's memory is to be mapped from.
 //!
 //! Written by a shard into the exchange, carried out by the VM process. A plan for a shell covers all
-//! that is not zero; one for a frozen VM (a rollback) covers only what differs. Refuses, on both
-//! sides, runs that are out of order, overlap, or name a layer that is not there.
+//! that is not zero; one for a frozen VM (a rollback) covers only what differs. Entries are carried out
+//! in order, each laid over those before it: a base image is one entry, and diffs lie on it. Refuses
+//! runs outside the guest, and layers that are not there.
 //!
 //! ```text
 //!  0       4       8       12      16
@@ -67,7 +68,7 @@ pub enum PlanError {
     #[error("a plan of {0} bytes is not a whole number of entries, or too long")]
     Length(usize),
     /// An entry is out of form.
-    #[error("entry {0} of the plan is out of form, out of order, or outside the guest")]
+    #[error("entry {0} of the plan is out of form, or outside the guest")]
     Entry(usize),
 }
 
@@ -102,16 +103,11 @@ pub fn decode(bytes: &[u8], frames: u32, layers: usize) -> Result<Vec<Entry>, Pl
     if !bytes.len().is_multiple_of(ENTRY_BYTES) || bytes.len() / ENTRY_BYTES > ENTRIES_MAX {
         return Err(PlanError::Length(bytes.len()));
     }
-    let mut entries = Vec::with_capacity(bytes.len() / ENTRY_BYTES);
-    let mut end = 0;
-    for (index, words) in bytes.chunks_exact(ENTRY_BYTES).enumerate() {
-        let entry = entry(words, layers)
-            .filter(|entry| entry.run.first() >= end && entry.run.end() <= frames.min(FRAMES_MAX));
-        let entry = entry.ok_or(PlanError::Entry(index))?;
-        end = entry.run.end();
-        entries.push(entry);
-    }
-    Ok(entries)
+    let inside = |entry: &Entry| entry.run.end() <= frames.min(FRAMES_MAX);
+    let entries = bytes.chunks_exact(ENTRY_BYTES).enumerate();
+    entries
+        .map(|(index, words)| entry(words, layers).filter(inside).ok_or(PlanError::Entry(index)))
+        .collect()
 }
 
 fn entry(words: &[u8], layers: usize) -> Option<Entry> {
@@ -162,7 +158,7 @@ mod tests {
         assert_eq!(decode(&good, 6, 1), Err(PlanError::Entry(0)), "no such layer");
         assert_eq!(decode(&good[1..], 6, 2), Err(PlanError::Length(15)));
         let twice = [good.clone(), good].concat();
-        assert_eq!(decode(&twice, 6, 2), Err(PlanError::Entry(1)), "overlaps");
+        assert_eq!(decode(&twice, 6, 2).map(|plan| plan.len()), Ok(2), "one lies over the other");
         for words in [[0, 0, 0, 0], [u32::MAX, 2, 0, 0], [0, 2, 0, u32::MAX], [0, 1, 0x300, 0]] {
             let bytes = words.map(u32::to_le_bytes).concat();
             assert_eq!(decode(&bytes, 100, 16), Err(PlanError::Entry(0)), "{words:?}");

@@ -32,6 +32,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::ring::{DiskRing, SLOT_BYTES, SLOTS, Slot};
+use crate::state::{BlkState, DeviceState, Unfit};
 
 use super::{
     Chain, DeviceError, DeviceKind, Event, GuestRam, Progress, Ready, Rule, VirtQueue,
@@ -63,6 +64,9 @@ pub enum BlkError {
     /// Its length is no whole number of sectors.
     #[error("the disk is {0} bytes long; make it a multiple of 512 and not empty")]
     Length(u64),
+    /// The device is none that has a file.
+    #[error("a file came for a device that has none")]
+    NoDisk,
     /// The kernel refused.
     #[error("cannot {operation}")]
     Os {
@@ -72,6 +76,10 @@ pub enum BlkError {
         #[source]
         source: std::io::Error,
     },
+}
+
+fn os(operation: &'static str) -> impl Fn(std::io::Error) -> BlkError {
+    move |source| BlkError::Os { operation, source }
 }
 
 /// The device.
@@ -90,24 +98,18 @@ pub struct Blk {
 }
 
 impl Blk {
-    /// A disk backed by `file`, through a ring of its own that can do nothing but read, write and
-    /// sync that file. Call it before the seccomp filter: it makes the ring. The kernel may run up
-    /// to 10 threads for the ring, which count in the process's cgroup.
+    /// A disk whose file comes later, by [`VirtioDevice::attach`]. Call it before the seccomp filter:
+    /// it makes a ring of its own, disabled. The kernel may run up to 10 threads for the ring, which
+    /// count in the process's cgroup.
     ///
     /// # Errors
-    /// When the file's length is not a whole number of sectors, or the ring cannot be made.
-    pub fn new(file: File, read_only: bool) -> Result<Self, BlkError> {
-        let os = |operation| move |source| BlkError::Os { operation, source };
-        let bytes = file.metadata().map_err(os("look at the disk"))?.len();
-        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(BlkError::Length(bytes));
-        }
+    /// When the ring cannot be made.
+    pub fn new() -> Result<Self, BlkError> {
         let done = Event::new().map_err(os("make an event; raise the limit of open files"))?;
-        // The ring keeps the file open; the descriptor itself is not needed any more.
-        let ring = DiskRing::new(&file, &done)
+        let ring = DiskRing::new(&done)
             .map_err(os("make a restricted io_uring; it needs Linux 5.10 and io_uring enabled"))?;
         Ok(Self {
-            disk: Disk { bytes, read_only },
+            disk: Disk { bytes: 0, read_only: true },
             ring,
             done,
             chain: Chain::default(),
@@ -116,6 +118,14 @@ impl Blk {
             generation: 0,
             trimmed: Instant::now(),
         })
+    }
+
+    /// A disk that has its file.
+    #[cfg(test)]
+    pub(super) fn of_file(file: File, read_only: bool) -> Result<Self, BlkError> {
+        let mut blk = Self::new()?;
+        blk.attach(file, read_only)?;
+        Ok(blk)
     }
 
     /// Takes chains while there are slots; how many were taken.
@@ -337,5 +347,45 @@ impl VirtioDevice for Blk {
         // While every slot is taken the next completion looks at the queue; no kick is needed.
         let more = queue.enable_kicks(memory)? && !self.ring.is_full();
         Ok(if more { Progress::More } else { Progress::Idle })
+    }
+
+    fn drain(&mut self, queues: &mut [VirtQueue], memory: &GuestRam) -> Result<bool, DeviceError> {
+        let Some(queue) = queues.first_mut() else { return Ok(true) };
+        self.done.clear().map_err(host("read the disk's event"))?;
+        // What the page cache has is complete as soon as it is submitted; the rest signals.
+        while self.take_completions(queue, memory)? > 0 {
+            self.ring.submit().map_err(host("submit to the disk's ring"))?;
+        }
+        // Whatever the ring did not take just now it is offered again, here and at the next call.
+        self.ring.submit().map_err(host("submit to the disk's ring"))?;
+        Ok(self.ring.is_idle())
+    }
+
+    fn attach(&mut self, file: File, read_only: bool) -> Result<(), BlkError> {
+        let bytes = file.metadata().map_err(os("look at the disk"))?.len();
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(BlkError::Length(bytes));
+        }
+        // The ring keeps the file open; the descriptor itself is not needed any more.
+        self.ring.attach(&file).map_err(os("restrict the disk's ring to its file"))?;
+        self.disk = Disk { bytes, read_only };
+        Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Blk(BlkState { bytes: self.disk.bytes, read_only: self.disk.read_only })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Unfit> {
+        let DeviceState::Blk(state) = state else {
+            return Err(Unfit("the state of another device is where that of the disk belongs"));
+        };
+        if state.bytes != self.disk.bytes {
+            return Err(Unfit("the disk is not as long as the one that was saved"));
+        }
+        self.disk.read_only = state.read_only;
+        // Nothing is in flight; a completion of the time before could reach nobody.
+        self.generation += 1;
+        Ok(())
     }
 }

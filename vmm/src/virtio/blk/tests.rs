@@ -31,7 +31,7 @@ fn contents() -> &'static [u8] {
 }
 
 fn driver(file: &File, read_only: bool) -> Driver {
-    Driver::started(Box::new(Blk::new(file.try_clone().unwrap(), read_only).unwrap()))
+    Driver::started(Box::new(Blk::of_file(file.try_clone().unwrap(), read_only).unwrap()))
 }
 
 fn header(driver: &Driver, at: u64, operation: u32, sector: u64) {
@@ -217,8 +217,9 @@ fn nothing_of_a_request_arrives_after_a_reset() {
     // A pipe as the disk file is never done reading until it is written to. Its length is 0, so the
     // device is made on a file, and the ring then on the pipe.
     let (read, write) = rustix::pipe::pipe().unwrap();
-    let mut blk = Blk::new(disk(), false).unwrap();
-    blk.ring = crate::ring::DiskRing::new(&read, &blk.done).unwrap();
+    let mut blk = Blk::of_file(disk(), false).unwrap();
+    blk.ring = crate::ring::DiskRing::new(&blk.done).unwrap();
+    blk.ring.attach(&read).unwrap();
     let mut driver = Driver::started(Box::new(blk));
     header(&driver, HEADER, 0, 0);
     driver.put(STATUS, 0xffu8);
@@ -240,7 +241,7 @@ fn disks_of_odd_length_are_refused() {
     for length in [0, 100, 513] {
         let file = disk();
         file.set_len(length).unwrap();
-        assert!(matches!(Blk::new(file, false), Err(BlkError::Length(got)) if got == length));
+        assert!(matches!(Blk::of_file(file, false), Err(BlkError::Length(got)) if got == length));
     }
 }
 

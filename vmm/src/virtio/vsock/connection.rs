@@ -22,6 +22,8 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::Shutdown;
 
+use crate::state::PortPair;
+
 use super::packet::{
     HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
@@ -119,6 +121,16 @@ impl Connection {
     /// Whether the guest has not heard of it yet, so that it outlives a reset of the device.
     pub(super) fn is_waiting(&self) -> bool {
         self.phase == Phase::Waiting
+    }
+
+    /// Its ends, if the guest knows of it or is still owed a reset for it.
+    pub(super) fn known_to_guest(&self) -> Option<PortPair> {
+        let known = match self.phase {
+            Phase::Waiting => false,
+            Phase::Requested | Phase::Established | Phase::Finished => true,
+            Phase::Draining => self.owes_reset,
+        };
+        known.then_some(PortPair { host: self.local_port, guest: self.guest_port })
     }
 
     /// Whether it only waits for the guest's goodbye, and its slot can be had for another.

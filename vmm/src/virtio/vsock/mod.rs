@@ -36,6 +36,8 @@ use std::sync::Arc;
 use mica_wire::guest::DOORBELL_PORT;
 use rustix::event::{Timespec, epoll};
 
+use crate::state::{DeviceState, PortPair, Unfit, VsockState};
+
 use super::queue::{copy_from_guest, copy_to_guest, total_bytes};
 use super::{
     Chain, DeviceError, DeviceKind, GuestFault, GuestRam, Progress, Ready, Rule, VirtQueue,
@@ -50,6 +52,8 @@ use table::{CONNECTIONS_MAX, Table};
 
 /// Resets owed to packets of no connection.
 const RESETS_MAX: usize = 64;
+/// Streams that a guest can hold for open: those there are, and those it is owed a reset for.
+const OPEN_MAX: usize = CONNECTIONS_MAX + RESETS_MAX;
 /// Packets in each direction in one turn.
 const PACKETS_PER_TURN: usize = 128;
 /// Receive buffers filled by one read of a socket.
@@ -419,6 +423,54 @@ impl VirtioDevice for Vsock {
         let resumed = stalled && self.resets.len() < RESETS_MAX;
         let more = more_events || more_packets || more_room || resumed;
         Ok(if more { Progress::More } else { Progress::Idle })
+    }
+
+    fn save(&self) -> DeviceState {
+        let owed = self
+            .resets
+            .iter()
+            .map(|reset| PortPair { host: reset.src_port, guest: reset.dst_port })
+            .chain(self.table.iter().filter_map(Connection::known_to_guest));
+        DeviceState::Vsock(VsockState {
+            generation: self.table.generation(),
+            rung: self.doorbell.is_none(),
+            // Resets go out before a new connection becomes known, so there are never more.
+            open: owed.take(OPEN_MAX).collect(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Unfit> {
+        let DeviceState::Vsock(state) = state else {
+            return Err(Unfit("the state of another device is where that of vsock belongs"));
+        };
+        if state.open.len() > OPEN_MAX {
+            return Err(Unfit("more streams are open than vsock holds"));
+        }
+        if !self.table.go_on_from(state.generation) {
+            return Err(Unfit("no generation of vsock ports has such a number"));
+        }
+        self.live = false;
+        self.line.clear();
+        // Sockets of the time before: their other ends see the end. So do those not taken yet.
+        self.table.retain(|_| false);
+        self.requests
+            .take_all(|socket, _| drop(socket))
+            .map_err(|_| Unfit("sockets that wait for vsock could not be taken"))?;
+        let guest_cid = u64::from(self.guest_cid);
+        let reset = |ports: &PortPair| Header {
+            src_cid: HOST_CID,
+            dst_cid: guest_cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            kind: TYPE_STREAM,
+            op: Op::Reset as u16,
+            ..Header::default()
+        };
+        self.resets = state.open.iter().map(reset).collect();
+        if state.rung {
+            self.doorbell = None;
+        }
+        Ok(())
     }
 }
 

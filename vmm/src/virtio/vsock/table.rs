@@ -61,6 +61,23 @@ impl Table {
         }
     }
 
+    /// All connections.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Connection> {
+        self.slots.iter().flatten().map(|(_, connection)| connection)
+    }
+
+    /// Which generation the last port was of.
+    pub(super) fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// Makes the next port be of a generation that came neither here nor before `generation`, so that
+    /// it names nothing a guest may still know. `false` when there is no such generation.
+    pub(super) fn go_on_from(&mut self, generation: u32) -> bool {
+        self.generation = self.generation.max(generation);
+        generation <= GENERATIONS
+    }
+
     /// Removes a connection.
     pub(super) fn remove(&mut self, port: u32) {
         if self.get(port).is_some() {

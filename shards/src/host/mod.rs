@@ -1,0 +1,304 @@
+//! The one handle that callers hold: routes each request to the shard that owns its sandbox.
+//!
+//! Called by `http` on every shard. Refuses to hold any sandbox itself.
+
+mod operations;
+
+pub use operations::CLONES_MAX;
+pub(crate) use operations::snapshot_info;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mica_numa::mailbox::Returned;
+use mica_numa::rt::net::UnixStream;
+use mica_numa::rt::{self, oneshot, time};
+use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId};
+use mica_wire::guest::Preamble;
+
+use crate::event::{Address, Answer, OUTSTANDING_MAX, Operation, Reply, Request};
+use crate::sandbox::{GatewayError, greet};
+use crate::shard::{Shard, random};
+use crate::{ConnectError, CreateRequest, GuestStream, SandboxInfo, ShardError};
+
+/// How long a guest's gateway may take to answer a preamble.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Ids drawn for each shard of the host until one hashes to the shard wanted. That none does has a
+/// chance of e^-64.
+const DRAWS_PER_SHARD: u32 = 64;
+
+/// Tries to tell a busy shard that a client is gone, and the time between them.
+const CANCEL_TRIES: u32 = 50;
+const CANCEL_RETRY: Duration = Duration::from_millis(100);
+
+/// The host, as seen from one shard. Cheap to clone, and bound to its thread.
+#[derive(Clone)]
+pub struct Host(Rc<Inner>);
+
+struct Inner {
+    shard: Rc<Shard>,
+    addresses: PerShard<Address>,
+    waiting: RefCell<HashMap<u64, oneshot::Sender<Reply>>>,
+    next_ticket: Cell<u64>,
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Host").field("shard", &self.0.shard.id).finish_non_exhaustive()
+    }
+}
+
+impl Host {
+    pub(crate) fn new(shard: Rc<Shard>, addresses: PerShard<Address>) -> Self {
+        let waiting = RefCell::default();
+        Self(Rc::new(Inner { shard, addresses, waiting, next_ticket: Cell::new(0) }))
+    }
+
+    /// The shard this handle is on.
+    #[must_use]
+    pub fn shard(&self) -> ShardId {
+        self.0.shard.id
+    }
+
+    /// Makes a sandbox and waits until it is ready. Dropping the future ends what was begun.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Nothing of the sandbox is left then.
+    pub async fn create(&self, request: CreateRequest) -> Result<SandboxInfo, ShardError> {
+        let mut full = None;
+        for shard in self.preferred_shards()? {
+            let id = self.draw_id(shard)?;
+            let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
+            let operation = Operation::Create(id, Box::new(request.clone()));
+            let made = self.ask(shard, operation).await;
+            guard.armed.set(false);
+            match made? {
+                Reply::Sandbox(Ok(info)) => return Ok(*info),
+                // Its share is used up; another shard may have room.
+                Reply::Sandbox(Err(error @ ShardError::AtCapacity { .. })) => full = Some(error),
+                Reply::Sandbox(Err(error)) => return Err(error),
+                other => return Err(out_of_form(&other)),
+            }
+        }
+        Err(full.unwrap_or(ShardError::Busy))
+    }
+
+    /// A running sandbox.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn get(&self, id: SandboxId) -> Result<SandboxInfo, ShardError> {
+        self.ask_sandbox(id, Operation::Get(id)).await
+    }
+
+    /// Every running sandbox of all shards, ordered by start, then id.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn list(&self) -> Result<Vec<SandboxInfo>, ShardError> {
+        let mut all = Vec::new();
+        for reply in self.ask_all(|| Operation::List).await? {
+            match reply {
+                Reply::Sandboxes(some) => all.extend(some),
+                other => return Err(out_of_form(&other)),
+            }
+        }
+        all.sort_by_key(|info| (info.started_at, info.id));
+        Ok(all)
+    }
+
+    /// Kills a sandbox, also one that is still being made, and waits until nothing of it is left.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn kill(&self, id: SandboxId) -> Result<(), ShardError> {
+        self.ask_done(id, Operation::Kill(id)).await
+    }
+
+    /// Sets a sandbox's remaining life, counted from now.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
+        self.ask_done(id, Operation::SetTimeout(id, life)).await
+    }
+
+    /// A stream to a TCP port of a guest. May be dropped at any await.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn connect(
+        &self,
+        id: SandboxId,
+        port: GuestPort,
+    ) -> Result<GuestStream, ConnectError> {
+        let fd = match self.ask(self.owner(id), Operation::Connect(id)).await {
+            Ok(Reply::Stream(result)) => result?,
+            Ok(other) => {
+                tracing::error!(?other, "a shard answered out of form");
+                return Err(ConnectError::Unreachable);
+            }
+            Err(ShardError::Busy) => return Err(ConnectError::Busy),
+            Err(_) => return Err(ConnectError::NoSuchSandbox(id)),
+        };
+        let mut stream = UnixStream::from_fd(fd);
+        let greeted = greet(&mut stream, Preamble::Tcp(port));
+        match time::timeout(CONNECT_DEADLINE, greeted).await {
+            Ok(Ok(())) => Ok(GuestStream(stream)),
+            Ok(Err(GatewayError::Refused)) => Err(ConnectError::PortNotOpen(port)),
+            Ok(Err(GatewayError::Broken)) | Err(time::Elapsed) => Err(ConnectError::Unreachable),
+        }
+    }
+
+    /// Hands an answer to who waits for it. One that nobody waits for any more is dropped, and
+    /// closes what it carries.
+    pub(crate) fn answered(&self, answer: Answer) {
+        let waiter = self.0.waiting.borrow_mut().remove(&answer.ticket);
+        if let Some(Err(unwanted)) = waiter.map(|waiter| waiter.send(answer.reply)) {
+            drop(unwanted);
+        }
+    }
+
+    fn owner(&self, id: SandboxId) -> ShardId {
+        id.shard(self.0.shard.shards)
+    }
+
+    async fn ask_done(&self, id: SandboxId, operation: Operation) -> Result<(), ShardError> {
+        match self.ask(self.owner(id), operation).await? {
+            Reply::Done(result) => result,
+            other => Err(out_of_form(&other)),
+        }
+    }
+
+    async fn ask_sandbox(
+        &self,
+        id: SandboxId,
+        operation: Operation,
+    ) -> Result<SandboxInfo, ShardError> {
+        match self.ask(self.owner(id), operation).await? {
+            Reply::Sandbox(result) => result.map(|info| *info),
+            other => Err(out_of_form(&other)),
+        }
+    }
+
+    /// Asks every shard at once, and waits for all.
+    async fn ask_all(&self, operation: impl Fn() -> Operation) -> Result<Vec<Reply>, ShardError> {
+        let mut asked = Vec::new();
+        for (shard, _) in self.0.addresses.iter() {
+            if shard != self.shard() {
+                asked.push(self.send(shard, operation())?);
+            }
+        }
+        let mut replies = vec![Rc::clone(&self.0.shard).perform(operation()).await];
+        for pending in asked {
+            replies.push(pending.reply().await?);
+        }
+        Ok(replies)
+    }
+
+    async fn ask(&self, shard: ShardId, operation: Operation) -> Result<Reply, ShardError> {
+        if shard == self.shard() {
+            return Ok(Rc::clone(&self.0.shard).perform(operation).await);
+        }
+        self.send(shard, operation)?.reply().await
+    }
+
+    fn send(&self, shard: ShardId, operation: Operation) -> Result<Pending<'_>, ShardError> {
+        let mut waiting = self.0.waiting.borrow_mut();
+        if waiting.len() >= OUTSTANDING_MAX {
+            return Err(ShardError::Busy);
+        }
+        let ticket = self.0.next_ticket.get();
+        let request = Request { from: self.shard(), ticket, operation };
+        self.0.addresses[shard].requests.send(request).map_err(|returned| match returned {
+            Returned::Full(_) => ShardError::Busy,
+            Returned::Closed(_) => ShardError::ShuttingDown,
+        })?;
+        self.0.next_ticket.set(ticket.wrapping_add(1));
+        let (sender, receiver) = oneshot::channel();
+        waiting.insert(ticket, sender);
+        Ok(Pending { receiver, host: self, ticket })
+    }
+
+    /// Every shard, the less loaded of two drawn ones first, then the others by load.
+    fn preferred_shards(&self) -> Result<Vec<ShardId>, ShardError> {
+        let load = |shard: ShardId| self.0.shard.loads[shard].load(Ordering::Relaxed);
+        let mut shards: Vec<ShardId> = self.0.addresses.iter().map(|(shard, _)| shard).collect();
+        shards.sort_by_key(|shard| load(*shard));
+        let mut drawn = [0u8; 4];
+        random(&mut drawn)?;
+        let [a, b, c, d] = drawn;
+        let count = shards.len();
+        let place = |low, high| usize::from(u16::from_le_bytes([low, high])) % count;
+        // Sorted by load, so the lower place is the less loaded of the two.
+        shards[..=place(a, b).min(place(c, d))].rotate_right(1);
+        Ok(shards)
+    }
+
+    fn draw_id(&self, shard: ShardId) -> Result<SandboxId, ShardError> {
+        for _ in 0..DRAWS_PER_SHARD * u32::from(self.0.shard.shards.get()) {
+            let mut bytes = [0u8; SANDBOX_ID_CHARS];
+            random(&mut bytes)?;
+            let id = SandboxId::from_random(bytes);
+            if self.owner(id) == shard {
+                return Ok(id);
+            }
+        }
+        Err(ShardError::Busy)
+    }
+}
+
+/// A request on its way. Dropped, it does not count as outstanding only when its answer has come:
+/// until then the answer still needs its room.
+struct Pending<'h> {
+    receiver: oneshot::Receiver<Reply>,
+    host: &'h Host,
+    ticket: u64,
+}
+
+impl Pending<'_> {
+    async fn reply(self) -> Result<Reply, ShardError> {
+        let reply = self.receiver.await;
+        if reply.is_none() {
+            self.host.0.waiting.borrow_mut().remove(&self.ticket);
+        }
+        reply.ok_or(ShardError::ShuttingDown)
+    }
+}
+
+/// Ends a sandbox that is being made when who wants it goes away.
+struct CancelOnDrop<'h> {
+    host: &'h Host,
+    id: SandboxId,
+    armed: Cell<bool>,
+}
+
+impl Drop for CancelOnDrop<'_> {
+    fn drop(&mut self) {
+        if !self.armed.get() {
+            return;
+        }
+        let (host, id) = (self.host.clone(), self.id);
+        rt::spawn(async move {
+            for _ in 0..CANCEL_TRIES {
+                match host.kill(id).await {
+                    Err(ShardError::Busy) => time::sleep(CANCEL_RETRY).await,
+                    // Not there any more, or never was.
+                    _ => return,
+                }
+            }
+            tracing::warn!(%id, "an unwanted sandbox lives until its time is over");
+        })
+        .detach();
+    }
+}
+
+fn out_of_form(reply: &Reply) -> ShardError {
+    tracing::error!(?reply, "a shard answered out of form");
+    ShardError::Busy
+}

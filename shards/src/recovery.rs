@@ -1,0 +1,124 @@
+//! What an earlier daemon left: sandboxes to take over, and rubbish to remove.
+//!
+//! Called by `run` before any shard starts, with the store and the control groups locked. A sandbox is
+//! what its record says. Refuses to keep anything without a record, and to trust a process number: it
+//! must be in the recorded control group, and have been started when the record says.
+//!
+//! | record | process lives | what becomes of it |
+//! |---|---|---|
+//! | running | yes | taken over |
+//! | running | no | gone with its process: removed |
+//! | paused in a snapshot | yes | paused, with its process |
+//! | paused in a snapshot | no | paused, on disk |
+//! | rolling back to one | | its disk may be there already: resumed from that snapshot |
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mica_storage::{SnapshotKind, StorageError, Store};
+use mica_units::SandboxId;
+use rustix::process::Pid;
+
+use crate::cgroup::{CgroupError, Cgroups};
+use crate::sandbox::{Record, RecordedState, chain};
+use crate::shell::start_ticks;
+
+/// A sandbox to be taken over.
+#[derive(Debug)]
+pub(crate) struct Survivor {
+    /// Its name.
+    pub(crate) id: SandboxId,
+    /// What its daemon wrote down.
+    pub(crate) record: Record,
+    /// Whether its process lives.
+    pub(crate) alive: bool,
+}
+
+/// Why the leftovers cannot be put in order.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecoveryError {
+    /// The store.
+    #[error("the store could not be put in order")]
+    Store(#[from] StorageError),
+    /// The control groups.
+    #[error("the control groups could not be put in order")]
+    Cgroup(#[from] CgroupError),
+}
+
+/// Finds who survives, and removes the rest.
+pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>, RecoveryError> {
+    let groups: BTreeMap<SandboxId, Vec<u32>> = cgroups.children()?.into_iter().collect();
+    let mut survivors = Vec::new();
+    for (id, bytes) in store.records()? {
+        match Record::decode(&bytes) {
+            Ok(record) => {
+                let alive = is_alive(&record, &groups);
+                if survives(store, &record, alive)? {
+                    survivors.push(Survivor { id, record, alive });
+                } else {
+                    tracing::info!(%id, "this sandbox ended with its VM process or its host");
+                }
+            }
+            Err(error) => {
+                tracing::error!(%id, error = chain(&error), "a sandbox without a record is removed");
+            }
+        }
+    }
+    // What goes back to a snapshot starts in a new process.
+    for survivor in &mut survivors {
+        survivor.alive &= !matches!(survivor.record.state, RecordedState::RollingBack { .. });
+    }
+    let kept: BTreeSet<&str> = survivors
+        .iter()
+        .filter(|survivor| survivor.alive)
+        .filter_map(|survivor| Some(survivor.record.process.as_ref()?.name.as_str()))
+        .collect();
+    let rubbish: Vec<SandboxId> =
+        groups.keys().filter(|name| !kept.contains(name.as_str())).copied().collect();
+    cgroups.sweep(&rubbish)?;
+    let ids: BTreeSet<SandboxId> = survivors.iter().map(|survivor| survivor.id).collect();
+    let removed = store.sweep_sandboxes_but(&ids)?;
+    let snapshots = remove_pauses(store, &survivors)?;
+    if !rubbish.is_empty() || removed + snapshots > 0 {
+        let killed = rubbish.len();
+        tracing::info!(killed, removed, snapshots, "removed what an earlier run left");
+    }
+    if !survivors.is_empty() {
+        tracing::info!(sandboxes = survivors.len(), "taking over from an earlier run");
+    }
+    Ok(survivors)
+}
+
+fn is_alive(record: &Record, groups: &BTreeMap<SandboxId, Vec<u32>>) -> bool {
+    let Some(process) = &record.process else { return false };
+    let group = process.name.parse().ok().and_then(|name: SandboxId| groups.get(&name));
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    group.is_some_and(|pids| pids.contains(&process.pid))
+        && pid.is_some_and(|pid| start_ticks(pid).ok() == Some(process.start_ticks))
+}
+
+fn survives(store: &Store, record: &Record, alive: bool) -> Result<bool, StorageError> {
+    match &record.state {
+        RecordedState::Running => Ok(alive),
+        RecordedState::Paused { snapshot } | RecordedState::RollingBack { snapshot } => {
+            Ok(store.find_snapshot(snapshot)?.is_some())
+        }
+    }
+}
+
+/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since.
+fn remove_pauses(store: &Store, survivors: &[Survivor]) -> Result<usize, StorageError> {
+    let waited_in = |survivor: &Survivor| match &survivor.record.state {
+        RecordedState::Paused { snapshot } => Some(snapshot.clone()),
+        _ => None,
+    };
+    let used: BTreeSet<String> = survivors.iter().filter_map(waited_in).collect();
+    let mut removed = 0;
+    for snapshot in store.snapshots()? {
+        let manifest = snapshot.manifest();
+        if manifest.kind == SnapshotKind::Pause && !used.contains(&manifest.id) {
+            store.delete_snapshot(&manifest.id)?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}

@@ -1,0 +1,266 @@
+//! Makes a snapshot of a frozen guest: its memory through the shard's ring, its disk as a clone.
+//!
+//! Called by the driver, a step at a time, as the state machine says. What is made is a directory in
+//! the store that exists for others only when [`commit`] has returned; dropped before, it goes.
+//! Refuses to keep a guest standing still for longer than copying into buffers takes: with more than
+//! that to copy it says so, and the most is copied while the guest runs.
+//!
+//! ```text
+//!   freeze ─▶ copy: scan ─▶ clone disk ∥ pages into buffers ─▶ thaw ─▶ commit: write, sync, rename
+//!                │ too much, and writes can be told
+//!                └─▶ thaw ─▶ precopy: pages into the file ─▶ freeze ─▶ copy what changed since
+//! ```
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mica_numa::io::Ring;
+use mica_numa::process::ProcessError;
+use mica_numa::rt;
+use mica_storage::{
+    COALESCE_GAP, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot, SnapshotManifest,
+    SnapshotStaging, StorageError, Store, coalesce, groups,
+};
+use mica_units::{FrameRun, PAGE_BYTES};
+use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
+
+use super::chain;
+use super::memory::{Memory, Place, pages, union};
+use super::ring_file::{Chunk, RingFile};
+
+/// Times a guest is let run while the most is copied. One that writes faster than it is copied is
+/// stopped for what is left then.
+const PRECOPIES_MAX: u32 = 3;
+
+const _: () = assert!(PRECOPIES_MAX <= ROUNDS_MAX);
+
+/// Buffers of one capture that wait for the guest to go on before they are written.
+const HELD_MAX: usize = 16;
+
+/// Why there is no snapshot. Nothing of it is left, and the guest can go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CaptureError {
+    /// The store.
+    #[error("the store failed")]
+    Storage(#[from] StorageError),
+    /// The memory of the process.
+    #[error("its memory could not be looked at")]
+    Process(#[from] ProcessError),
+    /// Its state.
+    #[error("its state could not be taken: {0}")]
+    State(String),
+    /// A blocking thread.
+    #[error("a blocking thread did not do its part")]
+    Blocking(#[from] rt::BlockingError),
+    /// Our mistake: a piece of it is still being worked on.
+    #[error("the snapshot is still being written")]
+    Shared,
+}
+
+/// A snapshot in the making.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    staging: Arc<SnapshotStaging>,
+    layer: LayerId,
+    writer: Option<PackedWriter<RingFile>>,
+    held: Vec<(Vec<FrameRun>, Chunk)>,
+    state: Vec<u8>,
+    /// Everything that was found changed, over all rounds.
+    found: Vec<FrameRun>,
+    /// Of the last round.
+    round: Vec<FrameRun>,
+    precopies: u32,
+    allocated: bool,
+}
+
+/// How a copy came out.
+#[derive(Debug)]
+pub(crate) enum Copied {
+    /// All is in buffers or in the file.
+    All(Capture),
+    /// It is too much for a guest that stands still.
+    TooMuch(Capture),
+}
+
+/// What a capture works on.
+#[derive(Debug)]
+pub(crate) struct Source<'a> {
+    pub(crate) place: Place<'a>,
+    pub(crate) exchange: &'a std::os::fd::OwnedFd,
+    pub(crate) state_bytes: u64,
+    pub(crate) disk: Option<Arc<File>>,
+    /// Pages that may be copied while the guest stands still.
+    pub(crate) budget_pages: u64,
+}
+
+impl Capture {
+    /// Makes the directory, with the layers that the memory lies on already. Blocks a thread, not the
+    /// shard.
+    pub(crate) async fn begin(
+        store: &Store,
+        ring: &Rc<Ring>,
+        layers: Vec<Layer>,
+        frames: u32,
+    ) -> Result<Self, CaptureError> {
+        let store = store.clone();
+        let make = move || {
+            let staging = store.stage_snapshot(&store.new_snapshot_id()?)?;
+            staging.link_layers(&layers)?;
+            let layer = staging.create_layer()?;
+            Ok::<_, StorageError>((staging, layer))
+        };
+        let (staging, (layer, file)) = rt::blocking(make).await??;
+        let file = RingFile::new(Rc::clone(ring), file);
+        Ok(Self {
+            staging: Arc::new(staging),
+            layer,
+            writer: Some(PackedWriter::new(file, layer, frames)),
+            held: Vec::new(),
+            state: Vec::new(),
+            found: Vec::new(),
+            round: Vec::new(),
+            precopies: 0,
+            allocated: false,
+        })
+    }
+
+    /// Copies what changed, while the guest stands still.
+    pub(crate) async fn copy(
+        mut self,
+        source: Source<'_>,
+        memory: &mut Memory,
+    ) -> Result<Copied, CaptureError> {
+        let dirty = memory.changed(source.place, true).await?;
+        self.round = coalesce(&dirty, COALESCE_GAP);
+        self.found = union(&self.found, &self.round);
+        let too_much = pages(&self.round) > source.budget_pages;
+        if too_much && memory.tracked && self.precopies < PRECOPIES_MAX {
+            // What this round finds is in the file when the next one begins.
+            return Ok(Copied::TooMuch(self));
+        }
+        self.state = read_state(source.exchange, source.state_bytes)?;
+        let cloning = source.disk.map(|disk| {
+            let staging = Arc::clone(&self.staging);
+            rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop)))
+        });
+        self.read_pages(source.place).await?;
+        if let Some(cloning) = cloning {
+            cloning.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??;
+        }
+        Ok(Copied::All(self))
+    }
+
+    /// Copies what the last round found, while the guest runs. What it writes over meanwhile the next
+    /// round finds.
+    pub(crate) async fn precopy(
+        mut self,
+        place: Place<'_>,
+        memory: &mut Memory,
+    ) -> Result<Self, CaptureError> {
+        self.precopies += 1;
+        self.read_pages(place).await?;
+        self.write_held().await?;
+        if let Some(writer) = &mut self.writer {
+            writer.begin_round();
+        }
+        memory.precopied();
+        Ok(self)
+    }
+
+    async fn read_pages(&mut self, place: Place<'_>) -> Result<(), CaptureError> {
+        let round = std::mem::take(&mut self.round);
+        let per_buffer = u32::try_from(mica_numa::io::IO_BUF_BYTES as u64 / PAGE_BYTES);
+        for group in groups(&round, per_buffer.unwrap_or(1)) {
+            if self.held.len() >= HELD_MAX {
+                self.write_held().await?;
+            }
+            let Some(writer) = &mut self.writer else { return Ok(()) };
+            let mut chunk = writer.reserve().await?;
+            chunk.0.clear();
+            place.process.process().read_frames(place.memory, &group, &mut chunk.0)?;
+            self.held.push((group, chunk));
+            // Others have their turn after each MiB.
+            rt::yield_now().await;
+        }
+        Ok(())
+    }
+
+    async fn write_held(&mut self) -> Result<(), CaptureError> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        allocate(writer, &self.found, &mut self.allocated).await?;
+        for (runs, chunk) in self.held.drain(..) {
+            writer.push(&runs, chunk).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of
+    /// the new layer, if there is one, and the state.
+    pub(crate) async fn commit(
+        mut self,
+        describe: impl FnOnce(String, Option<LayerInfo>, Vec<u8>) -> SnapshotManifest,
+    ) -> Result<Snapshot, CaptureError> {
+        self.write_held().await?;
+        let Self { staging, layer, writer, state, found, .. } = self;
+        let info = match writer {
+            Some(writer) if !found.is_empty() => Some(writer.finish().await?),
+            // Nothing was written: the layers below say it all.
+            _ => None,
+        };
+        let id = staging.id().to_owned();
+        let manifest = describe(id, info, state);
+        let preparing = Arc::clone(&staging);
+        let jobs = rt::blocking(move || {
+            if info.is_none() {
+                preparing.remove_layer(layer)?;
+            }
+            preparing.prepare(&manifest).map(|jobs| (jobs, manifest))
+        });
+        let (jobs, manifest) = jobs.await??;
+        // All at once: the file system brings them to the device together.
+        let jobs: Vec<_> =
+            jobs.into_iter().map(|job| rt::spawn(rt::blocking(move || job.run()))).collect();
+        let mut synced = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
+        }
+        let staging = Arc::into_inner(staging).ok_or(CaptureError::Shared)?;
+        Ok(rt::blocking(move || staging.commit(manifest, synced)).await??)
+    }
+}
+
+/// Makes room for all that was found, once: whether it fits is then known before it is written.
+async fn allocate(
+    writer: &mut PackedWriter<RingFile>,
+    found: &[FrameRun],
+    allocated: &mut bool,
+) -> Result<(), CaptureError> {
+    if std::mem::replace(allocated, true) {
+        return Ok(());
+    }
+    let count = u32::try_from(pages(found)).unwrap_or(u32::MAX);
+    let runs = u32::try_from(found.len()).unwrap_or(u32::MAX);
+    Ok(writer.allocate(count, runs).await?)
+}
+
+/// Takes the state out of the exchange, once: the process may write it again at any time.
+pub(crate) fn read_state(exchange: &impl AsFd, bytes: u64) -> Result<Vec<u8>, CaptureError> {
+    if bytes == 0 || bytes > EXCHANGE_PART_BYTES_MAX {
+        return Err(CaptureError::State(format!("it has {bytes} bytes")));
+    }
+    let mut state = vec![0; usize::try_from(bytes).unwrap_or(0)];
+    let mut done = 0;
+    while done < state.len() {
+        let read = rustix::io::pread(exchange, &mut state[done..], done as u64);
+        match read.map_err(|errno| CaptureError::State(chain(&errno)))? {
+            0 => return Err(CaptureError::State("the exchange is too short".to_owned())),
+            more => done += more,
+        }
+    }
+    Ok(state)
+}

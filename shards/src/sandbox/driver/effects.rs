@@ -1,0 +1,481 @@
+//! What a driver does when its state machine says so.
+//!
+//! Called by the driver for each effect, in order. Sends commands, starts pieces of work, answers
+//! clients. Refuses to wait for anything but room in a socket: what takes time is work.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mica_numa::process::ProcessError;
+use mica_numa::rt::time::{self, Instant};
+use mica_numa::rt::{self, BlockingError};
+use mica_wire::guest::{ControlRequest, InitRequest};
+use mica_wire::vm::{Command, FdRole, RestoreConfig};
+
+use super::super::capture::{Capture, Source};
+use super::super::link;
+use super::super::memory::Place;
+use super::super::rollback;
+use super::super::state::{Birth, Cause, Effect, Event, State};
+use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::work::{Done, capture_error};
+use super::{Begun, Driver};
+use crate::shard::random;
+use crate::shell::Held;
+use crate::{Lifecycle, SandboxInfo, ShardError, console};
+
+/// Between two tries to find room on the blocking threads.
+const BLOCKING_RETRY: Duration = Duration::from_millis(50);
+
+/// Tries to reach an agent whose old connections are being reset, and the time between them.
+const AGENT_TRIES: u32 = 20;
+const AGENT_RETRY: Duration = Duration::from_millis(25);
+
+impl Driver {
+    pub(super) async fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Prepare => self.prepare(),
+            Effect::SendRestore => self.send_restore().await,
+            Effect::Initialise => self.initialise(),
+            Effect::Announce => self.announce(),
+            Effect::Freeze => self.freeze().await,
+            Effect::Copy => self.copy(),
+            Effect::Precopy => self.precopy(),
+            Effect::Replace => self.replace(),
+            Effect::Thaw => self.command(&Command::Thaw, &[]).await,
+            Effect::Commit => self.commit(),
+            Effect::ShowPaused => {
+                self.sandbox.show(Lifecycle::Paused);
+                self.sandbox.paused_at.set(Some(Instant::now()));
+            }
+            Effect::ShowResumed => self.show_resumed(),
+            Effect::Answer => self.answer(),
+            Effect::AnswerFailure => self.answer_failure(),
+            // Answered where the request is at hand.
+            Effect::Refuse(_) => {}
+            Effect::EndProcess => self.end_process(),
+            Effect::CleanUp => self.clean_up(),
+            Effect::Leave => self.leave().await,
+            Effect::Bury => self.bury(),
+        }
+    }
+
+    pub(super) fn prepare(&mut self) {
+        let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
+        let (id, shard) = (self.sandbox.id, Rc::clone(&self.shard));
+        let paused_in = self.paused_in.clone();
+        let asked =
+            paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
+        let sandbox = Rc::clone(&self.sandbox);
+        self.work = Some(Box::pin(async move {
+            let known = shard.images.get(&asked);
+            let name = asked.clone();
+            let make = move || match paused_in {
+                Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known),
+                None => workshop.prepare(&id, &name, known),
+            };
+            let found = match super::work::blocking(make).await {
+                Ok(found) => found,
+                Err(cause) => return Done::Prepared(Err(cause)),
+            };
+            shard.images.keep(&asked, &found.image);
+            // It may have waited longer than its client did.
+            if sandbox.is_ending() {
+                return Done::Prepared(Err(Cause::Killed));
+            }
+            let template = found.image.manifest.template_id.clone();
+            let shell = pool.take(found.image.size(), &template).await;
+            Done::Prepared(shell.map(|shell| (found, shell)).map_err(|error| match error {
+                crate::shell::NoShell::Busy => Cause::Busy,
+                error => Cause::Failed(error.to_string()),
+            }))
+        }));
+    }
+
+    /// Sends a command; a process that does not take it is lost.
+    pub(super) async fn command(&mut self, command: &Command, fds: &[BorrowedFd<'_>]) {
+        let Some(held) = self.held() else { return };
+        if let Err(error) = link::send(&held.control, command, fds).await {
+            tracing::info!(id = %self.sandbox.id, error = chain(&error), "a command was not sent");
+            self.caused.push_back(Event::VmLost("the VM process does not take its commands"));
+        }
+    }
+
+    async fn send_restore(&mut self) {
+        let sent = match self.back.take() {
+            Some(back) => {
+                let image = std::sync::Arc::clone(&back.image);
+                self.memory.went_back(&back.entries, &image.layers);
+                self.image = Some(std::sync::Arc::clone(&image));
+                self.restore(&image, &back.plan, false).await
+            }
+            None => match self.image.clone() {
+                Some(image) => self.restore(&image, &image.plan, true).await,
+                None => Err("there is nothing to restore".to_owned()),
+            },
+        };
+        if let Err(error) = sent {
+            tracing::warn!(id = %self.sandbox.id, error, "a restore was not sent");
+            self.caused.push_back(Event::VmLost("its state could not be handed over"));
+        }
+    }
+
+    async fn restore(
+        &mut self,
+        image: &super::Opened,
+        plan: &[u8],
+        with_disk: bool,
+    ) -> Result<(), String> {
+        let held = self.held().ok_or("it has no process")?;
+        let state = &image.manifest.state;
+        let at = (plan.len() as u64).next_multiple_of(mica_units::PAGE_BYTES);
+        write_exchange(&held, plan, 0).and_then(|()| write_exchange(&held, state, at))?;
+        let mut generation = [0; 16];
+        random(&mut generation).map_err(|error| error.to_string())?;
+        let mut fds = Vec::new();
+        let mut roles = Vec::new();
+        if let Some(disk) = self.disk.as_ref().filter(|_| with_disk) {
+            roles.push(FdRole::Disk);
+            fds.push(disk.as_fd());
+        }
+        fds.extend(image.layer_fds());
+        roles.resize(fds.len(), FdRole::Layer);
+        let config = RestoreConfig {
+            plan_bytes: plan.len() as u64,
+            state_bytes: state.len() as u64,
+            generation,
+            on_demand: false,
+            fds: roles,
+        };
+        let sent = link::send(&held.control, &Command::Restore(config), &fds).await;
+        sent.map_err(|error| chain(&error))
+    }
+
+    /// The agent is told who it is, and what the next daemon has to know is written.
+    fn initialise(&mut self) {
+        let Some(held) = self.held() else { return };
+        let new_sandbox =
+            matches!(*self.sandbox.state.borrow(), State::Initialising(Birth::Create));
+        let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        if new_sandbox {
+            let now = SystemTime::now();
+            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+        }
+        let record = self.record_bytes();
+        let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
+        let request = ControlRequest::Init(self.init_request(new_sandbox));
+        self.work = Some(Box::pin(async move {
+            let recorded =
+                rt::blocking(move || record.map(|record| store.write_record(&id, &record, false)));
+            let told = async {
+                match has_agent {
+                    true => tell_agent(&held, &request).await.map(Some),
+                    false => Ok(None),
+                }
+            };
+            let (recorded, told) = futures_lite::future::zip(recorded, told).await;
+            Done::Initialised(match recorded {
+                Ok(Ok(Ok(()))) => told,
+                Ok(Ok(Err(error))) => Err(format!("its record: {}", chain(&error))),
+                Ok(Err(error)) => Err(format!("its record: {error}")),
+                Err(error) => Err(format!("its record: {error}")),
+            })
+        }));
+    }
+
+    fn init_request(&self, new_sandbox: bool) -> InitRequest {
+        let identity = &self.sandbox.identity;
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        InitRequest {
+            sandbox_id: self.sandbox.id.to_string(),
+            template_id: self.shape.as_ref().map(|s| s.template_id.clone()).unwrap_or_default(),
+            machine_id: identity.machine_id.clone(),
+            access_token: identity.access_token.clone(),
+            env_vars: identity.request.env_vars.clone(),
+            wall_clock_unix_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
+            new_sandbox,
+        }
+    }
+
+    fn announce(&mut self) {
+        let Some(mut shape) = self.shape.take() else { return };
+        if let Some(version) = self.envd_version.take() {
+            shape.envd_version = version;
+        }
+        let mut info = self.info_of(&shape);
+        if let Some((started_at, end_at)) = self.born {
+            (info.started_at, info.end_at) = (started_at, end_at);
+        }
+        self.sandbox.deadline.set(from_now(self.sandbox.identity.request.timeout).0);
+        *self.sandbox.info.borrow_mut() = Some(info.clone());
+        self.shard.count_spawn(&shape.template_id, info.started_at);
+        self.shape = Some(shape);
+        let maker = self.sandbox.maker.borrow_mut().take();
+        let heard = maker.is_some_and(|maker| maker.send(Ok(Box::new(info))).is_ok());
+        if !heard {
+            // Nobody knows its id, so nobody would ever end it before its time.
+            tracing::info!(id = %self.sandbox.id, "who asked for this sandbox is gone");
+            self.caused.push_back(Event::Kill);
+        }
+    }
+
+    async fn freeze(&mut self) {
+        let captures =
+            matches!(*self.sandbox.state.borrow(), State::Snapshotting(_) | State::Pausing(_));
+        if captures && self.capture.is_none() {
+            let (store, ring) = (self.shard.workshop.store.clone(), Rc::clone(&self.shard.ring));
+            let (layers, frames) = (self.memory.layers.clone(), self.frames());
+            let begin = async move { Capture::begin(&store, &ring, layers, frames).await };
+            self.capture = Some(Begun::Beginning(rt::spawn(begin)));
+        }
+        self.command(&Command::Freeze { track: true }, &[]).await;
+    }
+
+    fn frames(&self) -> u32 {
+        self.shape.as_ref().map_or(0, |shape| mica_units::frames_of(shape.memory))
+    }
+
+    fn copy(&mut self) {
+        let (Some(held), Some(begun)) = (self.held(), self.capture.take()) else { return };
+        let mut memory = std::mem::take(&mut self.memory);
+        let (frames, state_bytes, disk) = (self.frames(), self.state_bytes, self.disk.clone());
+        let budget_pages = self.shard.workshop.config.capture_budget_pages();
+        self.work = Some(Box::pin(async move {
+            let capture = match begun {
+                Begun::Here(capture) => Ok(*capture),
+                Begun::Beginning(task) => task
+                    .join()
+                    .await
+                    .unwrap_or(Err(super::CaptureError::Blocking(BlockingError::NoSeat))),
+            };
+            let copied = match (capture, place(&held, frames)) {
+                (Ok(capture), Some(place)) => {
+                    let exchange = &held.exchange;
+                    let source = Source { place, exchange, state_bytes, disk, budget_pages };
+                    capture.copy(source, &mut memory).await
+                }
+                (Err(error), _) => Err(error),
+                (Ok(_), None) => Err(super::CaptureError::Process(ProcessError::Range)),
+            };
+            Done::Copied(memory, copied)
+        }));
+    }
+
+    fn precopy(&mut self) {
+        let (Some(held), Some(Begun::Here(capture))) = (self.held(), self.capture.take()) else {
+            return;
+        };
+        let mut memory = std::mem::take(&mut self.memory);
+        let frames = self.frames();
+        self.work = Some(Box::pin(async move {
+            let copied = match place(&held, frames) {
+                Some(place) => capture.precopy(place, &mut memory).await,
+                None => Err(super::CaptureError::Process(ProcessError::Range)),
+            };
+            Done::Precopied(memory, copied)
+        }));
+    }
+
+    fn commit(&mut self) {
+        let pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
+        let (Some(Begun::Here(capture)), Some(draft)) =
+            (self.capture.take(), self.manifest_draft(pausing))
+        else {
+            self.caused.push_back(Event::CommitFailed);
+            return;
+        };
+        let paused = self.paused_record();
+        let (shard, id) = (Rc::clone(&self.shard), self.sandbox.id);
+        let operation = self.request.as_ref().map_or("a pause", Request::name);
+        self.work = Some(Box::pin(async move {
+            let committed = async {
+                let made = capture.commit(|id, layer, state| draft.finish(id, layer, state));
+                let snapshot = made.await.map_err(|e| capture_error(&e, operation, id))?;
+                let store = shard.workshop.store.clone();
+                let finish = move || -> Result<_, mica_storage::StorageError> {
+                    let layers = snapshot.open_layers()?;
+                    store.link_lineage(&id, &layers)?;
+                    let manifest = snapshot.manifest().clone();
+                    if let Some(paused) = paused.filter(|_| pausing)
+                        && let Some(record) = paused(&manifest.id)
+                        && let Err(error) = store.write_record(&id, &record, true)
+                    {
+                        store.delete_snapshot(&manifest.id)?;
+                        return Err(error);
+                    }
+                    Ok(Box::new((manifest, layers)))
+                };
+                let finished = rt::blocking(finish).await.map_err(|_| ShardError::Busy)?;
+                finished.map_err(|error| {
+                    capture_error(&super::CaptureError::Storage(error), operation, id)
+                })
+            };
+            Done::Committed(committed.await)
+        }));
+    }
+
+    fn replace(&mut self) {
+        let (Some(held), Some(Request::Rollback(snapshot, _))) = (self.held(), &self.request)
+        else {
+            return;
+        };
+        let (workshop, id, snapshot) =
+            (self.shard.workshop.clone(), self.sandbox.id, snapshot.clone());
+        let record = self.rolling_back_record(&snapshot);
+        let mut memory = std::mem::take(&mut self.memory);
+        let (frames, disk) = (self.frames(), self.disk.clone());
+        self.work = Some(Box::pin(async move {
+            let back = match (record, place(&held, frames)) {
+                (Ok(record), Some(place)) => {
+                    let job = rollback::Job { workshop, id, snapshot, record, disk };
+                    rollback::replace(job, place, &mut memory).await
+                }
+                (Err(error), _) => Err(rollback::BackError::Other(error.to_string())),
+                (Ok(_), None) => Err(rollback::BackError::Process(ProcessError::Range)),
+            };
+            Done::Replaced(memory, back)
+        }));
+    }
+
+    fn end_process(&mut self) {
+        self.events = None;
+        let held = self.sandbox.held.borrow_mut().take();
+        let pool = Rc::clone(&self.shard.pool);
+        self.work = Some(Box::pin(async move {
+            if let Some(held) = held {
+                pool.end(&held).await;
+            }
+            Done::ProcessEnded
+        }));
+    }
+
+    fn clean_up(&mut self) {
+        *self.sandbox.info.borrow_mut() = None;
+        let held = self.sandbox.held.borrow_mut().take();
+        if let Some(held) = &held {
+            let bytes = self.shard.workshop.config.console_bytes;
+            self.console_tail = console::tail(&held.console, bytes).unwrap_or_else(|error| {
+                tracing::warn!(id = %self.sandbox.id, %error, "cannot read a console");
+                String::new()
+            });
+            self.complaint = held.process.complaint();
+        }
+        self.events = None;
+        self.capture = None;
+        self.work = Some(self.take_back(held));
+    }
+
+    fn take_back(&self, held: Option<Rc<Held>>) -> super::Work {
+        let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
+        let (id, paused_in) = (self.sandbox.id, self.paused_in.clone());
+        Box::pin(async move {
+            let mut safe = true;
+            if let Some(held) = held {
+                safe = pool.end(&held).await;
+            }
+            loop {
+                let (workshop, paused_in) = (workshop.clone(), paused_in.clone());
+                let taken = rt::blocking(move || workshop.take_back(&id, paused_in.as_deref()));
+                match taken.await {
+                    // It must be done, whatever else waits.
+                    Err(BlockingError::Full) => time::sleep(BLOCKING_RETRY).await,
+                    Err(error) => {
+                        tracing::error!(%id, %error, "cannot take back a sandbox");
+                        safe = false;
+                        break;
+                    }
+                    Ok(Err(error)) => {
+                        let error = chain(&error);
+                        tracing::error!(%id, error, "files of a sandbox stay until the next start");
+                        safe = false;
+                        break;
+                    }
+                    Ok(Ok(())) => break,
+                }
+            }
+            Done::TakenBack { safe }
+        })
+    }
+
+    fn bury(&mut self) {
+        let cause = match &*self.sandbox.state.borrow() {
+            State::Gone(cause) => cause.clone(),
+            other => Cause::Failed(format!("buried while {other:?}")),
+        };
+        tracing::info!(id = %self.sandbox.id, ?cause, safe = self.safe, "sandbox is gone");
+        self.shard.forget(&self.sandbox);
+        if let Some(request) = self.request.take() {
+            request.fail(ShardError::NoSuchSandbox(self.sandbox.id));
+        }
+        for request in self.sandbox.queue.take_requests() {
+            request.fail(ShardError::NoSuchSandbox(self.sandbox.id));
+        }
+        if let Some(maker) = self.sandbox.maker.borrow_mut().take() {
+            // Who made it may be gone; there is nothing left to take back then.
+            if maker.send(Err(self.error(cause))).is_err() {
+                tracing::debug!(id = %self.sandbox.id, "nobody waits for this failure");
+            }
+        }
+        let mourners = std::mem::take(&mut *self.sandbox.mourners.borrow_mut());
+        for mourner in mourners {
+            if mourner.send(()).is_err() {
+                tracing::trace!(id = %self.sandbox.id, "nobody waits for this end");
+            }
+        }
+    }
+
+    /// Why there is no sandbox, for who asked for one.
+    pub(super) fn error(&self, cause: Cause) -> ShardError {
+        let template = || self.sandbox.identity.request.template.clone();
+        let console_tail = self.console_tail.clone();
+        let mut reason = match cause {
+            Cause::Killed => return ShardError::KilledDuringCreate(self.sandbox.id),
+            Cause::Draining => return ShardError::ShuttingDown,
+            Cause::Busy => return ShardError::Busy,
+            Cause::NoSuchTemplate => return ShardError::NoSuchTemplate(template()),
+            Cause::NotWarm => return ShardError::TemplateNotWarm(template()),
+            Cause::NoSpace => return ShardError::NoSpace,
+            Cause::TimedOut(step) => {
+                let deadline = self.shard.workshop.config.boot_deadline;
+                return ShardError::BootTimedOut { step, deadline, console_tail };
+            }
+            Cause::Expired => "its time was over".to_owned(),
+            Cause::Failed(why) | Cause::Ended(why) => why,
+        };
+        if !self.complaint.is_empty() {
+            reason = format!("{reason}; the VM process wrote: {}", self.complaint);
+        }
+        ShardError::BootFailed { reason, console_tail }
+    }
+}
+
+fn place(held: &Held, frames: u32) -> Option<Place<'_>> {
+    Place::new(&held.process, held.layout, frames)
+}
+
+/// A memfd takes what is written to it, whole, unless memory is out.
+fn write_exchange(held: &Held, bytes: &[u8], at: u64) -> Result<(), String> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let wrote = rustix::io::pwrite(&held.exchange, &bytes[done..], at + done as u64);
+        match wrote.map_err(|errno| format!("the exchange: {errno}"))? {
+            0 => return Err("the exchange takes no more".to_owned()),
+            more => done += more,
+        }
+    }
+    Ok(())
+}
+
+/// Connections of the time before a restore are reset first; one that is made meanwhile may be, too.
+async fn tell_agent(held: &Held, request: &ControlRequest) -> Result<String, String> {
+    let mut last = String::new();
+    for _ in 0..AGENT_TRIES {
+        match link::tell_agent(&held.control, request).await {
+            Err(error) if error.is_broken() => last = error.to_string(),
+            other => return other.map_err(|error| error.to_string()),
+        }
+        time::sleep(AGENT_RETRY).await;
+    }
+    Err(last)
+}

@@ -1,0 +1,351 @@
+//! What a driver writes down for the next daemon and for snapshots, and what it tells clients.
+//!
+//! Called by the driver. Refuses to answer before what is told is written.
+
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mica_numa::rt;
+use mica_numa::rt::time::Instant;
+use mica_storage::{LayerInfo, ReadyWhen, SnapshotKind, SnapshotManifest};
+use mica_units::{Mebibytes, TemplateName, VcpuCount};
+use mica_wire::vm::{self, Command};
+
+use super::super::memory::Memory;
+use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
+use super::super::state::Event;
+use super::super::{Request, chain, from_now};
+use super::Driver;
+use crate::host::snapshot_info;
+use crate::shell::Held;
+use crate::{Lifecycle, OnTimeout, SandboxInfo, ShardError};
+
+/// What does not change in the life of a sandbox: from the snapshot it was made of, or its record.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub(super) template_id: String,
+    pub(super) template_name: TemplateName,
+    pub(super) vcpus: VcpuCount,
+    pub(super) memory: Mebibytes,
+    pub(super) disk_bytes: u64,
+    pub(super) envd_version: String,
+    pub(super) has_agent: bool,
+}
+
+impl Shape {
+    /// As a snapshot says.
+    pub(super) fn of(manifest: &SnapshotManifest) -> Self {
+        Self {
+            template_id: manifest.template_id.clone(),
+            template_name: manifest.template_name.clone(),
+            vcpus: manifest.vcpus,
+            memory: manifest.memory,
+            disk_bytes: manifest.disk_bytes,
+            envd_version: manifest.envd_version.clone(),
+            has_agent: manifest.ready == ReadyWhen::Agent,
+        }
+    }
+
+    fn recorded(record: &Record) -> Option<Self> {
+        Some(Self {
+            template_id: record.template_id.clone(),
+            template_name: record.template_name.parse().ok()?,
+            vcpus: VcpuCount::new(record.vcpus).ok()?,
+            memory: Mebibytes::new(record.memory_mib),
+            disk_bytes: record.disk_bytes,
+            envd_version: record.envd_version.clone(),
+            has_agent: record.has_agent,
+        })
+    }
+
+    pub(super) fn disk(&self) -> Mebibytes {
+        Mebibytes::covering_bytes(self.disk_bytes).unwrap_or(Mebibytes::new(u32::MAX))
+    }
+}
+
+/// A manifest but for what the capture finds out.
+#[derive(Debug)]
+pub(super) struct Draft {
+    manifest: SnapshotManifest,
+}
+
+impl Draft {
+    /// With its id, the new layer, if there is one, and the state.
+    pub(super) fn finish(
+        self,
+        id: String,
+        layer: Option<LayerInfo>,
+        state: Vec<u8>,
+    ) -> SnapshotManifest {
+        let mut manifest = self.manifest;
+        manifest.id = id;
+        manifest.layers.extend(layer);
+        manifest.state = state;
+        manifest
+    }
+}
+
+/// Makes the record of a paused sandbox of the snapshot's id.
+pub(super) type PausedRecord = Box<dyn FnOnce(&str) -> Option<Vec<u8>> + Send>;
+
+fn unix_ms(at: SystemTime) -> u64 {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Driver {
+    pub(super) fn manifest_draft(&self, pausing: bool) -> Option<Draft> {
+        let shape = self.shape.clone()?;
+        let name = match &self.request {
+            Some(Request::Snapshot(name, _)) => name.clone(),
+            _ => None,
+        };
+        let manifest = SnapshotManifest {
+            // The staging draws it.
+            id: String::new(),
+            kind: if pausing { SnapshotKind::Pause } else { SnapshotKind::Snapshot },
+            name,
+            template_id: shape.template_id,
+            template_name: shape.template_name,
+            parent: self.image.as_ref().map(|image| image.manifest.id.clone()),
+            sandbox: Some(self.sandbox.id),
+            created_unix_ms: unix_ms(SystemTime::now()),
+            vcpus: shape.vcpus,
+            memory: shape.memory,
+            envd_version: shape.envd_version,
+            ready: if shape.has_agent { ReadyWhen::Agent } else { ReadyWhen::Console },
+            layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
+            disk_bytes: shape.disk_bytes,
+            state: Vec::new(),
+            record: Vec::new(),
+        };
+        Some(Draft { manifest })
+    }
+
+    fn record(&self, state: RecordedState) -> Result<Record, RecordError> {
+        let shape = self.shape.as_ref().ok_or(RecordError::Contents)?;
+        let identity = &self.sandbox.identity;
+        let request = &identity.request;
+        let now = SystemTime::now();
+        let times = self.sandbox.info.borrow().as_ref().map(|info| (info.started_at, info.end_at));
+        let (started_at, end_at) = times.or(self.born).unwrap_or((now, now));
+        Ok(Record {
+            state,
+            process: self.held().as_deref().map(recorded),
+            template: request.template.clone(),
+            template_id: shape.template_id.clone(),
+            template_name: shape.template_name.as_str().to_owned(),
+            envd_version: shape.envd_version.clone(),
+            has_agent: shape.has_agent,
+            vcpus: u32::from(shape.vcpus.get()),
+            memory_mib: shape.memory.count(),
+            disk_bytes: shape.disk_bytes,
+            started_unix_ms: unix_ms(started_at),
+            end_unix_ms: unix_ms(end_at),
+            timeout_ms: u64::try_from(request.timeout.as_millis()).unwrap_or(u64::MAX),
+            pause_at_end: request.on_timeout == OnTimeout::Pause,
+            secure: request.secure,
+            access_token: identity.access_token.clone(),
+            machine_id: identity.machine_id.clone(),
+            metadata: request.metadata.clone(),
+            env_vars: request.env_vars.clone(),
+            layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
+        })
+    }
+
+    /// The record of it as it runs.
+    pub(super) fn record_bytes(&self) -> Result<Vec<u8>, RecordError> {
+        self.record(RecordedState::Running)?.encode()
+    }
+
+    pub(super) fn rolling_back_record(&self, snapshot: &str) -> Result<Vec<u8>, RecordError> {
+        self.record(RecordedState::RollingBack { snapshot: snapshot.to_owned() })?.encode()
+    }
+
+    pub(super) fn paused_record(&self) -> Option<PausedRecord> {
+        let mut record = self.record(RecordedState::Running).ok()?;
+        Some(Box::new(move |snapshot| {
+            record.state = RecordedState::Paused { snapshot: snapshot.to_owned() };
+            record.encode().ok()
+        }))
+    }
+
+    /// Shows what a record says.
+    pub(super) fn show_record(&mut self, record: &Record) {
+        let at = |unix_ms: u64| UNIX_EPOCH + Duration::from_millis(unix_ms);
+        let end_at = at(record.end_unix_ms);
+        let left = end_at.duration_since(SystemTime::now()).unwrap_or_default();
+        self.sandbox.deadline.set(from_now(left).0);
+        let state = match record.state {
+            RecordedState::Running => Lifecycle::Running,
+            RecordedState::Paused { .. } | RecordedState::RollingBack { .. } => Lifecycle::Paused,
+        };
+        let Some(shape) = Shape::recorded(record) else {
+            tracing::error!(id = %self.sandbox.id, "a record is out of its bounds");
+            self.caused.push_back(Event::Kill);
+            return;
+        };
+        *self.sandbox.info.borrow_mut() = Some(SandboxInfo {
+            started_at: at(record.started_unix_ms),
+            end_at,
+            state,
+            ..self.info_of(&shape)
+        });
+        self.shape = Some(shape);
+    }
+
+    /// What clients see of a sandbox that starts now.
+    pub(super) fn info_of(&self, shape: &Shape) -> SandboxInfo {
+        let now = SystemTime::now();
+        SandboxInfo {
+            id: self.sandbox.id,
+            template_id: shape.template_id.clone(),
+            template_name: shape.template_name.clone(),
+            started_at: now,
+            end_at: now,
+            state: Lifecycle::Running,
+            vcpus: shape.vcpus,
+            memory: shape.memory,
+            disk: shape.disk(),
+            envd_version: shape.envd_version.clone(),
+            metadata: self.sandbox.identity.request.metadata.clone(),
+            access_token: self.sandbox.identity.access_token.clone(),
+        }
+    }
+
+    /// Takes over a process that runs, and asks it how far it is.
+    pub(super) async fn adopt(&mut self, held: Rc<Held>, memory: Memory) {
+        self.memory = memory;
+        let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
+        match rt::blocking(move || store.open_sandbox_disk(&id)).await {
+            Ok(Ok(disk)) => self.disk = disk.map(std::sync::Arc::new),
+            Ok(Err(error)) => {
+                tracing::error!(%id, error = chain(&error), "the disk of a sandbox is not there");
+                self.caused.push_back(Event::VmLost("its disk cannot be opened"));
+            }
+            Err(error) => {
+                tracing::error!(%id, %error, "a sandbox cannot be taken over");
+                self.caused.push_back(Event::VmLost("it could not be taken over"));
+            }
+        }
+        self.hold(held);
+        self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
+    }
+
+    /// Writes the record again where it matters: the end of its time was moved.
+    pub(super) async fn keep_record(&mut self) {
+        let running = matches!(
+            *self.sandbox.state.borrow(),
+            super::State::Running | super::State::Snapshotting(_)
+        );
+        if running {
+            self.write_record().await;
+        }
+    }
+
+    async fn write_record(&mut self) {
+        let Ok(record) = self.record_bytes() else { return };
+        let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
+        let written = rt::blocking(move || store.write_record(&id, &record, false)).await;
+        if !matches!(written, Ok(Ok(()))) {
+            tracing::warn!(%id, ?written, "a record was not written; a new daemon sees the old one");
+        }
+    }
+
+    /// Leaves everything for the next daemon.
+    pub(super) async fn leave(&mut self) {
+        if self.sandbox.info().is_some_and(|info| info.state == Lifecycle::Running) {
+            self.write_record().await;
+        }
+        self.events = None;
+        self.capture = None;
+        *self.sandbox.held.borrow_mut() = None;
+    }
+
+    pub(super) fn show_resumed(&mut self) {
+        self.sandbox.show(Lifecycle::Running);
+        self.sandbox.paused_at.set(None);
+        // Its memory lies on the layers of that snapshot by links of its own.
+        if let Some(snapshot) = self.paused_in.take() {
+            let workshop = self.shard.workshop.clone();
+            rt::spawn(async move {
+                let name = snapshot.clone();
+                let deleted = rt::blocking(move || workshop.delete_pause(&snapshot)).await;
+                if !matches!(deleted, Ok(Ok(()))) {
+                    tracing::warn!(snapshot = name, ?deleted, "a pause leaves its snapshot behind");
+                }
+            })
+            .detach();
+        }
+        let Some(Request::Resume(life, _, sender)) = self.request.take() else { return };
+        self.sandbox.set_life(life);
+        let info = self.sandbox.info().map(Box::new);
+        let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
+        if sender.send(info.map(|info| (info, true))).is_err() {
+            tracing::debug!(id = %self.sandbox.id, "nobody waits for a resume");
+        }
+    }
+
+    /// Tells whoever asked that it is done.
+    pub(super) fn answer(&mut self) {
+        let made = self.made.take();
+        if matches!(&made, Some(made) if made.kind == SnapshotKind::Pause) {
+            self.paused_in = made.as_ref().map(|made| made.id.clone());
+        }
+        let heard = match (self.request.take(), made) {
+            (Some(Request::Snapshot(_, sender)), Some(made)) => {
+                sender.send(Ok(Box::new(snapshot_info(&made)))).is_ok()
+            }
+            (Some(Request::Pause(sender) | Request::Rollback(_, sender)), _) => {
+                sender.send(Ok(())).is_ok()
+            }
+            // Its time was over, and nobody asked.
+            (None, _) => true,
+            (Some(other), _) => {
+                tracing::error!(id = %self.sandbox.id, ?other, "an operation came to another's end");
+                other.fail(ShardError::Busy);
+                true
+            }
+        };
+        if !heard {
+            tracing::debug!(id = %self.sandbox.id, "nobody waits for the end of an operation");
+        }
+    }
+
+    /// Tells whoever asked why it did not happen.
+    pub(super) fn answer_failure(&mut self) {
+        self.capture = None;
+        self.back = None;
+        let failure = self.failure.take();
+        let Some(request) = self.request.take() else {
+            // A pause that nobody asked for: it runs on, and is tried again when its time is over.
+            tracing::warn!(id = %self.sandbox.id, ?failure, "could not be paused at its end");
+            self.sandbox.deadline.set(Instant::now() + PAUSE_RETRY);
+            return;
+        };
+        let failure = failure.unwrap_or_else(|| ShardError::OperationFailed {
+            operation: request.name(),
+            sandbox: self.sandbox.id,
+            reason: "the VM process was lost".to_owned(),
+        });
+        request.fail(failure);
+    }
+}
+
+/// After so long a pause that failed is tried again.
+const PAUSE_RETRY: Duration = Duration::from_secs(30);
+
+fn recorded(held: &Held) -> RecordedProcess {
+    let vm::Shell { memory_address, spare_fd, exchange_fd, console_fd, userfault_fd } = held.layout;
+    RecordedProcess {
+        name: held.name.to_string(),
+        uid: held.uid,
+        pid: u32::try_from(held.process.pid().as_raw_nonzero().get()).unwrap_or(0),
+        start_ticks: held.process.start_ticks(),
+        memory_address,
+        spare_fd,
+        exchange_fd,
+        console_fd,
+        userfault_fd,
+    }
+}

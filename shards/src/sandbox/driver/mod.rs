@@ -1,0 +1,298 @@
+//! The one task that lives a sandbox: feeds its state machine and performs the effects.
+//!
+//! Called by `shard`, once for each sandbox; detached, so that no client can cancel it. Refuses to
+//! decide: what follows from what is in `state`.
+
+mod effects;
+mod keep;
+mod work;
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::future::pending;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use futures_lite::FutureExt;
+use mica_numa::rt::time::{self, Instant};
+use mica_wire::vm;
+
+use super::capture::{Capture, CaptureError};
+use super::image::Opened;
+use super::link::Events;
+use super::memory::Memory;
+use super::record::{Record, RecordedState};
+use super::rollback::Back;
+use super::state::{Event, Process, Refusal, State, Terms};
+use super::{Request, Sandbox, asks};
+use crate::shard::Shard;
+use crate::shell::Held;
+use crate::{OnTimeout, ShardError};
+use work::{Done, Work};
+
+/// How a driver begins.
+#[derive(Debug)]
+pub(crate) enum Start {
+    /// A create.
+    Create,
+    /// It runs in a process that the daemon before this one started.
+    Adopt(Box<Record>, Rc<Held>, Memory),
+    /// It ran, and its process cannot be had.
+    Lost(Box<Record>),
+    /// It is paused, maybe with its process.
+    Paused(Box<Record>, Option<(Rc<Held>, Memory)>),
+}
+
+/// Lives one sandbox.
+struct Driver {
+    shard: Rc<Shard>,
+    sandbox: Rc<Sandbox>,
+    /// The one piece of work at hand. The machine never asks for a second before the first ended, but
+    /// for an end, which drops it: every one of them may be dropped at any await.
+    work: Option<Work>,
+    events: Option<Events>,
+    /// Events that effects caused; seen before all others.
+    caused: VecDeque<Event>,
+    /// When the step at hand has taken too long.
+    step_deadline: Instant,
+    shape: Option<keep::Shape>,
+    /// When it came up, and when its time is over: as its record has them.
+    born: Option<(SystemTime, SystemTime)>,
+    image: Option<Arc<Opened>>,
+    disk: Option<Arc<File>>,
+    memory: Memory,
+    /// The operation at hand, and who waits for it.
+    request: Option<Request>,
+    /// Why it failed, until it is answered.
+    failure: Option<ShardError>,
+    capture: Option<Begun>,
+    /// Length of the state in the exchange, after a freeze.
+    state_bytes: u64,
+    back: Option<Back>,
+    /// The snapshot that the operation made.
+    made: Option<mica_storage::SnapshotManifest>,
+    /// The snapshot it is paused in.
+    paused_in: Option<String>,
+    envd_version: Option<String>,
+    console_tail: String,
+    complaint: String,
+    safe: bool,
+}
+
+/// A capture, and where it is.
+enum Begun {
+    /// Its directory is being made, while the guest is being stopped.
+    Beginning(mica_numa::rt::Task<Result<Capture, CaptureError>>),
+    /// It is at hand.
+    Here(Box<Capture>),
+}
+
+/// Lives `sandbox` to its end, or until the daemon leaves it.
+pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) {
+    let mut driver = Driver::new(shard, sandbox);
+    driver.begin(start).await;
+    loop {
+        let Some((event, request)) = driver.next().await else {
+            driver.keep_record().await;
+            continue;
+        };
+        let terms = driver.terms();
+        let before = driver.sandbox.state.borrow().clone();
+        let effects = driver.sandbox.state.borrow_mut().advance(terms, event);
+        if *driver.sandbox.state.borrow() != before {
+            driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
+            driver.sandbox.tell_watchers();
+        }
+        driver.take_request(request, &effects);
+        for effect in effects {
+            driver.perform(effect).await;
+        }
+        if matches!(*driver.sandbox.state.borrow(), State::Gone(_)) {
+            return;
+        }
+    }
+}
+
+/// What the next wait ended with.
+enum Heard {
+    Event(Event),
+    Request(Request),
+    Done(Done),
+    Nudge,
+}
+
+impl Driver {
+    fn new(shard: Rc<Shard>, sandbox: Rc<Sandbox>) -> Self {
+        let step_deadline = Instant::now() + shard.workshop.config.boot_deadline;
+        Self {
+            shard,
+            sandbox,
+            work: None,
+            events: None,
+            caused: VecDeque::new(),
+            step_deadline,
+            shape: None,
+            born: None,
+            image: None,
+            disk: None,
+            memory: Memory::default(),
+            request: None,
+            failure: None,
+            capture: None,
+            state_bytes: 0,
+            back: None,
+            made: None,
+            paused_in: None,
+            envd_version: None,
+            console_tail: String::new(),
+            complaint: String::new(),
+            safe: true,
+        }
+    }
+
+    async fn begin(&mut self, start: Start) {
+        match start {
+            Start::Create => self.prepare(),
+            Start::Adopt(record, held, memory) => {
+                self.show_record(&record);
+                self.adopt(held, memory).await;
+            }
+            Start::Lost(record) => {
+                self.show_record(&record);
+                self.caused.push_back(Event::VmLost("its process could not be taken over"));
+            }
+            Start::Paused(record, process) => {
+                self.show_record(&record);
+                self.paused_in = match &record.state {
+                    RecordedState::Paused { snapshot }
+                    | RecordedState::RollingBack { snapshot } => Some(snapshot.clone()),
+                    RecordedState::Running => None,
+                };
+                let at = if process.is_some() { Process::Frozen } else { Process::None };
+                *self.sandbox.state.borrow_mut() = State::Paused(at);
+                self.sandbox.paused_at.set(Some(Instant::now()));
+                if let Some((held, memory)) = process {
+                    self.hold(held);
+                    self.memory = memory;
+                }
+            }
+        }
+    }
+
+    fn terms(&self) -> Terms {
+        Terms {
+            pause_at_end: self.sandbox.identity.request.on_timeout == OnTimeout::Pause,
+            outlives_daemon: self.shard.workshop.config.keep_sandboxes,
+        }
+    }
+
+    /// The process, while there is one.
+    fn held(&self) -> Option<Rc<Held>> {
+        self.sandbox.held.borrow().clone()
+    }
+
+    /// The next thing that happens, with the request that it is; `None` when only the deadline or
+    /// what others see has changed.
+    async fn next(&mut self) -> Option<(Event, Option<Request>)> {
+        if let Some(event) = self.caused.pop_front() {
+            return Some((event, None));
+        }
+        let heard = self.hear().await;
+        match heard {
+            Heard::Event(event) => {
+                if let Event::Vm(vm::Event::Frozen { state_bytes, tracked }) = event {
+                    self.state_bytes = state_bytes;
+                    self.memory.tracked = tracked;
+                }
+                Some((event, None))
+            }
+            Heard::Request(request) => Some((Event::Ask(request.kind()), Some(request))),
+            Heard::Done(done) => {
+                self.work = None;
+                Some((self.take(done), None))
+            }
+            Heard::Nudge => None,
+        }
+    }
+
+    async fn hear(&mut self) -> Heard {
+        let deadline = self.deadline();
+        let told = async {
+            match self.sandbox.queue.next().await {
+                super::queue::Told::Event(event) => Heard::Event(event),
+                super::queue::Told::Request(request) => Heard::Request(request),
+                super::queue::Told::Nudge => Heard::Nudge,
+            }
+        };
+        let done = async {
+            match &mut self.work {
+                Some(work) => Heard::Done(work.await),
+                None => pending().await,
+            }
+        };
+        let said = async {
+            match &mut self.events {
+                Some(events) => {
+                    Heard::Event(events.next().await.map_or_else(Event::VmLost, Event::Vm))
+                }
+                None => pending().await,
+            }
+        };
+        let over = async {
+            match deadline {
+                Some(deadline) => time::sleep_until(deadline).await,
+                None => pending().await,
+            }
+            Heard::Event(Event::TimeOver)
+        };
+        told.or(done).or(said).or(over).await
+    }
+
+    /// When the state at hand is over: a life for one that runs, none for one that waits or ends.
+    fn deadline(&self) -> Option<Instant> {
+        match &*self.sandbox.state.borrow() {
+            State::Running => Some(self.sandbox.deadline.get()),
+            State::Paused(Process::Frozen | Process::None | Process::Ending)
+            | State::Cancelling(_)
+            | State::Stopping(_)
+            | State::Gone(_) => None,
+            _ => Some(self.step_deadline),
+        }
+    }
+
+    /// Keeps a request whose operation begins; answers one that is refused.
+    fn take_request(&mut self, request: Option<Request>, effects: &[super::state::Effect]) {
+        let Some(request) = request else { return };
+        let refusal = effects.iter().find_map(|effect| match effect {
+            super::state::Effect::Refuse(refusal) => Some(*refusal),
+            _ => None,
+        });
+        match (refusal, request) {
+            (None, request) => self.request = Some(request),
+            (
+                Some(Refusal::AlreadyRunning),
+                Request::Resume(life, crate::event::IfRunning::Extend, sender),
+            ) => {
+                let info = self.sandbox.extend_life(life).map(Box::new);
+                let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
+                if sender.send(info.map(|info| (info, false))).is_err() {
+                    tracing::debug!(id = %self.sandbox.id, "nobody waits for a connect");
+                }
+            }
+            (Some(refusal), request) => request.fail(asks::error_of(refusal, self.sandbox.id)),
+        }
+    }
+
+    /// Takes hold of a process.
+    fn hold(&mut self, held: Rc<Held>) {
+        match Events::new(&held.control) {
+            Ok(events) => self.events = Some(events),
+            Err(error) => {
+                tracing::warn!(id = %self.sandbox.id, %error, "cannot listen to a VM process");
+                self.caused.push_back(Event::VmLost("its socket cannot be read"));
+            }
+        }
+        *self.sandbox.held.borrow_mut() = Some(held);
+    }
+}

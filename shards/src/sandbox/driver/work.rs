@@ -1,0 +1,175 @@
+//! Pieces of work that a driver waits for, and what becomes of their results.
+//!
+//! Called by the driver. Each is a future that may be dropped at any await: what it had made by then
+//! is taken back by what owns it. Refuses to touch the sandbox: a piece of work owns what it needs.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mica_numa::rt::{self, BlockingError};
+use mica_storage::SnapshotManifest;
+
+use super::super::capture::{Capture, CaptureError, Copied};
+use super::super::memory::Memory;
+use super::super::prepare::Found;
+use super::super::rollback::{Back, BackError};
+use super::super::state::{Cause, Event};
+use super::super::{Request, chain};
+use super::keep::Shape;
+use super::{Begun, Driver};
+use crate::ShardError;
+use crate::shell::Shell;
+
+/// What a piece of work came to.
+pub(super) enum Done {
+    /// A snapshot was found, a disk made, a shell taken.
+    Prepared(Result<(Found, Shell), Cause>),
+    /// The agent has answered: its envd version; and the record is written.
+    Initialised(Result<Option<String>, String>),
+    /// Memory and disk.
+    Copied(Memory, Result<Copied, CaptureError>),
+    /// The most of the memory.
+    Precopied(Memory, Result<Capture, CaptureError>),
+    /// It exists, and what its layers are.
+    Committed(Result<Box<(SnapshotManifest, Vec<mica_storage::Layer>)>, ShardError>),
+    /// What a rollback has to do.
+    Replaced(Memory, Result<Back, BackError>),
+    /// The process of a paused sandbox is gone.
+    ProcessEnded,
+    /// Everything is.
+    TakenBack {
+        /// Whether nothing can run or lie about any more.
+        safe: bool,
+    },
+}
+
+pub(super) type Work = Pin<Box<dyn Future<Output = Done>>>;
+
+/// Runs blocking work whose error says why a sandbox does not come up.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Cause> + Send + 'static,
+) -> Result<T, Cause> {
+    rt::blocking(work).await.unwrap_or_else(|error| {
+        Err(match error {
+            BlockingError::Full => Cause::Busy,
+            other => Cause::Failed(other.to_string()),
+        })
+    })
+}
+
+impl Driver {
+    /// Keeps what a piece of work gave.
+    pub(super) fn take(&mut self, done: Done) -> Event {
+        match done {
+            Done::Prepared(Ok((found, shell))) => self.take_prepared(found, shell),
+            Done::Prepared(Err(cause)) => {
+                self.failure = Some(self.error(cause.clone()));
+                Event::PrepareFailed(cause)
+            }
+            Done::Initialised(Ok(envd_version)) => {
+                self.envd_version = envd_version;
+                Event::InitDone
+            }
+            Done::Initialised(Err(why)) => Event::InitFailed(why),
+            Done::Copied(memory, copied) => {
+                self.memory = memory;
+                self.take_copied(copied)
+            }
+            Done::Precopied(memory, copied) => {
+                self.memory = memory;
+                match copied {
+                    Ok(capture) => {
+                        self.capture = Some(Begun::Here(Box::new(capture)));
+                        Event::Precopied
+                    }
+                    Err(error) => self.copy_failed(&error),
+                }
+            }
+            Done::Committed(Ok(made)) => {
+                let (manifest, layers) = *made;
+                self.memory.committed(layers);
+                self.made = Some(manifest);
+                Event::Committed
+            }
+            Done::Committed(Err(error)) => {
+                self.memory.gave_up();
+                self.failure = Some(error);
+                Event::CommitFailed
+            }
+            Done::Replaced(memory, back) => {
+                self.memory = memory;
+                self.take_replaced(back)
+            }
+            Done::ProcessEnded => Event::ProcessEnded,
+            Done::TakenBack { safe } => {
+                self.safe = safe;
+                Event::CleanedUp
+            }
+        }
+    }
+
+    fn take_prepared(&mut self, found: Found, shell: Shell) -> Event {
+        self.image = Some(Arc::clone(&found.image));
+        self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
+        self.disk = found.disk;
+        self.memory = Memory {
+            layers: found.image.layers.clone(),
+            mapped: Some(found.image.pieces.clone()),
+            mapped_layers: found.image.layers.clone(),
+            ..Memory::default()
+        };
+        // Its events were read from its making on, and go on being.
+        self.events = Some(shell.events);
+        *self.sandbox.held.borrow_mut() = Some(Rc::clone(&shell.held));
+        Event::Prepared
+    }
+
+    fn take_copied(&mut self, copied: Result<Copied, CaptureError>) -> Event {
+        match copied {
+            Ok(Copied::All(capture)) => {
+                self.capture = Some(Begun::Here(Box::new(capture)));
+                Event::Copied
+            }
+            Ok(Copied::TooMuch(capture)) => {
+                self.capture = Some(Begun::Here(Box::new(capture)));
+                Event::TooMuch
+            }
+            Err(error) => self.copy_failed(&error),
+        }
+    }
+
+    fn copy_failed(&mut self, error: &CaptureError) -> Event {
+        self.memory.gave_up();
+        let name = self.request.as_ref().map_or("a pause", Request::name);
+        self.failure = Some(capture_error(error, name, self.sandbox.id));
+        Event::CopyFailed
+    }
+
+    fn take_replaced(&mut self, back: Result<Back, BackError>) -> Event {
+        match back {
+            Ok(back) => {
+                self.back = Some(back);
+                Event::Copied
+            }
+            Err(error) => {
+                self.failure = Some(error.for_client(self.sandbox.id));
+                Event::CopyFailed
+            }
+        }
+    }
+}
+
+/// A failed capture, for who asked for it.
+pub(super) fn capture_error(
+    error: &CaptureError,
+    operation: &'static str,
+    sandbox: mica_units::SandboxId,
+) -> ShardError {
+    match error {
+        CaptureError::Storage(mica_storage::StorageError::NoSpace { .. }) => ShardError::NoSpace,
+        CaptureError::Blocking(BlockingError::Full) => ShardError::Busy,
+        error => ShardError::OperationFailed { operation, sandbox, reason: chain(error) },
+    }
+}

@@ -1,0 +1,145 @@
+//! Snapshots as shards restore from them: opened once, with the plan worked out.
+//!
+//! Called when a sandbox is prepared and when one is rolled back. Kept by each shard for as many
+//! names as [`IMAGES_MAX`]; what is open stays usable when the snapshot is deleted. Refuses to
+//! decide what a name stands for without asking the store: a template may have been replaced.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use mica_storage::{Layer, OpenSnapshot, Piece, RunTable, SnapshotManifest, merge};
+use mica_units::{FrameRun, frames_of};
+use mica_wire::vm::plan::{self, Entry, PlanError, Source};
+
+use crate::shell::Size;
+
+/// Names whose snapshots one shard keeps open.
+const IMAGES_MAX: usize = 64;
+
+/// Above so many mappings, small runs are copied instead: each mapping costs the kernel a structure
+/// and every fault a longer search, and a process may have 65,530.
+const MAPPINGS_MAX: usize = 4096;
+
+/// Runs below this many pages count as small.
+const SMALL_RUN_PAGES: u32 = 16;
+
+/// A snapshot, open.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) manifest: SnapshotManifest,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) disk: Option<Arc<File>>,
+    /// What its memory consists of.
+    pub(crate) pieces: Vec<Piece>,
+    /// The plan for a shell.
+    pub(crate) plan: Vec<u8>,
+}
+
+impl Opened {
+    /// Works the plan of a snapshot out.
+    pub(crate) fn new(opened: OpenSnapshot) -> Result<Self, PlanError> {
+        let OpenSnapshot { snapshot, layers, disk } = opened;
+        let manifest = snapshot.manifest().clone();
+        let pieces = pieces_of(&layers, frames_of(manifest.memory));
+        let entries = lay_out(&pieces, frames_of(manifest.memory));
+        let plan = plan::encode(&entries)?;
+        Ok(Self { manifest, layers, disk, pieces, plan })
+    }
+
+    /// The shell it needs.
+    pub(crate) fn size(&self) -> Size {
+        let SnapshotManifest { vcpus, memory, .. } = self.manifest;
+        Size { vcpus, memory, disk: self.disk.is_some() }
+    }
+
+    /// The layers, as they go beside a restore.
+    pub(crate) fn layer_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.layers.iter().map(|layer| layer.file().as_fd()).collect()
+    }
+}
+
+/// What memory on these layers consists of.
+pub(crate) fn pieces_of(layers: &[Layer], frames: u32) -> Vec<Piece> {
+    let tables: Vec<&RunTable> = layers.iter().map(|layer| &**layer.table()).collect();
+    merge(&tables, frames)
+}
+
+/// A plan for a shell: the base as one mapping where it is one, and what lies over it.
+fn lay_out(pieces: &[Piece], frames: u32) -> Vec<Entry> {
+    let is_base = |piece: &&Piece| piece.layer == 0 && piece.page == piece.run.first();
+    let flat_base = pieces.iter().any(|piece| is_base(&piece));
+    let mut entries = Vec::new();
+    if let Some(run) = FrameRun::new(0, frames).filter(|_| flat_base) {
+        entries.push(Entry { run, source: Source::Map { layer: 0, page: 0 } });
+    }
+    let over = pieces.iter().filter(|piece| !(flat_base && is_base(piece)));
+    let many = pieces.len() > MAPPINGS_MAX;
+    entries.extend(over.filter_map(|piece| {
+        let layer = u8::try_from(piece.layer).ok()?;
+        let small = many && piece.run.count() < SMALL_RUN_PAGES;
+        let page = piece.page;
+        let source = if small { Source::Copy { layer, page } } else { Source::Map { layer, page } };
+        Some(Entry { run: piece.run, source })
+    }));
+    entries
+}
+
+/// The images of one shard by what clients asked for, the last used ones at the end.
+#[derive(Debug, Default)]
+pub(crate) struct Images(RefCell<Vec<(String, Arc<Opened>)>>);
+
+impl Images {
+    /// What was last found for this name or id. The store has to say whether it still is.
+    pub(crate) fn get(&self, asked: &str) -> Option<Arc<Opened>> {
+        let mut images = self.0.borrow_mut();
+        let at = images.iter().position(|(name, _)| name == asked)?;
+        let entry = images.remove(at);
+        let image = Arc::clone(&entry.1);
+        images.push(entry);
+        Some(image)
+    }
+
+    /// Keeps what was found.
+    pub(crate) fn keep(&self, asked: &str, image: &Arc<Opened>) {
+        let mut images = self.0.borrow_mut();
+        images.retain(|(name, _)| name != asked);
+        if images.len() >= IMAGES_MAX {
+            images.remove(0);
+        }
+        images.push((asked.to_owned(), Arc::clone(image)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(first: u32, count: u32, layer: usize, page: u32) -> Piece {
+        Piece { run: FrameRun::new(first, count).unwrap(), layer, page }
+    }
+
+    #[test]
+    fn a_flat_base_is_one_mapping_and_the_rest_lies_on_it() {
+        let pieces = [piece(0, 10, 0, 0), piece(10, 2, 1, 0), piece(12, 88, 0, 12)];
+        let entries = lay_out(&pieces, 100);
+        let map = |layer, page| Source::Map { layer, page };
+        assert_eq!(entries.len(), 2);
+        assert_eq!(entries[0], Entry { run: FrameRun::new(0, 100).unwrap(), source: map(0, 0) });
+        assert_eq!(entries[1], Entry { run: FrameRun::new(10, 2).unwrap(), source: map(1, 0) });
+    }
+
+    #[test]
+    fn where_there_are_too_many_runs_small_ones_are_copied() {
+        let frames = 4 * 5000;
+        let mut pieces: Vec<Piece> = (0..5000).map(|n| piece(4 * n, 1, 1, n)).collect();
+        pieces.push(piece(frames, 20, 1, 5000));
+        let entries = lay_out(&pieces, frames + 20);
+        let copies =
+            entries.iter().filter(|entry| matches!(entry.source, Source::Copy { .. })).count();
+        assert_eq!(copies, 5000);
+        let last = entries.last().unwrap();
+        assert_eq!(last.source, Source::Map { layer: 1, page: 5000 });
+    }
+}

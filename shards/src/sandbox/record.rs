@@ -1,0 +1,191 @@
+//! What the next daemon has to know of a sandbox: the record in its directory of the store.
+//!
+//! Written by the driver at every change that matters, read at start by `recovery`. Refuses bytes that
+//! are not a record: magic, version, length and checksum, then rkyv's bytecheck.
+//!
+//! ```text
+//!  0      4         8        12       16
+//!  ┌──────┬─────────┬────────┬────────┬──────────────┐
+//!  │ MSBX │ version │ length │ crc32c │ rkyv archive │   integers little endian; crc of the archive
+//!  └──────┴─────────┴────────┴────────┴──────────────┘
+//! ```
+
+use std::collections::BTreeMap;
+
+use mica_storage::LayerInfo;
+use rkyv::util::AlignedVec;
+use rkyv::{Archive, Deserialize, Serialize, rancor};
+
+const MAGIC: [u8; 4] = *b"MSBX";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 16;
+
+/// Longest record: environment and labels are bounded by the body of a create.
+const RECORD_BYTES_MAX: usize = 4 << 20;
+
+/// The process of a sandbox.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RecordedProcess {
+    /// Names its cgroup.
+    pub(crate) name: String,
+    /// Its uid.
+    pub(crate) uid: u32,
+    /// Its number.
+    pub(crate) pid: u32,
+    /// When it was started, as the kernel counts: a number that is used again shows by it.
+    pub(crate) start_ticks: u64,
+    /// [`mica_wire::vm::Shell::memory_address`] and so on.
+    pub(crate) memory_address: u64,
+    pub(crate) spare_fd: i32,
+    pub(crate) exchange_fd: i32,
+    pub(crate) console_fd: i32,
+    pub(crate) userfault_fd: Option<i32>,
+}
+
+/// Where the sandbox is, as far as it matters after a restart.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum RecordedState {
+    /// It runs; without its process it is lost.
+    Running,
+    /// It is in this snapshot, and maybe also frozen in its process.
+    Paused { snapshot: String },
+    /// It is being put back to this snapshot: its disk may be there already, so it has to go there.
+    RollingBack { snapshot: String },
+}
+
+/// One sandbox.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub(crate) state: RecordedState,
+    pub(crate) process: Option<RecordedProcess>,
+    pub(crate) template: String,
+    pub(crate) template_id: String,
+    pub(crate) template_name: String,
+    pub(crate) envd_version: String,
+    /// Whether an agent has to answer before it counts as up.
+    pub(crate) has_agent: bool,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+    pub(crate) disk_bytes: u64,
+    pub(crate) started_unix_ms: u64,
+    pub(crate) end_unix_ms: u64,
+    /// The life it was created with.
+    pub(crate) timeout_ms: u64,
+    pub(crate) pause_at_end: bool,
+    pub(crate) secure: bool,
+    pub(crate) access_token: Option<String>,
+    pub(crate) machine_id: String,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) env_vars: BTreeMap<String, String>,
+    /// The layers its memory lies on, base first; linked in its directory.
+    pub(crate) layers: Vec<LayerInfo>,
+}
+
+/// Why bytes are not a record.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RecordError {
+    /// Cut, too long, or another file.
+    #[error("it is no record of version {VERSION}, or cut")]
+    Header,
+    /// Changed after it was written.
+    #[error("its checksum does not match")]
+    Checksum,
+    /// Not the archive of a record.
+    #[error("its contents are not valid")]
+    Contents,
+}
+
+impl Record {
+    /// The bytes to keep.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, RecordError> {
+        let archive = rkyv::to_bytes::<rancor::Error>(self).map_err(|_| RecordError::Contents)?;
+        let length = u32::try_from(archive.len()).map_err(|_| RecordError::Header)?;
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + archive.len());
+        bytes.extend_from_slice(&MAGIC);
+        for word in [VERSION, length, crc32c::crc32c(&archive)] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        bytes.extend_from_slice(&archive);
+        if bytes.len() > RECORD_BYTES_MAX { Err(RecordError::Header) } else { Ok(bytes) }
+    }
+
+    /// Reads [`Record::encode`] back.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        let (header, archive) =
+            bytes.split_first_chunk::<HEADER_BYTES>().ok_or(RecordError::Header)?;
+        let word = |at: usize| {
+            let word = [header[at], header[at + 1], header[at + 2], header[at + 3]];
+            u32::from_le_bytes(word)
+        };
+        let length = usize::try_from(word(8)).unwrap_or(usize::MAX);
+        let in_form = header[..4] == MAGIC && word(4) == VERSION && length == archive.len();
+        if !in_form || bytes.len() > RECORD_BYTES_MAX {
+            return Err(RecordError::Header);
+        }
+        if crc32c::crc32c(archive) != word(12) {
+            return Err(RecordError::Checksum);
+        }
+        let mut aligned = AlignedVec::<16>::with_capacity(archive.len());
+        aligned.extend_from_slice(archive);
+        rkyv::from_bytes::<Self, rancor::Error>(&aligned).map_err(|_| RecordError::Contents)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record {
+            state: RecordedState::Paused { snapshot: "0123456789abcdefghij".to_owned() },
+            process: Some(RecordedProcess {
+                name: "i0123456789abcdefghij".to_owned(),
+                uid: 100_001,
+                pid: 4242,
+                start_ticks: 77,
+                memory_address: 0x7f00_0000_0000,
+                spare_fd: 3,
+                exchange_fd: 4,
+                console_fd: 5,
+                userfault_fd: None,
+            }),
+            template: "base".to_owned(),
+            template_id: "0123456789abcdefghij".to_owned(),
+            template_name: "base".to_owned(),
+            envd_version: "0.5.7".to_owned(),
+            has_agent: true,
+            vcpus: 2,
+            memory_mib: 512,
+            disk_bytes: 100 << 20,
+            started_unix_ms: 1,
+            end_unix_ms: 2,
+            timeout_ms: 3,
+            pause_at_end: false,
+            secure: true,
+            access_token: Some("secret".to_owned()),
+            machine_id: "00".repeat(16),
+            metadata: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+            env_vars: BTreeMap::new(),
+            layers: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn records_round_trip() {
+        let bytes = record().encode().unwrap();
+        assert_eq!(Record::decode(&bytes), Ok(record()));
+    }
+
+    #[test]
+    fn a_cut_or_changed_record_is_refused_and_never_a_panic() {
+        let bytes = record().encode().unwrap();
+        for length in 0..bytes.len() {
+            assert!(Record::decode(&bytes[..length]).is_err(), "{length} bytes");
+        }
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 0x40;
+            assert!(Record::decode(&changed).is_err(), "byte {at}");
+        }
+    }
+}

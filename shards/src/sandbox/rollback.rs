@@ -1,0 +1,134 @@
+//! Works out what a rollback has to put back, and puts the disk back.
+//!
+//! Called by the driver while the guest is frozen; the VM process does the memory. Refuses a snapshot
+//! that is not of this sandbox. Up to the record nothing is changed; after it, the sandbox is on its
+//! way to the snapshot whatever happens to the daemon.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use mica_numa::process::ProcessError;
+use mica_numa::rt;
+use mica_storage::{SnapshotKind, StorageError};
+use mica_units::SandboxId;
+use mica_wire::vm::plan::{self, Entry, PlanError};
+
+use super::chain;
+use super::image::Opened;
+use super::memory::{Memory, Place, difference, plan_back, union};
+use super::prepare::Workshop;
+use super::state::Cause;
+use crate::ShardError;
+
+/// What the VM process is to be told.
+#[derive(Debug)]
+pub(crate) struct Back {
+    /// Where the sandbox goes.
+    pub(crate) image: Arc<Opened>,
+    /// What differs.
+    pub(crate) entries: Vec<Entry>,
+    /// The same as bytes.
+    pub(crate) plan: Vec<u8>,
+}
+
+/// Why a rollback does not happen. The sandbox is as it was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BackError {
+    /// No such snapshot.
+    #[error("snapshot {0:?} does not exist")]
+    Missing(String),
+    /// Of another sandbox.
+    #[error("snapshot {0:?} is of another sandbox")]
+    Foreign(String),
+    /// The store.
+    #[error("the store failed")]
+    Storage(#[from] StorageError),
+    /// Its memory.
+    #[error("its memory could not be looked at")]
+    Process(#[from] ProcessError),
+    /// It differs in too many places.
+    #[error("too much differs")]
+    Plan(#[from] PlanError),
+    /// A blocking thread.
+    #[error("a blocking thread did not do its part")]
+    Blocking(#[from] rt::BlockingError),
+    /// Something else.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl BackError {
+    /// For who asked.
+    pub(crate) fn for_client(self, sandbox: SandboxId) -> ShardError {
+        match self {
+            Self::Missing(snapshot) => ShardError::NoSuchSnapshot(snapshot),
+            Self::Foreign(snapshot) => ShardError::ForeignSnapshot { snapshot, sandbox },
+            Self::Storage(StorageError::NoSpace { .. }) => ShardError::NoSpace,
+            Self::Blocking(rt::BlockingError::Full) => ShardError::Busy,
+            error => ShardError::OperationFailed {
+                operation: "a rollback",
+                sandbox,
+                reason: chain(&error),
+            },
+        }
+    }
+}
+
+/// What a rollback works on.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) workshop: Workshop,
+    pub(crate) id: SandboxId,
+    pub(crate) snapshot: String,
+    /// The record that says where the sandbox is going.
+    pub(crate) record: Vec<u8>,
+    pub(crate) disk: Option<Arc<File>>,
+}
+
+/// Works the plan out, records where the sandbox goes, and puts its disk back.
+pub(crate) async fn replace(
+    job: Job,
+    place: Place<'_>,
+    memory: &mut Memory,
+) -> Result<Back, BackError> {
+    let Job { workshop, id, snapshot, record, disk } = job;
+    let finder = workshop.clone();
+    let image = rt::blocking(move || find(&finder, &id, &snapshot)).await??;
+    // Only looked at: what is found stays written, should this come to nothing.
+    let changed = memory.changed(place, false).await?;
+    let shown = memory.shown_from_below(place, &image.pieces, &image.layers).await?;
+    let differing = union(&changed, &difference(&memory.layers, &image.layers));
+    let differing = union(&differing, &shown);
+    let entries = plan_back(memory, &image.pieces, &image.layers, &differing);
+    let plan = plan::encode(&entries)?;
+    let from = image.disk.clone();
+    let layers = image.layers.clone();
+    let put_back = move || {
+        let store = &workshop.store;
+        store.link_lineage(&id, &layers)?;
+        store.write_record(&id, &record, false)?;
+        match (&from, &disk) {
+            (Some(from), Some(disk)) => store.reclone_disk(from, disk),
+            _ => Ok(()),
+        }
+    };
+    rt::blocking(put_back).await??;
+    Ok(Back { image, entries, plan })
+}
+
+fn find(workshop: &Workshop, id: &SandboxId, snapshot: &str) -> Result<Arc<Opened>, BackError> {
+    let missing = || BackError::Missing(snapshot.to_owned());
+    let found = workshop.store.find_snapshot(snapshot)?.ok_or_else(missing)?;
+    let manifest = found.manifest();
+    if manifest.kind != SnapshotKind::Snapshot || manifest.id != snapshot {
+        return Err(missing());
+    }
+    if manifest.sandbox != Some(*id) {
+        return Err(BackError::Foreign(snapshot.to_owned()));
+    }
+    match workshop.find(snapshot, None) {
+        Ok(image) => Ok(image),
+        Err(Cause::NoSuchTemplate | Cause::NotWarm) => Err(missing()),
+        Err(cause) => Err(BackError::Other(format!("{cause:?}"))),
+    }
+}

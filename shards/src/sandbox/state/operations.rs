@@ -1,0 +1,90 @@
+//! The steps of the operations that stop the guest: snapshot, pause, rollback.
+//!
+//! Called by the state machine. A capture is the same for a snapshot and a pause, but for who goes on
+//! when:
+//!
+//! ```text
+//!            Frozen            Copied                Thawed (snapshot)
+//!  Freezing ────────▶ Copying ────────▶ Committing ────────────────▶ Finishing
+//!     ▲                  │ TooMuch                                      │ Committed
+//!     │ Precopied        ▼                                              ▼
+//!     └───────────── Precopying                                      Running
+//! ```
+//! Refuses what is not its turn, by handing it to the common end.
+
+use mica_wire::vm;
+
+use super::{Effect, Event, Process, State, Step, Stepped, fall, stay};
+
+pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
+    let at = State::Snapshotting;
+    match (step, event) {
+        (Step::Copying, Event::Copied) => {
+            (at(Step::Committing), vec![Effect::Thaw, Effect::Commit])
+        }
+        (Step::Committing, Event::Vm(vm::Event::Thawed)) => stay(at(Step::Finishing)),
+        (Step::Committing, Event::Committed) => (at(Step::Thawing), vec![Effect::Answer]),
+        (Step::Committing, Event::CommitFailed) => (at(Step::Thawing), vec![Effect::AnswerFailure]),
+        (Step::Finishing, Event::Committed) => (State::Running, vec![Effect::Answer]),
+        (Step::Finishing, Event::CommitFailed) => (State::Running, vec![Effect::AnswerFailure]),
+        (step, event) => capturing(at, step, event),
+    }
+}
+
+pub(super) fn pausing(step: Step, event: Event) -> Stepped {
+    let at = State::Pausing;
+    match (step, event) {
+        (Step::Copying, Event::Copied) => (at(Step::Committing), vec![Effect::Commit]),
+        (Step::Committing, Event::Committed) => {
+            (State::Paused(Process::Frozen), vec![Effect::ShowPaused, Effect::Answer])
+        }
+        (Step::Committing, Event::CommitFailed) => give_up(at),
+        (step, event) => capturing(at, step, event),
+    }
+}
+
+fn capturing(at: fn(Step) -> State, step: Step, event: Event) -> Stepped {
+    match (step, event) {
+        (Step::Freezing, Event::Vm(vm::Event::Frozen { .. })) => {
+            (at(Step::Copying), vec![Effect::Copy])
+        }
+        (Step::Copying, Event::CopyFailed) => give_up(at),
+        (Step::Copying, Event::TooMuch) => (at(Step::Precopying), vec![Effect::Thaw]),
+        // Only now: the command after a thaw may not be sent before its answer.
+        (Step::Precopying, Event::Vm(vm::Event::Thawed)) => {
+            (at(Step::Precopying), vec![Effect::Precopy])
+        }
+        (Step::Precopying, Event::Precopied) => (at(Step::Freezing), vec![Effect::Freeze]),
+        (Step::Precopying, Event::CopyFailed) => (State::Running, vec![Effect::AnswerFailure]),
+        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
+        (step, event) => talking(at(step), event),
+    }
+}
+
+pub(super) fn rolling_back(step: Step, event: Event) -> Stepped {
+    let at = State::RollingBack;
+    match (step, event) {
+        (Step::Freezing, Event::Vm(vm::Event::Frozen { .. })) => {
+            (at(Step::Copying), vec![Effect::Replace])
+        }
+        (Step::Copying, Event::Copied) => {
+            (State::Restoring(super::Birth::Rollback), vec![Effect::SendRestore])
+        }
+        (Step::Copying, Event::CopyFailed) => give_up(at),
+        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
+        (step, event) => talking(at(step), event),
+    }
+}
+
+/// The operation failed, and the guest goes on as it was.
+fn give_up(at: fn(Step) -> State) -> Stepped {
+    (at(Step::Thawing), vec![Effect::AnswerFailure, Effect::Thaw])
+}
+
+/// What may come at any time while the guest still runs, or did a moment ago.
+fn talking(state: State, event: Event) -> Stepped {
+    match event {
+        Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell) => stay(state),
+        event => fall(state, event),
+    }
+}

@@ -1,0 +1,135 @@
+//! Stopping a VM so that everything of it can be told, and letting it go on.
+//!
+//! Called by `control`. The order of a freeze:
+//!
+//! 1. The device thread is asked to park and the vCPUs are kicked out, all at once. Parking ends what is
+//!    in flight; a vCPU that is out has no exit half done.
+//! 2. When both are done nothing changes any more. The vCPUs save themselves on their threads; meanwhile
+//!    the interrupt chips, the clock, the serial port and the devices are saved here.
+//! 3. The state goes into the exchange.
+//!
+//! Refuses to take longer than its parts may: see [`PATIENCE`] and the device loop.
+
+use std::time::{Duration, Instant};
+
+use mica_wire::vm::Ending;
+
+use crate::build::{Shell, causes};
+use crate::kvm::{KvmError, Tsc};
+use crate::state::{StateError, VmState};
+use crate::vcpus::{PATIENCE, ThreadError};
+use crate::virtio::GateError;
+
+/// A freeze longer than this is one the guest should not notice: its clocks are set back. KVM takes a
+/// smaller step of a time stamp counter for an attempt to synchronise it, and ignores it.
+const GAP_MAX: Duration = Duration::from_secs(1);
+
+/// Why a VM was not frozen, or does not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// The guest ended.
+    #[error("the guest ended while it was being frozen")]
+    Ended(Ending),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpus(#[from] ThreadError),
+    /// The devices.
+    #[error(transparent)]
+    Devices(#[from] GateError),
+    /// The device thread could not be woken.
+    #[error("waking the device thread failed")]
+    Wake(#[from] std::io::Error),
+    /// The machine.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The state does not fit where it belongs.
+    #[error("the state cannot be handed over: {0}")]
+    HandOver(String),
+    /// The kernel does not track writes.
+    #[error("tracking of writes failed")]
+    Track(#[source] rustix::io::Errno),
+}
+
+impl FreezeError {
+    /// What it means for the VM.
+    #[must_use]
+    pub fn ending(self) -> Ending {
+        match self {
+            Self::Ended(ending) => ending,
+            error => Ending::Internal(causes(&error)),
+        }
+    }
+}
+
+impl From<StateError> for FreezeError {
+    fn from(error: StateError) -> Self {
+        Self::HandOver(error.to_string())
+    }
+}
+
+/// A frozen VM, and where its clocks stopped.
+#[derive(Debug)]
+pub struct Frozen {
+    since: Instant,
+    clock_ns: u64,
+    tscs: Vec<Tsc>,
+}
+
+/// What a freeze left in the exchange.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved {
+    /// Length of the state.
+    pub state_bytes: u64,
+    /// Whether writes from now on can be told.
+    pub tracked: bool,
+}
+
+/// Freezes a running VM.
+///
+/// # Errors
+/// See [`FreezeError`]. The VM must end then.
+pub fn freeze(shell: &mut Shell, track: bool) -> Result<(Frozen, Saved), FreezeError> {
+    shell.gate.park()?;
+    shell.vcpus.leave()?;
+    shell.vcpus.done()?;
+    let parked = shell.gate.wait_parked(PATIENCE);
+    // A device that failed, or a vCPU that met its end, has left word.
+    if let Some(ending) = shell.notices.ending() {
+        return Err(FreezeError::Ended(ending));
+    }
+    parked?;
+    let since = Instant::now();
+    shell.vcpus.save()?;
+    let state = VmState {
+        memory_mib: shell.memory_mib,
+        cpuid: shell.held.cpuid(),
+        machine: shell.held.save()?,
+        serial: shell.bus.console().save(),
+        devices: shell.bus.devices().iter().map(|device| device.save()).collect(),
+        vcpus: shell.vcpus.saved()?,
+    };
+    let bytes = state.encode()?;
+    shell.exchange.write(&bytes).map_err(|error| FreezeError::HandOver(error.to_string()))?;
+    let tracked = match &mut shell.userfault {
+        Some(userfault) if track => userfault.track(&shell.memory).map_err(FreezeError::Track)?,
+        _ => false,
+    };
+    let tscs = state.vcpus.iter().map(Tsc::of).collect();
+    let frozen = Frozen { since, clock_ns: state.machine.clock_ns, tscs };
+    Ok((frozen, Saved { state_bytes: bytes.len() as u64, tracked }))
+}
+
+/// Lets a frozen VM go on.
+///
+/// # Errors
+/// See [`FreezeError`]. The VM must end then.
+pub fn thaw(shell: &Shell, frozen: &Frozen) -> Result<(), FreezeError> {
+    let long = frozen.since.elapsed() > GAP_MAX;
+    shell.vcpus.thaw(long.then_some(&frozen.tscs))?;
+    shell.vcpus.done()?;
+    if long {
+        shell.held.restore_clock(frozen.clock_ns)?;
+    }
+    shell.gate.open()?;
+    Ok(shell.vcpus.run()?)
+}
