@@ -49,6 +49,8 @@ pub(crate) enum Operation {
     Resume(SandboxId, Duration, IfRunning),
     /// Say what a sandbox was asked for with.
     RequestOf(SandboxId),
+    /// Let the files of a deleted snapshot go.
+    Forget(String),
     /// Say how many sandboxes it made from each template.
     Spawns,
     /// Say what it has, and what its pool did.
@@ -75,7 +77,7 @@ pub(crate) enum Reply {
     Resumed(Result<(Box<SandboxInfo>, bool), ShardError>),
     /// To `Snapshot`.
     Snapshot(Result<Box<SnapshotInfo>, ShardError>),
-    /// To `Kill`, `SetTimeout`, `Rollback` and `Pause`.
+    /// To `Kill`, `SetTimeout`, `Rollback`, `Pause` and `Forget`.
     Done(Result<(), ShardError>),
     /// To `Connect`: our end, nothing said on it yet.
     Stream(Result<OwnedFd, ConnectError>),

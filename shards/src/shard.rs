@@ -103,6 +103,10 @@ impl Shard {
                 Reply::Resumed(self.resume(id, life, if_running).await)
             }
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
+            Operation::Forget(id) => {
+                self.images.forget(&id);
+                Reply::Done(Ok(()))
+            }
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
             Operation::Counts => Reply::Counts(self.counts()),
         }

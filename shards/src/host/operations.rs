@@ -172,15 +172,19 @@ impl Host {
     /// # Errors
     /// See [`ShardError`].
     pub async fn delete_snapshot(&self, id: &str) -> Result<bool, ShardError> {
-        let (store, id) = (self.0.shard.workshop.store.clone(), id.to_owned());
-        let delete = move || match store.find_snapshot(&id)? {
+        let (store, asked) = (self.0.shard.workshop.store.clone(), id.to_owned());
+        let delete = move || match store.find_snapshot(&asked)? {
             Some(snapshot) if snapshot.manifest().kind == SnapshotKind::Snapshot => {
                 store.delete_snapshot(&snapshot.manifest().id)
             }
             _ => Ok(false),
         };
         let deleted = rt::blocking(delete).await.map_err(|_| ShardError::Busy)?;
-        deleted.map_err(storage("deleting a snapshot"))
+        let deleted = deleted.map_err(storage("deleting a snapshot"))?;
+        if deleted && let Err(error) = self.ask_all(|| Operation::Forget(id.to_owned())).await {
+            tracing::warn!(id, %error, "a deleted snapshot takes room until its shards let it go");
+        }
+        Ok(deleted)
     }
 
     /// Numbers of the whole host.
