@@ -1,7 +1,7 @@
 //! What callers may do with a sandbox beyond making, showing and ending it; snapshots and templates.
 //!
-//! Called by `http` through [`Host`]. Routes to the owner like the rest. Refuses to leave half of a
-//! clone: all sandboxes of one come up, or none stays.
+//! Called by `http` through [`Host`]. Routes to the owner like the rest. Refuses to delete what is no
+//! snapshot of a client's.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,10 +13,7 @@ use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Reply, Spawned};
-use crate::{CreateRequest, HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
-
-/// Most sandboxes of one clone or fork.
-pub const CLONES_MAX: usize = 1000;
+use crate::{HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
 
 impl Host {
     /// Makes a snapshot of a running sandbox, which goes on. Durable when this returns.
@@ -80,71 +77,6 @@ impl Host {
             Reply::Resumed(result) => result.map(|(info, was_paused)| (*info, was_paused)),
             other => Err(out_of_form(&other)),
         }
-    }
-
-    /// Makes `count` sandboxes that start where this one is now, and which goes on: all or none.
-    /// `timeout` is theirs; otherwise they live as long as this one was made for.
-    ///
-    /// # Errors
-    /// See [`ShardError`]. No sandbox of it is left then.
-    pub async fn clone_sandbox(
-        &self,
-        id: SandboxId,
-        count: usize,
-        timeout: Option<Duration>,
-    ) -> Result<Vec<SandboxInfo>, ShardError> {
-        let (made, mut failures) = split(self.fork(id, count, timeout).await?);
-        let Some(failure) = failures.pop() else { return Ok(made) };
-        for clone in made {
-            match self.kill(clone.id).await {
-                Ok(()) | Err(ShardError::NoSuchSandbox(_)) => {}
-                Err(error) => tracing::warn!(id = %clone.id, %error, "a clone is left behind"),
-            }
-        }
-        Err(failure)
-    }
-
-    /// The same, but each of them may fail for itself.
-    ///
-    /// # Errors
-    /// When none could be tried: see [`ShardError`].
-    pub async fn fork(
-        &self,
-        id: SandboxId,
-        count: usize,
-        timeout: Option<Duration>,
-    ) -> Result<Vec<Result<SandboxInfo, ShardError>>, ShardError> {
-        let mut request = match self.ask(self.owner(id), Operation::RequestOf(id)).await? {
-            Reply::Request(result) => *result?,
-            other => return Err(out_of_form(&other)),
-        };
-        let snapshot = self.snapshot(id, None).await?.id;
-        request.template.clone_from(&snapshot);
-        request.timeout = timeout.unwrap_or(request.timeout);
-        let made = self.create_all(count.min(CLONES_MAX), &request).await;
-        // The clones hold the layers by links of their own.
-        if let Err(error) = self.delete_snapshot(&snapshot).await {
-            tracing::warn!(snapshot, %error, "the snapshot of a clone is left behind");
-        }
-        Ok(made)
-    }
-
-    /// Starts all at once; each shard takes what it is given.
-    async fn create_all(
-        &self,
-        count: usize,
-        request: &CreateRequest,
-    ) -> Vec<Result<SandboxInfo, ShardError>> {
-        let start = |_| {
-            let (host, request) = (self.clone(), request.clone());
-            rt::spawn(async move { host.create(request).await })
-        };
-        let started: Vec<_> = (0..count).map(start).collect();
-        let mut made = Vec::with_capacity(count);
-        for task in started {
-            made.push(task.join().await.unwrap_or(Err(ShardError::ShuttingDown)));
-        }
-        made
     }
 
     /// Every snapshot that clients made, of one sandbox or of all; newest first.
@@ -222,17 +154,6 @@ impl Host {
         }
         Ok(templates.iter().map(|template| template_info(template, &spawns)).collect())
     }
-}
-
-fn split(results: Vec<Result<SandboxInfo, ShardError>>) -> (Vec<SandboxInfo>, Vec<ShardError>) {
-    let (mut made, mut failures) = (Vec::new(), Vec::new());
-    for result in results {
-        match result {
-            Ok(info) => made.push(info),
-            Err(error) => failures.push(error),
-        }
-    }
-    (made, failures)
 }
 
 fn storage(operation: &'static str) -> impl Fn(StorageError) -> ShardError {
