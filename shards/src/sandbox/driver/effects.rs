@@ -18,7 +18,7 @@ use super::super::link;
 use super::super::memory::Place;
 use super::super::rollback;
 use super::super::state::{Birth, Cause, Effect, Event, State};
-use super::super::{Request, chain, from_now};
+use super::super::{LIFE_MAX, Request, chain, from_now};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver};
 use crate::shard::random;
@@ -158,6 +158,10 @@ impl Driver {
         let new_sandbox =
             matches!(*self.sandbox.state.borrow(), State::Initialising(Birth::Create));
         let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        if new_sandbox {
+            let now = SystemTime::now();
+            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+        }
         let record = self.record_bytes();
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let request = ControlRequest::Init(self.init_request(new_sandbox));
@@ -199,9 +203,11 @@ impl Driver {
         if let Some(version) = self.envd_version.take() {
             shape.envd_version = version;
         }
-        let (deadline, end_at) = from_now(self.sandbox.identity.request.timeout);
-        let info = SandboxInfo { end_at, ..self.info_of(&shape) };
-        self.sandbox.deadline.set(deadline);
+        let mut info = self.info_of(&shape);
+        if let Some((started_at, end_at)) = self.born {
+            (info.started_at, info.end_at) = (started_at, end_at);
+        }
+        self.sandbox.deadline.set(from_now(self.sandbox.identity.request.timeout).0);
         *self.sandbox.info.borrow_mut() = Some(info.clone());
         self.shard.count_spawn(&shape.template_id, info.started_at);
         self.shape = Some(shape);

@@ -14,7 +14,7 @@ use mica_wire::vm::{self, Command};
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
 use super::super::state::Event;
-use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::super::{Request, chain, from_now};
 use super::Driver;
 use crate::host::snapshot_info;
 use crate::shell::Held;
@@ -128,8 +128,7 @@ impl Driver {
         let request = &identity.request;
         let now = SystemTime::now();
         let times = self.sandbox.info.borrow().as_ref().map(|info| (info.started_at, info.end_at));
-        let (started_at, end_at) =
-            times.unwrap_or_else(|| (now, now + request.timeout.min(LIFE_MAX)));
+        let (started_at, end_at) = times.or(self.born).unwrap_or((now, now));
         Ok(Record {
             state,
             process: self.held().as_deref().map(recorded),

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::future::pending;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_lite::FutureExt;
 use mica_numa::rt::time::{self, Instant};
@@ -56,6 +57,8 @@ struct Driver {
     /// When the step at hand has taken too long.
     step_deadline: Instant,
     shape: Option<keep::Shape>,
+    /// When it came up, and when its time is over: as its record has them.
+    born: Option<(SystemTime, SystemTime)>,
     image: Option<Arc<Opened>>,
     disk: Option<Arc<File>>,
     memory: Memory,
@@ -130,6 +133,7 @@ impl Driver {
             caused: VecDeque::new(),
             step_deadline,
             shape: None,
+            born: None,
             image: None,
             disk: None,
             memory: Memory::default(),
