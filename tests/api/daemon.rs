@@ -165,11 +165,6 @@ impl Daemon {
         ask().unwrap_or(false)
     }
 
-    /// Where it keeps everything.
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
     pub fn key(&self) -> &str {
         &self.key
     }
