@@ -117,10 +117,8 @@ impl Shard {
         if self.draining.get() {
             return Err(ShardError::ShuttingDown);
         }
-        let sandboxes_max = self.workshop.config.sandboxes_max;
-        let share = sandboxes_max.div_ceil(u32::from(self.shards.get()));
-        if self.live() >= share {
-            return Err(ShardError::AtCapacity { sandboxes_max });
+        if self.live() >= self.share() {
+            return Err(self.at_capacity());
         }
         let access_token = request.secure.then(|| draw_hex::<TOKEN_BYTES>()).transpose()?;
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
@@ -198,10 +196,8 @@ impl Shard {
         if_running: IfRunning,
     ) -> Result<(Box<SandboxInfo>, bool), ShardError> {
         let sandbox = self.find(id)?;
-        let sandboxes_max = self.workshop.config.sandboxes_max;
-        let share = sandboxes_max.div_ceil(u32::from(self.shards.get()));
-        if !sandbox.is_live() && self.live() >= share {
-            return Err(ShardError::AtCapacity { sandboxes_max });
+        if !sandbox.is_live() && self.live() >= self.share() {
+            return Err(self.at_capacity());
         }
         self.ask(id, |sender| Request::Resume(life, if_running, sender)).await
     }
@@ -251,6 +247,17 @@ impl Shard {
     pub(crate) fn forget(&self, sandbox: &Sandbox) {
         self.sandboxes.borrow_mut().remove(&sandbox.id);
         self.show_load();
+    }
+
+    /// Sandboxes that may have a process here: all shards' shares together are what the host may run.
+    fn share(&self) -> u32 {
+        let (total, shards) = (self.workshop.config.sandboxes_max, u32::from(self.shards.get()));
+        let one_more = u32::from(self.id.index()) < total % shards;
+        total / shards + u32::from(one_more)
+    }
+
+    fn at_capacity(&self) -> ShardError {
+        ShardError::AtCapacity { sandboxes_max: self.workshop.config.sandboxes_max }
     }
 
     /// Sandboxes that have a process.

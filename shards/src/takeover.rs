@@ -89,7 +89,7 @@ async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<H
 
 fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {
     let pid = i32::try_from(recorded.pid).ok().and_then(Pid::from_raw);
-    let process = VmProcess::open(pid.ok_or(TakeoverError::Record)?, None)?;
+    let process = VmProcess::open(pid.ok_or(TakeoverError::Record)?, &mut None)?;
     let descriptor = |number| -> Result<OwnedFd, TakeoverError> { Ok(process.descriptor(number)?) };
     let (control, exchange, console) = (
         descriptor(recorded.spare_fd)?,
