@@ -11,7 +11,7 @@ use mica_numa::mailbox::Post;
 use mica_units::{SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
-use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
+use crate::{ConnectError, CreateRequest, OnTimeout, SandboxInfo, ShardError, SnapshotInfo};
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
 pub(crate) const REQUESTS_MAX: usize = 1024;
@@ -45,8 +45,8 @@ pub(crate) enum Operation {
     Rollback(SandboxId, String),
     /// Pause it.
     Pause(SandboxId),
-    /// Let a paused one go on, for at least this long; whether one that runs is an error.
-    Resume(SandboxId, Duration, IfRunning),
+    /// Let a paused one go on.
+    Resume(SandboxId, Wake),
     /// Say what a sandbox was asked for with.
     RequestOf(SandboxId),
     /// Let the files of a deleted snapshot go.
@@ -55,6 +55,17 @@ pub(crate) enum Operation {
     Spawns,
     /// Say what it has, and what its pool did.
     Counts,
+}
+
+/// How a paused sandbox is to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wake {
+    /// For at least so long.
+    pub(crate) life: Duration,
+    /// What happens when its time is over; `None`: what was wished for before.
+    pub(crate) on_timeout: Option<OnTimeout>,
+    /// What if it runs.
+    pub(crate) if_running: IfRunning,
 }
 
 /// What a resume makes of a sandbox that runs.

@@ -12,8 +12,8 @@ use mica_storage::{SnapshotKind, SnapshotManifest, StorageError, Template};
 use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
-use crate::event::{IfRunning, Operation, Reply, Spawned};
-use crate::{HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
+use crate::event::{IfRunning, Operation, Reply, Spawned, Wake};
+use crate::{HostCounters, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
 
 impl Host {
     /// Makes a snapshot of a running sandbox, which goes on. Durable when this returns.
@@ -47,12 +47,19 @@ impl Host {
         self.ask_done(id, Operation::Pause(id)).await
     }
 
-    /// Lets a paused sandbox go on, for `life` from now.
+    /// Lets a paused sandbox go on, for `life` from now. `on_timeout` replaces what was wished for
+    /// the end of its time.
     ///
     /// # Errors
     /// [`ShardError::AlreadyRunning`] for one that runs; see [`ShardError`].
-    pub async fn resume(&self, id: SandboxId, life: Duration) -> Result<SandboxInfo, ShardError> {
-        Ok(self.ask_resume(id, life, IfRunning::Refuse).await?.0)
+    pub async fn resume(
+        &self,
+        id: SandboxId,
+        life: Duration,
+        on_timeout: Option<OnTimeout>,
+    ) -> Result<SandboxInfo, ShardError> {
+        let wake = Wake { life, on_timeout, if_running: IfRunning::Refuse };
+        Ok(self.wake(id, wake).await?.0)
     }
 
     /// Makes sure that a sandbox runs, for at least `life` from now. Whether it was paused.
@@ -64,16 +71,11 @@ impl Host {
         id: SandboxId,
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
-        self.ask_resume(id, life, IfRunning::Extend).await
+        self.wake(id, Wake { life, on_timeout: None, if_running: IfRunning::Extend }).await
     }
 
-    async fn ask_resume(
-        &self,
-        id: SandboxId,
-        life: Duration,
-        if_running: IfRunning,
-    ) -> Result<(SandboxInfo, bool), ShardError> {
-        match self.ask(self.owner(id), Operation::Resume(id, life, if_running)).await? {
+    async fn wake(&self, id: SandboxId, wake: Wake) -> Result<(SandboxInfo, bool), ShardError> {
+        match self.ask(self.owner(id), Operation::Resume(id, wake)).await? {
             Reply::Resumed(result) => result.map(|(info, was_paused)| (*info, was_paused)),
             other => Err(out_of_form(&other)),
         }
