@@ -31,6 +31,7 @@ mod flatten;
 mod id;
 mod layer;
 mod manifest;
+mod pool;
 mod sandbox;
 #[cfg(test)]
 mod simulation;
@@ -53,6 +54,10 @@ pub use layer::{
 };
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,
+};
+pub use pool::{
+    COW_EXTENT_BYTES, POOL_BYTES_MIN, Pool, PoolCreated, PoolError, PoolInfo, Reflink, pools,
+    reflink_support,
 };
 pub use snapshot::{
     OpenSnapshot, RECORD_BYTES_MAX, STATE_BYTES_MAX, Snapshot, SnapshotKind, SnapshotManifest,
