@@ -16,7 +16,7 @@ use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
 
-use crate::event::{Counts, IfRunning, Operation, Reply, Spawned};
+use crate::event::{Counts, Operation, Reply, Spawned, Wake};
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
@@ -137,10 +137,12 @@ impl Shard {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
             }
             Operation::Pause(id) => Reply::Done(self.ask(id, Request::Pause).await),
-            Operation::Resume(id, life, if_running) => {
-                Reply::Resumed(self.resume(id, life, if_running).await)
-            }
+            Operation::Resume(id, wake) => Reply::Resumed(self.resume(id, wake).await),
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
+            Operation::Forget(id) => {
+                self.images.forget(&id);
+                Reply::Done(Ok(()))
+            }
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
             Operation::Counts => Reply::Counts(self.counts()),
             Operation::Replica(snapshot, layer) => {
@@ -229,14 +231,13 @@ impl Shard {
     async fn resume(
         &self,
         id: SandboxId,
-        life: Duration,
-        if_running: IfRunning,
+        wake: Wake,
     ) -> Result<(Box<SandboxInfo>, bool), ShardError> {
         let sandbox = self.find(id)?;
         if !sandbox.is_live() && self.live() >= self.share() {
             return Err(self.at_capacity());
         }
-        self.ask(id, |sender| Request::Resume(life, if_running, sender)).await
+        self.ask(id, |sender| Request::Resume(wake, sender)).await
     }
 
     fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {

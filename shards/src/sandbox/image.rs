@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
-use mica_storage::{Layer, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotManifest, merge};
+use mica_storage::{
+    Layer, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotKind, SnapshotManifest, merge,
+};
 use mica_units::{FrameRun, frames_of};
 use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
@@ -133,14 +135,22 @@ impl Images {
         Some(image)
     }
 
-    /// Keeps what was found.
+    /// Keeps what was found. What a paused sandbox waits in is started from once.
     pub(crate) fn keep(&self, asked: &str, image: &Arc<Opened>) {
+        if image.manifest.kind == SnapshotKind::Pause {
+            return;
+        }
         let mut images = self.0.borrow_mut();
         images.retain(|(name, _)| name != asked);
         if images.len() >= IMAGES_MAX {
             images.remove(0);
         }
         images.push((asked.to_owned(), Arc::clone(image)));
+    }
+
+    /// Lets a deleted snapshot go: its files take room on the disk as long as they are open.
+    pub(crate) fn forget(&self, id: &str) {
+        self.0.borrow_mut().retain(|(_, image)| image.manifest.id != id);
     }
 }
 

@@ -26,7 +26,7 @@ use mica_numa::rt::time::Instant;
 use mica_units::SandboxId;
 
 use crate::shell::Held;
-use crate::{CreateRequest, Lifecycle, SandboxInfo, ShardError};
+use crate::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, ShardError};
 
 pub(crate) use asks::Request;
 pub(crate) use capture::read_state;
@@ -69,6 +69,8 @@ pub(crate) struct Sandbox {
     held: RefCell<Option<Rc<Held>>>,
     /// When its time is over.
     deadline: Cell<Instant>,
+    /// What happens then: what was asked for at first, until a resume asks for something else.
+    on_timeout: Cell<OnTimeout>,
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
@@ -88,6 +90,7 @@ impl Sandbox {
             if maker.is_some() { State::Starting(state::Birth::Create) } else { State::Adopting };
         Self {
             id,
+            on_timeout: Cell::new(identity.request.on_timeout),
             identity,
             state: RefCell::new(state),
             queue: Queue::default(),
@@ -108,7 +111,9 @@ impl Sandbox {
 
     /// What it was asked for with, while it runs.
     pub(crate) fn request(&self) -> Option<CreateRequest> {
-        self.info.borrow().as_ref().map(|_| self.identity.request.clone())
+        let request =
+            || CreateRequest { on_timeout: self.on_timeout.get(), ..self.identity.request.clone() };
+        self.info.borrow().as_ref().map(|_| request())
     }
 
     /// The way to its guest, while clients may use it.

@@ -144,7 +144,7 @@ impl Driver {
             started_unix_ms: unix_ms(started_at),
             end_unix_ms: unix_ms(end_at),
             timeout_ms: u64::try_from(request.timeout.as_millis()).unwrap_or(u64::MAX),
-            pause_at_end: request.on_timeout == OnTimeout::Pause,
+            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             secure: request.secure,
             access_token: identity.access_token.clone(),
             machine_id: identity.machine_id.clone(),
@@ -293,8 +293,11 @@ impl Driver {
             })
             .detach();
         }
-        let Some(Request::Resume(life, _, sender)) = self.request.take() else { return };
-        self.sandbox.set_life(life);
+        let Some(Request::Resume(wake, sender)) = self.request.take() else { return };
+        self.sandbox.set_life(wake.life);
+        if let Some(on_timeout) = wake.on_timeout {
+            self.sandbox.on_timeout.set(on_timeout);
+        }
         let info = self.sandbox.info().map(Box::new);
         let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
         if sender.send(info.map(|info| (info, true))).is_err() {

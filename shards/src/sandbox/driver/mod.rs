@@ -28,6 +28,7 @@ use super::record::{Record, RecordedState};
 use super::rollback::Back;
 use super::state::{Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
+use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
 use crate::shell::Held;
 use crate::{OnTimeout, ShardError};
@@ -187,7 +188,7 @@ impl Driver {
 
     fn terms(&self) -> Terms {
         Terms {
-            pause_at_end: self.sandbox.identity.request.on_timeout == OnTimeout::Pause,
+            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             outlives_daemon: self.shard.workshop.config.keep_sandboxes,
         }
     }
@@ -276,7 +277,7 @@ impl Driver {
             (None, request) => self.request = Some(request),
             (
                 Some(Refusal::AlreadyRunning),
-                Request::Resume(life, crate::event::IfRunning::Extend, sender),
+                Request::Resume(Wake { life, if_running: IfRunning::Extend, .. }, sender),
             ) => {
                 let info = self.sandbox.extend_life(life).map(Box::new);
                 let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
