@@ -252,14 +252,17 @@ impl<'a> Control<'a> {
 
     fn build(&self, config: &ShellConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
         let shell = build::build(config, fds, &self.notices).map_err(|error| error.ending())?;
-        self.tell(&Event::Built(shell.numbers()))?;
-        Ok(Stage::Idle(shell))
+        stopping(shell, |shell| {
+            freeze::rehearse(shell).map_err(FreezeError::ending)?;
+            close_jail()?;
+            self.tell(&Event::Built(shell.numbers()))
+        })
+        .map(|(shell, ())| Stage::Idle(shell))
     }
 
     fn boot(&self, shell: Shell, config: &BootConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
             restore::boot(shell, config, fds).map_err(|error| error.ending())?;
-            close_jail()?;
             restore::run(shell).map_err(|error| error.ending())?;
             self.tell(&Event::Started)
         })
@@ -275,9 +278,6 @@ impl<'a> Control<'a> {
     ) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
             restore::restore(shell, config, fds, has_run).map_err(|error| error.ending())?;
-            if !has_run {
-                close_jail()?;
-            }
             restore::run(shell).map_err(|error| error.ending())?;
             self.tell(&Event::Started)
         })
@@ -318,7 +318,8 @@ fn stopping<T>(
     }
 }
 
-/// From here on this thread may do only what a VM with a guest needs.
+/// From here on this thread may do only what giving a finished shell its guest needs, and what a VM
+/// with a guest needs. It costs too much to be done while somebody waits for a sandbox.
 fn close_jail() -> Result<(), Ending> {
     seccomp::install(ThreadKind::Control)
         .map_err(|error| Ending::Internal(format!("closing the jail failed: {}", causes(&error))))

@@ -6,8 +6,8 @@
 //!
 //! | kind | when | what beyond memory and locks |
 //! |---|---|---|
-//! | Setup | from the jail to the start of the guest | KVM set-up, rings, threads, images |
-//! | Control | the first thread, from the start of the guest on | frames, poll, kicks, mapping layers, chips and clock |
+//! | Setup | from the jail to the finished shell | KVM set-up, rings, threads |
+//! | Control | the first thread, from then on | frames, poll, kicks, images, mapping layers, chips and clock |
 //! | Vcpu | as soon as there are vCPUs | `KVM_RUN`, state of vCPUs, events, closing sockets |
 //! | Devices | as soon as there are devices | epoll, the disk ring, sockets already open |
 
@@ -24,7 +24,7 @@ use seccompiler::{
 pub enum ThreadKind {
     /// The only thread, while it builds the VM.
     Setup,
-    /// The first thread, once the VM runs.
+    /// The first thread, once the VM is built.
     Control,
     /// A vCPU's thread.
     Vcpu,
@@ -111,17 +111,29 @@ const SETUP: &[c_long] = &[
     libc::SYS_statx,
 ];
 
-/// A rollback looks at layers, maps them and copies from them, and closes streams of the time before.
+/// A boot reads images; a restore looks at layers, maps them and copies from them, and a rollback also
+/// closes streams of the time before.
 const CONTROL: &[c_long] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_fstat,
+    libc::SYS_lseek,
     libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
+    libc::SYS_statx,
     libc::SYS_tgkill,
+];
+
+/// What is registered with the disk's ring when its file comes. The last of them closes the ring to
+/// every registration that could follow: see `ring.rs`.
+const RING_REGISTRATIONS: [u32; 3] = [
+    2,  // IORING_REGISTER_FILES
+    11, // IORING_REGISTER_RESTRICTIONS
+    12, // IORING_REGISTER_ENABLE_RINGS
 ];
 
 /// A guest that resets its vsock device closes the streams on the vCPU thread that wrote the register;
@@ -247,6 +259,13 @@ fn rules(kind: ThreadKind) -> Compiled<Rules> {
     let fcntls = fcntls.into_iter().map(|op| argument(1, SeccompCmpOp::Eq, op.cast_unsigned()));
     rules.insert(libc::SYS_fcntl, fcntls.collect::<Compiled<_>>()?);
     rules.insert(libc::SYS_mmap, vec![never_executable()?]);
+    if kind == ThreadKind::Control {
+        let registrations = RING_REGISTRATIONS.map(|op| argument(1, SeccompCmpOp::Eq, op));
+        let registrations = registrations.into_iter().collect::<Compiled<_>>()?;
+        rules.insert(libc::SYS_io_uring_register, registrations);
+        let files = argument(1, SeccompCmpOp::Eq, libc::RLIMIT_FSIZE)?;
+        rules.insert(libc::SYS_prlimit64, vec![files]);
+    }
     if kind == ThreadKind::Setup {
         rules.insert(libc::SYS_mprotect, vec![never_executable()?]);
         // Names of threads, and what the filter itself needs.
