@@ -81,9 +81,29 @@ pub struct ServeArgs {
     /// How much of each sandbox's console is kept, in KiB.
     #[arg(long, value_name = "KIB", default_value_t = 64)]
     console_kib: u32,
-    /// Seconds that a sandbox may take to become ready.
+    /// Seconds that a sandbox, or one step of an operation on one, may take to become ready.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     boot_deadline: u32,
+    /// VM processes that each shard holds ready for each size of template.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pool_min: u32,
+    /// Most that it holds ready when much is asked for.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pool_max: u32,
+    /// Leave running sandboxes to the next daemon when this one is told to stop. Paused ones always
+    /// wait for it.
+    #[arg(long)]
+    keep_sandboxes: bool,
+    /// Guest memory that a snapshot copies while the guest stands still, in MiB. More is copied while
+    /// it runs, and what it wrote meanwhile once more.
+    #[arg(long, value_name = "MIB", default_value_t = 16)]
+    capture_budget_mib: u32,
+    /// Pinned buffers of 1 MiB of each shard, for snapshots.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    io_buffers: u16,
+    /// Memory of each node that is to stay free, in MiB: below it, paused sandboxes leave memory.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    memory_reserve_mib: u32,
     /// Longest life a client may give a sandbox, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400)]
     sandbox_timeout_max: u32,
@@ -145,6 +165,12 @@ impl ServeArgs {
             sandboxes_max: self.sandboxes_max,
             console_bytes: u64::from(self.console_kib) * 1024,
             boot_deadline: at_least_one("--boot-deadline", self.boot_deadline)?,
+            pool_floor: self.pool_min,
+            pool_ceiling: self.pool_max.max(self.pool_min),
+            keep_sandboxes: self.keep_sandboxes,
+            capture_budget_mib: self.capture_budget_mib,
+            io_buffers: self.io_buffers,
+            memory_reserve_mib: self.memory_reserve_mib,
         };
         host.check()?;
         let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;

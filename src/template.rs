@@ -14,6 +14,7 @@ mod list;
 mod preset;
 mod rootfs;
 mod runner;
+mod warm;
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Write};
@@ -25,6 +26,7 @@ use mica_storage::{Imported, OnExisting, Part, ReadyWhen, Store, TemplateSpec, w
 use mica_units::{Mebibytes, TemplateName, VcpuCount};
 
 use preset::Preset;
+use warm::WarmArgs;
 
 /// Where templates are built from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -48,6 +50,10 @@ pub struct TemplateArgs {
     /// The directory of templates and sandbox disks.
     #[arg(long, global = true, value_name = "DIR", default_value = "/var/lib/mica")]
     store: PathBuf,
+    /// Do not start the guest after a build, an import or an add: the template cannot be used before
+    /// `mica template warm`.
+    #[arg(long, global = true)]
+    cold: bool,
     #[command(subcommand)]
     command: TemplateCommand,
 }
@@ -56,6 +62,14 @@ pub struct TemplateArgs {
 enum TemplateCommand {
     /// Build a template from Debian packages.
     Build(BuildArgs),
+    /// Boot a template once, wait until its services are up, and keep that state: sandboxes start from
+    /// it.
+    Warm {
+        /// Its name.
+        name: TemplateName,
+        #[command(flatten)]
+        how: WarmArgs,
+    },
     /// List the templates.
     List {
         /// Print JSON.
@@ -82,6 +96,8 @@ enum TemplateCommand {
         /// Replace a template of the same name.
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        how: WarmArgs,
     },
     /// Make a template from a kernel and a disk of your own.
     #[command(hide = true)]
@@ -129,6 +145,8 @@ struct BuildArgs {
     /// Build every stage again, also when nothing has changed.
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    how: WarmArgs,
 }
 
 #[derive(Args, Debug)]
@@ -153,6 +171,8 @@ struct AddArgs {
     /// Replace a template of the same name.
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    how: WarmArgs,
 }
 
 /// Runs one `mica template` command.
@@ -162,8 +182,15 @@ struct AddArgs {
 pub fn run(args: &TemplateArgs) -> Result<()> {
     let store = || Store::open(&args.store);
     match &args.command {
-        TemplateCommand::Build(build) => run_build(&args.store, build),
-        TemplateCommand::Add(add) => run_add(&store()?, add),
+        TemplateCommand::Build(build) => {
+            run_build(&args.store, build)?;
+            warm_up(args, build.name.as_str(), &build.how)
+        }
+        TemplateCommand::Add(add) => {
+            run_add(&store()?, add)?;
+            warm_up(args, add.name.as_str(), &add.how)
+        }
+        TemplateCommand::Warm { name, how } => warm::run(&args.store, name.as_str(), how),
         TemplateCommand::List { json } => {
             let templates = store()?.templates()?;
             let text = if *json { list::json(&templates)? } else { list::table(&templates) };
@@ -177,8 +204,27 @@ pub fn run(args: &TemplateArgs) -> Result<()> {
             Ok(())
         }
         TemplateCommand::Export { name, output } => run_export(&store()?, name, output.as_deref()),
-        TemplateCommand::Import { archive, force } => run_import(&store()?, archive, *force),
+        TemplateCommand::Import { archive, force, how } => {
+            let name = run_import(&store()?, archive, *force)?;
+            warm_up(args, name.as_str(), how)
+        }
     }
+}
+
+/// Makes the running snapshot of a template that is new, or has none.
+fn warm_up(args: &TemplateArgs, name: &str, how: &WarmArgs) -> Result<()> {
+    if Store::open(&args.store)?.find_snapshot(name)?.is_some() {
+        return Ok(());
+    }
+    if args.cold {
+        return Ok(());
+    }
+    if !warm::is_possible(how)? {
+        println!("template `{name}` is cold: KVM here cannot start it. On its host run:");
+        println!("  mica template warm {name}");
+        return Ok(());
+    }
+    warm::run(&args.store, name, how)
 }
 
 fn run_build(store: &Path, args: &BuildArgs) -> Result<()> {
@@ -249,7 +295,7 @@ fn run_export(store: &Store, name: &str, output: Option<&Path>) -> Result<()> {
     file.sync_all().with_context(|| format!("could not sync {}", path.display()))
 }
 
-fn run_import(store: &Store, archive: &Path, force: bool) -> Result<()> {
+fn run_import(store: &Store, archive: &Path, force: bool) -> Result<TemplateName> {
     let input: Box<dyn io::Read> = if archive == Path::new("-") {
         Box::new(io::stdin().lock())
     } else {
@@ -264,5 +310,5 @@ fn run_import(store: &Store, archive: &Path, force: bool) -> Result<()> {
     };
     let manifest = template.manifest();
     println!("template `{}` is {state}, id {}", manifest.name, manifest.id);
-    Ok(())
+    Ok(manifest.name.clone())
 }

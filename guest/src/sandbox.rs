@@ -1,14 +1,17 @@
 //! What the agent knows about the sandbox it is in: the template's settings, and, once the host
 //! has told it, its identity.
 //!
-//! Called by every service. Refuses a second identity that differs from the first.
+//! Called by every service. The agent's memory is saved with the guest's and goes on in every
+//! sandbox that is restored from it, so the identity changes while the agent runs: the last one
+//! counts, and a request keeps the one that it began with. Refuses nothing.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use mica_wire::guest::InitRequest;
 use serde::Deserialize;
+use tokio::sync::watch;
 
 use crate::users::{self, User, UserError};
 
@@ -93,10 +96,15 @@ impl TemplateSettings {
     }
 }
 
-/// A second identity was offered that is not the first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the sandbox has its identity already; a sandbox is initialised once")]
-pub struct AlreadyInitialised;
+/// Who the sandbox is at a moment.
+#[derive(Clone, Debug, Default)]
+pub struct Standing {
+    /// What the host said last; nothing while a template is made.
+    pub identity: Option<Arc<InitRequest>>,
+    /// How many sandboxes this memory has been. What must differ between two restores of one
+    /// state, such as the state of a random generator, is as old as the number it was made under.
+    pub sandboxes: u64,
+}
 
 /// The sandbox this agent serves.
 #[derive(Debug)]
@@ -105,14 +113,14 @@ pub struct Sandbox {
     /// Run as root, and let root stand in for a user that is missing: for a machine that is not
     /// a template's root file system.
     root_user: bool,
-    identity: OnceLock<Arc<InitRequest>>,
+    standing: watch::Sender<Standing>,
 }
 
 impl Sandbox {
     /// A sandbox without an identity yet.
     #[must_use]
     pub fn new(settings: TemplateSettings, root_user: bool) -> Self {
-        Self { settings, root_user, identity: OnceLock::new() }
+        Self { settings, root_user, standing: watch::Sender::default() }
     }
 
     /// What the template's builder chose.
@@ -121,26 +129,38 @@ impl Sandbox {
         &self.settings
     }
 
-    /// What the host said, once it has.
+    /// What the host said last, once it has.
     #[must_use]
     pub fn identity(&self) -> Option<Arc<InitRequest>> {
-        self.identity.get().cloned()
+        self.standing.borrow().identity.clone()
     }
 
-    /// Takes the identity. `true` when it is the first time, `false` for the same again.
-    ///
-    /// # Errors
-    /// [`AlreadyInitialised`] for another one.
-    pub fn set_identity(&self, request: InitRequest) -> Result<bool, AlreadyInitialised> {
-        let offered = Arc::new(request);
-        let held = self.identity.get_or_init(|| Arc::clone(&offered));
-        // The clock has moved on between two tries; everything else must be the same.
-        let same =
-            InitRequest { wall_clock_unix_ns: held.wall_clock_unix_ns, ..(*offered).clone() };
-        match (Arc::ptr_eq(held, &offered), **held == same) {
-            (true, _) => Ok(true),
-            (false, true) => Ok(false),
-            (false, false) => Err(AlreadyInitialised),
+    /// Who the sandbox is now.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        self.standing.borrow().clone()
+    }
+
+    /// Takes an identity in place of the one before, if any. Returns that one, and whether this is
+    /// another sandbox: what the host says, and what is plain from the ids.
+    pub fn set_identity(&self, request: InitRequest) -> (Option<Arc<InitRequest>>, bool) {
+        let former = self.identity();
+        let same_id = former.as_ref().is_some_and(|former| former.sandbox_id == request.sandbox_id);
+        let is_new = request.new_sandbox || !same_id;
+        self.standing.send_modify(|standing| {
+            standing.identity = Some(Arc::new(request));
+            standing.sandboxes += u64::from(is_new);
+        });
+        (former, is_new)
+    }
+
+    /// Resolves when the sandbox is no longer the one it is at the call.
+    pub fn replaced(&self) -> impl Future<Output = ()> + use<> {
+        let mut standing = self.standing.subscribe();
+        let now = standing.borrow_and_update().sandboxes;
+        async move {
+            // An error means that there is no sandbox any more.
+            drop(standing.wait_for(|standing| standing.sandboxes != now).await);
         }
     }
 
@@ -159,17 +179,21 @@ impl Sandbox {
         }
     }
 
-    /// What every process of the sandbox has in its environment, apart from what its user adds:
-    /// the template's variables, then the sandbox's, which win.
+    /// What every process of a sandbox has in its environment, apart from what its user adds: the
+    /// template's variables, then the sandbox's, which win.
     #[must_use]
-    pub fn environment(&self) -> BTreeMap<String, String> {
+    pub fn environment_of(&self, identity: Option<&InitRequest>) -> BTreeMap<String, String> {
         let mut all = self.settings.env.clone();
         all.insert("E2B_SANDBOX".to_owned(), "true".to_owned());
-        if let Some(identity) = self.identity() {
+        if let Some(identity) = identity {
             all.insert("E2B_SANDBOX_ID".to_owned(), identity.sandbox_id.clone());
             all.insert("E2B_TEMPLATE_ID".to_owned(), identity.template_id.clone());
             all.extend(identity.env_vars.clone());
         }
+        // What is not a variable's name or value would keep a program from starting.
+        all.retain(|name, value| {
+            !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0')
+        });
         all
     }
 
@@ -202,31 +226,60 @@ mod tests {
         InitRequest {
             sandbox_id: id.to_owned(),
             template_id: "t".to_owned(),
+            machine_id: "0".repeat(32),
             access_token: None,
             env_vars: BTreeMap::from([("A".to_owned(), "sandbox".to_owned())]),
             wall_clock_unix_ns: 1,
+            new_sandbox: false,
         }
     }
 
     #[test]
-    fn an_identity_is_given_once() {
+    fn the_last_identity_counts() {
         let sandbox = Sandbox::new(TemplateSettings::default(), true);
         assert!(sandbox.identity().is_none());
-        assert_eq!(sandbox.set_identity(request("a")), Ok(true));
-        let later = InitRequest { wall_clock_unix_ns: 2, ..request("a") };
-        assert_eq!(sandbox.set_identity(later), Ok(false));
-        assert_eq!(sandbox.set_identity(request("b")), Err(AlreadyInitialised));
-        assert_eq!(sandbox.identity().unwrap().sandbox_id, "a");
+        for (offered, former, is_new) in [
+            (request("a"), None, true),
+            (request("a"), Some("a"), false),
+            (request("b"), Some("a"), true),
+            (InitRequest { new_sandbox: true, ..request("b") }, Some("b"), true),
+        ] {
+            let wanted = offered.sandbox_id.clone();
+            let (before, found) = sandbox.set_identity(offered);
+            assert_eq!(before.as_ref().map(|before| before.sandbox_id.as_str()), former);
+            assert_eq!(found, is_new);
+            assert_eq!(sandbox.identity().unwrap().sandbox_id, wanted);
+        }
+        assert_eq!(sandbox.standing().sandboxes, 3);
+    }
+
+    #[tokio::test]
+    async fn only_another_sandbox_replaces_one() {
+        let sandbox = Sandbox::new(TemplateSettings::default(), true);
+        sandbox.set_identity(request("a"));
+        let replaced = tokio::spawn(sandbox.replaced());
+        sandbox.set_identity(request("a"));
+        tokio::task::yield_now().await;
+        assert!(!replaced.is_finished());
+        sandbox.set_identity(request("b"));
+        replaced.await.unwrap();
+        tokio::time::timeout(std::time::Duration::from_millis(1), sandbox.replaced())
+            .await
+            .unwrap_err();
     }
 
     #[test]
     fn the_sandbox_wins_over_the_template() {
         let env = BTreeMap::from([("A".to_owned(), "template".to_owned())]);
         let sandbox = Sandbox::new(TemplateSettings { env, ..Default::default() }, true);
-        assert_eq!(sandbox.environment()["A"], "template");
-        sandbox.set_identity(request("a")).unwrap();
-        assert_eq!(sandbox.environment()["A"], "sandbox");
-        assert_eq!(sandbox.environment()["E2B_SANDBOX_ID"], "a");
+        assert_eq!(sandbox.environment_of(None)["A"], "template");
+        let mut identity = request("a");
+        for (name, value) in [("", "1"), ("B=C", "1"), ("D", "1\0")] {
+            identity.env_vars.insert(name.to_owned(), value.to_owned());
+        }
+        let all = sandbox.environment_of(Some(&identity));
+        assert_eq!((all["A"].as_str(), all["E2B_SANDBOX_ID"].as_str()), ("sandbox", "a"));
+        assert_eq!(all.len(), 4, "{all:?}");
     }
 
     #[test]

@@ -58,11 +58,13 @@ async fn server() -> Server {
     let identity = InitRequest {
         sandbox_id: "test".into(),
         template_id: "test".into(),
+        machine_id: "0".repeat(32),
         access_token: None,
         env_vars: BTreeMap::new(),
         wall_clock_unix_ns: 0,
+        new_sandbox: true,
     };
-    assert!(sandbox.set_identity(identity).unwrap());
+    sandbox.set_identity(identity);
     let mut router = Router::new(sandbox);
     filesystem::register(&mut router);
     let router = Arc::new(router);

@@ -65,9 +65,11 @@ async fn server_with(python: PathBuf, env_vars: BTreeMap<String, String>) -> Ser
     let identity = InitRequest {
         sandbox_id: "test".into(),
         template_id: "test".into(),
+        machine_id: "0".repeat(32),
         access_token: None,
         env_vars,
         wall_clock_unix_ns: 0,
+        new_sandbox: true,
     };
     // A unique name: the address of a listener that is still held.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -82,7 +84,7 @@ async fn server_with(python: PathBuf, env_vars: BTreeMap<String, String>) -> Ser
     ));
     // As in a template: the kernel starts before the sandbox knows who it is.
     interpreter.warm().unwrap();
-    assert!(sandbox.set_identity(identity).unwrap());
+    sandbox.set_identity(identity);
     let mut router = Router::new(sandbox);
     add_routes(&mut router, &interpreter);
     let router = Arc::new(router);

@@ -1,21 +1,21 @@
-//! Everything that is answered with an error, and the one place that turns the host's errors into
-//! HTTP.
+//! Everything that is answered with an error.
 //!
 //! Called by every handler, by the proxy and by the connection driver. Refuses an error without the
 //! JSON body `{"code","message"}`: SDKs branch on `code` in the body as often as on the status.
 
+mod host;
+
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Response, StatusCode};
-use mica_shards::{ConnectError, ShardError};
+use mica_shards::ShardError;
 use mica_units::{GuestPort, SandboxId};
+use mica_wire::api::ErrorBody;
 use serde::Serialize;
 
 use crate::body::Body;
 
 /// Newer SDKs retry 429, 502, 503 and 504 unless this says `false`.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
-/// How much of a guest's console a failed boot may put into its error message.
-const CONSOLE_TAIL_CHARS_MAX: usize = 600;
 
 /// An answer that is an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub struct ApiError {
     about: Option<About>,
     retry: Retry,
     allow: Option<&'static str>,
+    /// A word that newer SDKs branch on.
+    error_code: Option<&'static str>,
 }
 
 /// What an error of the proxy is about, in the form E2B's SDKs match.
@@ -53,13 +55,21 @@ struct ErrorJson<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     port: Option<u16>,
     code: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_code: Option<&'static str>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
         // A 5xx is final unless its maker knows better: a retry storm helps nobody.
         let retry = if status.is_server_error() { Retry::No } else { Retry::Unsaid };
-        Self { status, message: message.into(), about: None, retry, allow: None }
+        let message = message.into();
+        Self { status, message, about: None, retry, allow: None, error_code: None }
+    }
+
+    /// The request had no effect, and may have one in a second.
+    fn soon(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { retry: Retry::Soon, ..Self::new(status, message) }
     }
 
     /// The request is out of form; `message` says what to change.
@@ -110,6 +120,37 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, message)
     }
 
+    /// Neither a template nor a snapshot has that id.
+    #[must_use]
+    pub fn no_such_template(id: &str) -> Self {
+        let message = format!("neither a template nor a snapshot is called \"{id}\"");
+        Self::new(StatusCode::NOT_FOUND, message)
+    }
+
+    /// No snapshot has that id.
+    #[must_use]
+    pub fn no_such_snapshot(id: &str) -> Self {
+        ShardError::NoSuchSnapshot(id.to_owned()).into()
+    }
+
+    /// A client wants to delete what only the operator may.
+    #[must_use]
+    pub fn template_is_kept(name: &str) -> Self {
+        let message = format!(
+            "\"{name}\" is a template, not a snapshot; the operator of this host deletes it with \
+             `mica template delete {name}`"
+        );
+        Self::new(StatusCode::FORBIDDEN, message)
+    }
+
+    /// The agent of a sandbox has to answer before a pause, and does not.
+    #[must_use]
+    pub fn guest_unresponsive(id: SandboxId) -> Self {
+        let message = format!("the agent in sandbox '{id}' does not answer; it was not paused");
+        let error_code = Some("sandbox_snapshot_guest_agent_unresponsive");
+        Self { error_code, ..Self::new(StatusCode::CONFLICT, message) }
+    }
+
     /// A control-plane body is longer than it may be.
     #[must_use]
     pub fn body_too_large(bytes_max: usize) -> Self {
@@ -154,7 +195,7 @@ impl ApiError {
     #[must_use]
     pub fn too_many_connections() -> Self {
         let message = "this host has as many connections as it may; try again in a moment";
-        Self { retry: Retry::Soon, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
+        Self::soon(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
     /// A route of envd that only the host itself may use.
@@ -167,6 +208,13 @@ impl ApiError {
     #[must_use]
     pub fn sandbox_not_found(id: &str) -> Self {
         Self::new(StatusCode::BAD_GATEWAY, "The sandbox was not found").about(id)
+    }
+
+    /// The proxy's answer for a sandbox that is on its way into or out of a pause, in E2B's words.
+    #[must_use]
+    pub fn transitioning(id: SandboxId) -> Self {
+        let message = "The sandbox is still transitioning. Try again in a moment.";
+        Self::soon(StatusCode::CONFLICT, message).about(id.as_str())
     }
 
     /// The sandbox hung up before it answered. The request may have had an effect.
@@ -194,12 +242,25 @@ impl ApiError {
         self.status
     }
 
+    /// What it says.
+    #[cfg(test)]
+    pub fn message(&self) -> String {
+        self.message.clone()
+    }
+
+    /// As an entry in a list of outcomes.
+    #[must_use]
+    pub fn to_body(&self) -> ErrorBody {
+        ErrorBody { code: self.status.as_u16(), message: self.message.clone() }
+    }
+
     fn json(&self) -> Vec<u8> {
         let body = ErrorJson {
             sandbox_id: self.about.as_ref().map(|about| about.sandbox_id.as_str()),
             message: &self.message,
             port: self.about.as_ref().and_then(|about| about.port).map(GuestPort::get),
             code: self.status.as_u16(),
+            error_code: self.error_code,
         };
         serde_json::to_vec(&body).unwrap_or_default()
     }
@@ -249,64 +310,6 @@ impl ApiError {
     }
 }
 
-/// How the host's errors look to an API client.
-impl From<ShardError> for ApiError {
-    fn from(error: ShardError) -> Self {
-        let text = error.to_string();
-        let soon =
-            |text| Self { retry: Retry::Soon, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, text) };
-        match error {
-            ShardError::NoSuchSandbox(id) => Self::no_such_sandbox(id.as_str()),
-            ShardError::NoSuchTemplate(_) => Self::new(StatusCode::NOT_FOUND, text),
-            ShardError::KilledDuringCreate(_) => Self::new(StatusCode::CONFLICT, text),
-            ShardError::Busy | ShardError::ShuttingDown => soon(text),
-            // Will not have changed in a second.
-            ShardError::AtCapacity { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, text),
-            ShardError::BootFailed { console_tail, .. } => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, with_console(text, &console_tail))
-            }
-            ShardError::BootTimedOut { console_tail, .. } => {
-                Self::new(StatusCode::GATEWAY_TIMEOUT, with_console(text, &console_tail))
-            }
-            ShardError::Storage { operation, source } => {
-                // The cause may hold paths of the host: it goes to the log, not to the client.
-                tracing::error!(operation, error = %source, "the template store failed");
-                let text = format!("{text}; the host's log says why");
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, text)
-            }
-        }
-    }
-}
-
-impl ApiError {
-    /// How a stream that did not come to be looks to a client of the sandbox.
-    #[must_use]
-    pub fn from_connect(error: &ConnectError, id: SandboxId, port: GuestPort) -> Self {
-        let text = error.to_string();
-        match error {
-            ConnectError::NoSuchSandbox(_) => Self::sandbox_not_found(id.as_str()),
-            // SDKs look for `port is not open` in a 502.
-            ConnectError::PortNotOpen(_) => {
-                let message = "The sandbox is running but port is not open";
-                Self::new(StatusCode::BAD_GATEWAY, message).about(id.as_str()).port(port)
-            }
-            ConnectError::Unreachable => {
-                Self::new(StatusCode::BAD_GATEWAY, text).about(id.as_str()).port(port)
-            }
-            ConnectError::Busy => Self {
-                retry: Retry::Soon,
-                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, text).about(id.as_str())
-            },
-        }
-    }
-}
-
-fn with_console(text: String, console_tail: &str) -> String {
-    let skipped = console_tail.chars().count().saturating_sub(CONSOLE_TAIL_CHARS_MAX);
-    let tail: String = console_tail.chars().skip(skipped).collect();
-    if tail.is_empty() { text } else { format!("{text}; its console ended with: {tail}") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,44 +323,10 @@ mod tests {
     }
 
     #[test]
-    fn proxy_bodies_are_the_ones_sdks_match() {
-        let port = GuestPort::new(8000).unwrap();
-        let gone = ApiError::from_connect(&ConnectError::NoSuchSandbox(id()), id(), port);
-        assert_eq!(
-            json(&gone),
-            r#"{"sandboxId":"i0123456789abcdefghij","message":"The sandbox was not found","code":502}"#
-        );
-        let closed = ApiError::from_connect(&ConnectError::PortNotOpen(port), id(), port);
-        assert_eq!(
-            json(&closed),
-            r#"{"sandboxId":"i0123456789abcdefghij","message":"The sandbox is running but port is not open","port":8000,"code":502}"#
-        );
-        for error in [gone, closed] {
-            assert_eq!(error.into_response().headers()["should-retry"], "false");
-        }
-    }
-
-    #[test]
-    fn the_text_of_a_missing_sandbox_is_e2bs() {
-        let error = ApiError::from(ShardError::NoSuchSandbox(id()));
-        assert_eq!(
-            json(&error),
-            r#"{"message":"Sandbox \"i0123456789abcdefghij\" doesn't exist or you don't have access to it","code":404}"#
-        );
-    }
-
-    #[test]
-    fn what_may_be_tried_again_says_so() {
-        let busy = ApiError::from(ShardError::Busy).into_response();
-        assert_eq!(busy.status(), 503);
-        assert_eq!(busy.headers()["should-retry"], "true");
-        let failed = ShardError::BootFailed {
-            reason: "no kernel".to_owned(),
-            console_tail: "x".repeat(5000),
-        };
-        let failed = ApiError::from(failed);
-        assert!(failed.message.len() < 1000, "the console is bounded");
-        assert_eq!(failed.into_response().headers()["should-retry"], "false");
+    fn a_pause_that_waits_for_the_guest_has_a_word_of_its_own() {
+        let error = json(&ApiError::guest_unresponsive(id()));
+        let end = r#","code":409,"error_code":"sandbox_snapshot_guest_agent_unresponsive"}"#;
+        assert!(error.ends_with(end), "{error}");
     }
 
     #[test]

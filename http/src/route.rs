@@ -27,16 +27,39 @@ pub enum Route {
     Create(Version),
     /// `GET /sandboxes`
     List(Version),
-    /// `GET /sandboxes/{id}`
-    Get(String),
-    /// `DELETE /sandboxes/{id}`
-    Kill(String),
-    /// `POST /sandboxes/{id}/timeout`
-    SetTimeout(String),
-    /// `POST /sandboxes/{id}/connect`
-    Connect(Version, String),
+    /// Anything about one sandbox.
+    Sandbox(String, Action),
+    /// `GET /snapshots`
+    Snapshots,
     /// `GET /templates`
     Templates,
+    /// `DELETE /templates/{id}`
+    DeleteTemplate(String),
+}
+
+/// What is to happen with one sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// `GET /sandboxes/{id}`
+    Get,
+    /// `DELETE /sandboxes/{id}`
+    Kill,
+    /// `POST /sandboxes/{id}/timeout`
+    SetTimeout,
+    /// `POST /sandboxes/{id}/connect`
+    Connect(Version),
+    /// `POST /sandboxes/{id}/snapshots`
+    Snapshot,
+    /// `POST /sandboxes/{id}/rollback`
+    Rollback,
+    /// `POST /sandboxes/{id}/pause`
+    Pause,
+    /// `POST /sandboxes/{id}/resume`
+    Resume,
+    /// `POST /sandboxes/{id}/clone`
+    Clone,
+    /// `POST /sandboxes/{id}/fork`
+    Fork,
 }
 
 /// Finds the route.
@@ -52,22 +75,7 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| ApiError::bad_request(format!("the path is not valid: {error}")))?;
     let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let candidates = match segments.as_slice() {
-        ["health"] => vec![(Method::GET, Route::Health)],
-        ["templates"] => vec![(Method::GET, Route::Templates)],
-        ["sandboxes"] => sandboxes(Version::V1),
-        ["v2", "sandboxes"] => sandboxes(Version::V2),
-        ["sandboxes", id] if !id.is_empty() => vec![
-            (Method::GET, Route::Get((*id).to_owned())),
-            (Method::DELETE, Route::Kill((*id).to_owned())),
-        ],
-        ["sandboxes", id, "timeout"] => {
-            vec![(Method::POST, Route::SetTimeout((*id).to_owned()))]
-        }
-        ["sandboxes", id, "connect"] => connect(Version::V1, id),
-        ["v2", "sandboxes", id, "connect"] => connect(Version::V2, id),
-        _ => return Err(ApiError::no_route(&shown(path))),
-    };
+    let candidates = candidates(&segments).ok_or_else(|| ApiError::no_route(&shown(path)))?;
     // HEAD is GET without the body, which hyper leaves out.
     let wanted = if method == Method::HEAD { &Method::GET } else { method };
     let allow = allow(&candidates);
@@ -77,12 +85,48 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
         .ok_or_else(|| ApiError::method_not_allowed(method, allow))
 }
 
-fn sandboxes(version: Version) -> Vec<(Method, Route)> {
-    vec![(Method::GET, Route::List(version)), (Method::POST, Route::Create(version))]
+/// Everything that is served at a path. `None`: nothing is.
+fn candidates(segments: &[&str]) -> Option<Vec<(Method, Route)>> {
+    Some(match segments {
+        ["health"] => vec![(Method::GET, Route::Health)],
+        ["snapshots"] => vec![(Method::GET, Route::Snapshots)],
+        ["templates"] => vec![(Method::GET, Route::Templates)],
+        ["templates", id] if !id.is_empty() => {
+            vec![(Method::DELETE, Route::DeleteTemplate((*id).to_owned()))]
+        }
+        ["sandboxes"] => sandboxes(Version::V1),
+        ["v2", "sandboxes"] => sandboxes(Version::V2),
+        ["sandboxes", id] if !id.is_empty() => {
+            let route = |action| Route::Sandbox((*id).to_owned(), action);
+            vec![(Method::GET, route(Action::Get)), (Method::DELETE, route(Action::Kill))]
+        }
+        ["sandboxes", id, action] => {
+            vec![(Method::POST, Route::Sandbox((*id).to_owned(), self::action(action)?))]
+        }
+        ["v2", "sandboxes", id, "connect"] => {
+            let connect = Action::Connect(Version::V2);
+            vec![(Method::POST, Route::Sandbox((*id).to_owned(), connect))]
+        }
+        _ => return None,
+    })
 }
 
-fn connect(version: Version, id: &str) -> Vec<(Method, Route)> {
-    vec![(Method::POST, Route::Connect(version, id.to_owned()))]
+fn action(name: &str) -> Option<Action> {
+    Some(match name {
+        "timeout" => Action::SetTimeout,
+        "connect" => Action::Connect(Version::V1),
+        "snapshots" => Action::Snapshot,
+        "rollback" => Action::Rollback,
+        "pause" => Action::Pause,
+        "resume" => Action::Resume,
+        "clone" => Action::Clone,
+        "fork" => Action::Fork,
+        _ => return None,
+    })
+}
+
+fn sandboxes(version: Version) -> Vec<(Method, Route)> {
+    vec![(Method::GET, Route::List(version)), (Method::POST, Route::Create(version))]
 }
 
 fn allow(candidates: &[(Method, Route)]) -> &'static str {
@@ -91,6 +135,7 @@ fn allow(candidates: &[(Method, Route)]) -> &'static str {
         (true, true, _) => "GET, HEAD, POST, OPTIONS",
         (true, _, true) => "GET, HEAD, DELETE, OPTIONS",
         (true, false, false) => "GET, HEAD, OPTIONS",
+        (false, _, true) => "DELETE, OPTIONS",
         _ => "POST, OPTIONS",
     }
 }
@@ -110,7 +155,7 @@ mod tests {
 
     #[test]
     fn every_endpoint_is_found() {
-        let id = || "iabc".to_owned();
+        let of = |action| Route::Sandbox("iabc".to_owned(), action);
         for (method, path, expected) in [
             (Method::GET, "/health", Route::Health),
             (Method::HEAD, "/health", Route::Health),
@@ -118,12 +163,20 @@ mod tests {
             (Method::POST, "/v2/sandboxes", Route::Create(Version::V2)),
             (Method::GET, "/sandboxes", Route::List(Version::V1)),
             (Method::GET, "/v2/sandboxes", Route::List(Version::V2)),
-            (Method::GET, "/sandboxes/iabc", Route::Get(id())),
-            (Method::DELETE, "/sandboxes/i%61bc", Route::Kill(id())),
-            (Method::POST, "/sandboxes/iabc/timeout", Route::SetTimeout(id())),
-            (Method::POST, "/sandboxes/iabc/connect", Route::Connect(Version::V1, id())),
-            (Method::POST, "/v2/sandboxes/iabc/connect", Route::Connect(Version::V2, id())),
+            (Method::GET, "/sandboxes/iabc", of(Action::Get)),
+            (Method::DELETE, "/sandboxes/i%61bc", of(Action::Kill)),
+            (Method::POST, "/sandboxes/iabc/timeout", of(Action::SetTimeout)),
+            (Method::POST, "/sandboxes/iabc/connect", of(Action::Connect(Version::V1))),
+            (Method::POST, "/v2/sandboxes/iabc/connect", of(Action::Connect(Version::V2))),
+            (Method::POST, "/sandboxes/iabc/snapshots", of(Action::Snapshot)),
+            (Method::POST, "/sandboxes/iabc/rollback", of(Action::Rollback)),
+            (Method::POST, "/sandboxes/iabc/pause", of(Action::Pause)),
+            (Method::POST, "/sandboxes/iabc/resume", of(Action::Resume)),
+            (Method::POST, "/sandboxes/iabc/clone", of(Action::Clone)),
+            (Method::POST, "/sandboxes/iabc/fork", of(Action::Fork)),
+            (Method::GET, "/snapshots", Route::Snapshots),
             (Method::GET, "/templates", Route::Templates),
+            (Method::DELETE, "/templates/ns%2Fx", Route::DeleteTemplate("ns/x".to_owned())),
         ] {
             assert_eq!(route(&method, path), Ok(expected), "{method} {path}");
         }
@@ -132,7 +185,7 @@ mod tests {
     #[test]
     fn an_encoded_slash_does_not_make_a_segment() {
         let got = route(&Method::GET, "/sandboxes/a%2Ftimeout");
-        assert_eq!(got, Ok(Route::Get("a/timeout".to_owned())));
+        assert_eq!(got, Ok(Route::Sandbox("a/timeout".to_owned(), Action::Get)));
     }
 
     #[test]
@@ -142,11 +195,21 @@ mod tests {
         assert_eq!(status(&Method::GET, "//health"), 404);
         assert_eq!(status(&Method::GET, "/v3/sandboxes"), 404);
         assert_eq!(status(&Method::GET, "/sandboxes/a/b"), 404);
+        assert_eq!(status(&Method::DELETE, "/templates/"), 404);
+        assert_eq!(status(&Method::DELETE, "/snapshots/a"), 404);
+        assert_eq!(status(&Method::POST, "/v2/sandboxes/a/pause"), 404);
         assert_eq!(status(&Method::GET, "/%zz"), 400);
         assert_eq!(status(&Method::PUT, "/sandboxes"), 405);
         assert_eq!(status(&Method::GET, "/sandboxes/a/timeout"), 405);
+        assert_eq!(status(&Method::GET, "/sandboxes/a/snapshots"), 405);
         assert_eq!(status(&Method::DELETE, "/health"), 405);
-        let error = route(&Method::PUT, "/sandboxes/iabc").unwrap_err();
-        assert_eq!(error.into_response().headers()["allow"], "GET, HEAD, DELETE, OPTIONS");
+        for (path, allow) in [
+            ("/sandboxes/iabc", "GET, HEAD, DELETE, OPTIONS"),
+            ("/templates/iabc", "DELETE, OPTIONS"),
+            ("/sandboxes/iabc/pause", "POST, OPTIONS"),
+        ] {
+            let error = route(&Method::PUT, path).unwrap_err();
+            assert_eq!(error.into_response().headers()["allow"], allow, "{path}");
+        }
     }
 }

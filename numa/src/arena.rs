@@ -131,6 +131,16 @@ impl Mapping {
         self.advise(offset, bytes, Advice::LinuxPopulateWrite)
     }
 
+    /// Has what comes into this memory lie on `node` while that has room. Of a shared mapping it is the
+    /// file's memory that has this policy, whoever writes to it.
+    ///
+    /// # Errors
+    /// When there is no such node, or the kernel knows no nodes.
+    pub fn prefer_node(&self, node: u32) -> io::Result<()> {
+        let start = self.start.as_ptr().expose_provenance();
+        crate::sys::prefer_node(start, self.bytes, node)
+    }
+
     fn advise(&self, offset: u64, bytes: u64, advice: Advice) -> io::Result<()> {
         let bytes = length(bytes)?;
         let start = self.at(offset, bytes)?;

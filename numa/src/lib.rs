@@ -12,6 +12,7 @@ mod bell;
 mod blocking;
 pub mod io;
 pub mod mailbox;
+pub mod memfd;
 pub mod plan;
 pub mod preflight;
 pub mod process;

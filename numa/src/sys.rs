@@ -92,6 +92,22 @@ pub(crate) fn pidfd_exists(pidfd: BorrowedFd<'_>) -> bool {
     sent == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
 }
 
+/// mbind(2) with MPOL_PREFERRED: pages that come to the range lie on `node` while it has room.
+pub(crate) fn prefer_node(start: usize, bytes: usize, node: u32) -> io::Result<()> {
+    const WORD: u32 = u64::BITS;
+    let mut nodes = [0u64; 16];
+    let word = nodes.get_mut((node / WORD) as usize).ok_or(io::ErrorKind::InvalidInput)?;
+    *word |= 1 << (node % WORD);
+    let mode = libc::MPOL_PREFERRED;
+    // The kernel reads one bit less than it is told.
+    let bits = nodes.len() as u64 * u64::from(WORD) + 1;
+    // SAFETY: the policy changes where pages come to lie, and no byte of them, whatever the range is;
+    // the mask has as many bits as the kernel reads.
+    let set =
+        unsafe { libc::syscall(libc::SYS_mbind, start, bytes, mode, nodes.as_ptr(), bits, 0) };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// One run of pages that PAGEMAP_SCAN found (`struct page_region`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]

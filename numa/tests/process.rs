@@ -77,7 +77,8 @@ fn step() -> impl Strategy<Value = Step> {
 struct Known {
     own: bool,
     written: bool,
-    /// It is its own no longer, but was protected when it was discarded.
+    /// It is its own no longer, but was protected when it was discarded, and so is what comes there until
+    /// the next write.
     marked: bool,
 }
 
@@ -99,7 +100,6 @@ fn play(mapping: &Mapping, steps: &[Step], tracked: bool) -> Result<(), TestCase
             }
             Step::Read(frame) => {
                 mapping.read(u64::from(frame) * PAGE + 9, &mut [0]).unwrap();
-                known[frame as usize].marked = false;
             }
             Step::Discard(frame) => {
                 mapping.discard(u64::from(frame) * PAGE, PAGE).unwrap();

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use mica_numa::mailbox::Post;
 use mica_units::{SandboxId, ShardId};
 
+use crate::shell::PoolCounts;
 use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
@@ -36,8 +37,6 @@ pub(crate) enum Operation {
     Kill(SandboxId),
     /// Set its remaining time.
     SetTimeout(SandboxId, Duration),
-    /// Make its remaining time at least this.
-    Extend(SandboxId, Duration),
     /// Make a stream to its gateway.
     Connect(SandboxId),
     /// Make a snapshot of it, under this name.
@@ -52,6 +51,8 @@ pub(crate) enum Operation {
     RequestOf(SandboxId),
     /// Say how many sandboxes it made from each template.
     Spawns,
+    /// Say what it has, and what its pool did.
+    Counts,
 }
 
 /// What a resume makes of a sandbox that runs.
@@ -66,7 +67,7 @@ pub(crate) enum IfRunning {
 /// What it answers.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    /// To `Create`, `Get` and `Extend`.
+    /// To `Create` and `Get`.
     Sandbox(Result<Box<SandboxInfo>, ShardError>),
     /// To `List`.
     Sandboxes(Vec<SandboxInfo>),
@@ -82,6 +83,19 @@ pub(crate) enum Reply {
     Request(Result<Box<CreateRequest>, ShardError>),
     /// To `Spawns`, by template id.
     Spawns(BTreeMap<String, Spawned>),
+    /// To `Counts`.
+    Counts(Counts),
+}
+
+/// Numbers of one shard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// What its pool did.
+    pub(crate) pool: PoolCounts,
+    /// VM processes that wait.
+    pub(crate) shells: usize,
+    /// Sandboxes, paused ones included.
+    pub(crate) sandboxes: usize,
 }
 
 /// What one shard made of a template.

@@ -18,13 +18,19 @@ mod console;
 mod error;
 mod event;
 mod host;
+mod hours;
+mod pressure;
+mod recovery;
 pub mod rt;
 mod run;
 mod sandbox;
 mod shard;
+mod shell;
 mod stream;
+mod takeover;
 mod types;
 mod uids;
+mod warm;
 
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};
@@ -32,4 +38,7 @@ pub use host::{CLONES_MAX, Host};
 pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;
-pub use types::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo, TemplateInfo};
+pub use types::{
+    CreateRequest, HostCounters, Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo, TemplateInfo,
+};
+pub use warm::{WarmError, warm};

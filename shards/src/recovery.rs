@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mica_storage::{SnapshotKind, Store, StorageError};
+use mica_storage::{SnapshotKind, StorageError, Store};
 use mica_units::SandboxId;
 use rustix::process::Pid;
 
@@ -75,8 +75,8 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
     let rubbish: Vec<SandboxId> =
         groups.keys().filter(|name| !kept.contains(name.as_str())).copied().collect();
     cgroups.sweep(&rubbish)?;
-    let ids: Vec<SandboxId> = survivors.iter().map(|survivor| survivor.id).collect();
-    let removed = store.sweep_sandboxes(&ids)?;
+    let ids: BTreeSet<SandboxId> = survivors.iter().map(|survivor| survivor.id).collect();
+    let removed = store.sweep_sandboxes_but(&ids)?;
     let snapshots = remove_pauses(store, &survivors)?;
     if !rubbish.is_empty() || removed + snapshots > 0 {
         let killed = rubbish.len();

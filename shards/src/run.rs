@@ -3,35 +3,65 @@
 //! Called by the binary, once. Refuses to start on a machine that lacks what sandboxes need.
 //!
 //! ```text
-//!  check ─▶ lock cgroup root ─▶ kill leftovers ─▶ open store ─▶ sweep disks ─▶ executors ─▶ serve
-//!  stop  ─▶ creates refused ─▶ serve ends ─▶ sandboxes killed ─▶ executors end
+//!  check ─▶ lock cgroup root ─▶ open store ─▶ recover ─▶ executors ─▶ take over ─▶ serve
+//!  stop  ─▶ creates refused ─▶ serve ends ─▶ sandboxes killed or left ─▶ executors end
 //! ```
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
+use mica_numa::io::{Ring, RingConfig};
 use mica_numa::mailbox::{Mailbox, mailbox};
 use mica_numa::rt;
 use mica_numa::seat::{self, SeatError};
 use mica_numa::{Plan, ShardSeat, StopSignal};
-use mica_storage::Store;
-use mica_units::PerShard;
+use mica_storage::{SnapshotKind, Store};
+use mica_units::{PerShard, ShardCount, ShardId};
 
 use crate::cgroup::Cgroups;
 use crate::event::{ANSWERS_MAX, Address, Answer, REQUESTS_MAX, Request};
-use crate::sandbox::{Workshop, check_program};
+use crate::recovery::{Survivor, recover};
+use crate::sandbox::Workshop;
 use crate::shard::{Loads, Shard};
-use crate::{Host, HostConfig, RunError};
+use crate::shell::demand::{Bounds, Demand};
+use crate::shell::{Launcher, Pool, Size, empty_network, now_s};
+use crate::uids::Uids;
+use crate::{Host, HostConfig, RunError, hours, pressure, takeover};
 
 /// What one seat starts with.
 struct Input {
-    workshop: Workshop,
+    base: Base,
+    /// Sandboxes of an earlier daemon that are this shard's.
+    survivors: Vec<Survivor>,
     addresses: PerShard<Address>,
     requests: Mailbox<Request>,
     answers: Mailbox<Answer>,
     loads: Loads,
+}
+
+/// What all shards, and the making of templates, need of a host.
+#[derive(Clone, Debug)]
+pub(crate) struct Base {
+    pub(crate) workshop: Workshop,
+    pub(crate) launcher: Launcher,
+    /// Uids of processes that are taken over.
+    pub(crate) taken: Arc<BTreeSet<u32>>,
+}
+
+impl Base {
+    /// The pool of one shard, with what it remembers of demand.
+    pub(crate) fn pool(&self, shard: ShardId, shards: ShardCount, demand: Demand) -> Rc<Pool> {
+        let config = &self.workshop.config;
+        let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
+        let bounds = Bounds { floor: size(config.pool_floor), ceiling: size(config.pool_ceiling) };
+        // One for each sandbox, and as many again as pools may hold and graves may wait.
+        let total = config.sandboxes_max.saturating_mul(2).saturating_add(1024);
+        let uids = Uids::share(config.uid_first, total, shard, shards, &self.taken);
+        Rc::new(Pool::new(self.launcher.clone(), bounds, uids, demand))
+    }
 }
 
 /// Runs the host until `stop`: one executor for each seat of `plan`, and on each `serve`. Where
@@ -49,61 +79,132 @@ where
     S: Fn(Host, StopSignal) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + 'static,
 {
-    config.check()?;
-    let workshop = open(config)?;
-    let inputs = inputs(plan, &workshop)?;
+    let (base, survivors) = open(config)?;
+    let inputs = inputs(plan, &base, survivors)?;
     let shards = plan.shard_count();
     let signal = stop.clone();
     let ran = seat::run_all(plan, inputs, &stop, move |seat: ShardSeat, input: Input| {
         let (serve, stop) = (serve.clone(), signal.clone());
         async move {
-            let Input { workshop, addresses, requests, answers, loads } = input;
-            let shard = Rc::new(Shard::new(seat.shard, shards, workshop, loads));
+            let Input { base, survivors, addresses, requests, answers, loads } = input;
+            let shard = match seat_shard(&base, seat.shard, shards, loads).await {
+                Ok(shard) => shard,
+                Err(error) => {
+                    // The other shards must not go on without this one's sandboxes.
+                    tracing::error!(shard = seat.shard.index(), %error, "a shard cannot start");
+                    stop.stop();
+                    return false;
+                }
+            };
             let host = Host::new(Rc::clone(&shard), addresses.clone());
+            for survivor in survivors {
+                takeover::take_over(&shard, survivor).await;
+            }
             let tasks = [
                 rt::spawn(take_requests(Rc::clone(&shard), addresses, requests)),
                 rt::spawn(take_answers(host.clone(), answers)),
                 rt::spawn(refuse_at_stop(Rc::clone(&shard), stop.clone())),
+                rt::spawn(pressure::watch(Rc::clone(&shard), seat.node, stop.clone())),
+                rt::spawn(hours::keep(Rc::clone(&shard), stop.clone())),
             ];
+            let pool = rt::spawn(Rc::clone(&shard.pool).keep());
             serve(host, stop.clone()).await;
             stop.stop();
             shard.drain().await;
+            hours::write(&shard).await;
             // The executor would not drop what they hold.
             for task in tasks {
                 task.end().await;
             }
+            pool.end().await;
+            Rc::clone(&shard.ring).close().await;
+            true
         }
     });
     match ran {
-        Ok(_) => Ok(()),
+        Ok(started) if started.iter().all(|started| *started) => Ok(()),
+        Ok(_) => Err(RunError::Machine("a shard could not start; the log says why".into())),
         Err(SeatError::Panicked(shard)) => Err(RunError::Panicked(shard)),
         Err(error) => Err(RunError::Machine(Box::new(error))),
     }
 }
 
 /// Everything that can fail before a shard starts.
-fn open(config: HostConfig) -> Result<Workshop, RunError> {
+fn open(config: HostConfig) -> Result<(Base, Vec<Survivor>), RunError> {
+    // First: its lock says that no other daemon's sandboxes are about to be killed.
+    let (base, cgroups) = open_base(config)?;
+    let survivors = recover(&base.workshop.store, &cgroups)
+        .map_err(|error| RunError::Machine(Box::new(error)))?;
+    let uid = |survivor: &Survivor| Some(survivor.record.process.as_ref()?.uid);
+    let taken = survivors.iter().filter(|survivor| survivor.alive).filter_map(uid).collect();
+    Ok((Base { taken: Arc::new(taken), ..base }, survivors))
+}
+
+/// Checks the configuration and opens what it names.
+pub(crate) fn open_base(config: HostConfig) -> Result<(Base, Cgroups), RunError> {
+    config.check()?;
     check_program(&config).map_err(|error| {
         let program = config.vm_program.display();
         RunError::Config(format!("vm_program {program} cannot be run: {error}"))
     })?;
-    // First: its lock says that no other daemon's sandboxes are about to be killed.
-    let machine = |error| RunError::Machine(Box::new(error));
-    let cgroups = Cgroups::open(&config.cgroup_root, config.cgroup_limits_required);
-    let cgroups = cgroups.map_err(machine)?;
-    let killed = cgroups.sweep().map_err(machine)?;
+    let machine = |error| RunError::Machine(error);
+    let cgroups = Cgroups::open(&config.cgroup_root, config.cgroup_limits_required)
+        .map_err(|error| machine(Box::new(error)))?;
     let root = config.store_root.clone();
-    let unusable = |source| RunError::Store { path: root.clone(), source: Box::new(source) };
-    let store = Store::open(&root).map_err(unusable)?;
-    let disks = store.sweep_sandboxes().map_err(unusable)?;
-    if killed + disks > 0 {
-        tracing::info!(killed, disks, "removed what an earlier run left");
+    let store = Store::open(&root)
+        .map_err(|source| RunError::Store { path: root.clone(), source: Box::new(source) })?;
+    // The first process of a VM ends at once, and its child becomes ours.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(|error| machine(Box::new(error)))?;
+    let netns = empty_network().map_err(|error| machine(Box::new(error)))?;
+    let config = Arc::new(config);
+    let launcher =
+        Launcher { config: Arc::clone(&config), cgroups: cgroups.clone(), netns: Arc::new(netns) };
+    let workshop = Workshop { config, store };
+    Ok((Base { workshop, launcher, taken: Arc::default() }, cgroups))
+}
+
+/// Checks that the VM program can be run at all, at start and not at the first create.
+fn check_program(config: &HostConfig) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let metadata = std::fs::File::open(&config.vm_program)?.metadata()?;
+    let runnable = metadata.is_file() && metadata.permissions().mode() & 0o111 != 0;
+    if runnable { Ok(()) } else { Err(std::io::Error::other("it is not an executable file")) }
+}
+
+/// Makes a shard on its seat, and keeps VM processes for every template from the start.
+async fn seat_shard(
+    base: &Base,
+    id: ShardId,
+    shards: ShardCount,
+    loads: Loads,
+) -> Result<Rc<Shard>, String> {
+    let buffers = base.workshop.config.io_buffers;
+    let ring =
+        Ring::attach(RingConfig { buffers }).map_err(|error| crate::sandbox::chain(&error))?;
+    let (store, index) = (base.workshop.store.clone(), id.index());
+    let found = rt::blocking(move || {
+        let hours = hours::read(&store, index);
+        store.snapshots().map(|snapshots| (snapshots, hours))
+    });
+    let (snapshots, hours) = found
+        .await
+        .map_err(|error| error.to_string())?
+        .map_err(|error| crate::sandbox::chain(&error))?;
+    let pool = base.pool(id, shards, Demand::from_text(&hours, now_s()));
+    for snapshot in &snapshots {
+        let manifest = snapshot.manifest();
+        if manifest.kind == SnapshotKind::Template {
+            let disk = manifest.disk_bytes > 0;
+            let size = Size { vcpus: manifest.vcpus, memory: manifest.memory, disk };
+            pool.want(size, &manifest.id);
+        }
     }
-    Ok(Workshop { config: Arc::new(config), store, cgroups })
+    Ok(Rc::new(Shard::new((id, shards), base.workshop.clone(), pool, ring, loads)))
 }
 
 /// Connects every shard with every other.
-fn inputs(plan: &Plan, workshop: &Workshop) -> Result<Vec<Input>, RunError> {
+fn inputs(plan: &Plan, base: &Base, survivors: Vec<Survivor>) -> Result<Vec<Input>, RunError> {
     let shards = plan.shard_count();
     let mut boxes = Vec::new();
     for _ in &plan.seats {
@@ -115,14 +216,20 @@ fn inputs(plan: &Plan, workshop: &Workshop) -> Result<Vec<Input>, RunError> {
         let ((requests, _), (answers, _)) = &boxes[usize::from(shard.index())];
         Address { requests: requests.clone(), answers: answers.clone() }
     });
-    let input = |((_, requests), (_, answers))| Input {
-        workshop: workshop.clone(),
+    // The id says the shard: with another number of shards than before, another one takes over.
+    let mut by_shard = PerShard::from_fn(shards, |_| Vec::new());
+    for survivor in survivors {
+        by_shard[survivor.id.shard(shards)].push(survivor);
+    }
+    let input = |(shard, ((_, requests), (_, answers)))| Input {
+        base: base.clone(),
+        survivors: std::mem::take(&mut by_shard[ShardId::new(shard)]),
         addresses: addresses.clone(),
         requests,
         answers,
         loads: Arc::clone(&loads),
     };
-    Ok(boxes.into_iter().map(input).collect())
+    Ok((0..).zip(boxes).map(input).collect())
 }
 
 /// Takes requests of other shards, each as its own task: one that waits for a boot must not hold

@@ -11,17 +11,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
+use mica_numa::io::Ring;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
 
-use crate::event::{Operation, Reply, Spawned};
-use crate::sandbox::{self, Made, Sandbox, Workshop};
-use crate::uids::Uids;
-use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError};
+use crate::event::{Counts, IfRunning, Operation, Reply, Spawned};
+use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
+use crate::shell::Pool;
+use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
 
 /// Bytes of an access token, before they become hexadecimal.
 const TOKEN_BYTES: usize = 32;
+
+/// Bytes of a machine id (`machine-id(5)`), before they become hexadecimal.
+const MACHINE_ID_BYTES: usize = 16;
 
 /// Templates that spawns are counted for. Only as many as were made from since the start matter.
 const SPAWNS_MAX: usize = 4096;
@@ -29,7 +33,10 @@ const SPAWNS_MAX: usize = 4096;
 /// How long all sandboxes together may take to go when the daemon stops.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How many sandboxes each shard has. A hint to spread creates by, read and written without order;
+/// How long a stream waits for a sandbox that is on its way to running.
+const TRANSITION_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How many live sandboxes each shard has. A hint to spread creates by, read and written without order;
 /// what counts is the owner's own admission.
 pub(crate) type Loads = Arc<PerShard<AtomicU32>>;
 
@@ -42,25 +49,37 @@ pub(crate) struct Shard {
     pub(crate) shards: ShardCount,
     /// What sandboxes are made of.
     pub(crate) workshop: Workshop,
+    /// VM processes that wait.
+    pub(crate) pool: Rc<Pool>,
+    /// What snapshots are written through.
+    pub(crate) ring: Rc<Ring>,
+    /// What sandboxes are restored from.
+    pub(crate) images: Images,
     /// How many sandboxes every shard has.
     pub(crate) loads: Loads,
     sandboxes: RefCell<BTreeMap<SandboxId, Rc<Sandbox>>>,
-    uids: RefCell<Uids>,
     spawns: RefCell<BTreeMap<String, Spawned>>,
     draining: Cell<bool>,
 }
 
 impl Shard {
     /// A shard without sandboxes.
-    pub(crate) fn new(id: ShardId, shards: ShardCount, workshop: Workshop, loads: Loads) -> Self {
-        let (first, total) = (workshop.config.uid_first, workshop.config.sandboxes_max);
+    pub(crate) fn new(
+        (id, shards): (ShardId, ShardCount),
+        workshop: Workshop,
+        pool: Rc<Pool>,
+        ring: Rc<Ring>,
+        loads: Loads,
+    ) -> Self {
         Self {
             id,
             shards,
             workshop,
+            pool,
+            ring,
+            images: Images::default(),
             loads,
             sandboxes: RefCell::default(),
-            uids: RefCell::new(Uids::share(first, total, id, shards)),
             spawns: RefCell::default(),
             draining: Cell::new(false),
         }
@@ -74,9 +93,18 @@ impl Shard {
             Operation::List => Reply::Sandboxes(self.list()),
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
-            Operation::Extend(id, life) => Reply::Sandbox(self.extend(id, life)),
             Operation::Connect(id) => Reply::Stream(self.connect(id).await),
+            Operation::Snapshot(id, name) => Reply::Snapshot(self.snapshot(id, name).await),
+            Operation::Rollback(id, to) => {
+                Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
+            }
+            Operation::Pause(id) => Reply::Done(self.ask(id, Request::Pause).await),
+            Operation::Resume(id, life, if_running) => {
+                Reply::Resumed(self.resume(id, life, if_running).await)
+            }
+            Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
+            Operation::Counts => Reply::Counts(self.counts()),
         }
     }
 
@@ -85,22 +113,32 @@ impl Shard {
         if self.draining.get() {
             return Err(ShardError::ShuttingDown);
         }
-        let access_token = request.secure.then(draw_token).transpose()?;
-        let sandboxes_max = self.workshop.config.sandboxes_max;
-        let uid = self.uids.borrow_mut().take().ok_or(ShardError::AtCapacity { sandboxes_max })?;
+        if self.live() >= self.share() {
+            return Err(self.at_capacity());
+        }
+        let access_token = request.secure.then(|| draw_hex::<TOKEN_BYTES>()).transpose()?;
+        let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
         let (maker, made) = oneshot::channel();
-        let deadline = Instant::now() + self.workshop.config.boot_deadline;
-        let sandbox = Sandbox::new(id, uid, request, access_token, deadline, maker);
-        let sandbox = Rc::new(sandbox);
-        self.sandboxes.borrow_mut().insert(id, Rc::clone(&sandbox));
-        self.show_load();
-        rt::spawn(sandbox::drive(Rc::clone(self), sandbox)).detach();
+        let identity = Identity { request, access_token, machine_id };
+        self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create);
         made.await.unwrap_or(Err(ShardError::ShuttingDown))
     }
 
+    /// Starts the life of a sandbox, new or taken over.
+    pub(crate) fn begin(self: &Rc<Self>, sandbox: Sandbox, start: Start) {
+        let sandbox = Rc::new(sandbox);
+        self.sandboxes.borrow_mut().insert(sandbox.id, Rc::clone(&sandbox));
+        self.show_load();
+        rt::spawn(sandbox::drive(Rc::clone(self), sandbox, start)).detach();
+    }
+
+    fn find(&self, id: SandboxId) -> Result<Rc<Sandbox>, ShardError> {
+        let found = self.sandboxes.borrow().get(&id).cloned();
+        found.filter(|sandbox| !sandbox.is_ending()).ok_or(ShardError::NoSuchSandbox(id))
+    }
+
     fn get(&self, id: SandboxId) -> Made {
-        let sandboxes = self.sandboxes.borrow();
-        let info = sandboxes.get(&id).and_then(|sandbox| sandbox.info());
+        let info = self.find(id)?.info();
         info.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 
@@ -124,21 +162,60 @@ impl Shard {
     }
 
     fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
-        let sandboxes = self.sandboxes.borrow();
-        let set = sandboxes.get(&id).is_some_and(|sandbox| sandbox.set_life(life));
+        let set = self.find(id)?.set_life(life);
         if set { Ok(()) } else { Err(ShardError::NoSuchSandbox(id)) }
     }
 
-    fn extend(&self, id: SandboxId, life: Duration) -> Made {
-        let sandboxes = self.sandboxes.borrow();
-        let info = sandboxes.get(&id).and_then(|sandbox| sandbox.extend_life(life));
-        info.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
+    /// Asks the driver for an operation and waits for its answer.
+    async fn ask<T>(
+        &self,
+        id: SandboxId,
+        request: impl FnOnce(oneshot::Sender<Result<T, ShardError>>) -> Request,
+    ) -> Result<T, ShardError> {
+        let (sender, answer) = oneshot::channel();
+        self.find(id)?.ask(request(sender));
+        answer.await.unwrap_or(Err(ShardError::ShuttingDown))
+    }
+
+    async fn snapshot(
+        &self,
+        id: SandboxId,
+        name: Option<String>,
+    ) -> Result<Box<SnapshotInfo>, ShardError> {
+        self.ask(id, |sender| Request::Snapshot(name, sender)).await
+    }
+
+    async fn resume(
+        &self,
+        id: SandboxId,
+        life: Duration,
+        if_running: IfRunning,
+    ) -> Result<(Box<SandboxInfo>, bool), ShardError> {
+        let sandbox = self.find(id)?;
+        if !sandbox.is_live() && self.live() >= self.share() {
+            return Err(self.at_capacity());
+        }
+        self.ask(id, |sender| Request::Resume(life, if_running, sender)).await
+    }
+
+    fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {
+        let request = self.find(id)?.request();
+        request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 
     async fn connect(&self, id: SandboxId) -> Result<OwnedFd, ConnectError> {
-        let control = self.sandboxes.borrow().get(&id).and_then(|sandbox| sandbox.control());
-        let control = control.ok_or(ConnectError::NoSuchSandbox(id))?;
-        sandbox::open_stream(&control).await.map_err(|error| {
+        let gone = ConnectError::NoSuchSandbox(id);
+        let sandbox = self.find(id).map_err(|_| gone.clone())?;
+        let settled = time::timeout(TRANSITION_DEADLINE, sandbox.settled());
+        if settled.await.is_err() {
+            return Err(ConnectError::IsPaused(id));
+        }
+        let held = match (sandbox.info(), sandbox.process()) {
+            (None, _) => return Err(gone),
+            (Some(_), None) => return Err(ConnectError::IsPaused(id)),
+            (Some(_), Some(held)) => held,
+        };
+        sandbox::open_stream(&held.control).await.map_err(|error| {
             tracing::info!(%id, error = sandbox::chain(&error), "no stream into a sandbox");
             ConnectError::Busy
         })
@@ -154,20 +231,47 @@ impl Shard {
         }
     }
 
-    /// Forgets a sandbox of which nothing is left. Its uid goes back if nothing can run under it.
-    pub(crate) fn forget(&self, sandbox: &Sandbox, safe_uid: bool) {
-        self.sandboxes.borrow_mut().remove(&sandbox.id);
-        if safe_uid {
-            self.uids.borrow_mut().give_back(sandbox.uid);
-        } else {
-            tracing::error!(uid = sandbox.uid, "this uid is not used again until the next start");
+    fn counts(&self) -> Counts {
+        Counts {
+            pool: self.pool.counts(),
+            shells: self.pool.waiting(),
+            sandboxes: self.sandboxes.borrow().len(),
         }
+    }
+
+    /// Forgets a sandbox of which nothing is left.
+    pub(crate) fn forget(&self, sandbox: &Sandbox) {
+        self.sandboxes.borrow_mut().remove(&sandbox.id);
         self.show_load();
     }
 
-    fn show_load(&self) {
+    /// Sandboxes that may have a process here: all shards' shares together are what the host may run.
+    fn share(&self) -> u32 {
+        let (total, shards) = (self.workshop.config.sandboxes_max, u32::from(self.shards.get()));
+        let one_more = u32::from(self.id.index()) < total % shards;
+        total / shards + u32::from(one_more)
+    }
+
+    fn at_capacity(&self) -> ShardError {
+        ShardError::AtCapacity { sandboxes_max: self.workshop.config.sandboxes_max }
+    }
+
+    /// Sandboxes that have a process.
+    fn live(&self) -> u32 {
+        let live = self.sandboxes.borrow().values().filter(|sandbox| sandbox.is_live()).count();
+        u32::try_from(live).unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn show_load(&self) {
         let count = u32::try_from(self.sandboxes.borrow().len()).unwrap_or(u32::MAX);
         self.loads[self.id].store(count, Ordering::Relaxed);
+    }
+
+    /// The sandbox that has waited longest with its process.
+    pub(crate) fn longest_paused(&self) -> Option<(Rc<Sandbox>, Instant)> {
+        let sandboxes = self.sandboxes.borrow();
+        let waits = |sandbox: &Rc<Sandbox>| Some((Rc::clone(sandbox), sandbox.evictable_since()?));
+        sandboxes.values().filter_map(waits).min_by_key(|(_, since)| *since)
     }
 
     /// From now on makes no sandbox.
@@ -175,7 +279,8 @@ impl Shard {
         self.draining.set(true);
     }
 
-    /// Ends every sandbox and waits until nothing of them is left, for a bounded time.
+    /// Ends every sandbox that may not stay, and waits until nothing of them is left, for a bounded
+    /// time. Then the pool.
     pub(crate) async fn drain(&self) {
         self.refuse_creates();
         let all: Vec<_> = self.sandboxes.borrow().values().cloned().collect();
@@ -188,16 +293,17 @@ impl Shard {
                 // Dropped means gone as well.
                 end.await.unwrap_or(());
             }
+            self.pool.close().await;
         });
         if gone.await.is_err() {
             let left = self.sandboxes.borrow().len();
-            tracing::error!(left, "sandboxes are left; the next start will remove them");
+            tracing::error!(left, "VM processes are left; the next start will remove them");
         }
     }
 }
 
-fn draw_token() -> Result<String, ShardError> {
-    let mut bytes = [0u8; TOKEN_BYTES];
+fn draw_hex<const BYTES: usize>() -> Result<String, ShardError> {
+    let mut bytes = [0u8; BYTES];
     random(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

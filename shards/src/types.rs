@@ -137,3 +137,16 @@ pub struct SnapshotInfo {
     /// When it was committed.
     pub created_at: SystemTime,
 }
+
+/// Numbers of a host, all shards together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostCounters {
+    /// Creates and resumes that found a VM process ready.
+    pub pool_hits: u64,
+    /// Those that had to wait for one to be made.
+    pub pool_misses: u64,
+    /// VM processes that wait for a guest.
+    pub shells: u64,
+    /// Sandboxes, paused ones included.
+    pub sandboxes: u64,
+}

@@ -11,10 +11,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, OFlags};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Result, StorageError};
@@ -47,6 +47,8 @@ pub(crate) enum Effect<'a> {
     Remove(&'a Path),
     /// Bytes of a file are written.
     Write(&'a File, u64, &'a [u8]),
+    /// A file gets another length.
+    SetLen(&'a File, u64),
     /// The second file gets the content of the first.
     Clone(&'a File, &'a File),
     /// A file's content is made durable.
@@ -80,7 +82,9 @@ impl Disk {
         }
         #[cfg(test)]
         if let Some(simulation) = &self.simulation {
-            return simulation.step(effect, run).map_err(|e| StorageError::io(operation, path, e));
+            return simulation
+                .step(operation, path, effect, run)
+                .map_err(|e| StorageError::io(operation, path, e));
         }
         run().map_err(|e| StorageError::io(operation, path, e))
     }
@@ -122,6 +126,28 @@ impl Disk {
         }
     }
 
+    /// Writes bytes somewhere in a file.
+    pub(crate) fn write_at(&self, path: &Path, file: &File, bytes: &[u8], at: u64) -> Result<()> {
+        self.step("write", path, &Effect::Write(file, at, bytes), || file.write_all_at(bytes, at))
+    }
+
+    /// Gives a file at least this length, and the space for it where the file system can do that.
+    pub(crate) fn allocate(&self, path: &Path, file: &File, bytes: u64) -> Result<()> {
+        self.step("make room for", path, &Effect::SetLen(file, bytes), || {
+            match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
+                Ok(()) => Ok(()),
+                // The writes will tell whether there is room.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(bytes),
+                Err(error) => Err(error.into()),
+            }
+        })
+    }
+
+    /// Gives a file exactly this length.
+    pub(crate) fn set_len(&self, path: &Path, file: &File, bytes: u64) -> Result<()> {
+        self.step("cut", path, &Effect::SetLen(file, bytes), || file.set_len(bytes))
+    }
+
     /// Writes a whole small file. The name must not be there yet.
     pub(crate) fn write_new(&self, path: &Path, content: &[u8]) -> Result<File> {
         let file = self.create_file(path)?;
@@ -141,6 +167,11 @@ impl Disk {
         self.step("clone a disk to", path, &Effect::Clone(from, to), || {
             sparse::clone_or_copy(from, to)
         })
+    }
+
+    /// Gives the empty file `to` the content of `from`, in blocks of its own.
+    pub(crate) fn copy_content(&self, from: &File, to: &File, path: &Path) -> Result<()> {
+        self.step("copy a disk to", path, &Effect::Clone(from, to), || sparse::copy_apart(from, to))
     }
 
     /// Makes the content of a file durable.

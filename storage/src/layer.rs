@@ -27,7 +27,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 pub use table::{Extent, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, restrict};
 
-pub(crate) use format::{FOOTER_BYTES, Footer, tail};
+pub(crate) use format::{FOOTER_BYTES, Footer, data_pages_max, tail};
 
 use crate::error::{Result, StorageError};
 use crate::id;
@@ -43,6 +43,8 @@ pub(crate) const PAGE: usize = PAGE_BYTES as usize;
 /// A gap of up to this many clean frames between dirty ones is written too: one run of 64 KiB costs
 /// less than two.
 pub const COALESCE_GAP: u32 = 15;
+/// Times that a writer may be given frames again that it has: what a guest changed while it was copied.
+pub const ROUNDS_MAX: u32 = 4;
 /// Most layers of one guest's memory. The frames between a shard and a VM process have the same
 /// bound.
 pub const LAYERS_MAX: usize = 16;

@@ -27,6 +27,7 @@ mod crash_tests;
 mod crashsafe;
 mod envelope;
 mod error;
+mod flatten;
 mod id;
 mod layer;
 mod manifest;
@@ -45,6 +46,7 @@ mod writer;
 
 pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};
+pub use flatten::{FlattenLimits, FlattenStep, Flattened, Shape};
 pub use layer::{
     CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId, LayerIdError,
     LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, restrict,
@@ -61,5 +63,5 @@ pub use store::Store;
 pub use template::{Part, Template};
 pub use working_set::{PREFETCH_FRAMES, WORKING_SET_RUNS_MAX, prefetch_plan};
 pub use writer::{
-    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, run_blocking,
+    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, ROUNDS_MAX, run_blocking,
 };

@@ -27,8 +27,9 @@ use std::path::{Path, PathBuf};
 use mica_units::TemplateName;
 use rustix::fs::FlockOperation;
 
-pub(crate) use manifest::SNAPSHOT_BYTES_MAX;
+use manifest::SNAPSHOT_BYTES_MAX;
 pub use manifest::{RECORD_BYTES_MAX, STATE_BYTES_MAX, SnapshotKind, SnapshotManifest};
+pub(crate) use staging::MANIFEST_NEW;
 pub use staging::{SnapshotStaging, SyncJob, Synced};
 
 use crate::error::{Result, StorageError};

@@ -32,12 +32,14 @@ use std::pin::Pin;
 
 use mica_units::{FrameRun, PAGE_BYTES};
 
+/// Times that frames may be pushed again.
+pub use crate::layer::ROUNDS_MAX;
 pub use blocking::{Aligned, BlockingFile, run_blocking};
 
 use crate::error::{Result, StorageError};
 use crate::layer::{
     CHUNK_BYTES, COALESCE_GAP, Extent, Footer, LayerError, LayerId, LayerInfo, LayerKind, PAGE,
-    RunTable, coalesce, tail,
+    RunTable, coalesce, data_pages_max, merge, tail,
 };
 use crate::sparse::is_zero;
 use queue::Queue;
@@ -148,7 +150,9 @@ impl<F: LayerFile> Output<F> {
 /// Writes a packed layer: see the module's text.
 pub struct PackedWriter<F: LayerFile> {
     output: Output<F>,
+    /// What was pushed, and before that what was pushed in earlier rounds.
     extents: Vec<Extent>,
+    rounds: Vec<Vec<Extent>>,
     checksums: Checksums,
     pages: u32,
     allocated: Option<u64>,
@@ -161,6 +165,7 @@ impl<F: LayerFile> PackedWriter<F> {
         Self {
             output: Output::new(file, LayerKind::Packed, id, frames),
             extents: Vec::new(),
+            rounds: Vec::new(),
             checksums: Checksums::default(),
             pages: 0,
             allocated: None,
@@ -178,6 +183,12 @@ impl<F: LayerFile> PackedWriter<F> {
         self.output.allocate(bytes).await?;
         self.allocated = Some(bytes);
         Ok(())
+    }
+
+    /// From now on frames may be pushed again: the last time counts. For a guest that runs while most
+    /// of it is copied. At most [`ROUNDS_MAX`] times.
+    pub fn begin_round(&mut self) {
+        self.rounds.push(std::mem::take(&mut self.extents));
     }
 
     /// A buffer to fill. Waits until one is free, and looks after the writes in flight meanwhile.
@@ -203,7 +214,7 @@ impl<F: LayerFile> PackedWriter<F> {
             self.extents.push(Extent { run: *run, page: pages });
             pages = pages
                 .checked_add(run.count())
-                .filter(|pages| *pages <= self.output.footer.frames)
+                .filter(|pages| *pages <= data_pages_max(self.output.footer.frames))
                 .ok_or_else(|| self.output.refuse("more pages than the guest has frames"))?;
         }
         let bytes = u64::from(pages - self.pages) * PAGE_BYTES;
@@ -223,14 +234,25 @@ impl<F: LayerFile> PackedWriter<F> {
     /// Writes the tables, waits for every write, and makes the file durable.
     ///
     /// # Errors
-    /// When runs overlap or a step failed. The layer is lost then.
+    /// When runs of one round overlap or a step failed. The layer is lost then.
     pub async fn finish(mut self) -> Result<LayerInfo> {
-        let extents = std::mem::take(&mut self.extents);
-        let table = RunTable::new(extents, self.pages)
+        self.begin_round();
+        let table = self
+            .table()
             .map_err(|source| StorageError::Layer { path: self.output.path.clone(), source })?;
-        self.output.footer.frames_held = self.pages;
+        self.output.footer.frames_held = table.frames();
         let checksums = self.checksums.finish();
         self.output.finish(&table, &checksums, self.allocated).await
+    }
+
+    /// The runs of all rounds, the last ones over the others.
+    fn table(&self) -> std::result::Result<RunTable, LayerError> {
+        let rounds = self.rounds.iter().map(|round| RunTable::new(round.clone(), self.pages));
+        let rounds: Vec<RunTable> = rounds.collect::<std::result::Result<_, _>>()?;
+        let rounds: Vec<&RunTable> = rounds.iter().collect();
+        let extent = |piece: crate::Piece| Extent { run: piece.run, page: piece.page };
+        let merged = merge(&rounds, self.output.footer.frames);
+        RunTable::new(merged.into_iter().map(extent).collect(), self.pages)
     }
 }
 

@@ -24,6 +24,10 @@ fn bodies_out_of_form_say_what_to_change() {
     let daemon = Daemon::start();
     let id = daemon.create();
     let timeout = format!("/sandboxes/{id}/timeout");
+    let of = |action: &str| format!("/sandboxes/{id}/{action}");
+    let (snapshots, rollback) = (of("snapshots"), of("rollback"));
+    let (pause, resume, clone, fork) = (of("pause"), of("resume"), of("clone"), of("fork"));
+    let long = format!(r#"{{"name":"{}"}}"#, "x".repeat(129));
     for (path, body, hint) in [
         ("/v2/sandboxes", "{", "JSON"),
         ("/v2/sandboxes", "", "JSON"),
@@ -36,7 +40,35 @@ fn bodies_out_of_form_say_what_to_change() {
         ("/v2/sandboxes", r#"{"templateID":"base/.."}"#, "template name"),
         ("/v2/sandboxes", r#"{"templateID":"../base"}"#, "template name"),
         (timeout.as_str(), r#"{"timeout":-1}"#, "0 or more"),
+        (timeout.as_str(), r#"{"timeout":"60"}"#, "`timeout`"),
         (timeout.as_str(), r#"{"timeout":"60"}"#, "expected i64"),
+        ("/v2/sandboxes", r#"{"templateID":"base","autoPause":"yes"}"#, "`autoPause`"),
+        ("/v2/sandboxes", r#"{"templateID":"base","lifecycle":[]}"#, "`lifecycle`"),
+        (snapshots.as_str(), r#"{"name":7}"#, "`name`"),
+        (snapshots.as_str(), r#"{"name":""}"#, "`name`"),
+        (snapshots.as_str(), &long, "`name`"),
+        (snapshots.as_str(), r#"{"memory":false}"#, "`memory`"),
+        (snapshots.as_str(), "[]", "JSON"),
+        (snapshots.as_str(), "{", "JSON"),
+        (rollback.as_str(), "", "JSON"),
+        (rollback.as_str(), "{}", "snapshotID"),
+        (rollback.as_str(), r#"{"snapshotID":["x"]}"#, "`snapshotID`"),
+        (rollback.as_str(), r#"{"snapshotID":""}"#, "`snapshotID`"),
+        (pause.as_str(), r#"{"memory":false}"#, "`memory`"),
+        (pause.as_str(), r#"{"memory":1}"#, "`memory`"),
+        (pause.as_str(), r#"{"requireHealthyGuest":"x"}"#, "`requireHealthyGuest`"),
+        (pause.as_str(), "null", "JSON"),
+        (resume.as_str(), r#"{"timeout":0}"#, "at least 1"),
+        (resume.as_str(), r#"{"timeout":86401}"#, "greater than 24 hours"),
+        (resume.as_str(), r#"{"autoPause":1}"#, "`autoPause`"),
+        (resume.as_str(), r#"{"memory":false}"#, "`memory`"),
+        (clone.as_str(), r#"{"count":0}"#, "1 to 1000"),
+        (clone.as_str(), r#"{"count":1001}"#, "1 to 1000"),
+        (clone.as_str(), r#"{"count":"2"}"#, "`count`"),
+        (clone.as_str(), r#"{"count":1,"timeout":0}"#, "at least 1"),
+        (fork.as_str(), r#"{"count":21}"#, "1 to 20"),
+        (fork.as_str(), r#"{"count":-1}"#, "1 to 20"),
+        (fork.as_str(), r#"{"count":1.5}"#, "`count`"),
         (timeout.as_str(), r#"{"timeout":86401}"#, "greater than 24 hours"),
         (timeout.as_str(), "[]", "JSON"),
     ] {
@@ -46,8 +78,9 @@ fn bodies_out_of_form_say_what_to_change() {
     let unknown = post(&daemon, "/v2/sandboxes", r#"{"templateID":"no-such-template"}"#).error(404);
     assert!(unknown.contains("no-such-template"), "{unknown}");
     // The one that was there all along is untouched.
-    assert_eq!(daemon.ask("GET", &format!("/sandboxes/{id}"), None).status, 200);
-    assert_eq!(daemon.vm_processes().len(), 1, "no bad create made a process");
+    assert_eq!(daemon.state(&id), "running");
+    assert_eq!(daemon.vm_processes().len(), 1, "no bad create made a sandbox");
+    assert_eq!(daemon.ask("GET", "/snapshots", None).json(), json!([]));
 }
 
 #[test]
@@ -65,6 +98,13 @@ fn ids_and_paths_out_of_form() {
         ("GET", "/nothing/here", 404),
         ("PUT", "/sandboxes", 405),
         ("DELETE", "/templates", 405),
+        ("GET", "/templates/base", 405),
+        ("GET", "/sandboxes/i00000000000000000000/pause", 405),
+        ("DELETE", "/snapshots", 405),
+        ("POST", "/sandboxes/i00000000000000000000/explode", 404),
+        ("POST", "/sandboxes/UPPER/pause", 400),
+        ("POST", "/sandboxes/nonexistingsandbox/pause", 404),
+        ("POST", "/sandboxes/i00000000000000000000/clone", 404),
         ("BREW", "/health", 405),
     ] {
         let reply = daemon.ask(method, path, Some(&json!({})));

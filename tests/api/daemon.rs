@@ -3,6 +3,7 @@
 //! Called by every test: each has its own daemon, so that none sees another's sandboxes. Refuses to
 //! leave anything behind, also when the test fails.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -10,17 +11,35 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use mica_storage::{Part, ReadyWhen, Store, TemplateSpec};
-use mica_units::{Mebibytes, VcpuCount};
+use mica_storage::{
+    BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
+    run_blocking,
+};
+use mica_units::{Mebibytes, TemplateName, VcpuCount, frames_of};
 use serde_json::{Value, json};
 
 use crate::client::{Connection, PATIENCE, Reply};
 
 /// The name of the only template.
 pub const TEMPLATE: &str = "base";
+
+/// Memory and disk of its sandboxes: enough for the stand-in, and quickly made.
+pub const MEMORY: Mebibytes = Mebibytes::new(16);
+const DISK_BYTES: usize = 1 << 20;
+
+/// A state of the stand-in VM: its magic, and that it was stopped once.
+const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
+
+/// What a VM process is called that has no sandbox yet, and how much of a name the kernel keeps.
+const IDLE_NAME: &str = "standin-vm";
+const NAME_BYTES: usize = 15;
+
+/// Options for a daemon that makes no VM process but for a sandbox, so that what it holds changes with
+/// those alone.
+pub const NO_POOL: [&str; 4] = ["--pool-min", "0", "--pool-max", "0"];
 
 /// A running daemon.
 pub struct Daemon {
@@ -78,31 +97,41 @@ impl Daemon {
         daemon
     }
 
-    /// Kills the daemon outright and starts it again on what it left.
-    pub fn crash_and_restart(&mut self) {
+    /// Kills the daemon outright.
+    pub fn crash(&mut self) {
         self.child.kill().expect("kill");
         self.child.wait().expect("its end");
+    }
+
+    /// Starts it again on what it left.
+    pub fn restart(&mut self) {
         self.child = self.command.spawn().expect("mica serve");
         self.wait_until_up();
     }
 
-    /// Makes the sandboxes from now on run this line of shell as their VM process.
-    pub fn replace_vm_program(&self, line: &str) {
-        std::fs::write(self.directory.join("vm"), format!("#!/bin/sh\n{line}\n"))
-            .expect("a script");
+    /// Gives the VM processes from now on more options.
+    pub fn change_vm_options(&self, options: &str) {
+        write_vm_program(&self.directory.join("vm"), options);
     }
 
-    /// What the daemon holds: open files, VM processes, cgroups, and directories of sandboxes.
+    /// What the daemon holds: open files; and of sandboxes their VM processes, their cgroups, and
+    /// their directories. A cgroup is the pool's as long as a process waits in it.
     pub fn holdings(&self) -> [usize; 4] {
         let entries = |path: &Path| std::fs::read_dir(path).expect("a directory").count();
-        let groups = std::fs::read_dir(&self.cgroup).expect("a cgroup").flatten();
-        let groups = groups.filter(|entry| entry.path().is_dir()).count();
+        let groups = self.groups();
+        let of_sandbox = |names: &&Vec<(u32, String)>| names.iter().all(|(_, n)| n != IDLE_NAME);
         [
             entries(Path::new(&format!("/proc/{}/fd", self.child.id()))),
             self.vm_processes().len(),
-            groups,
+            groups.iter().filter(of_sandbox).count(),
             entries(&self.directory.join("store/sandboxes")),
         ]
+    }
+
+    /// Directories of snapshots in the store: committed or not, paused sandboxes' and the template's.
+    pub fn snapshots_kept(&self) -> usize {
+        let entries = std::fs::read_dir(self.directory.join("store/snapshots"));
+        entries.expect("a directory").flatten().filter(|entry| entry.path().is_dir()).count()
     }
 
     fn wait_until_up(&mut self) {
@@ -158,6 +187,59 @@ impl Daemon {
         reply.json()["sandboxID"].as_str().expect("an id").to_owned()
     }
 
+    /// One request about a sandbox, without a body.
+    pub fn act(&self, id: &str, action: &str) -> Reply {
+        self.ask("POST", &format!("/sandboxes/{id}/{action}"), None)
+    }
+
+    /// One request about a sandbox.
+    pub fn act_with(&self, id: &str, action: &str, body: &Value) -> Reply {
+        self.ask("POST", &format!("/sandboxes/{id}/{action}"), Some(body))
+    }
+
+    /// What `GET` says of a sandbox.
+    pub fn get(&self, id: &str) -> Reply {
+        self.ask("GET", &format!("/sandboxes/{id}"), None)
+    }
+
+    pub fn delete(&self, id: &str) -> Reply {
+        self.ask("DELETE", &format!("/sandboxes/{id}"), None)
+    }
+
+    /// The state of a sandbox that is there.
+    pub fn state(&self, id: &str) -> String {
+        let reply = self.get(id);
+        assert_eq!(reply.status, 200, "{reply:?}");
+        reply.json()["state"].as_str().expect("a state").to_owned()
+    }
+
+    /// Makes a snapshot and gives its id.
+    pub fn snapshot(&self, id: &str) -> String {
+        let reply = self.act(id, "snapshots");
+        assert_eq!(reply.status, 201, "{reply:?}");
+        reply.json()["snapshotID"].as_str().expect("an id").to_owned()
+    }
+
+    /// Pauses a sandbox, which must work.
+    pub fn pause(&self, id: &str) {
+        let reply = self.act(id, "pause");
+        assert_eq!((reply.status, reply.body.len()), (204, 0), "{reply:?}");
+    }
+
+    /// Sends a request from a thread of its own: for what does not come back before something else
+    /// happens.
+    pub fn begin(&self, method: &str, path: &str, body: Option<&Value>) -> JoinHandle<Reply> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {}\r\n\
+             content-length: {}\r\n\r\n{body}",
+            self.key,
+            body.len()
+        );
+        let mut connection = self.connect();
+        thread::spawn(move || connection.send(request).reply())
+    }
+
     /// A connection on which a request head for a port of a sandbox was begun: what is missing are
     /// further headers and the empty line.
     pub fn to_sandbox(&self, id: &str, port: u16, request_line: &str) -> Connection {
@@ -173,14 +255,39 @@ impl Daemon {
         assert_eq!(self.ask("GET", "/health", None).status, 200);
     }
 
-    /// Process ids of the stand-in VMs of this daemon.
+    /// Process ids of the VMs that are a sandbox. The stand-in takes its sandbox's name once it is
+    /// one; what waits in the pool has the program's.
     pub fn vm_processes(&self) -> Vec<u32> {
-        let children = Command::new("pgrep")
-            .args(["-P", &self.child.id().to_string()])
-            .output()
-            .expect("pgrep");
-        let text = String::from_utf8(children.stdout).expect("numbers");
-        text.lines().map(|line| line.parse().expect("a process id")).collect()
+        self.processes()
+            .into_iter()
+            .filter(|(_, name)| *name != IDLE_NAME)
+            .map(|(id, _)| id)
+            .collect()
+    }
+
+    /// The process that is this sandbox.
+    pub fn vm_of(&self, id: &str) -> u32 {
+        let shown = &id[..NAME_BYTES];
+        let found = self.processes().into_iter().find(|(_, name)| name == shown);
+        found.unwrap_or_else(|| panic!("no process is called {shown}")).0
+    }
+
+    /// Every process below the daemon's cgroup, with its name.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        self.groups().into_iter().flatten().collect()
+    }
+
+    /// The cgroups of VM processes: what runs in each, with its name.
+    fn groups(&self) -> Vec<Vec<(u32, String)>> {
+        let name = |id: u32| std::fs::read_to_string(format!("/proc/{id}/comm")).ok();
+        let processes = |list: String| {
+            let ids = list.lines().map(|line| line.parse().expect("a process id"));
+            ids.filter_map(|id| Some((id, name(id)?.trim().to_owned()))).collect()
+        };
+        let groups = std::fs::read_dir(&self.cgroup).into_iter().flatten().flatten();
+        let lists = groups.map(|group| group.path().join("cgroup.procs"));
+        // A group may go while it is looked at, and so may a process.
+        lists.filter_map(|list| std::fs::read_to_string(list).ok()).map(processes).collect()
     }
 
     pub fn signal(&self, name: &str) {
@@ -212,6 +319,16 @@ impl Drop for Daemon {
         }
         drop(self.child.kill());
         drop(self.child.wait());
+        // VM processes outlive a daemon that was killed.
+        drop(std::fs::write(self.cgroup.join("cgroup.kill"), "1"));
+        let deadline = Instant::now() + PATIENCE;
+        while !self.processes().is_empty() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        let groups = std::fs::read_dir(&self.cgroup).into_iter().flatten().flatten();
+        for group in groups.filter(|entry| entry.path().is_dir()) {
+            drop(std::fs::remove_dir(group.path()));
+        }
         drop(std::fs::remove_dir(&self.cgroup));
         drop(std::fs::remove_dir_all(&self.directory));
     }
@@ -236,34 +353,75 @@ fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
 }
 
+/// A template as a build leaves it: its files, and the snapshot that its sandboxes start from, with
+/// a state that the stand-in takes for its own.
 fn make_template(directory: &Path) {
     let store = Store::open(&directory.join("store")).expect("a store");
-    let kernel = directory.join("kernel");
+    let (kernel, disk) = (directory.join("kernel"), directory.join("disk"));
     std::fs::write(&kernel, b"not a kernel: the stand-in VM does not look").expect("a file");
-    let name = TEMPLATE.parse().expect("a name");
+    std::fs::write(&disk, vec![0x5a; DISK_BYTES]).expect("a file");
+    let name: TemplateName = TEMPLATE.parse().expect("a name");
     let staging = store.stage(&name, false).expect("a stage");
     staging.copy_part(Part::Kernel, &kernel).expect("the kernel");
+    staging.copy_part(Part::Disk, &disk).expect("the disk");
     let spec = TemplateSpec {
-        name,
+        name: name.clone(),
         vcpus: VcpuCount::new(2).expect("a count"),
-        memory: Mebibytes::new(512),
+        memory: MEMORY,
         cmdline: "console=ttyS0".to_owned(),
         envd_version: mica_wire::guest::ENVD_VERSION.to_owned(),
         ready: ReadyWhen::Agent,
         inputs_hash: String::new(),
     };
-    staging.commit(&spec).expect("a template");
+    let id = staging.commit(&spec).expect("a template").manifest().id.clone();
+
+    let staging = store.stage_snapshot(&id).expect("a stage");
+    let (layer, file) = staging.create_layer().expect("a layer");
+    let base = FlatWriter::new(BlockingFile::new(file), layer, frames_of(MEMORY));
+    let base = run_blocking(base.finish()).expect("a layer");
+    staging.clone_disk(&File::open(&disk).expect("the disk")).expect("a disk");
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time");
+    let manifest = SnapshotManifest {
+        id: id.clone(),
+        kind: SnapshotKind::Template,
+        name: None,
+        template_id: id,
+        template_name: name,
+        parent: None,
+        sandbox: None,
+        created_unix_ms: u64::try_from(since.as_millis()).expect("a time"),
+        vcpus: spec.vcpus,
+        memory: spec.memory,
+        envd_version: spec.envd_version,
+        ready: spec.ready,
+        layers: vec![base],
+        disk_bytes: u64::try_from(DISK_BYTES).expect("a length"),
+        state: STANDIN_STATE.to_vec(),
+        record: Vec::new(),
+    };
+    staging.seal(manifest).expect("a snapshot");
 }
 
 /// The daemon passes a VM program no options of ours, so a script adds them.
 fn vm_program(directory: &Path) -> PathBuf {
     let script = directory.join("vm");
-    let standin = standin_vm().display().to_string();
-    std::fs::write(&script, format!("#!/bin/sh\nexec '{standin}' --builtin-agent \"$@\"\n"))
-        .expect("a script");
+    write_vm_program(&script, "");
     let executable = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&script, executable).expect("a mode");
     script
+}
+
+fn write_vm_program(script: &Path, options: &str) {
+    let standin = standin_vm().display();
+    let text = format!("#!/bin/sh\nexec '{standin}' --builtin-agent {options} \"$@\"\n");
+    // Written beside and renamed: a script that is being run cannot be written to.
+    let new = script.with_extension("new");
+    std::fs::write(&new, text).expect("a script");
+    if script.exists() {
+        let mode = std::fs::metadata(script).expect("a script").permissions();
+        std::fs::set_permissions(&new, mode).expect("a mode");
+    }
+    std::fs::rename(&new, script).expect("a script");
 }
 
 /// The stand-in VM belongs to another package, so cargo has not built it for this test.

@@ -12,11 +12,16 @@
 
 mod bad_input;
 mod client;
+mod conflicts;
 mod control_plane;
+mod copies;
 mod daemon;
 mod drain;
+mod pausing;
 mod proxy_faults;
 mod proxy_framing;
+mod proxy_stops;
 mod proxy_streaming;
 mod resources;
+mod snapshots;
 mod upstream;

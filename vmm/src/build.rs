@@ -188,6 +188,7 @@ pub fn build(
     let mut fds = Descriptors::sort(&config.fds, fds, &allowed)?;
     let vcpu_count = config.vcpu_count()?;
     let memory = Memory::reserve(config.memory())?;
+    limits::allow_address_space(config.memory())?;
     let exchange = Exchange::new(fds.required(FdRole::Exchange)?, config.exchange_bytes)?;
     let console_fd = fds.required(FdRole::Console)?;
     let spare = fds.required(FdRole::Spare)?;

@@ -115,6 +115,8 @@ struct Control<'a> {
 
 impl<'a> Control<'a> {
     fn new(socket: &'a ControlSocket, notices: Arc<Notices>) -> Self {
+        #[cfg(feature = "breakout")]
+        crate::breakout::tell(&notices);
         Self { socket, notices, stage: Stage::Empty }
     }
 
@@ -264,6 +266,8 @@ impl<'a> Control<'a> {
         stopping(shell, |shell| {
             restore::boot(shell, config, fds).map_err(|error| error.ending())?;
             restore::run(shell).map_err(|error| error.ending())?;
+            #[cfg(feature = "breakout")]
+            crate::breakout::attempt(ThreadKind::Control);
             self.tell(&Event::Started)
         })
         .map(|(shell, ())| Stage::Running(shell, Pulse::new()))

@@ -12,6 +12,8 @@
 #![deny(unsafe_code)]
 
 pub mod boot;
+#[cfg(feature = "breakout")]
+pub mod breakout;
 mod build;
 mod bus;
 mod console;

@@ -37,6 +37,8 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&format!("mica-vm: standard input is closed: {error}")),
     };
     panics::remember();
+    #[cfg(feature = "breakout")]
+    mica_vmm::breakout::take_order();
     match std::panic::catch_unwind(|| run(&socket, arguments.ids, network)) {
         Ok(code) => code,
         Err(_) => end(&socket, Ending::Internal(panics::first().to_owned())),
@@ -53,6 +55,10 @@ fn run(socket: &ControlSocket, ids: Ids, network: Option<OwnedFd>) -> ExitCode {
     control::warm_clocks();
     if let Err(error) = jail::enter(ids) {
         return end(socket, jail_ending(&error));
+    }
+    #[cfg(feature = "breakout")]
+    if let Some(ending) = mica_vmm::breakout::attempt_bare() {
+        return end(socket, ending);
     }
     if let Err(error) = seccomp::install(ThreadKind::Setup) {
         return end(socket, Ending::Internal(error.to_string()));

@@ -130,6 +130,8 @@ impl Seat {
             let Ok(order) = self.orders.recv() else { return };
             match order {
                 Order::Run => {
+                    #[cfg(feature = "breakout")]
+                    crate::breakout::attempt(ThreadKind::Vcpu);
                     if let Err(ending) = vcpu.run(bus, self) {
                         self.shared.notices.end(ending);
                     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// The body of `POST /sandboxes` and `POST /v2/sandboxes`. Unknown fields are ignored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct NewSandbox {
-    /// The id or the name of a template.
+    /// The id or the name of a template, or the id of a snapshot.
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// Life time in seconds. Absent: 15 on v1, 300 on v2.
@@ -22,6 +22,61 @@ pub struct NewSandbox {
     /// Environment of every process in the sandbox.
     #[serde(rename = "envVars")]
     pub env_vars: Option<BTreeMap<String, String>>,
+    /// Pause instead of kill when the time is over. Absent: kill.
+    #[serde(rename = "autoPause", alias = "auto_pause")]
+    pub auto_pause: Option<bool>,
+    /// `false`: keep only the disk when pausing.
+    #[serde(rename = "autoPauseMemory")]
+    pub auto_pause_memory: Option<bool>,
+    /// Wake a paused sandbox when a request for it comes.
+    #[serde(rename = "autoResume", alias = "auto_resume")]
+    pub auto_resume: Option<AutoResume>,
+    /// The same wishes as CubeSandbox's clients write them. They win over the flat ones.
+    pub lifecycle: Option<LifecycleWish>,
+}
+
+/// What happens to a sandbox whose time is over, in a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnTimeoutWish {
+    /// It ends.
+    Kill,
+    /// It is paused.
+    Pause,
+}
+
+/// Whether a request for a paused sandbox wakes it: a flag, or an object that holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged, expecting = "expected a boolean or an object with the boolean `enabled`")]
+pub enum AutoResume {
+    /// As old clients write it.
+    Flag(bool),
+    /// As newer ones do.
+    Object {
+        /// Whether it does.
+        enabled: bool,
+    },
+}
+
+impl AutoResume {
+    /// Whether it is wished for.
+    #[must_use]
+    pub fn is_on(self) -> bool {
+        match self {
+            Self::Flag(on) | Self::Object { enabled: on } => on,
+        }
+    }
+}
+
+/// CubeSandbox's form of the wishes about a sandbox's end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct LifecycleWish {
+    /// What happens when the time is over.
+    #[serde(rename = "onTimeout", alias = "on_timeout")]
+    pub on_timeout: Option<OnTimeoutWish>,
+    /// Wake a paused sandbox when a request for it comes.
+    #[serde(rename = "autoResume", alias = "auto_resume")]
+    pub auto_resume: Option<AutoResume>,
 }
 
 /// The answer to a create.
@@ -112,6 +167,113 @@ pub struct SetTimeout {
 pub struct ConnectSandbox {
     /// Seconds from now that the sandbox lives at the least. Absent: 300, on v2 alone.
     pub timeout: Option<i64>,
+    /// `false`: boot a paused sandbox from its disk instead of going on.
+    pub memory: Option<bool>,
+}
+
+/// The body of `POST /sandboxes/{id}/pause`. It may be absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct PauseSandbox {
+    /// `false`: keep only the disk. Absent: yes, keep the memory.
+    pub memory: Option<bool>,
+    /// Refuse when the agent in the sandbox does not answer.
+    #[serde(rename = "requireHealthyGuest")]
+    pub require_healthy_guest: Option<bool>,
+}
+
+/// The body of `POST /sandboxes/{id}/resume`. It may be absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct ResumeSandbox {
+    /// Seconds from now. Absent: 15.
+    pub timeout: Option<i64>,
+    /// What happens when that time is over. Absent: what was wished for before.
+    #[serde(rename = "autoPause", alias = "auto_pause")]
+    pub auto_pause: Option<bool>,
+    /// `false`: boot from its disk instead of going on.
+    pub memory: Option<bool>,
+}
+
+/// The body of `POST /sandboxes/{id}/clone` and `POST /sandboxes/{id}/fork`. It may be absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct CopySandbox {
+    /// How many. Absent: 1.
+    pub count: Option<i64>,
+    /// Life time of the new ones in seconds. Absent: what the first one was made with.
+    pub timeout: Option<i64>,
+}
+
+/// One entry of the answer to a fork: either of the two.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkResult {
+    /// It came up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<Sandbox>,
+    /// It did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorBody>,
+}
+
+/// An error, as the body of an answer or in a list of outcomes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The HTTP status.
+    pub code: u16,
+    /// What to do about it.
+    pub message: String,
+}
+
+/// The body of `POST /sandboxes/{id}/snapshots`. It may be absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct NewSnapshot {
+    /// A label.
+    pub name: Option<String>,
+    /// `false`: keep only the disk.
+    pub memory: Option<bool>,
+}
+
+/// A snapshot: the answer to its making, and one entry of `GET /snapshots`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Snapshot {
+    /// Its id, usable as a `templateID`.
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    /// The label it was given, or nothing.
+    pub names: Vec<String>,
+    /// Always [`READY`]: one that is not cannot be seen.
+    pub status: String,
+    /// The sandbox it was made of.
+    #[serde(rename = "originSandboxID", skip_serializing_if = "Option::is_none")]
+    pub origin_sandbox_id: Option<String>,
+    /// RFC 3339.
+    pub created_at: String,
+}
+
+/// The only state that CubeSandbox's clients accept of a snapshot and of an operation.
+pub const READY: &str = "READY";
+
+/// The body of `POST /sandboxes/{id}/rollback`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct RollbackSandbox {
+    /// One of the sandbox's own snapshots.
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+}
+
+/// The answer to a rollback.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolledBack {
+    /// The sandbox, under the id it had.
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: String,
+    /// Where it is now.
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    /// Names this rollback in the host's log.
+    #[serde(rename = "operationID")]
+    pub operation_id: String,
+    /// Always [`READY`]: the answer comes when it is done.
+    pub status: String,
 }
 
 /// One entry of `GET /templates`.

@@ -15,7 +15,7 @@ pub fn register(router: &mut Router) {
         Ok(status(StatusCode::NO_CONTENT))
     });
     router.add(Method::GET, "/envs", Access::Token, |call: Call| async move {
-        json(StatusCode::OK, &call.sandbox.environment())
+        json(StatusCode::OK, &call.sandbox.environment_of(Some(&call.identity)))
     });
     router.add(Method::GET, "/metrics", Access::Token, |_: Call| metrics());
     process::register(router);

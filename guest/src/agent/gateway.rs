@@ -2,6 +2,10 @@
 //!
 //! Called by the listeners for every connection of the gateway. Refuses anything but control
 //! before the sandbox has its identity, and a preamble that takes its time.
+//!
+//! A connection belongs to the sandbox that it was made to. The host resets those of a saved state
+//! when it restores it; whatever is left of one here ends, too, as soon as the guest is told that
+//! it is another sandbox.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +14,7 @@ use mica_units::GuestPort;
 use mica_wire::guest::{PREAMBLE_BYTES, Preamble, Verdict};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::control::{self, Surroundings};
+use super::control::Control;
 use super::{relay, serve};
 use crate::http::Router;
 use crate::sandbox::Sandbox;
@@ -22,7 +26,7 @@ const PREAMBLE_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Gateway {
     sandbox: Arc<Sandbox>,
-    surroundings: Surroundings,
+    control: Control,
     envd: Arc<Router>,
     interpreter: Option<Arc<Router>>,
 }
@@ -31,11 +35,11 @@ impl Gateway {
     /// A gateway to these services.
     pub fn new(
         sandbox: Arc<Sandbox>,
-        surroundings: Surroundings,
+        control: Control,
         envd: Arc<Router>,
         interpreter: Option<Arc<Router>>,
     ) -> Self {
-        Self { sandbox, surroundings, envd, interpreter }
+        Self { sandbox, control, envd, interpreter }
     }
 
     /// envd's routes.
@@ -61,12 +65,13 @@ impl Gateway {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
+        let replaced = self.sandbox.replaced();
         let mut bytes = [0; PREAMBLE_BYTES];
         tokio::time::timeout(PREAMBLE_LIMIT, stream.read_exact(&mut bytes)).await??;
         let port = match Preamble::decode(bytes) {
             Ok(Preamble::Control) => {
                 say(&mut stream, Verdict::Open).await?;
-                return control::exchange(stream, &self.sandbox, self.surroundings).await;
+                return self.control.exchange(stream).await;
             }
             Ok(Preamble::Tcp(port)) => port,
             Err(_) => return say(&mut stream, Verdict::BadPreamble).await,
@@ -74,6 +79,18 @@ impl Gateway {
         if self.sandbox.identity().is_none() {
             return say(&mut stream, Verdict::Refused).await;
         }
+        tokio::select! {
+            biased;
+            () = replaced => Ok(()),
+            carried = self.carry(stream, port) => carried,
+        }
+    }
+
+    /// Bytes between the host and a port.
+    async fn carry<S>(&self, mut stream: S, port: GuestPort) -> std::io::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
         if let Some(router) = self.service(port) {
             say(&mut stream, Verdict::Open).await?;
             serve::connection(stream, router).await;

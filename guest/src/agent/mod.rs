@@ -8,6 +8,8 @@ mod control;
 mod envd;
 mod gateway;
 mod listen;
+mod memory;
+mod names;
 mod relay;
 mod serve;
 
@@ -16,13 +18,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use listen::ListenError;
+pub use names::NOBODY;
 
 use crate::http::Router;
 use crate::http::error::chain;
 use crate::interpreter::{self, Interpreter, find_python};
 use crate::process;
 use crate::sandbox::{Sandbox, SettingsError, TemplateSettings};
-use control::Surroundings;
+use control::{Control, Surroundings};
 use gateway::Gateway;
 
 /// How to run.
@@ -99,8 +102,14 @@ async fn serve_all(args: &AgentArgs, settings: TemplateSettings) -> Result<(), A
     envd::register(&mut envd);
     let envd = Arc::new(envd);
     let interpreter = has_interpreter.then(|| start_interpreter(&sandbox, surroundings));
+    let routes = interpreter.as_ref().map(|interpreter| {
+        let mut router = Router::new(Arc::clone(&sandbox));
+        interpreter::add_routes(&mut router, interpreter);
+        Arc::new(router)
+    });
 
-    let gateway = Gateway::new(Arc::clone(&sandbox), surroundings, envd, interpreter);
+    let control = Control::new(Arc::clone(&sandbox), surroundings, interpreter);
+    let gateway = Gateway::new(Arc::clone(&sandbox), control, envd, routes);
     let gateway = Arc::new(gateway);
     listen::loopback(args.envd_tcp.0, gateway.envd()).await;
     if let Some(router) = gateway.interpreter() {
@@ -113,9 +122,9 @@ async fn serve_all(args: &AgentArgs, settings: TemplateSettings) -> Result<(), A
     Ok(())
 }
 
-/// The code interpreter's routes. Its first kernel starts now, before anyone asks for it; one
-/// that cannot is told on the console and again to whoever asks.
-fn start_interpreter(sandbox: &Arc<Sandbox>, surroundings: Surroundings) -> Arc<Router> {
+/// The code interpreter. Its first kernel starts now, before anyone asks for it; one that cannot
+/// is told on the console and again to whoever asks.
+fn start_interpreter(sandbox: &Arc<Sandbox>, surroundings: Surroundings) -> Arc<Interpreter> {
     let directory = match surroundings {
         Surroundings::Guest => PathBuf::from("/run/mica/kernels"),
         Surroundings::Foreign => {
@@ -131,9 +140,7 @@ fn start_interpreter(sandbox: &Arc<Sandbox>, surroundings: Surroundings) -> Arc<
     if let Err(error) = interpreter.warm() {
         eprintln!("mica-guest: cannot start the Python kernel: {}", chain(&error));
     }
-    let mut router = Router::new(Arc::clone(sandbox));
-    interpreter::add_routes(&mut router, &interpreter);
-    Arc::new(router)
+    interpreter
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::BodyExt as _;
+use mica_wire::guest::InitRequest;
 use tokio::time::Instant;
 
 use super::stream::{self, Pace};
@@ -26,6 +27,8 @@ const KEEPALIVE_SECONDS: u64 = 90;
 pub struct Context {
     /// The sandbox.
     pub sandbox: Arc<Sandbox>,
+    /// Who it was when the call came.
+    pub identity: Arc<InitRequest>,
     /// The request's headers.
     pub headers: HeaderMap,
     /// When the client stops waiting.
@@ -167,7 +170,12 @@ fn context(call: &Call) -> Context {
     let deadline = number(&headers, "connect-timeout-ms")
         .filter(|ms| *ms > 0)
         .and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
-    Context { sandbox: Arc::clone(&call.sandbox), headers, deadline }
+    Context {
+        sandbox: Arc::clone(&call.sandbox),
+        identity: Arc::clone(&call.identity),
+        headers,
+        deadline,
+    }
 }
 
 fn keepalive_interval(headers: &HeaderMap) -> Duration {

@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode};
+use mica_wire::guest::InitRequest;
 
 use super::server::HEAD_BYTES_MAX;
 use super::{Access, HttpError, Query, Request, Response, query, status};
@@ -25,6 +26,8 @@ const EXPOSED: &str = "Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin, Locat
 pub struct Call {
     /// The sandbox it is about.
     pub sandbox: Arc<Sandbox>,
+    /// Who it was when the request came, whatever it has become since.
+    pub identity: Arc<InitRequest>,
     /// What stood for each `{}` of the pattern, decoded.
     pub params: Vec<String>,
     /// The query string, decoded.
@@ -107,7 +110,8 @@ impl Router {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let token = identity.access_token.as_deref();
         route.access.check(token, request.headers(), &query, now)?;
-        let call = Call { sandbox: Arc::clone(&self.sandbox), params, query, request };
+        let sandbox = Arc::clone(&self.sandbox);
+        let call = Call { sandbox, identity, params, query, request };
         (route.handler)(call).await
     }
 

@@ -32,6 +32,8 @@ const INTERRUPTS_MAX: u32 = 12;
 pub struct Job {
     pub code: String,
     pub env: BTreeMap<String, String>,
+    /// Nobody's cell, run before there is a client: it leaves no trace.
+    pub rehearsal: bool,
     /// Dropping the receiver means that the client has gone.
     pub events: mpsc::Sender<Event>,
 }
@@ -58,6 +60,7 @@ pub enum Cell {
 pub struct Run {
     pub code: String,
     pub env: BTreeMap<String, String>,
+    pub rehearsal: bool,
     events: mpsc::Sender<Event>,
     pending: VecDeque<Event>,
     pending_bytes: usize,
@@ -74,6 +77,7 @@ impl Run {
         Self {
             code: job.code,
             env: job.env,
+            rehearsal: job.rehearsal,
             events: job.events,
             pending: VecDeque::new(),
             pending_bytes: 0,
@@ -252,7 +256,8 @@ mod tests {
 
     fn run() -> (Run, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(16);
-        (Run::new(Job { code: String::new(), env: BTreeMap::new(), events }), receiver)
+        let (code, env) = (String::new(), BTreeMap::new());
+        (Run::new(Job { code, env, rehearsal: false, events }), receiver)
     }
 
     fn message(body: Body) -> Incoming {

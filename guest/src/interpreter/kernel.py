@@ -3,7 +3,11 @@
 Does what `ipykernel_launcher` does, with less work before the first cell, and sets up what a cell
 may count on: the environment of a call, and the `e2b/chart` and `e2b/data` forms of figures and
 data frames. Imports nothing heavy: the hooks wait until the cell itself has imported matplotlib or
-pandas. Leaves no name behind in the cell's namespace.
+pandas, or the agent warms the kernel to have it saved. Leaves no name behind in the cell's namespace.
+
+What the agent orders comes in the metadata of a cell's message: what to `become` when the kernel goes
+on in another sandbox, and the variables to `push` for the cell. Silent cells call `warm` and `settle`
+of the module `_mica` before the kernel is saved.
 """
 
 import gc
@@ -57,44 +61,119 @@ def _defer_jupyter_client():
     return started
 
 
-def _install(shell):
+def _install(kernel, shell):
+    import importlib
+    import inspect
     import os
+    import traceback
     import types
 
     # Frames with more cells than this get no `data` form: it would be the whole frame as JSON.
     frame_cells_max = 1_000_000
 
-    state = {"base": {}, "saved": None}
+    saved = {}
 
-    def _set(name, value):
-        if value is None:
+    def become(changes):
+        """Takes on what the sandbox is now; a value that stays the same may be a cell's own."""
+        for name in changes["unset"]:
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.update(changes["set"])
+        if changes["reseed"]:
+            reseed()
 
-    def base(variables):
-        """The environment of the sandbox: set for good, until the next call changes it."""
-        for name in state["base"]:
-            if name not in variables:
-                os.environ.pop(name, None)
-        for name, value in variables.items():
-            os.environ[name] = value
-        state["base"] = dict(variables)
+    def reseed():
+        """New random state for what keeps it in memory. `secrets`, `uuid.uuid4` and the like ask
+        the system each time, and the system knows by itself that it has been restored."""
+        for module_name, draw in (
+            ("random", lambda module: module.seed()),
+            ("numpy.random", lambda module: module.seed()),
+            ("torch", lambda module: module.seed()),
+            # OpenSSL seeds its own generator anew from the system when anything is added.
+            ("ssl", lambda module: module.RAND_add(os.urandom(32), 32.0)),
+            # An identifier of the machine that was drawn at random.
+            ("uuid", lambda module: setattr(module, "_node", None)),
+        ):
+            module = sys.modules.get(module_name)
+            if module is None:
+                continue
+            try:
+                draw(module)
+            except Exception:
+                # A module that a cell has changed must not keep the others from their turn.
+                traceback.print_exc(file=sys.__stderr__)
 
     def push(variables):
         """The environment of one call: what was there before is kept for `pop`."""
-        pop()
-        state["saved"] = {name: os.environ.get(name) for name in variables}
-        for name, value in variables.items():
-            os.environ[name] = value
+        saved.update({name: os.environ.get(name) for name in variables})
+        os.environ.update(variables)
 
     def pop():
-        saved, state["saved"] = state["saved"], None
-        for name, value in (saved or {}).items():
-            _set(name, value)
+        while saved:
+            name, value = saved.popitem()
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    execute = kernel.shell_handlers["execute_request"]
+
+    async def execute_with_orders(stream, ident, parent):
+        orders = parent["metadata"].get("mica") or {}
+        try:
+            # An interrupt may have kept the last one from its end.
+            pop()
+            if "become" in orders:
+                become(orders["become"])
+            if "push" in orders:
+                push(orders["push"])
+        except Exception:
+            # The cell runs all the same, and says what it lacks.
+            traceback.print_exc(file=sys.__stderr__)
+        try:
+            done = execute(stream, ident, parent)
+            if inspect.isawaitable(done):
+                await done
+        finally:
+            pop()
+
+    kernel.shell_handlers["execute_request"] = execute_with_orders
+    # A pause after each cell, for output that it says is lost on rare occasions. Ours is not: the
+    # kernel reports on the same channel, behind the output, that it is idle, and that is awaited.
+    kernel._execute_sleep = 0
+
+    def warm():
+        """Imports what cells commonly import, and shows a figure and a frame: fonts are looked up,
+        caches written, everything is loaded before anyone waits for it."""
+        modules = {}
+        for name in ("numpy", "pandas", "matplotlib.pyplot", "e2b_charts"):
+            try:
+                modules[name] = importlib.import_module(name)
+            except ImportError:
+                # Not in this template.
+                pass
+        show = shell.display_formatter.format
+        if "pandas" in modules:
+            show(modules["pandas"].DataFrame({"a": [1], "b": ["x"]}))
+        if "matplotlib.pyplot" in modules:
+            pyplot = modules["matplotlib.pyplot"]
+            figure, axes = pyplot.subplots()
+            axes.plot([1, 2], [3, 4])
+            axes.set_title("title")
+            show(figure)
+            pyplot.close(figure)
+
+    def settle():
+        """Forgets results, and takes what is there out of the garbage collector's way: it would
+        write to every page of it, and a page that is written to is no longer shared."""
+        shell.displayhook.flush()
+        shell.user_ns.pop("_0", None)
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     module = types.ModuleType("_mica")
-    module.base, module.push, module.pop = base, push, pop
+    for function in (warm, settle):
+        setattr(module, function.__name__, function)
     sys.modules["_mica"] = module
 
     from IPython.core.formatters import BaseFormatter
@@ -157,7 +236,7 @@ def _main():
     app.initialize()
     started()
     try:
-        _install(app.shell)
+        _install(app.kernel, app.shell)
     except Exception:
         # Without the hooks a cell still runs.
         import traceback

@@ -3,12 +3,20 @@
 //! Started by [`super::contexts`]. Refuses a cell when [`WAITING_CELLS_MAX`] wait already. A cell
 //! whose client has gone is interrupted, and skipped when it has not begun. A kernel that does not
 //! give way to interrupts is replaced, so one cell cannot hold a context for ever.
+//!
+//! A kernel outlives the sandbox it was started in: saved with the guest, it goes on in every
+//! sandbox that is restored from there. What it has of the former one, environment and random
+//! state, is made good with its next cell and not when the sandbox gets its identity: most of a
+//! kernel's memory is shared between all that were restored from it until it runs, so one that is
+//! never used costs nothing, and the answer that a client waits for does not wait for Python. It
+//! travels in the cell's own message, so it costs no round trip either.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
@@ -16,7 +24,7 @@ use super::cell::{Cell, Ending, Job, Restart, Run};
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
 use super::protocol::{Body, Request};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Standing};
 use crate::users::User;
 
 /// Most cells that wait for one context.
@@ -25,8 +33,8 @@ pub const WAITING_CELLS_MAX: usize = 64;
 /// A kernel that dies sooner than this after its start is started again only for a cell.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// How long the code that surrounds a cell may take. It is a few lines; a kernel that does not get
-/// through them is stuck in something that an earlier cell left running.
+/// How long our own code may take in a kernel. It is a few lines; a kernel that does not get through
+/// them is stuck.
 const SILENT_MAX: Duration = Duration::from_secs(120);
 
 /// Whether a context can run a cell at once.
@@ -64,7 +72,8 @@ pub fn start(config: SessionConfig) -> Handle {
         jobs: jobs_in,
         restarts: restarts_in,
         state: state_out,
-        base_env: BTreeMap::new(),
+        env: BTreeMap::new(),
+        sandboxes: 0,
     };
     tokio::spawn(session.run());
     Handle { jobs, restarts, state }
@@ -76,7 +85,9 @@ struct Session {
     restarts: mpsc::Receiver<Restart>,
     state: watch::Sender<State>,
     /// The sandbox's variables as the kernel has them.
-    base_env: BTreeMap<String, String>,
+    env: BTreeMap<String, String>,
+    /// [`Standing::sandboxes`] when the kernel's random state was made.
+    sandboxes: u64,
 }
 
 impl Session {
@@ -119,21 +130,10 @@ impl Session {
     }
 
     async fn start_kernel(&mut self) -> Result<Kernel, KernelError> {
-        let mut env = self.config.sandbox.environment();
-        self.base_env.clone_from(&env);
-        let user = &self.config.user;
-        for (name, value) in [
-            ("HOME", user.home.display().to_string()),
-            ("USER", user.name.clone()),
-            ("LOGNAME", user.name.clone()),
-            ("PATH", search_path(&self.config.kernel.python)),
-            ("LANG", "C.UTF-8".to_owned()),
-            // Python would otherwise hold back what a child process prints after it.
-            ("PYTHONUNBUFFERED", "1".to_owned()),
-            ("MPLBACKEND", "module://matplotlib_inline.backend_inline".to_owned()),
-        ] {
-            env.entry(name.to_owned()).or_insert(value);
-        }
+        let standing = self.config.sandbox.standing();
+        let env = self.environment(&standing);
+        self.sandboxes = standing.sandboxes;
+        self.env.clone_from(&env);
         let config = &self.config;
         let mut kernel = Kernel::start(&config.kernel, &config.user, &config.cwd, env).await?;
         // IPython makes a few things at its first cell only; now they are made before anyone waits.
@@ -150,6 +150,25 @@ impl Session {
                 Err(error)
             }
         }
+    }
+
+    /// The whole environment of a kernel, but for what cells add.
+    fn environment(&self, standing: &Standing) -> BTreeMap<String, String> {
+        let mut env = self.config.sandbox.environment_of(standing.identity.as_deref());
+        let user = &self.config.user;
+        for (name, value) in [
+            ("HOME", user.home.display().to_string()),
+            ("USER", user.name.clone()),
+            ("LOGNAME", user.name.clone()),
+            ("PATH", search_path(&self.config.kernel.python)),
+            ("LANG", "C.UTF-8".to_owned()),
+            // Python would otherwise hold back what a child process prints after it.
+            ("PYTHONUNBUFFERED", "1".to_owned()),
+            ("MPLBACKEND", "module://matplotlib_inline.backend_inline".to_owned()),
+        ] {
+            env.entry(name.to_owned()).or_insert(value);
+        }
+        env
     }
 
     /// A kernel could not be started: the next cell is told why, and then it is tried again.
@@ -224,54 +243,75 @@ impl Session {
 
     async fn cell(&mut self, kernel: &mut Kernel, job: Job) -> Cell {
         let mut run = Run::new(job);
-        if let Err(ending) = self.prepare(kernel, &run.env).await {
-            return run.broken(ending).await;
-        }
-        let outcome = match kernel.send(&Request::Execute { code: &run.code }).await {
+        let standing = self.config.sandbox.standing();
+        let wanted = self.environment(&standing);
+        let reseed = standing.sandboxes != self.sandboxes;
+        let orders =
+            Orders { become_: Changes::between(&self.env, &wanted, reseed), push: &run.env };
+        // Texts, lists and maps of texts always serialise.
+        let orders = serde_json::to_value(&orders).unwrap_or_default();
+        let (code, unnumbered) = (run.code.as_str(), run.rehearsal);
+        let sent = kernel.send(&Request::Execute { code, unnumbered, orders: &orders }).await;
+        (self.env, self.sandboxes) = (wanted, standing.sandboxes);
+        let outcome = match sent {
             Ok(id) => run.drive(kernel, &id, &mut self.restarts).await,
             Err(error) => Err(Ending::Died(error.to_string())),
         };
         if let Err(ending) = outcome {
             return run.broken(ending).await;
         }
-        // The environment is put back before the client learns of the end, so that its next
-        // cell cannot overtake it.
-        let restored = if run.env.is_empty() {
-            Ok(())
+        let settled = if run.rehearsal {
+            silent(kernel, "__import__('_mica').settle()").await
         } else {
-            silent(kernel, "__import__('_mica').pop()").await
+            Ok(())
         };
         run.finish().await;
-        match restored {
+        match settled {
             Ok(()) | Err(Silent::Failed) => Cell::Done,
             Err(Silent::Ended(status)) => Cell::Broken(Ending::Died(status)),
             Err(Silent::Kernel(error)) => Cell::Broken(Ending::Died(error.to_string())),
         }
     }
+}
 
-    /// Brings the kernel's environment up to date before a cell.
-    async fn prepare(
-        &mut self,
-        kernel: &mut Kernel,
-        env: &BTreeMap<String, String>,
-    ) -> Result<(), Ending> {
-        let base = self.config.sandbox.environment();
-        let mut code = String::new();
-        if base != self.base_env {
-            code.push_str(&call("base", &base));
-            self.base_env = base;
+/// What comes with a cell for our own part of the kernel: it carries the first out before the cell,
+/// and sets the variables of the second for as long as the cell runs.
+#[derive(Debug, Serialize)]
+struct Orders<'a> {
+    #[serde(rename = "become", skip_serializing_if = "Option::is_none")]
+    become_: Option<Changes<'a>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    push: &'a BTreeMap<String, String>,
+}
+
+/// What a kernel that has been saved in one sandbox and restored in another must change.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Changes<'a> {
+    set: BTreeMap<&'a str, &'a str>,
+    unset: Vec<&'a str>,
+    /// Every kernel restored from the same state would draw the same random numbers.
+    reseed: bool,
+}
+
+impl<'a> Changes<'a> {
+    /// None, where nothing changes. What stays the same is left alone: a cell may have changed it,
+    /// and then it is the user's.
+    fn between(
+        held: &'a BTreeMap<String, String>,
+        wanted: &'a BTreeMap<String, String>,
+        reseed: bool,
+    ) -> Option<Self> {
+        if !reseed && held == wanted {
+            return None;
         }
-        if !env.is_empty() {
-            code.push_str(&call("push", env));
-        }
-        if code.is_empty() {
-            return Ok(());
-        }
-        match silent(kernel, &code).await {
-            Ok(()) | Err(Silent::Failed) => Ok(()),
-            Err(Silent::Ended(status)) => Err(Ending::Died(status)),
-            Err(Silent::Kernel(error)) => Err(Ending::Died(error.to_string())),
-        }
+        let differs = |(name, value): &(&String, &String)| held.get(*name) != Some(*value);
+        let pair = |(name, value): (&'a String, &'a String)| (name.as_str(), value.as_str());
+        let gone = |name: &&String| !wanted.contains_key(*name);
+        Some(Self {
+            set: wanted.iter().filter(differs).map(pair).collect(),
+            unset: held.keys().filter(gone).map(String::as_str).collect(),
+            reseed,
+        })
     }
 }
 
@@ -285,14 +325,6 @@ fn search_path(python: &Path) -> String {
         Some(parent) => format!("{}:{own}", parent.display()),
         None => own,
     }
-}
-
-/// Python that hands a map of texts to a function of the kernel's `_mica` module. The map travels as
-/// JSON inside a Python literal of bytes, so no character of it can be read as code.
-fn call(function: &str, variables: &BTreeMap<String, String>) -> String {
-    let json = serde_json::to_vec(variables).unwrap_or_else(|_| b"{}".to_vec());
-    let hex = super::protocol::hex(&json);
-    format!("__import__('_mica').{function}(__import__('json').loads(bytes.fromhex('{hex}')))\n")
 }
 
 /// Resolves when a job waits. The queue has no such call without taking the job, so look again
@@ -338,10 +370,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_cannot_break_out_of_their_call() {
-        let variables = BTreeMap::from([("A'); boom('".to_owned(), "\"\n')".to_owned())]);
-        let code = call("push", &variables);
-        assert_eq!(code.matches('\n').count(), 1);
-        assert!(!code.contains("boom"), "{code}");
+    fn only_what_differs_is_changed() {
+        let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        };
+        let held = map(&[("GONE", "1"), ("SAME", "1"), ("OTHER", "1")]);
+        let wanted = map(&[("SAME", "1"), ("OTHER", "2"), ("NEW", "1")]);
+        let changes = Changes::between(&held, &wanted, true).unwrap();
+        assert_eq!(changes.set, BTreeMap::from([("NEW", "1"), ("OTHER", "2")]));
+        assert_eq!((changes.unset, changes.reseed), (vec!["GONE"], true));
+        assert_eq!(Changes::between(&held, &held, false), None);
+        assert!(Changes::between(&held, &held, true).unwrap().set.is_empty());
     }
 }

@@ -21,7 +21,6 @@ use super::table::{InputEnd, Process, Table};
 use crate::connect::{self, ConnectError, Context, StreamSender};
 use crate::http::Router;
 use crate::http::error::chain;
-use crate::sandbox::Sandbox;
 use crate::users::User;
 
 /// Where commands are looked for when the agent itself has no `PATH`.
@@ -78,7 +77,7 @@ async fn start(
         Some(pty) => Terminal::Pty(pty.size.unwrap_or_default()),
         None => Terminal::Pipes { stdin: request.stdin.unwrap_or(true) },
     };
-    let spec = spec(&context.sandbox, &user, &request.process, terminal)?;
+    let spec = spec(&context, &user, &request.process, terminal)?;
     let spawned = spawn::spawn(&spec, terminal).await.map_err(|error| match error {
         SpawnError::Refused(_) => ConnectError::invalid_argument(error.to_string()),
         SpawnError::Os { .. } => ConnectError::internal(chain(&error)),
@@ -147,7 +146,7 @@ fn take_in(
 }
 
 fn spec(
-    sandbox: &Sandbox,
+    context: &Context,
     user: &User,
     config: &ProcessConfig,
     terminal: Terminal,
@@ -155,7 +154,7 @@ fn spec(
     if config.cmd.is_empty() {
         return Err(ConnectError::invalid_argument("the process has no cmd"));
     }
-    let cwd = sandbox.resolve_path(config.cwd.as_deref().unwrap_or(""), user);
+    let cwd = context.sandbox.resolve_path(config.cwd.as_deref().unwrap_or(""), user);
     if !cwd.is_dir() {
         let cwd = cwd.display();
         return Err(ConnectError::invalid_argument(format!("cwd '{cwd}' does not exist")));
@@ -163,7 +162,7 @@ fn spec(
     Ok(Spec {
         cmd: config.cmd.clone(),
         args: config.args.clone(),
-        env: environment(sandbox, user, &config.envs).into_iter().collect(),
+        env: environment(context, user, &config.envs).into_iter().collect(),
         cwd,
         user: rustix::process::geteuid().is_root().then(|| SpecUser {
             uid: user.uid,
@@ -176,7 +175,7 @@ fn spec(
 
 /// The user's variables, then the sandbox's, then the call's: the last one wins.
 fn environment(
-    sandbox: &Sandbox,
+    context: &Context,
     user: &User,
     call: &BTreeMap<String, String>,
 ) -> BTreeMap<String, String> {
@@ -187,7 +186,7 @@ fn environment(
         ("USER".to_owned(), user.name.clone()),
         ("LOGNAME".to_owned(), user.name.clone()),
     ]);
-    all.extend(sandbox.environment());
+    all.extend(context.sandbox.environment_of(Some(&context.identity)));
     all.extend(call.iter().map(|(name, value)| (name.clone(), value.clone())));
     // What is not a variable's name would make the command fail to start.
     all.retain(|name, value| {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mica_units::GuestPort;
-use mica_wire::guest::{InitReply, InitRequest, Preamble, Verdict};
+use mica_wire::guest::{ControlReply, ControlRequest, InitRequest, Preamble, Verdict};
 use serde_json::Value;
 
 /// Longest wait for any single read.
@@ -22,6 +22,19 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The token of a sandbox that [`Agent::start`] initialises.
 pub const TOKEN: &str = "token-of-the-test";
+
+/// What [`Agent::init`] says; the same sandbox goes on unless the id is another.
+pub fn identity(sandbox_id: &str) -> InitRequest {
+    InitRequest {
+        sandbox_id: sandbox_id.to_owned(),
+        template_id: "template".to_owned(),
+        machine_id: "0123456789abcdef".repeat(2),
+        access_token: Some(TOKEN.to_owned()),
+        env_vars: [("OF_THE_SANDBOX".to_owned(), "1".to_owned())].into(),
+        wall_clock_unix_ns: 1,
+        new_sandbox: false,
+    }
+}
 
 /// One running agent; it ends with the value.
 #[derive(Debug)]
@@ -80,17 +93,16 @@ impl Agent {
     }
 
     /// Tells the agent who it is.
-    pub fn init(&self, sandbox_id: &str) -> InitReply {
-        let request = InitRequest {
-            sandbox_id: sandbox_id.to_owned(),
-            template_id: "template".to_owned(),
-            access_token: Some(TOKEN.to_owned()),
-            env_vars: [("OF_THE_SANDBOX".to_owned(), "1".to_owned())].into(),
-            wall_clock_unix_ns: 1,
-        };
+    pub fn init(&self, sandbox_id: &str) -> ControlReply {
+        self.control(&ControlRequest::Init(identity(sandbox_id)))
+    }
+
+    /// One control exchange.
+    pub fn control(&self, request: &ControlRequest) -> ControlReply {
         let (mut stream, verdict) = self.gateway(&Preamble::Control.encode());
         assert_eq!(verdict, Some(Verdict::Open));
-        let mut line = serde_json::to_vec(&request).unwrap();
+        stream.set_read_timeout(Some(8 * PATIENCE)).unwrap();
+        let mut line = serde_json::to_vec(request).unwrap();
         line.push(b'\n');
         stream.write_all(&line).unwrap();
         let mut reply = Vec::new();
@@ -129,12 +141,17 @@ impl Agent {
 
     /// A call that streams, with more headers.
     pub fn stream_with(&self, method: &str, headers: &str, message: &Value) -> Answer {
+        self.stream_as(TOKEN, method, headers, message)
+    }
+
+    /// The same with a token of one's own.
+    pub fn stream_as(&self, token: &str, method: &str, headers: &str, message: &Value) -> Answer {
         let text = message.to_string();
         let mut body = vec![0];
         body.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
         body.extend(text.as_bytes());
         let head = format!(
-            "POST /process.Process/{method} HTTP/1.1\r\nx-access-token: {TOKEN}\r\n\
+            "POST /process.Process/{method} HTTP/1.1\r\nx-access-token: {token}\r\n\
              content-type: application/connect+json{headers}"
         );
         self.request(&head, &body)
@@ -280,6 +297,11 @@ impl Answer {
                 err.push_str(&decode(text));
             }
         }
+    }
+
+    /// Whether the agent hangs up, with nothing more to say.
+    pub fn is_cut_off(&mut self) -> bool {
+        self.pending.is_empty() && self.reader.fill_buf().unwrap().is_empty()
     }
 
     /// Hangs up, as a client that goes away does.

@@ -1,31 +1,28 @@
-//! The bodies that clients send: checked, and turned into what the host understands.
+//! The body of a create: checked, and turned into what the host understands.
 //!
 //! Called by [`super`]. Refuses wrong types, a life time out of bounds, a template name that
 //! cannot be one, and the wishes this version cannot keep where keeping quiet would cost the
 //! client its data.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
 
-use mica_shards::CreateRequest;
+use mica_shards::{CreateRequest, OnTimeout};
 use mica_units::IdError;
-use mica_wire::api::{ConnectSandbox, NewSandbox, SetTimeout};
+use mica_wire::api::{NewSandbox, OnTimeoutWish};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 
+use super::json;
+use super::life::{self, TIMEOUT_SECONDS_V1, TIMEOUT_SECONDS_V2};
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::route::Version;
 
-const TIMEOUT_SECONDS_V1: i64 = 15;
-const TIMEOUT_SECONDS_V2: i64 = 300;
 /// Longest template id or name, so that an error message can repeat it.
 const TEMPLATE_CHARS_MAX: usize = 128;
 
 /// What clients may wish for and this version cannot do.
 #[derive(Deserialize)]
 struct Unsupported {
-    #[serde(rename = "autoPause")]
-    auto_pause: Option<bool>,
     #[serde(rename = "volumeMounts")]
     volume_mounts: Option<Vec<serde_json::Value>>,
 }
@@ -39,80 +36,47 @@ pub fn create_request(
     body: &[u8],
     limits: &Limits,
 ) -> Result<CreateRequest, ApiError> {
-    let wanted: NewSandbox = json(body)?;
-    refuse_unsupported(&json(body)?)?;
+    let wanted: NewSandbox = json::read(body)?;
+    refuse_unsupported(&json::read(body)?)?;
     let default = match version {
         Version::V1 => TIMEOUT_SECONDS_V1,
         Version::V2 => TIMEOUT_SECONDS_V2,
     };
-    let seconds = wanted.timeout.unwrap_or(default);
-    if seconds < 1 {
-        let message = format!("`timeout` is {seconds}; it must be at least 1 second");
-        return Err(ApiError::bad_request(message));
-    }
     Ok(CreateRequest {
         template: template(&wanted.template_id)?,
-        timeout: life(seconds, limits)?,
+        timeout: life::of_new(wanted.timeout.unwrap_or(default), limits)?,
         secure: wanted.secure.unwrap_or(true),
+        on_timeout: on_timeout(&wanted)?,
         metadata: wanted.metadata.unwrap_or_default(),
         env_vars: env_vars(wanted.env_vars.unwrap_or_default())?,
     })
 }
 
-/// Reads the body of a set-timeout. 0 is a valid life: the sandbox ends at once.
-///
-/// # Errors
-/// 400, naming what to write instead.
-pub fn timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
-    let SetTimeout { timeout: seconds } = json(body)?;
-    remaining(seconds, limits)
-}
-
-/// Reads the body of a connect: how long the sandbox is to live at the least.
-///
-/// # Errors
-/// 400, naming what to write instead.
-pub fn connect_timeout(
-    version: Version,
-    body: &[u8],
-    limits: &Limits,
-) -> Result<Duration, ApiError> {
-    let ConnectSandbox { timeout } = match (version, body) {
-        (Version::V2, []) => ConnectSandbox::default(),
-        _ => json(body)?,
+/// What is to happen when the time is over. `lifecycle` wins over the flat fields.
+fn on_timeout(wanted: &NewSandbox) -> Result<OnTimeout, ApiError> {
+    let lifecycle = wanted.lifecycle.unwrap_or_default();
+    let pause = match lifecycle.on_timeout {
+        Some(wish) => wish == OnTimeoutWish::Pause,
+        None => wanted.auto_pause.unwrap_or(false),
     };
-    let seconds = match (version, timeout) {
-        (_, Some(seconds)) => seconds,
-        (Version::V2, None) => TIMEOUT_SECONDS_V2,
-        (Version::V1, None) => {
-            let message = "`timeout` is missing; send the seconds that the sandbox is to live on";
-            return Err(ApiError::bad_request(message));
-        }
-    };
-    remaining(seconds, limits)
-}
-
-fn remaining(seconds: i64, limits: &Limits) -> Result<Duration, ApiError> {
-    if seconds < 0 {
-        let message = format!("`timeout` is {seconds}; it must be 0 or more seconds from now");
-        return Err(ApiError::bad_request(message));
+    if wanted.auto_pause_memory == Some(false) {
+        return Err(ApiError::bad_request(match pause {
+            true => {
+                "`autoPauseMemory` is false, but this version keeps the memory of a paused \
+                 sandbox; leave it out"
+            }
+            false => "`autoPauseMemory` says nothing without `autoPause`; leave it out",
+        }));
     }
-    life(seconds, limits)
-}
-
-fn life(seconds: i64, limits: &Limits) -> Result<Duration, ApiError> {
-    let max = limits.sandbox_timeout_max;
-    match u64::try_from(seconds).map(Duration::from_secs) {
-        Ok(life) if life <= max => Ok(life),
-        _ => {
-            let hours = max.as_secs() / 3600;
-            let bound = match hours {
-                0 => format!("{} seconds", max.as_secs()),
-                hours => format!("{hours} hours"),
-            };
-            Err(ApiError::bad_request(format!("Timeout cannot be greater than {bound}")))
-        }
+    let wakes = lifecycle.auto_resume.or(wanted.auto_resume).is_some_and(|wish| wish.is_on());
+    // Without a pause there is nothing to wake, so the wish is kept as well as it can be.
+    if pause && wakes {
+        return Err(ApiError::bad_request(
+            "`autoResume` is not supported by this version: no request would wake the paused \
+             sandbox but a connect or a resume; leave it out",
+        ));
     }
+    Ok(if pause { OnTimeout::Pause } else { OnTimeout::Kill })
 }
 
 /// Ids and names have one alphabet. A path separator or a dot is in neither, so what passes here
@@ -127,9 +91,7 @@ fn template(text: &str) -> Result<String, ApiError> {
     Err(ApiError::bad_request(format!("`templateID` is no id or name of a template: {problem}")))
 }
 
-fn env_vars(
-    vars: std::collections::BTreeMap<String, String>,
-) -> Result<std::collections::BTreeMap<String, String>, ApiError> {
+fn env_vars(vars: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, ApiError> {
     let bad = |(name, value): (&String, &String)| {
         name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
     };
@@ -144,26 +106,17 @@ fn env_vars(
 }
 
 fn refuse_unsupported(wanted: &Unsupported) -> Result<(), ApiError> {
-    let what = if wanted.auto_pause == Some(true) {
-        "`autoPause` is not supported by this version: the sandbox would be killed, not paused; \
-         leave it out"
-    } else if wanted.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
-        "`volumeMounts` is not supported by this version; leave it out"
-    } else {
-        return Ok(());
-    };
-    Err(ApiError::bad_request(what))
-}
-
-fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| {
-        ApiError::bad_request(format!("the request body is not the JSON expected here: {error}"))
-    })
+    if wanted.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
+        let what = "`volumeMounts` is not supported by this version; leave it out";
+        return Err(ApiError::bad_request(what));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn create(body: &str) -> Result<CreateRequest, ApiError> {
         create_request(Version::V2, body.as_bytes(), &Limits::default())
@@ -213,7 +166,13 @@ mod tests {
             r#"{"templateID":"base","metadata":{"a":1}}"#,
             r#"{"templateID":"base","envVars":{"A=B":"c"}}"#,
             r#"{"templateID":"base","envVars":{"A":"\u0000"}}"#,
-            r#"{"templateID":"base","autoPause":true}"#,
+            r#"{"templateID":"base","autoPause":1}"#,
+            r#"{"templateID":"base","autoPause":true,"autoPauseMemory":false}"#,
+            r#"{"templateID":"base","autoPauseMemory":false}"#,
+            r#"{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}"#,
+            r#"{"templateID":"base","autoPause":true,"autoResume":true}"#,
+            r#"{"templateID":"base","lifecycle":{"on_timeout":"pause","auto_resume":true}}"#,
+            r#"{"templateID":"base","lifecycle":"pause"}"#,
             r#"{"templateID":"base","volumeMounts":[{"name":"v","path":"/v"}]}"#,
             r#"{"templateID":"base"} trailing"#,
         ] {
@@ -225,31 +184,22 @@ mod tests {
     }
 
     #[test]
-    fn timeouts() {
-        let read = |body: &str| timeout(body.as_bytes(), &Limits::default());
-        assert_eq!(read(r#"{"timeout":0}"#), Ok(Duration::ZERO));
-        assert_eq!(read(r#"{"timeout":86400}"#), Ok(Duration::from_secs(86_400)));
-        for bad in [r#"{"timeout":-1}"#, r#"{"timeout":86401}"#, r#"{"timeout":null}"#, "{}", ""] {
-            assert_eq!(read(bad).map_err(|e| e.status().as_u16()), Err(400), "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_connect_needs_its_timeout_on_v1_alone() {
-        let read = |version, body: &str| {
-            connect_timeout(version, body.as_bytes(), &Limits::default())
-                .map(|life| life.as_secs())
-                .map_err(|e| e.status().as_u16())
-        };
-        for version in [Version::V1, Version::V2] {
-            assert_eq!(read(version, r#"{"timeout":7,"memory":true}"#), Ok(7));
-            for bad in [r#"{"timeout":-1}"#, r#"{"timeout":86401}"#, r#"{"timeout":"7"}"#, "{"] {
-                assert_eq!(read(version, bad), Err(400), "{bad}");
-            }
-        }
-        for absent in ["", "{}"] {
-            assert_eq!(read(Version::V1, absent), Err(400));
-            assert_eq!(read(Version::V2, absent), Ok(300));
+    fn the_end_of_its_time_in_every_form() {
+        for (wish, expected) in [
+            ("", OnTimeout::Kill),
+            (r#","autoPause":false"#, OnTimeout::Kill),
+            (r#","autoPause":null"#, OnTimeout::Kill),
+            (r#","autoPause":true"#, OnTimeout::Pause),
+            (r#","auto_pause":true"#, OnTimeout::Pause),
+            (r#","autoPause":true,"autoPauseMemory":true"#, OnTimeout::Pause),
+            (r#","autoPause":true,"autoResume":{"enabled":false}"#, OnTimeout::Pause),
+            (r#","autoResume":{"enabled":true}"#, OnTimeout::Kill),
+            (r#","lifecycle":{"onTimeout":"pause"}"#, OnTimeout::Pause),
+            (r#","lifecycle":{"on_timeout":"pause","autoResume":false}"#, OnTimeout::Pause),
+            (r#","autoPause":true,"lifecycle":{"on_timeout":"kill"}"#, OnTimeout::Kill),
+        ] {
+            let request = create(&format!(r#"{{"templateID":"base"{wish}}}"#)).unwrap();
+            assert_eq!(request.on_timeout, expected, "{wish}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `GET /sandboxes` and `GET /v2/sandboxes`: which of the running sandboxes, in which order, and
+//! `GET /sandboxes` and `GET /v2/sandboxes`: which of the sandboxes, in which order, and
 //! where the page ends.
 //!
 //! Called by [`super`] with every sandbox of the host. Refuses a filter it does not understand: a
@@ -9,7 +9,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mica_shards::SandboxInfo;
+use mica_shards::{Lifecycle, SandboxInfo};
 use mica_units::SandboxId;
 
 use crate::error::ApiError;
@@ -24,8 +24,10 @@ pub const PAGE_ENTRIES_MAX: usize = 100;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListQuery {
     metadata: Vec<(String, String)>,
-    /// Whether running sandboxes are wanted; they are all there is so far.
+    /// Whether running sandboxes are wanted.
     running: bool,
+    /// Whether paused ones are.
+    paused: bool,
     template: Option<String>,
     started_after: Option<SystemTime>,
     oldest_first: bool,
@@ -79,6 +81,8 @@ impl ListQuery {
         let mut parsed = Self {
             metadata: Vec::new(),
             running: true,
+            // v1 is from before there were any.
+            paused: paged,
             template: None,
             started_after: None,
             oldest_first: false,
@@ -106,16 +110,14 @@ impl ListQuery {
                     return Err(form("`running`, `paused` or both, separated by a comma"));
                 }
                 self.running = states.contains(&"running");
+                self.paused = states.contains(&"paused");
             }
             "order" => match value {
                 "asc" => self.oldest_first = true,
                 "desc" => self.oldest_first = false,
                 _ => return Err(form("`asc` or `desc`")),
             },
-            "limit" => {
-                let limit = value.parse().ok().filter(|n| (1..=PAGE_ENTRIES_MAX).contains(n));
-                self.limit = Some(limit.ok_or_else(|| form("1 to 100"))?);
-            }
+            "limit" => self.limit = Some(page_limit(value)?),
             "nextToken" => {
                 let cursor = Cursor::from_token(value);
                 self.after = Some(cursor.ok_or_else(|| form("an `x-next-token` of this host"))?);
@@ -134,7 +136,8 @@ impl ListQuery {
     #[must_use]
     pub fn page(&self, all: Vec<SandboxInfo>) -> Page {
         let mut entries: Vec<_> = all.into_iter().filter(|info| self.wants(info)).collect();
-        let total_running = entries.len();
+        let running = |info: &&SandboxInfo| info.state == Lifecycle::Running;
+        let total_running = entries.iter().filter(running).count();
         entries.sort_by_key(Cursor::of);
         if !self.oldest_first {
             entries.reverse();
@@ -158,11 +161,24 @@ impl ListQuery {
         let labelled = |(key, value): &(String, String)| info.metadata.get(key) == Some(value);
         let of_template =
             |wanted: &String| info.template_id == *wanted || info.template_name.as_str() == wanted;
-        self.running
+        let state = match info.state {
+            Lifecycle::Running => self.running,
+            Lifecycle::Paused => self.paused,
+        };
+        state
             && self.metadata.iter().all(labelled)
             && self.template.as_ref().is_none_or(of_template)
             && self.started_after.is_none_or(|instant| info.started_at > instant)
     }
+}
+
+/// Reads the `limit` of a list.
+///
+/// # Errors
+/// 400 unless it is 1 to [`PAGE_ENTRIES_MAX`].
+pub fn page_limit(text: &str) -> Result<usize, ApiError> {
+    let limit = text.parse().ok().filter(|limit| (1..=PAGE_ENTRIES_MAX).contains(limit));
+    limit.ok_or_else(|| ApiError::bad_request(format!("`limit` must be 1 to {PAGE_ENTRIES_MAX}")))
 }
 
 fn metadata(value: &str) -> Result<Vec<(String, String)>, ApiError> {
@@ -190,6 +206,7 @@ mod tests {
             template_id: "tpl".to_owned(),
             template_name: "base".parse().unwrap(),
             started_at,
+            state: Lifecycle::Running,
             end_at: started_at + Duration::from_secs(60),
             vcpus: VcpuCount::new(1).unwrap(),
             memory: Mebibytes::new(512),
@@ -209,7 +226,7 @@ mod tests {
         let parsed = query("metadata=a%252520b%3Dc%252526d&state=running%2Cpaused&limit=5");
         assert_eq!(parsed.metadata, [("a b".to_owned(), "c&d".to_owned())]);
         assert_eq!(parsed.limit, Some(5));
-        assert!(parsed.running);
+        assert!(parsed.running && parsed.paused);
         let all = vec![sandbox(1, &[("a b", "c&d")]), sandbox(2, &[("a b", "c")])];
         let page = parsed.page(all);
         assert_eq!(page.entries.len(), 1);
@@ -240,11 +257,29 @@ mod tests {
     #[test]
     fn filters() {
         let all = || vec![sandbox(1, &[]), sandbox(100, &[])];
-        assert!(query("state=paused").page(all()).entries.is_empty());
         assert_eq!(query("template=base").page(all()).entries.len(), 2);
         assert_eq!(query("template=other").page(all()).entries.len(), 0);
         assert_eq!(query("startedAfter=1970-01-01T00:17:00Z").page(all()).entries.len(), 1);
         assert_eq!(query("").page(all()).next_token, None);
+    }
+
+    #[test]
+    fn states() {
+        let paused = SandboxInfo { state: Lifecycle::Paused, ..sandbox(2, &[]) };
+        let all = || vec![sandbox(1, &[]), paused.clone()];
+        for (text, entries, running) in [
+            ("", 2, 1),
+            ("state=running,paused", 2, 1),
+            ("state=paused%2Crunning", 2, 1),
+            ("state=running", 1, 1),
+            ("state=paused", 1, 0),
+        ] {
+            let page = query(text).page(all());
+            assert_eq!((page.entries.len(), page.total_running), (entries, running), "{text}");
+        }
+        assert_eq!(query("state=paused").page(all()).entries[0].state, Lifecycle::Paused);
+        let v1 = ListQuery::parse(Version::V1, "").unwrap().page(all());
+        assert_eq!(v1.entries, [sandbox(1, &[])], "v1 does not know the paused");
     }
 
     #[test]

@@ -5,12 +5,12 @@
 mod operations;
 
 pub use operations::CLONES_MAX;
+pub(crate) use operations::snapshot_info;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -126,14 +126,6 @@ impl Host {
     /// See [`ShardError`].
     pub async fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
         self.ask_done(id, Operation::SetTimeout(id, life)).await
-    }
-
-    /// Makes a sandbox's remaining life at least this, counted from now; never shortens it.
-    ///
-    /// # Errors
-    /// See [`ShardError`].
-    pub async fn extend(&self, id: SandboxId, life: Duration) -> Result<SandboxInfo, ShardError> {
-        self.ask_sandbox(id, Operation::Extend(id, life)).await
     }
 
     /// A stream to a TCP port of a guest. May be dropped at any await.

@@ -13,7 +13,7 @@ use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Reply, Spawned};
-use crate::{CreateRequest, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
+use crate::{CreateRequest, HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
 
 /// Most sandboxes of one clone or fork.
 pub const CLONES_MAX: usize = 1000;
@@ -181,6 +181,22 @@ impl Host {
         };
         let deleted = rt::blocking(delete).await.map_err(|_| ShardError::Busy)?;
         deleted.map_err(storage("deleting a snapshot"))
+    }
+
+    /// Numbers of the whole host.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn counters(&self) -> Result<HostCounters, ShardError> {
+        let mut sum = HostCounters::default();
+        for reply in self.ask_all(|| Operation::Counts).await? {
+            let Reply::Counts(counts) = reply else { return Err(out_of_form(&reply)) };
+            sum.pool_hits += counts.pool.hits;
+            sum.pool_misses += counts.pool.misses;
+            sum.shells += counts.shells as u64;
+            sum.sandboxes += counts.sandboxes as u64;
+        }
+        Ok(sum)
     }
 
     /// Every template, with what this host made of it.

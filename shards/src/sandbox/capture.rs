@@ -17,11 +17,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mica_numa::io::Ring;
-use mica_numa::process::ScanError;
+use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{
-    COALESCE_GAP, Layer, LayerInfo, PackedWriter, Snapshot, SnapshotManifest, SnapshotStaging,
-    Store, StorageError, coalesce, groups,
+    COALESCE_GAP, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot, SnapshotManifest,
+    SnapshotStaging, StorageError, Store, coalesce, groups,
 };
 use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
@@ -34,6 +34,8 @@ use super::ring_file::{Chunk, RingFile};
 /// stopped for what is left then.
 const PRECOPIES_MAX: u32 = 3;
 
+const _: () = assert!(PRECOPIES_MAX <= ROUNDS_MAX);
+
 /// Buffers of one capture that wait for the guest to go on before they are written.
 const HELD_MAX: usize = 16;
 
@@ -44,26 +46,26 @@ pub(crate) enum CaptureError {
     #[error("the store failed")]
     Storage(#[from] StorageError),
     /// The memory of the process.
-    #[error("its memory could not be scanned")]
-    Scan(#[from] ScanError),
-    /// The memory of the process.
-    #[error("its memory could not be read")]
-    Read(#[source] std::io::Error),
+    #[error("its memory could not be looked at")]
+    Process(#[from] ProcessError),
     /// Its state.
     #[error("its state could not be taken: {0}")]
     State(String),
     /// A blocking thread.
     #[error("a blocking thread did not do its part")]
     Blocking(#[from] rt::BlockingError),
+    /// Our mistake: a piece of it is still being worked on.
+    #[error("the snapshot is still being written")]
+    Shared,
 }
 
 /// A snapshot in the making.
 #[derive(Debug)]
 pub(crate) struct Capture {
-    staging: SnapshotStaging,
+    staging: Arc<SnapshotStaging>,
+    layer: LayerId,
     writer: Option<PackedWriter<RingFile>>,
     held: Vec<(Vec<FrameRun>, Chunk)>,
-    disk: Option<File>,
     state: Vec<u8>,
     /// Everything that was found changed, over all rounds.
     found: Vec<FrameRun>,
@@ -104,7 +106,7 @@ impl Capture {
     ) -> Result<Self, CaptureError> {
         let store = store.clone();
         let make = move || {
-            let mut staging = store.stage_snapshot()?;
+            let staging = store.stage_snapshot(&store.new_snapshot_id()?)?;
             staging.link_layers(&layers)?;
             let layer = staging.create_layer()?;
             Ok::<_, StorageError>((staging, layer))
@@ -112,10 +114,10 @@ impl Capture {
         let (staging, (layer, file)) = rt::blocking(make).await??;
         let file = RingFile::new(Rc::clone(ring), file);
         Ok(Self {
-            staging,
+            staging: Arc::new(staging),
+            layer,
             writer: Some(PackedWriter::new(file, layer, frames)),
             held: Vec::new(),
-            disk: None,
             state: Vec::new(),
             found: Vec::new(),
             round: Vec::new(),
@@ -130,7 +132,7 @@ impl Capture {
         source: Source<'_>,
         memory: &mut Memory,
     ) -> Result<Copied, CaptureError> {
-        let dirty = memory.changed(source.place, true)?;
+        let dirty = memory.changed(source.place, true).await?;
         self.round = coalesce(&dirty, COALESCE_GAP);
         self.found = union(&self.found, &self.round);
         let too_much = pages(&self.round) > source.budget_pages;
@@ -139,9 +141,14 @@ impl Capture {
             return Ok(Copied::TooMuch(self));
         }
         self.state = read_state(source.exchange, source.state_bytes)?;
-        let cloning = clone_disk(&mut self.staging, source.disk.clone());
+        let cloning = source.disk.map(|disk| {
+            let staging = Arc::clone(&self.staging);
+            rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop)))
+        });
         self.read_pages(source.place).await?;
-        self.disk = cloning.await?;
+        if let Some(cloning) = cloning {
+            cloning.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??;
+        }
         Ok(Copied::All(self))
     }
 
@@ -155,6 +162,9 @@ impl Capture {
         self.precopies += 1;
         self.read_pages(place).await?;
         self.write_held().await?;
+        if let Some(writer) = &mut self.writer {
+            writer.begin_round();
+        }
         memory.precopied();
         Ok(self)
     }
@@ -169,12 +179,7 @@ impl Capture {
             let Some(writer) = &mut self.writer else { return Ok(()) };
             let mut chunk = writer.reserve().await?;
             chunk.0.clear();
-            let ranges: Vec<(u64, u64)> = group
-                .iter()
-                .map(|run| (place.layout.memory_address + run.offset_bytes(), run.bytes()))
-                .collect();
-            mica_numa::process::read_memory(place.process.pid(), &ranges, &mut chunk.0)
-                .map_err(CaptureError::Read)?;
+            place.process.process().read_frames(place.memory, &group, &mut chunk.0)?;
             self.held.push((group, chunk));
             // Others have their turn after each MiB.
             rt::yield_now().await;
@@ -198,22 +203,34 @@ impl Capture {
     /// the new layer, if there is one, and the state.
     pub(crate) async fn commit(
         mut self,
-        ring: &Rc<Ring>,
-        describe: impl FnOnce(Option<LayerInfo>, Vec<u8>) -> SnapshotManifest,
+        describe: impl FnOnce(String, Option<LayerInfo>, Vec<u8>) -> SnapshotManifest,
     ) -> Result<Snapshot, CaptureError> {
         self.write_held().await?;
-        let Self { staging, writer, disk, state, found, .. } = self;
+        let Self { staging, layer, writer, state, found, .. } = self;
         let info = match writer {
             Some(writer) if !found.is_empty() => Some(writer.finish().await?),
             // Nothing was written: the layers below say it all.
             _ => None,
         };
-        if let Some(disk) = disk {
-            let disk = mica_numa::io::IoFile::from(disk);
-            ring.sync(&disk, false).await.map_err(|error| staging.failed("sync its disk", error))?;
+        let id = staging.id().to_owned();
+        let manifest = describe(id, info, state);
+        let preparing = Arc::clone(&staging);
+        let jobs = rt::blocking(move || {
+            if info.is_none() {
+                preparing.remove_layer(layer)?;
+            }
+            preparing.prepare(&manifest).map(|jobs| (jobs, manifest))
+        });
+        let (jobs, manifest) = jobs.await??;
+        // All at once: the file system brings them to the device together.
+        let jobs: Vec<_> =
+            jobs.into_iter().map(|job| rt::spawn(rt::blocking(move || job.run()))).collect();
+        let mut synced = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
         }
-        let manifest = describe(info, state);
-        Ok(rt::blocking(move || staging.commit(manifest)).await??)
+        let staging = Arc::into_inner(staging).ok_or(CaptureError::Shared)?;
+        Ok(rt::blocking(move || staging.commit(manifest, synced)).await??)
     }
 }
 
@@ -231,28 +248,8 @@ async fn allocate(
     Ok(writer.allocate(count, runs).await?)
 }
 
-/// Starts to clone the disk on a blocking thread.
-fn clone_disk(
-    staging: &mut SnapshotStaging,
-    disk: Option<Arc<File>>,
-) -> impl Future<Output = Result<Option<File>, CaptureError>> + use<> {
-    let cloning = disk.map(|disk| {
-        let clone = staging.disk_cloner();
-        rt::spawn(rt::blocking(move || clone.clone_from(&disk)))
-    });
-    async move {
-        match cloning {
-            None => Ok(None),
-            Some(cloning) => match cloning.join().await {
-                Some(cloned) => Ok(Some(cloned??)),
-                None => Err(CaptureError::Blocking(rt::BlockingError::NoSeat)),
-            },
-        }
-    }
-}
-
 /// Takes the state out of the exchange, once: the process may write it again at any time.
-fn read_state(exchange: &impl AsFd, bytes: u64) -> Result<Vec<u8>, CaptureError> {
+pub(crate) fn read_state(exchange: &impl AsFd, bytes: u64) -> Result<Vec<u8>, CaptureError> {
     if bytes == 0 || bytes > EXCHANGE_PART_BYTES_MAX {
         return Err(CaptureError::State(format!("it has {bytes} bytes")));
     }

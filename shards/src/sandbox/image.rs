@@ -9,9 +9,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use mica_storage::{Layer, Piece, RunTable, Snapshot, SnapshotManifest, StorageError, merge};
+use mica_storage::{Layer, OpenSnapshot, Piece, RunTable, SnapshotManifest, merge};
 use mica_units::{FrameRun, frames_of};
-use mica_wire::vm::plan::{self, Entry, Source};
+use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
 use crate::shell::Size;
 
@@ -38,17 +38,13 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Opens a snapshot and works its plan out. Blocks.
-    pub(crate) fn open(snapshot: &Snapshot) -> Result<Self, StorageError> {
+    /// Works the plan of a snapshot out.
+    pub(crate) fn new(opened: OpenSnapshot) -> Result<Self, PlanError> {
+        let OpenSnapshot { snapshot, layers, disk } = opened;
         let manifest = snapshot.manifest().clone();
-        let layers = snapshot.open_layers()?;
-        let disk = snapshot.open_disk()?.map(Arc::new);
         let pieces = pieces_of(&layers, frames_of(manifest.memory));
         let entries = lay_out(&pieces, frames_of(manifest.memory));
-        let plan = plan::encode(&entries).map_err(|error| StorageError::TooManyRuns {
-            id: manifest.id.clone(),
-            what: error.to_string(),
-        })?;
+        let plan = plan::encode(&entries)?;
         Ok(Self { manifest, layers, disk, pieces, plan })
     }
 
@@ -84,8 +80,7 @@ fn lay_out(pieces: &[Piece], frames: u32) -> Vec<Entry> {
         let layer = u8::try_from(piece.layer).ok()?;
         let small = many && piece.run.count() < SMALL_RUN_PAGES;
         let page = piece.page;
-        let source =
-            if small { Source::Copy { layer, page } } else { Source::Map { layer, page } };
+        let source = if small { Source::Copy { layer, page } } else { Source::Map { layer, page } };
         Some(Entry { run: piece.run, source })
     }));
     entries
@@ -138,8 +133,7 @@ mod tests {
     #[test]
     fn where_there_are_too_many_runs_small_ones_are_copied() {
         let frames = 4 * 5000;
-        let mut pieces: Vec<Piece> =
-            (0..5000).map(|n| piece(4 * n, 1, 1, n)).collect();
+        let mut pieces: Vec<Piece> = (0..5000).map(|n| piece(4 * n, 1, 1, n)).collect();
         pieces.push(piece(frames, 20, 1, 5000));
         let entries = lay_out(&pieces, frames + 20);
         let copies =

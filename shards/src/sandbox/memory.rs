@@ -8,20 +8,27 @@
 //! were last protected. A capture protects them again, and so takes on the duty to remember what it
 //! found until it is committed: `uncommitted`.
 
-use mica_numa::process::{ScanError, Wanted};
+use mica_numa::process::{ProcessError, RemoteMemory, Wanted};
 use mica_storage::{Layer, Piece, restrict};
-use mica_units::{FrameRun, PAGE_BYTES};
+use mica_units::FrameRun;
 use mica_wire::vm;
 use mica_wire::vm::plan::{Entry, Source};
 
 use crate::shell::VmProcess;
 
-/// Where a guest's memory is: in which process, and at which address.
+/// Where a guest's memory is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place<'a> {
     pub(crate) process: &'a VmProcess,
-    pub(crate) layout: vm::Shell,
-    pub(crate) frames: u32,
+    pub(crate) memory: RemoteMemory,
+}
+
+impl<'a> Place<'a> {
+    /// `None` when what the process said of itself cannot be.
+    pub(crate) fn new(process: &'a VmProcess, layout: vm::Shell, frames: u32) -> Option<Self> {
+        let memory = RemoteMemory::new(layout.memory_address, frames)?;
+        Some(Self { process, memory })
+    }
 }
 
 /// The memory of one guest.
@@ -44,19 +51,25 @@ pub(crate) struct Memory {
 impl Memory {
     /// The runs that may differ from the layers; with `protect`, what is written from now on is told
     /// apart from them, and they are kept as uncommitted.
-    pub(crate) fn changed(
+    pub(crate) async fn changed(
         &mut self,
         place: Place<'_>,
         protect: bool,
-    ) -> Result<Vec<FrameRun>, ScanError> {
+    ) -> Result<Vec<FrameRun>, ProcessError> {
         let wanted = if self.tracked {
             Wanted::AnonymousWritten { rearm: protect }
         } else {
             Wanted::Anonymous
         };
-        let start = place.layout.memory_address;
-        let bytes = u64::from(place.frames) * PAGE_BYTES;
-        let found = place.process.pagemap().scan(start, bytes, wanted)?;
+        let pagemap = place.process.pagemap();
+        let found = match pagemap.scan_all(place.memory, wanted).await {
+            // What it protected before it failed is not told any more.
+            Err(ProcessError::NotTracked | ProcessError::Unsupported) => {
+                self.tracked = false;
+                pagemap.scan_all(place.memory, Wanted::Anonymous).await?
+            }
+            other => other?,
+        };
         let all = union(&found, &self.uncommitted);
         if protect {
             self.uncommitted.clone_from(&all);
@@ -122,6 +135,53 @@ fn overlay(under: &[Piece], over: Vec<Piece>) -> Vec<Piece> {
     left
 }
 
+impl Memory {
+    /// The frames that `target` has from elsewhere than what is mapped there, and that are not the
+    /// guest's own pages: what they show is the mapping, not what was captured of them. A guest's own
+    /// page goes when the guest reports it free.
+    pub(crate) async fn shown_from_below(
+        &self,
+        place: Place<'_>,
+        target: &[Piece],
+        target_layers: &[Layer],
+    ) -> Result<Vec<FrameRun>, ProcessError> {
+        let mapped = self.mapped.as_deref().unwrap_or_default();
+        let parts = target.iter().flat_map(|piece| split_by(piece, mapped));
+        let elsewhere: Vec<FrameRun> = parts
+            .filter(|part| !self.is_mapped(part, target_layers))
+            .map(|part| part.run)
+            .collect();
+        if elsewhere.is_empty() {
+            return Ok(elsewhere);
+        }
+        let own = place.process.pagemap().scan_all(place.memory, Wanted::Anonymous).await?;
+        Ok(without(&union(&elsewhere, &[]), &own))
+    }
+
+    /// Whether that part of a target is what is mapped there.
+    fn is_mapped(&self, part: &Piece, target_layers: &[Layer]) -> bool {
+        let mapped = self.mapped.as_deref().unwrap_or_default();
+        mapped_at(mapped, part.run.first()).is_some_and(|(layer, page)| {
+            page == part.page && same_layer(&self.mapped_layers, layer, target_layers, part)
+        })
+    }
+}
+
+/// The frames of `runs` that are not in `others`; both in order and without overlap.
+fn without(runs: &[FrameRun], others: &[FrameRun]) -> Vec<FrameRun> {
+    let mut left = Vec::new();
+    for run in runs {
+        let from = others.partition_point(|other| other.end() <= run.first());
+        let mut next = run.first();
+        for other in others[from..].iter().take_while(|other| other.first() < run.end()) {
+            left.extend(other.first().checked_sub(next).and_then(|n| FrameRun::new(next, n)));
+            next = next.max(other.end());
+        }
+        left.extend(run.end().checked_sub(next).and_then(|n| FrameRun::new(next, n)));
+    }
+    left
+}
+
 /// All frames that are in either; both in order or not.
 pub(crate) fn union(a: &[FrameRun], b: &[FrameRun]) -> Vec<FrameRun> {
     let mut all: Vec<FrameRun> = a.iter().chain(b).copied().collect();
@@ -148,9 +208,8 @@ pub(crate) fn pages(runs: &[FrameRun]) -> u64 {
 pub(crate) fn difference(a: &[Layer], b: &[Layer]) -> Vec<FrameRun> {
     let common = a.iter().zip(b).take_while(|(a, b)| a.info().id == b.info().id).count();
     let above = a.iter().skip(common).chain(b.iter().skip(common));
-    let runs: Vec<FrameRun> = above
-        .flat_map(|layer| layer.table().extents().iter().map(|extent| extent.run))
-        .collect();
+    let runs: Vec<FrameRun> =
+        above.flat_map(|layer| layer.table().extents().iter().map(|extent| extent.run)).collect();
     union(&runs, &[])
 }
 
@@ -166,10 +225,7 @@ pub(crate) fn plan_back(
     let mut entries = Vec::new();
     for piece in restrict(target, differing) {
         for part in split_by(&piece, mapped) {
-            let under = mapped_at(mapped, part.run.first());
-            let same = under.is_some_and(|(layer, page)| {
-                page == part.page && same_layer(&memory.mapped_layers, layer, target_layers, &part)
-            });
+            let same = memory.is_mapped(&part, target_layers);
             let source = match u8::try_from(part.layer) {
                 _ if same => Source::Drop,
                 Ok(layer) => Source::Map { layer, page: part.page },
@@ -234,6 +290,14 @@ mod tests {
         let all = union(&[run(10, 2), run(0, 4)], &[run(3, 2), run(12, 1)]);
         assert_eq!(all, [run(0, 5), run(10, 3)]);
         assert_eq!(pages(&all), 8);
+    }
+
+    #[test]
+    fn what_is_left_is_in_none_of_the_others() {
+        let runs = [run(0, 10), run(20, 5), run(30, 2)];
+        let others = [run(3, 2), run(8, 14), run(30, 2)];
+        assert_eq!(without(&runs, &others), [run(0, 3), run(5, 3), run(22, 3)]);
+        assert_eq!(without(&runs, &[]), runs);
     }
 
     #[test]

@@ -15,7 +15,6 @@ mod record;
 mod ring_file;
 mod rollback;
 mod state;
-pub(crate) mod warm;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -29,12 +28,15 @@ use crate::shell::Held;
 use crate::{CreateRequest, Lifecycle, SandboxInfo, ShardError};
 
 pub(crate) use asks::Request;
+pub(crate) use capture::read_state;
 pub(crate) use driver::{Start, drive};
 pub(crate) use image::Images;
-pub(crate) use link::{Events, GatewayError, greet, open_stream, send};
+pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
+pub(crate) use memory::Memory;
 pub(crate) use prepare::Workshop;
-pub(crate) use record::{Record, RecordedProcess, RecordedState};
 use queue::Queue;
+pub(crate) use record::{Record, RecordedProcess, RecordedState};
+pub(crate) use ring_file::RingFile;
 use state::{Event, State};
 
 /// Who made a sandbox waits for this.
@@ -69,6 +71,8 @@ pub(crate) struct Sandbox {
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
+    /// Who waits for it to run, or not to.
+    watchers: RefCell<Vec<oneshot::Sender<()>>>,
     mourners: RefCell<Vec<oneshot::Sender<()>>>,
 }
 
@@ -79,11 +83,8 @@ impl Sandbox {
         identity: Identity,
         maker: Option<oneshot::Sender<Made>>,
     ) -> Self {
-        let state = if maker.is_some() {
-            State::Starting(state::Birth::Create)
-        } else {
-            State::Adopting
-        };
+        let state =
+            if maker.is_some() { State::Starting(state::Birth::Create) } else { State::Adopting };
         Self {
             id,
             identity,
@@ -94,6 +95,7 @@ impl Sandbox {
             deadline: Cell::new(Instant::now() + LIFE_MAX),
             paused_at: Cell::new(None),
             maker: RefCell::new(maker),
+            watchers: RefCell::new(Vec::new()),
             mourners: RefCell::new(Vec::new()),
         }
     }
@@ -112,6 +114,24 @@ impl Sandbox {
     pub(crate) fn process(&self) -> Option<Rc<Held>> {
         self.info.borrow().as_ref()?;
         if self.state.borrow().takes_streams() { self.held.borrow().clone() } else { None }
+    }
+
+    /// Resolves when it is neither on its way to running nor away from it.
+    pub(crate) async fn settled(&self) {
+        while self.state.borrow().is_in_transition() {
+            let (sender, settled) = oneshot::channel();
+            self.watchers.borrow_mut().push(sender);
+            settled.await;
+        }
+    }
+
+    /// Tells those that wait for a change of state.
+    fn tell_watchers(&self) {
+        for watcher in std::mem::take(&mut *self.watchers.borrow_mut()) {
+            if watcher.send(()).is_err() {
+                tracing::trace!(id = %self.id, "nobody waits for this change any more");
+            }
+        }
     }
 
     /// Whether its end has been decided.

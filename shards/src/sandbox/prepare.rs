@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use mica_storage::{Layer, Store, StorageError};
+use mica_storage::{Layer, SnapshotKind, StorageError, Store};
 use mica_units::SandboxId;
 
 use super::chain;
@@ -56,13 +56,14 @@ impl Workshop {
         known: Option<Arc<Opened>>,
     ) -> Result<Found, Cause> {
         let image = self.find(snapshot, known)?;
-        let reopen = |from: &Arc<File>| -> Result<Arc<File>, StorageError> {
-            let disk = self.store.open_sandbox_disk(id)?;
-            self.store.reclone_disk(from, &disk)?;
-            Ok(Arc::new(disk))
+        let reopen = || -> Result<Option<Arc<File>>, StorageError> {
+            let Some(disk) = self.store.open_sandbox_disk(id)? else { return Ok(None) };
+            if let Some(from) = &image.disk {
+                self.store.reclone_disk(from, &disk)?;
+            }
+            Ok(Some(Arc::new(disk)))
         };
-        let disk = image.disk.as_ref().map(reopen).transpose();
-        let disk = disk.map_err(|error| cause("putting its disk back", &error))?;
+        let disk = reopen().map_err(|error| cause("putting its disk back", &error))?;
         self.link(id, &image.layers)?;
         Ok(Found { image, disk })
     }
@@ -89,8 +90,11 @@ impl Workshop {
         {
             return Ok(known);
         }
-        let opened = Opened::open(&snapshot);
-        opened.map(Arc::new).map_err(|error| cause("opening the snapshot", &error))
+        let opened = self.store.open_snapshot(asked);
+        let opened = opened.map_err(|error| cause("opening the snapshot", &error))?;
+        let Some(opened) = opened else { return Err(self.missing(asked)) };
+        let image = Opened::new(opened);
+        image.map(Arc::new).map_err(|error| Cause::Failed(format!("its memory: {error}")))
     }
 
     fn missing(&self, asked: &str) -> Cause {
@@ -109,9 +113,18 @@ impl Workshop {
     ) -> Result<(), StorageError> {
         let removed = self.store.remove_sandbox(id);
         if let Some(snapshot) = paused_in {
-            self.store.delete_snapshot(snapshot)?;
+            self.delete_pause(snapshot)?;
         }
         removed
+    }
+
+    /// Removes the snapshot of a pause; leaves one that a client made.
+    pub(crate) fn delete_pause(&self, id: &str) -> Result<(), StorageError> {
+        let found = self.store.find_snapshot(id)?;
+        if found.is_some_and(|found| found.manifest().kind == SnapshotKind::Pause) {
+            self.store.delete_snapshot(id)?;
+        }
+        Ok(())
     }
 }
 

@@ -10,8 +10,6 @@
 //!  └──────┴─────────┴────────┴────────┴──────────────┘
 //! ```
 
-#![expect(missing_docs, reason = "rkyv's derive makes variants with fields that carry no docs")]
-
 use std::collections::BTreeMap;
 
 use mica_storage::LayerInfo;
@@ -68,7 +66,7 @@ pub(crate) struct Record {
     pub(crate) has_agent: bool,
     pub(crate) vcpus: u32,
     pub(crate) memory_mib: u32,
-    pub(crate) disk_mib: u32,
+    pub(crate) disk_bytes: u64,
     pub(crate) started_unix_ms: u64,
     pub(crate) end_unix_ms: u64,
     /// The life it was created with.
@@ -100,8 +98,7 @@ pub(crate) enum RecordError {
 impl Record {
     /// The bytes to keep.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, RecordError> {
-        let archive =
-            rkyv::to_bytes::<rancor::Error>(self).map_err(|_| RecordError::Contents)?;
+        let archive = rkyv::to_bytes::<rancor::Error>(self).map_err(|_| RecordError::Contents)?;
         let length = u32::try_from(archive.len()).map_err(|_| RecordError::Header)?;
         let mut bytes = Vec::with_capacity(HEADER_BYTES + archive.len());
         bytes.extend_from_slice(&MAGIC);
@@ -159,7 +156,7 @@ mod tests {
             has_agent: true,
             vcpus: 2,
             memory_mib: 512,
-            disk_mib: 100,
+            disk_bytes: 100 << 20,
             started_unix_ms: 1,
             end_unix_ms: 2,
             timeout_ms: 3,

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use mica_numa::io::{IoBuf, IoFile, Ring};
@@ -60,9 +61,10 @@ impl LayerFile for RingFile {
     }
 
     fn set_len(&self, bytes: u64) -> Pending<()> {
-        let file = self.file.clone();
+        let twin = self.file.as_fd().try_clone_to_owned();
         Box::pin(async move {
-            mica_numa::rt::blocking(move || rustix::fs::ftruncate(&file, bytes))
+            let twin = twin?;
+            mica_numa::rt::blocking(move || rustix::fs::ftruncate(&twin, bytes))
                 .await
                 .map_err(io::Error::other)?
                 .map_err(io::Error::from)

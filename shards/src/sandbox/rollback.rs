@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use mica_numa::process::ScanError;
+use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{SnapshotKind, StorageError};
 use mica_units::SandboxId;
@@ -44,8 +44,8 @@ pub(crate) enum BackError {
     #[error("the store failed")]
     Storage(#[from] StorageError),
     /// Its memory.
-    #[error("its memory could not be scanned")]
-    Scan(#[from] ScanError),
+    #[error("its memory could not be looked at")]
+    Process(#[from] ProcessError),
     /// It differs in too many places.
     #[error("too much differs")]
     Plan(#[from] PlanError),
@@ -74,21 +74,31 @@ impl BackError {
     }
 }
 
+/// What a rollback works on.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) workshop: Workshop,
+    pub(crate) id: SandboxId,
+    pub(crate) snapshot: String,
+    /// The record that says where the sandbox is going.
+    pub(crate) record: Vec<u8>,
+    pub(crate) disk: Option<Arc<File>>,
+}
+
 /// Works the plan out, records where the sandbox goes, and puts its disk back.
 pub(crate) async fn replace(
-    workshop: Workshop,
-    id: SandboxId,
-    snapshot: String,
-    record: Vec<u8>,
+    job: Job,
     place: Place<'_>,
     memory: &mut Memory,
-    disk: Option<Arc<File>>,
 ) -> Result<Back, BackError> {
+    let Job { workshop, id, snapshot, record, disk } = job;
     let finder = workshop.clone();
     let image = rt::blocking(move || find(&finder, &id, &snapshot)).await??;
     // Only looked at: what is found stays written, should this come to nothing.
-    let changed = memory.changed(place, false)?;
+    let changed = memory.changed(place, false).await?;
+    let shown = memory.shown_from_below(place, &image.pieces, &image.layers).await?;
     let differing = union(&changed, &difference(&memory.layers, &image.layers));
+    let differing = union(&differing, &shown);
     let entries = plan_back(memory, &image.pieces, &image.layers, &differing);
     let plan = plan::encode(&entries)?;
     let from = image.disk.clone();

@@ -29,8 +29,8 @@ use mica_wire::vm;
 mod operations;
 mod refusal;
 
-pub(crate) use refusal::{Refusal, doing};
 use refusal::ended_how;
+pub(crate) use refusal::{Refusal, doing};
 
 /// Where a sandbox is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -255,9 +255,7 @@ pub(crate) fn step(state: State, terms: Terms, event: Event) -> Stepped {
         (state, Event::Kill) => end(state, Cause::Killed),
         (state, Event::Drain) => drain(state, terms),
         (State::Starting(birth), event) => starting(birth, event),
-        (state @ (State::Restoring(_) | State::Initialising(_)), event) => {
-            coming_up(state, event)
-        }
+        (state @ (State::Restoring(_) | State::Initialising(_)), event) => coming_up(state, event),
         (State::Adopting, event) => adopting(event),
         (State::Running, event) => running(terms, event),
         (State::Snapshotting(step), event) => operations::snapshotting(step, event),
@@ -439,6 +437,20 @@ impl State {
     /// Whether its end has been decided.
     pub(crate) fn is_ending(&self) -> bool {
         matches!(self, Self::Cancelling(_) | Self::Stopping(_) | Self::Gone(_))
+    }
+
+    /// Whether it will soon be running, or not be: what waits for that may.
+    pub(crate) fn is_in_transition(&self) -> bool {
+        match self {
+            Self::Starting(birth) | Self::Restoring(birth) | Self::Initialising(birth) => {
+                *birth != Birth::Create
+            }
+            Self::Adopting
+            | Self::Pausing(_)
+            | Self::RollingBack(_)
+            | Self::Paused(Process::Thawing) => true,
+            _ => false,
+        }
     }
 
     /// Whether a client may use it: a guest that stands still for a moment takes connections.

@@ -18,9 +18,9 @@ use mica_wire::vm::{self, ControlSocket};
 
 use crate::sandbox::Events;
 
-pub(crate) use pool::{Pool, PoolCounts};
-pub(crate) use process::VmProcess;
-pub(crate) use spawn::{Launched, Launcher, SpawnError};
+pub(crate) use pool::{NoShell, Pool, PoolCounts, now_s};
+pub(crate) use process::{OpenError, VmProcess, start_ticks};
+pub(crate) use spawn::{Launched, Launcher, empty_network};
 
 /// What a shell is made for; a pool is kept for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

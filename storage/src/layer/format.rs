@@ -78,6 +78,11 @@ pub(crate) fn tail(mut footer: Footer, table: &RunTable, checksums: &[u32]) -> (
     (footer, bytes)
 }
 
+/// Most pages of data of a guest with so many frames: each frame as often as there are rounds.
+pub(crate) const fn data_pages_max(frames: u32) -> u32 {
+    frames.saturating_mul(super::ROUNDS_MAX + 1)
+}
+
 impl Footer {
     pub(crate) const fn data_bytes(&self) -> u64 {
         self.data_pages as u64 * PAGE_BYTES
@@ -157,7 +162,7 @@ impl Footer {
         if !(1..=FRAMES_MAX).contains(&self.frames) {
             return Err(mismatch("frames", self.frames, "1 to 2^31"));
         }
-        if self.data_pages > self.frames || self.frames_held > self.data_pages {
+        if self.data_pages > data_pages_max(self.frames) || self.frames_held > self.data_pages {
             return Err(mismatch("pages", self.data_pages, "at most the frames of the guest"));
         }
         if self.runs as usize > RUNS_MAX {

@@ -33,7 +33,7 @@ use crate::sparse::{self, Copied};
 use crate::store::{Store, chain};
 use crate::template::MANIFEST_FILE;
 
-pub(super) const MANIFEST_NEW: &str = "manifest.new";
+pub(crate) const MANIFEST_NEW: &str = "manifest.new";
 
 /// A snapshot that is not committed yet.
 #[derive(Debug)]
@@ -151,6 +151,14 @@ impl SnapshotStaging {
         Ok((id, file))
     }
 
+    /// Removes the file of a layer that was made and turned out to hold nothing.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove_layer(&self, id: LayerId) -> Result<()> {
+        self.store.disk.remove_file_if_there(&self.layer_path(id))
+    }
+
     /// Gives it a disk: a clone of an open one, as that is at this instant.
     ///
     /// # Errors
@@ -162,6 +170,18 @@ impl SnapshotStaging {
         if self.store.disk.clone_content(disk, &file, &path)? == Copied::Bytes {
             sparse::warn_no_reflink(&path);
         }
+        Ok(file)
+    }
+
+    /// Gives it a disk: a copy of an open one, in as few pieces as the file system makes of it. For a
+    /// disk that many others will be clones of.
+    ///
+    /// # Errors
+    /// [`StorageError::NoSpace`] where there is no room; others when the file system fails.
+    pub fn copy_disk(&self, disk: &File) -> Result<File> {
+        let path = self.dir.join(DISK_FILE);
+        let file = self.store.disk.create_file(&path)?;
+        self.store.disk.copy_content(disk, &file, &path)?;
         Ok(file)
     }
 
@@ -244,7 +264,7 @@ impl SnapshotStaging {
         rustix::fs::flock(&this._lock, FlockOperation::Unlock).unwrap();
     }
 
-    fn layer_path(&self, id: LayerId) -> PathBuf {
+    pub(crate) fn layer_path(&self, id: LayerId) -> PathBuf {
         self.dir.join(id.file_name())
     }
 }

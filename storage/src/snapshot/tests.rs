@@ -39,7 +39,7 @@ pub(crate) fn memory_of(layers: &[Layer]) -> Vec<u8> {
     memory
 }
 
-fn base(store: &Store, id: &str, memory: &[u8], disk: Option<&File>) -> Snapshot {
+pub(crate) fn base(store: &Store, id: &str, memory: &[u8], disk: Option<&File>) -> Snapshot {
     let staging = store.stage_snapshot(id).unwrap();
     let (layer, file) = staging.create_layer().unwrap();
     let mut writer = FlatWriter::new(BlockingFile::new(file), layer, FRAMES);
@@ -56,7 +56,12 @@ fn base(store: &Store, id: &str, memory: &[u8], disk: Option<&File>) -> Snapshot
 }
 
 /// A snapshot over another, in which these frames are full of a byte.
-fn diff(store: &Store, id: &str, below: &[Layer], frames: &[(u32, u32, u8)]) -> Snapshot {
+pub(crate) fn diff(
+    store: &Store,
+    id: &str,
+    below: &[Layer],
+    frames: &[(u32, u32, u8)],
+) -> Snapshot {
     let staging = store.stage_snapshot(id).unwrap();
     staging.link_layers(below).unwrap();
     let (layer, file) = staging.create_layer().unwrap();
@@ -74,7 +79,7 @@ fn diff(store: &Store, id: &str, below: &[Layer], frames: &[(u32, u32, u8)]) -> 
     staging.seal(manifest(id, layers)).unwrap()
 }
 
-fn image(byte: u8) -> Vec<u8> {
+pub(crate) fn image(byte: u8) -> Vec<u8> {
     let mut memory = vec![0; FRAMES as usize * 4096];
     memory[4096..5 * 4096].fill(byte);
     memory[200 * 4096..210 * 4096].fill(byte ^ 0xff);

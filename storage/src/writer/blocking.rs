@@ -7,15 +7,14 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::future::Future;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
-
 use super::{LayerFile, Pending};
+use crate::crashsafe::Disk;
+use crate::error::{Result, StorageError};
 use crate::layer::PAGE;
 
 /// Length of a buffer: 1 MiB.
@@ -26,6 +25,9 @@ const ALIGNMENT: usize = PAGE;
 #[derive(Debug)]
 pub struct BlockingFile {
     file: File,
+    disk: Disk,
+    /// For messages.
+    path: PathBuf,
     spare: Rc<RefCell<Option<Aligned>>>,
 }
 
@@ -33,7 +35,11 @@ impl BlockingFile {
     /// Writes to `file`, which may be open with `O_DIRECT`.
     #[must_use]
     pub fn new(file: File) -> Self {
-        Self { file, spare: Rc::default() }
+        Self::on(Disk::default(), file, PathBuf::from("a layer"))
+    }
+
+    pub(crate) fn on(disk: Disk, file: File, path: PathBuf) -> Self {
+        Self { file, disk, path, spare: Rc::default() }
     }
 }
 
@@ -65,16 +71,12 @@ impl AsMut<[u8]> for Aligned {
     }
 }
 
-fn done<T: 'static>(result: io::Result<T>) -> Pending<T> {
-    Box::pin(std::future::ready(result))
-}
-
-/// Reserves space; a file system that cannot is no failure, the writes will tell.
-pub(super) fn allocate(file: &File, bytes: u64) -> io::Result<()> {
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+fn done<T: 'static>(result: Result<T>) -> Pending<T> {
+    // The writer adds operation and path again, so the system's error is all that it needs.
+    Box::pin(std::future::ready(result.map_err(|error| match error {
+        StorageError::Io { source, .. } | StorageError::NoSpace { source, .. } => source,
+        other => io::Error::other(other),
+    })))
 }
 
 impl LayerFile for BlockingFile {
@@ -85,21 +87,21 @@ impl LayerFile for BlockingFile {
     }
 
     fn allocate(&self, bytes: u64) -> Pending<()> {
-        done(allocate(&self.file, bytes))
+        done(self.disk.allocate(&self.path, &self.file, bytes))
     }
 
     fn write_at(&self, chunk: Aligned, len: usize, offset: u64) -> Pending<()> {
-        let written = self.file.write_all_at(&chunk.as_ref()[..len], offset);
+        let written = self.disk.write_at(&self.path, &self.file, &chunk.as_ref()[..len], offset);
         *self.spare.borrow_mut() = Some(chunk);
         done(written)
     }
 
     fn set_len(&self, bytes: u64) -> Pending<()> {
-        done(self.file.set_len(bytes))
+        done(self.disk.set_len(&self.path, &self.file, bytes))
     }
 
     fn sync(&self) -> Pending<()> {
-        done(self.file.sync_all())
+        done(self.disk.sync_file(&self.path, &self.file))
     }
 }
 
@@ -107,10 +109,10 @@ impl LayerFile for BlockingFile {
 ///
 /// # Errors
 /// The future's own, or [`io::ErrorKind::WouldBlock`] as a storage error when it waits after all.
-pub fn run_blocking<T>(future: impl Future<Output = crate::Result<T>>) -> crate::Result<T> {
+pub fn run_blocking<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(result) => result,
-        Poll::Pending => Err(crate::StorageError::io(
+        Poll::Pending => Err(StorageError::io(
             "write without a ring",
             std::path::Path::new("a layer"),
             io::ErrorKind::WouldBlock.into(),

@@ -59,8 +59,7 @@ impl LayerFile for Slow {
     }
 
     fn allocate(&self, bytes: u64) -> Pending<()> {
-        let done = blocking::allocate(&self.0.file, bytes);
-        Box::pin(std::future::ready(done))
+        Box::pin(std::future::ready(self.0.file.set_len(bytes)))
     }
 
     fn write_at(&self, chunk: Vec<u8>, len: usize, offset: u64) -> Pending<()> {

@@ -255,7 +255,8 @@ mod tests {
         }
     }
 
-    /// Checked by hand once with `iasl -d` (acpica-tools 20200925), which prints the same two devices.
+    /// Checked by hand once: `iasl -d` (acpica-tools 20200925) prints the two devices as meant, and
+    /// Debian's 6.12 cloud kernel, given them as an SSDT under QEMU, binds both of its drivers.
     #[test]
     fn the_generation_id_and_its_event_are_these_bytes() {
         let mut expected = b"\x5b\x82\x4d\x04VGEN".to_vec();

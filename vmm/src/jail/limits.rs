@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 
+use mica_units::Mebibytes;
 use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -15,6 +16,9 @@ const DESCRIPTORS_MAX: u64 = 1024;
 const THREADS_MAX: u64 = 64;
 /// Memory that cannot be reclaimed: the rings of an io_uring count, since Linux 6.14 in full.
 const LOCKED_BYTES_MAX: u64 = 64 * 1024;
+/// Address space beside guest memory: the program, the stacks of its threads, the buffers of its
+/// devices, what it shares with the kernel and the shard.
+const OWN_BYTES_MAX: u64 = 256 << 20;
 
 /// Why a limit was not set.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +29,9 @@ pub enum LimitError {
     /// The kernel refused.
     #[error("limiting the size of files failed")]
     Set(#[source] Errno),
+    /// The kernel refused.
+    #[error("limiting the address space failed")]
+    Space(#[source] Errno),
 }
 
 /// The limits that do not depend on what is booted.
@@ -46,6 +53,14 @@ pub fn allow_file_bytes(disk: Option<&impl AsFd>) -> Result<(), LimitError> {
         None => 0,
     };
     set_one(Resource::Fsize, u64::try_from(bytes).unwrap_or(0)).map_err(LimitError::Set)
+}
+
+/// Lets this process map guest memory, and what it needs for itself.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn allow_address_space(memory: Mebibytes) -> Result<(), LimitError> {
+    set_one(Resource::As, memory.to_bytes() + OWN_BYTES_MAX).map_err(LimitError::Space)
 }
 
 fn set_one(resource: Resource, value: u64) -> Result<(), Errno> {

@@ -87,6 +87,8 @@ impl DeviceLoop {
         if !self.pass_gate()? {
             return Ok(());
         }
+        #[cfg(feature = "breakout")]
+        crate::breakout::attempt(crate::jail::seccomp::ThreadKind::Devices);
         loop {
             // A device that stopped for fairness goes on after the others had their turn.
             let poll = Timespec { tv_sec: 0, tv_nsec: 0 };

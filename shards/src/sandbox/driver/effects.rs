@@ -7,10 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use mica_numa::process::ProcessError;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, BlockingError};
-use mica_storage::ReadyWhen;
-use mica_units::Mebibytes;
 use mica_wire::guest::{ControlRequest, InitRequest};
 use mica_wire::vm::{Command, FdRole, RestoreConfig};
 
@@ -19,7 +18,7 @@ use super::super::link;
 use super::super::memory::Place;
 use super::super::rollback;
 use super::super::state::{Birth, Cause, Effect, Event, State};
-use super::super::{Request, chain, from_now};
+use super::super::{LIFE_MAX, Request, chain, from_now};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver};
 use crate::shard::random;
@@ -66,7 +65,8 @@ impl Driver {
         let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
         let (id, shard) = (self.sandbox.id, Rc::clone(&self.shard));
         let paused_in = self.paused_in.clone();
-        let asked = paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
+        let asked =
+            paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
         let sandbox = Rc::clone(&self.sandbox);
         self.work = Some(Box::pin(async move {
             let known = shard.images.get(&asked);
@@ -157,14 +157,17 @@ impl Driver {
         let Some(held) = self.held() else { return };
         let new_sandbox =
             matches!(*self.sandbox.state.borrow(), State::Initialising(Birth::Create));
-        let has_agent = self.has_agent();
+        let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        if new_sandbox {
+            let now = SystemTime::now();
+            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+        }
         let record = self.record_bytes();
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let request = ControlRequest::Init(self.init_request(new_sandbox));
         self.work = Some(Box::pin(async move {
-            let recorded = rt::blocking(move || {
-                record.map(|record| store.write_record(&id, &record, false))
-            });
+            let recorded =
+                rt::blocking(move || record.map(|record| store.write_record(&id, &record, false)));
             let told = async {
                 match has_agent {
                     true => tell_agent(&held, &request).await.map(Some),
@@ -186,7 +189,7 @@ impl Driver {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         InitRequest {
             sandbox_id: self.sandbox.id.to_string(),
-            template_id: self.template_id(),
+            template_id: self.shape.as_ref().map(|s| s.template_id.clone()).unwrap_or_default(),
             machine_id: identity.machine_id.clone(),
             access_token: identity.access_token.clone(),
             env_vars: identity.request.env_vars.clone(),
@@ -195,43 +198,19 @@ impl Driver {
         }
     }
 
-    pub(super) fn has_agent(&self) -> bool {
-        match (&self.image, &self.sandbox.info.borrow().as_ref()) {
-            (Some(image), _) => image.manifest.ready == ReadyWhen::Agent,
-            // One that was taken over says so by the version of its agent.
-            (None, info) => info.is_some_and(|info| !info.envd_version.is_empty()),
-        }
-    }
-
-    pub(super) fn template_id(&self) -> String {
-        match (&self.image, &self.sandbox.info.borrow().as_ref()) {
-            (Some(image), _) => image.manifest.template_id.clone(),
-            (None, Some(info)) => info.template_id.clone(),
-            (None, None) => String::new(),
-        }
-    }
-
     fn announce(&mut self) {
-        let Some(image) = self.image.clone() else { return };
-        let manifest = &image.manifest;
-        let (deadline, end_at) = from_now(self.sandbox.identity.request.timeout);
-        let info = SandboxInfo {
-            id: self.sandbox.id,
-            template_id: manifest.template_id.clone(),
-            template_name: manifest.template_name.clone(),
-            started_at: SystemTime::now(),
-            end_at,
-            state: Lifecycle::Running,
-            vcpus: manifest.vcpus,
-            memory: manifest.memory,
-            disk: Mebibytes::covering_bytes(manifest.disk_bytes).unwrap_or(Mebibytes::new(0)),
-            envd_version: self.envd_version.take().unwrap_or_else(|| manifest.envd_version.clone()),
-            metadata: self.sandbox.identity.request.metadata.clone(),
-            access_token: self.sandbox.identity.access_token.clone(),
-        };
-        self.sandbox.deadline.set(deadline);
+        let Some(mut shape) = self.shape.take() else { return };
+        if let Some(version) = self.envd_version.take() {
+            shape.envd_version = version;
+        }
+        let mut info = self.info_of(&shape);
+        if let Some((started_at, end_at)) = self.born {
+            (info.started_at, info.end_at) = (started_at, end_at);
+        }
+        self.sandbox.deadline.set(from_now(self.sandbox.identity.request.timeout).0);
         *self.sandbox.info.borrow_mut() = Some(info.clone());
-        self.shard.count_spawn(&manifest.template_id, info.started_at);
+        self.shard.count_spawn(&shape.template_id, info.started_at);
+        self.shape = Some(shape);
         let maker = self.sandbox.maker.borrow_mut().take();
         let heard = maker.is_some_and(|maker| maker.send(Ok(Box::new(info))).is_ok());
         if !heard {
@@ -242,10 +221,8 @@ impl Driver {
     }
 
     async fn freeze(&mut self) {
-        let captures = matches!(
-            *self.sandbox.state.borrow(),
-            State::Snapshotting(_) | State::Pausing(_)
-        );
+        let captures =
+            matches!(*self.sandbox.state.borrow(), State::Snapshotting(_) | State::Pausing(_));
         if captures && self.capture.is_none() {
             let (store, ring) = (self.shard.workshop.store.clone(), Rc::clone(&self.shard.ring));
             let (layers, frames) = (self.memory.layers.clone(), self.frames());
@@ -255,9 +232,8 @@ impl Driver {
         self.command(&Command::Freeze { track: true }, &[]).await;
     }
 
-    pub(super) fn frames(&self) -> u32 {
-        let memory = self.sandbox.info.borrow().as_ref().map(|info| info.memory);
-        mica_units::frames_of(memory.unwrap_or(Mebibytes::new(0)))
+    fn frames(&self) -> u32 {
+        self.shape.as_ref().map_or(0, |shape| mica_units::frames_of(shape.memory))
     }
 
     fn copy(&mut self) {
@@ -273,14 +249,14 @@ impl Driver {
                     .await
                     .unwrap_or(Err(super::CaptureError::Blocking(BlockingError::NoSeat))),
             };
-            let place = place(&held, frames);
-            let copied = match capture {
-                Ok(capture) => {
+            let copied = match (capture, place(&held, frames)) {
+                (Ok(capture), Some(place)) => {
                     let exchange = &held.exchange;
                     let source = Source { place, exchange, state_bytes, disk, budget_pages };
                     capture.copy(source, &mut memory).await
                 }
-                Err(error) => Err(error),
+                (Err(error), _) => Err(error),
+                (Ok(_), None) => Err(super::CaptureError::Process(ProcessError::Range)),
             };
             Done::Copied(memory, copied)
         }));
@@ -293,21 +269,28 @@ impl Driver {
         let mut memory = std::mem::take(&mut self.memory);
         let frames = self.frames();
         self.work = Some(Box::pin(async move {
-            let copied = capture.precopy(place(&held, frames), &mut memory).await;
+            let copied = match place(&held, frames) {
+                Some(place) => capture.precopy(place, &mut memory).await,
+                None => Err(super::CaptureError::Process(ProcessError::Range)),
+            };
             Done::Precopied(memory, copied)
         }));
     }
 
     fn commit(&mut self) {
-        let Some(Begun::Here(capture)) = self.capture.take() else { return };
         let pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
-        let draft = self.manifest_draft(pausing);
+        let (Some(Begun::Here(capture)), Some(draft)) =
+            (self.capture.take(), self.manifest_draft(pausing))
+        else {
+            self.caused.push_back(Event::CommitFailed);
+            return;
+        };
         let paused = self.paused_record();
         let (shard, id) = (Rc::clone(&self.shard), self.sandbox.id);
         let operation = self.request.as_ref().map_or("a pause", Request::name);
         self.work = Some(Box::pin(async move {
             let committed = async {
-                let made = capture.commit(&shard.ring, |info, state| draft.finish(info, state));
+                let made = capture.commit(|id, layer, state| draft.finish(id, layer, state));
                 let snapshot = made.await.map_err(|e| capture_error(&e, operation, id))?;
                 let store = shard.workshop.store.clone();
                 let finish = move || -> Result<_, mica_storage::StorageError> {
@@ -343,12 +326,13 @@ impl Driver {
         let mut memory = std::mem::take(&mut self.memory);
         let (frames, disk) = (self.frames(), self.disk.clone());
         self.work = Some(Box::pin(async move {
-            let place = place(&held, frames);
-            let back = match record {
-                Ok(record) => {
-                    rollback::replace(workshop, id, snapshot, record, place, &mut memory, disk).await
+            let back = match (record, place(&held, frames)) {
+                (Ok(record), Some(place)) => {
+                    let job = rollback::Job { workshop, id, snapshot, record, disk };
+                    rollback::replace(job, place, &mut memory).await
                 }
-                Err(error) => Err(rollback::BackError::Other(error.to_string())),
+                (Err(error), _) => Err(rollback::BackError::Other(error.to_string())),
+                (Ok(_), None) => Err(rollback::BackError::Process(ProcessError::Range)),
             };
             Done::Replaced(memory, back)
         }));
@@ -466,8 +450,8 @@ impl Driver {
     }
 }
 
-fn place(held: &Held, frames: u32) -> Place<'_> {
-    Place { process: &held.process, layout: held.layout, frames }
+fn place(held: &Held, frames: u32) -> Option<Place<'_>> {
+    Place::new(&held.process, held.layout, frames)
 }
 
 /// A memfd takes what is written to it, whole, unless memory is out.

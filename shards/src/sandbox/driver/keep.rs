@@ -7,18 +7,61 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_numa::rt;
 use mica_numa::rt::time::Instant;
-use mica_storage::{LayerInfo, SnapshotKind, SnapshotManifest};
-use mica_units::{Mebibytes, VcpuCount};
+use mica_storage::{LayerInfo, ReadyWhen, SnapshotKind, SnapshotManifest};
+use mica_units::{Mebibytes, TemplateName, VcpuCount};
 use mica_wire::vm::{self, Command};
 
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
 use super::super::state::Event;
-use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::super::{Request, chain, from_now};
 use super::Driver;
 use crate::host::snapshot_info;
 use crate::shell::Held;
 use crate::{Lifecycle, OnTimeout, SandboxInfo, ShardError};
+
+/// What does not change in the life of a sandbox: from the snapshot it was made of, or its record.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub(super) template_id: String,
+    pub(super) template_name: TemplateName,
+    pub(super) vcpus: VcpuCount,
+    pub(super) memory: Mebibytes,
+    pub(super) disk_bytes: u64,
+    pub(super) envd_version: String,
+    pub(super) has_agent: bool,
+}
+
+impl Shape {
+    /// As a snapshot says.
+    pub(super) fn of(manifest: &SnapshotManifest) -> Self {
+        Self {
+            template_id: manifest.template_id.clone(),
+            template_name: manifest.template_name.clone(),
+            vcpus: manifest.vcpus,
+            memory: manifest.memory,
+            disk_bytes: manifest.disk_bytes,
+            envd_version: manifest.envd_version.clone(),
+            has_agent: manifest.ready == ReadyWhen::Agent,
+        }
+    }
+
+    fn recorded(record: &Record) -> Option<Self> {
+        Some(Self {
+            template_id: record.template_id.clone(),
+            template_name: record.template_name.parse().ok()?,
+            vcpus: VcpuCount::new(record.vcpus).ok()?,
+            memory: Mebibytes::new(record.memory_mib),
+            disk_bytes: record.disk_bytes,
+            envd_version: record.envd_version.clone(),
+            has_agent: record.has_agent,
+        })
+    }
+
+    pub(super) fn disk(&self) -> Mebibytes {
+        Mebibytes::covering_bytes(self.disk_bytes).unwrap_or(Mebibytes::new(u32::MAX))
+    }
+}
 
 /// A manifest but for what the capture finds out.
 #[derive(Debug)]
@@ -27,9 +70,15 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// With the new layer, if there is one, and the state.
-    pub(super) fn finish(self, layer: Option<LayerInfo>, state: Vec<u8>) -> SnapshotManifest {
+    /// With its id, the new layer, if there is one, and the state.
+    pub(super) fn finish(
+        self,
+        id: String,
+        layer: Option<LayerInfo>,
+        state: Vec<u8>,
+    ) -> SnapshotManifest {
         let mut manifest = self.manifest;
+        manifest.id = id;
         manifest.layers.extend(layer);
         manifest.state = state;
         manifest
@@ -45,87 +94,52 @@ fn unix_ms(at: SystemTime) -> u64 {
 }
 
 impl Driver {
-    pub(super) fn manifest_draft(&self, pausing: bool) -> Draft {
-        let info = self.sandbox.info.borrow();
+    pub(super) fn manifest_draft(&self, pausing: bool) -> Option<Draft> {
+        let shape = self.shape.clone()?;
         let name = match &self.request {
             Some(Request::Snapshot(name, _)) => name.clone(),
             _ => None,
         };
-        let empty = Mebibytes::new(0);
         let manifest = SnapshotManifest {
             // The staging draws it.
             id: String::new(),
             kind: if pausing { SnapshotKind::Pause } else { SnapshotKind::Snapshot },
             name,
-            template_id: self.template_id(),
-            template_name: self.template_name(),
+            template_id: shape.template_id,
+            template_name: shape.template_name,
             parent: self.image.as_ref().map(|image| image.manifest.id.clone()),
             sandbox: Some(self.sandbox.id),
             created_unix_ms: unix_ms(SystemTime::now()),
-            vcpus: info.as_ref().map_or(VcpuCount::MIN, |info| info.vcpus),
-            memory: info.as_ref().map_or(empty, |info| info.memory),
-            envd_version: info.as_ref().map(|info| info.envd_version.clone()).unwrap_or_default(),
-            ready: self.ready_when(),
+            vcpus: shape.vcpus,
+            memory: shape.memory,
+            envd_version: shape.envd_version,
+            ready: if shape.has_agent { ReadyWhen::Agent } else { ReadyWhen::Console },
             layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
-            disk_bytes: self.disk_bytes(),
+            disk_bytes: shape.disk_bytes,
             state: Vec::new(),
             record: Vec::new(),
         };
-        Draft { manifest }
+        Some(Draft { manifest })
     }
 
-    fn disk_bytes(&self) -> u64 {
-        self.disk.as_ref().and_then(|disk| disk.metadata().ok()).map_or(0, |found| found.len())
-    }
-
-    fn ready_when(&self) -> mica_storage::ReadyWhen {
-        if self.has_agent() {
-            mica_storage::ReadyWhen::Agent
-        } else {
-            mica_storage::ReadyWhen::Console
-        }
-    }
-
-    fn template_name(&self) -> mica_units::TemplateName {
-        let info = self.sandbox.info.borrow();
-        match (&self.image, info.as_ref()) {
-            (_, Some(info)) => info.template_name.clone(),
-            (Some(image), None) => image.manifest.template_name.clone(),
-            (None, None) => mica_units::TemplateName::default(),
-        }
-    }
-
-    fn record(&self, state: RecordedState) -> Record {
-        let info = self.sandbox.info.borrow();
+    fn record(&self, state: RecordedState) -> Result<Record, RecordError> {
+        let shape = self.shape.as_ref().ok_or(RecordError::Contents)?;
         let identity = &self.sandbox.identity;
         let request = &identity.request;
-        let image = self.image.as_ref().map(|image| &image.manifest);
         let now = SystemTime::now();
-        let (started_at, end_at) =
-            info.as_ref().map_or((now, now + request.timeout.min(LIFE_MAX)), |info| {
-                (info.started_at, info.end_at)
-            });
-        let (vcpus, memory) = match (info.as_ref(), image) {
-            (Some(info), _) => (info.vcpus, info.memory),
-            (None, Some(image)) => (image.vcpus, image.memory),
-            (None, None) => (VcpuCount::MIN, Mebibytes::new(0)),
-        };
-        let envd_version = match (info.as_ref(), image) {
-            (Some(info), _) => info.envd_version.clone(),
-            (None, image) => image.map(|image| image.envd_version.clone()).unwrap_or_default(),
-        };
-        drop(info);
-        Record {
+        let times = self.sandbox.info.borrow().as_ref().map(|info| (info.started_at, info.end_at));
+        let (started_at, end_at) = times.or(self.born).unwrap_or((now, now));
+        Ok(Record {
             state,
             process: self.held().as_deref().map(recorded),
             template: request.template.clone(),
-            template_id: self.template_id(),
-            template_name: self.template_name().as_str().to_owned(),
-            envd_version,
-            has_agent: self.has_agent(),
-            vcpus: u32::from(vcpus.get()),
-            memory_mib: memory.count(),
-            disk_mib: Mebibytes::covering_bytes(self.disk_bytes()).map_or(0, Mebibytes::count),
+            template_id: shape.template_id.clone(),
+            template_name: shape.template_name.as_str().to_owned(),
+            envd_version: shape.envd_version.clone(),
+            has_agent: shape.has_agent,
+            vcpus: u32::from(shape.vcpus.get()),
+            memory_mib: shape.memory.count(),
+            disk_bytes: shape.disk_bytes,
             started_unix_ms: unix_ms(started_at),
             end_unix_ms: unix_ms(end_at),
             timeout_ms: u64::try_from(request.timeout.as_millis()).unwrap_or(u64::MAX),
@@ -136,20 +150,20 @@ impl Driver {
             metadata: request.metadata.clone(),
             env_vars: request.env_vars.clone(),
             layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
-        }
+        })
     }
 
     /// The record of it as it runs.
     pub(super) fn record_bytes(&self) -> Result<Vec<u8>, RecordError> {
-        self.record(RecordedState::Running).encode()
+        self.record(RecordedState::Running)?.encode()
     }
 
     pub(super) fn rolling_back_record(&self, snapshot: &str) -> Result<Vec<u8>, RecordError> {
-        self.record(RecordedState::RollingBack { snapshot: snapshot.to_owned() }).encode()
+        self.record(RecordedState::RollingBack { snapshot: snapshot.to_owned() })?.encode()
     }
 
     pub(super) fn paused_record(&self) -> Option<PausedRecord> {
-        let mut record = self.record(RecordedState::Running);
+        let mut record = self.record(RecordedState::Running).ok()?;
         Some(Box::new(move |snapshot| {
             record.state = RecordedState::Paused { snapshot: snapshot.to_owned() };
             record.encode().ok()
@@ -166,28 +180,44 @@ impl Driver {
             RecordedState::Running => Lifecycle::Running,
             RecordedState::Paused { .. } | RecordedState::RollingBack { .. } => Lifecycle::Paused,
         };
-        let info = SandboxInfo {
-            id: self.sandbox.id,
-            template_id: record.template_id.clone(),
-            template_name: record.template_name.parse().unwrap_or_default(),
+        let Some(shape) = Shape::recorded(record) else {
+            tracing::error!(id = %self.sandbox.id, "a record is out of its bounds");
+            self.caused.push_back(Event::Kill);
+            return;
+        };
+        *self.sandbox.info.borrow_mut() = Some(SandboxInfo {
             started_at: at(record.started_unix_ms),
             end_at,
             state,
-            vcpus: VcpuCount::new(record.vcpus).unwrap_or(VcpuCount::MIN),
-            memory: Mebibytes::new(record.memory_mib),
-            disk: Mebibytes::new(record.disk_mib),
-            envd_version: record.envd_version.clone(),
-            metadata: record.metadata.clone(),
-            access_token: record.access_token.clone(),
-        };
-        *self.sandbox.info.borrow_mut() = Some(info);
+            ..self.info_of(&shape)
+        });
+        self.shape = Some(shape);
+    }
+
+    /// What clients see of a sandbox that starts now.
+    pub(super) fn info_of(&self, shape: &Shape) -> SandboxInfo {
+        let now = SystemTime::now();
+        SandboxInfo {
+            id: self.sandbox.id,
+            template_id: shape.template_id.clone(),
+            template_name: shape.template_name.clone(),
+            started_at: now,
+            end_at: now,
+            state: Lifecycle::Running,
+            vcpus: shape.vcpus,
+            memory: shape.memory,
+            disk: shape.disk(),
+            envd_version: shape.envd_version.clone(),
+            metadata: self.sandbox.identity.request.metadata.clone(),
+            access_token: self.sandbox.identity.access_token.clone(),
+        }
     }
 
     /// Takes over a process that runs, and asks it how far it is.
     pub(super) async fn adopt(&mut self, held: Rc<Held>, memory: Memory) {
         self.memory = memory;
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
-        match rt::blocking(move || store.open_sandbox_disk_if_there(&id)).await {
+        match rt::blocking(move || store.open_sandbox_disk(&id)).await {
             Ok(Ok(disk)) => self.disk = disk.map(std::sync::Arc::new),
             Ok(Err(error)) => {
                 tracing::error!(%id, error = chain(&error), "the disk of a sandbox is not there");
@@ -237,11 +267,11 @@ impl Driver {
         self.sandbox.paused_at.set(None);
         // Its memory lies on the layers of that snapshot by links of its own.
         if let Some(snapshot) = self.paused_in.take() {
-            let store = self.shard.workshop.store.clone();
+            let workshop = self.shard.workshop.clone();
             rt::spawn(async move {
                 let name = snapshot.clone();
-                let deleted = rt::blocking(move || store.delete_snapshot(&snapshot)).await;
-                if !matches!(deleted, Ok(Ok(_))) {
+                let deleted = rt::blocking(move || workshop.delete_pause(&snapshot)).await;
+                if !matches!(deleted, Ok(Ok(()))) {
                     tracing::warn!(snapshot = name, ?deleted, "a pause leaves its snapshot behind");
                 }
             })

@@ -10,9 +10,9 @@ mod work;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::future::pending;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_lite::FutureExt;
 use mica_numa::rt::time::{self, Instant};
@@ -38,6 +38,8 @@ pub(crate) enum Start {
     Create,
     /// It runs in a process that the daemon before this one started.
     Adopt(Box<Record>, Rc<Held>, Memory),
+    /// It ran, and its process cannot be had.
+    Lost(Box<Record>),
     /// It is paused, maybe with its process.
     Paused(Box<Record>, Option<(Rc<Held>, Memory)>),
 }
@@ -54,6 +56,9 @@ struct Driver {
     caused: VecDeque<Event>,
     /// When the step at hand has taken too long.
     step_deadline: Instant,
+    shape: Option<keep::Shape>,
+    /// When it came up, and when its time is over: as its record has them.
+    born: Option<(SystemTime, SystemTime)>,
     image: Option<Arc<Opened>>,
     disk: Option<Arc<File>>,
     memory: Memory,
@@ -70,8 +75,6 @@ struct Driver {
     /// The snapshot it is paused in.
     paused_in: Option<String>,
     envd_version: Option<String>,
-    /// Whether what others see has changed since the record was written.
-    unrecorded: bool,
     console_tail: String,
     complaint: String,
     safe: bool,
@@ -99,6 +102,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         let effects = driver.sandbox.state.borrow_mut().advance(terms, event);
         if *driver.sandbox.state.borrow() != before {
             driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
+            driver.sandbox.tell_watchers();
         }
         driver.take_request(request, &effects);
         for effect in effects {
@@ -128,6 +132,8 @@ impl Driver {
             events: None,
             caused: VecDeque::new(),
             step_deadline,
+            shape: None,
+            born: None,
             image: None,
             disk: None,
             memory: Memory::default(),
@@ -139,7 +145,6 @@ impl Driver {
             made: None,
             paused_in: None,
             envd_version: None,
-            unrecorded: false,
             console_tail: String::new(),
             complaint: String::new(),
             safe: true,
@@ -153,13 +158,17 @@ impl Driver {
                 self.show_record(&record);
                 self.adopt(held, memory).await;
             }
+            Start::Lost(record) => {
+                self.show_record(&record);
+                self.caused.push_back(Event::VmLost("its process could not be taken over"));
+            }
             Start::Paused(record, process) => {
                 self.show_record(&record);
-                if let RecordedState::Paused { snapshot } | RecordedState::RollingBack { snapshot } =
-                    &record.state
-                {
-                    self.paused_in = Some(snapshot.clone());
-                }
+                self.paused_in = match &record.state {
+                    RecordedState::Paused { snapshot }
+                    | RecordedState::RollingBack { snapshot } => Some(snapshot.clone()),
+                    RecordedState::Running => None,
+                };
                 let at = if process.is_some() { Process::Frozen } else { Process::None };
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
@@ -285,10 +294,5 @@ impl Driver {
             }
         }
         *self.sandbox.held.borrow_mut() = Some(held);
-    }
-
-    /// The duplicate of its disk for whom the shard works.
-    fn console(&self) -> Option<OwnedFd> {
-        self.held().and_then(|held| held.console.try_clone().ok())
     }
 }

@@ -17,6 +17,7 @@ use super::super::prepare::Found;
 use super::super::rollback::{Back, BackError};
 use super::super::state::{Cause, Event};
 use super::super::{Request, chain};
+use super::keep::Shape;
 use super::{Begun, Driver};
 use crate::ShardError;
 use crate::shell::Shell;
@@ -111,6 +112,7 @@ impl Driver {
 
     fn take_prepared(&mut self, found: Found, shell: Shell) -> Event {
         self.image = Some(Arc::clone(&found.image));
+        self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
         self.disk = found.disk;
         self.memory = Memory {
             layers: found.image.layers.clone(),

@@ -19,7 +19,9 @@ use super::{Effect, Event, Process, State, Step, Stepped, fall, stay};
 pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
     let at = State::Snapshotting;
     match (step, event) {
-        (Step::Copying, Event::Copied) => (at(Step::Committing), vec![Effect::Thaw, Effect::Commit]),
+        (Step::Copying, Event::Copied) => {
+            (at(Step::Committing), vec![Effect::Thaw, Effect::Commit])
+        }
         (Step::Committing, Event::Vm(vm::Event::Thawed)) => stay(at(Step::Finishing)),
         (Step::Committing, Event::Committed) => (at(Step::Thawing), vec![Effect::Answer]),
         (Step::Committing, Event::CommitFailed) => (at(Step::Thawing), vec![Effect::AnswerFailure]),

@@ -1,0 +1,143 @@
+//! Everything that is asked of one sandbox, and forgetting its snapshots.
+//!
+//! Called by [`super`] once the client has shown its key. Refuses to hold anything between two
+//! requests: which operations may meet, the sandbox's own state machine knows.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hyper::{Response, StatusCode};
+use mica_shards::rt::time;
+use mica_shards::{ConnectError, Host};
+use mica_units::{GuestPort, SandboxId};
+use mica_wire::api::{ForkResult, READY, RolledBack};
+
+use super::operate::{self, Copies};
+use super::{Call, json, show, status};
+use crate::body::Body;
+use crate::error::ApiError;
+use crate::ids;
+use crate::route::Action;
+
+/// How long a guest may take to show that it is healthy.
+const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
+
+type Answer = Result<Response<Body>, ApiError>;
+
+/// Does it.
+///
+/// # Errors
+/// What to answer instead.
+pub async fn act(call: &mut Call<'_>, id: &str, action: Action) -> Answer {
+    let id = sandbox_id(id)?;
+    let body = match action {
+        Action::Get | Action::Kill => Vec::new(),
+        _ => call.read().await?,
+    };
+    let Call { host, config, .. } = call;
+    let limits = &config.limits;
+    match action {
+        Action::Get => json::answer(StatusCode::OK, &show::detail(host.get(id).await?)),
+        Action::Kill => {
+            host.kill(id).await?;
+            Ok(status(StatusCode::NO_CONTENT))
+        }
+        Action::SetTimeout => {
+            host.set_timeout(id, operate::timeout(&body, limits)?).await?;
+            Ok(status(StatusCode::NO_CONTENT))
+        }
+        Action::Connect(version) => {
+            let life = operate::connect_timeout(version, &body, limits)?;
+            let (info, was_paused) = host.ensure_running(id, life).await?;
+            let code = if was_paused { StatusCode::CREATED } else { StatusCode::OK };
+            json::answer(code, &show::sandbox(config, info))
+        }
+        Action::Pause => pause(host, id, operate::pause(&body)?).await,
+        Action::Resume => {
+            let info = host.resume(id, operate::resume(&body, limits)?).await?;
+            json::answer(StatusCode::CREATED, &show::sandbox(config, info))
+        }
+        Action::Snapshot => {
+            let info = host.snapshot(id, operate::snapshot(&body)?).await?;
+            json::answer(StatusCode::CREATED, &show::snapshot(info))
+        }
+        Action::Rollback => rollback(host, id, operate::rollback(&body)?).await,
+        Action::Clone => clone(call, id, operate::clones(&body, limits)?).await,
+        Action::Fork => fork(call, id, operate::forks(&body, limits)?).await,
+    }
+}
+
+async fn pause(host: &Host, id: SandboxId, must_be_healthy: bool) -> Answer {
+    if must_be_healthy {
+        let answered = time::timeout(HEALTH_DEADLINE, host.connect(id, GuestPort::ENVD)).await;
+        // A port that is closed is an answer as well. What else is wrong, the pause says better.
+        if matches!(answered, Err(_) | Ok(Err(ConnectError::Unreachable))) {
+            return Err(ApiError::guest_unresponsive(id));
+        }
+    }
+    host.pause(id).await?;
+    Ok(status(StatusCode::NO_CONTENT))
+}
+
+async fn rollback(host: &Host, id: SandboxId, snapshot: String) -> Answer {
+    let operation_id = operation_id(host);
+    tracing::info!(%id, snapshot, operation_id, "rolling back");
+    host.rollback(id, snapshot.clone()).await?;
+    let done = RolledBack {
+        sandbox_id: id.to_string(),
+        snapshot_id: snapshot,
+        operation_id,
+        status: READY.to_owned(),
+    };
+    json::answer(StatusCode::OK, &done)
+}
+
+/// A name that no other operation of this host has.
+fn operation_id(host: &Host) -> String {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("op-{:x}-{}", since.as_nanos(), host.shard().index())
+}
+
+async fn clone(call: &Call<'_>, id: SandboxId, wish: Copies) -> Answer {
+    let clones = call.host.clone_sandbox(id, wish.count, wish.timeout).await?;
+    let shown: Vec<_> = clones.into_iter().map(|info| show::sandbox(call.config, info)).collect();
+    json::answer(StatusCode::CREATED, &shown)
+}
+
+async fn fork(call: &Call<'_>, id: SandboxId, wish: Copies) -> Answer {
+    let forks = call.host.fork(id, wish.count, wish.timeout).await?;
+    let result = |outcome| match outcome {
+        Ok(info) => ForkResult { sandbox: Some(show::sandbox(call.config, info)), error: None },
+        Err(error) => ForkResult { sandbox: None, error: Some(ApiError::from(error).to_body()) },
+    };
+    let shown: Vec<_> = forks.into_iter().map(result).collect();
+    json::answer(StatusCode::CREATED, &shown)
+}
+
+/// Forgets a snapshot. Sandboxes made from it go on, so the answer comes at once. Templates are the
+/// operator's, and no client of this version may delete one.
+///
+/// # Errors
+/// 404 for what is neither, 403 for a template.
+pub async fn delete_template(host: &Host, id: &str) -> Answer {
+    let unknown = || ApiError::no_such_template(&operate::shown(id));
+    if !operate::is_store_id(id) {
+        return Err(unknown());
+    }
+    if host.delete_snapshot(id).await? {
+        return Ok(status(StatusCode::NO_CONTENT));
+    }
+    let templates = host.templates().await?;
+    match templates.iter().find(|template| template.id == id || template.name.as_str() == id) {
+        Some(template) => Err(ApiError::template_is_kept(template.name.as_str())),
+        None => Err(unknown()),
+    }
+}
+
+/// The id of a path. What E2B calls an id but we never draw is unknown, not invalid.
+pub fn sandbox_id(text: &str) -> Result<SandboxId, ApiError> {
+    let id = ids::without_client(text);
+    if !ids::is_e2b_id(id) {
+        return Err(ApiError::invalid_sandbox_id());
+    }
+    id.parse().map_err(|_| ApiError::no_such_sandbox(&id.chars().take(64).collect::<String>()))
+}

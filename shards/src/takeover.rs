@@ -1,0 +1,131 @@
+//! Takes a sandbox of an earlier daemon over.
+//!
+//! Called on the shard that the sandbox's id names, before it serves. Its process kept a duplicate of
+//! everything the daemon held; what is told there is as hostile as everything from a VM process.
+//! Refuses to give up a paused sandbox because of its process: then it is resumed from disk.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mica_numa::rt::{self, oneshot};
+use mica_storage::Layer;
+use mica_units::SandboxId;
+use mica_wire::vm::{self, ControlSocket};
+use rustix::process::Pid;
+
+use crate::event::IfRunning;
+use crate::recovery::Survivor;
+use crate::sandbox::{
+    Identity, Memory, Record, RecordedProcess, RecordedState, Request, Sandbox, Start, chain,
+};
+use crate::shard::Shard;
+use crate::shell::{Held, OpenError, VmProcess};
+use crate::{CreateRequest, OnTimeout};
+
+/// Why a process cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+enum TakeoverError {
+    /// It is gone, or not readable.
+    #[error("its process cannot be held")]
+    Process(#[from] OpenError),
+    /// One of its descriptors.
+    #[error("its descriptors cannot be taken")]
+    Descriptor(#[from] mica_numa::process::ProcessError),
+    /// Its record names no process.
+    #[error("its record is not in form")]
+    Record,
+    /// What it runs on.
+    #[error("the layers of its memory are not there")]
+    Layers(#[from] mica_storage::StorageError),
+}
+
+/// Begins the life of a survivor.
+pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
+    let Survivor { id, record, alive } = survivor;
+    let sandbox = Sandbox::new(id, identity(&record), None);
+    let process = if alive { hold(shard, id, &record).await } else { None };
+    let start = match (&record.state, process) {
+        (RecordedState::Running, Some((held, memory))) => {
+            Start::Adopt(Box::new(record), held, memory)
+        }
+        (RecordedState::Running, None) => {
+            tracing::error!(%id, "a running sandbox could not be taken over");
+            Start::Lost(Box::new(record))
+        }
+        (RecordedState::Paused { .. }, process) => Start::Paused(Box::new(record), process),
+        (RecordedState::RollingBack { .. }, _) => {
+            let left = left(&record);
+            let (sender, _nobody) = oneshot::channel();
+            sandbox.ask(Request::Resume(left, IfRunning::Refuse, sender));
+            Start::Paused(Box::new(record), None)
+        }
+    };
+    shard.begin(sandbox, start);
+}
+
+async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<Held>, Memory)> {
+    let (store, process) = (shard.workshop.store.clone(), record.process.clone()?);
+    let infos = record.layers.clone();
+    let opened = rt::blocking(move || -> Result<(Held, Vec<Layer>), TakeoverError> {
+        let layers = store.open_lineage(&id, &infos)?;
+        Ok((held(&process)?, layers))
+    });
+    match opened.await {
+        Ok(Ok((held, layers))) => {
+            let memory = Memory { layers, ..Memory::default() };
+            Some((Rc::new(held), memory))
+        }
+        Ok(Err(error)) => {
+            tracing::error!(%id, error = chain(&error), "a VM process cannot be taken over");
+            None
+        }
+        Err(error) => {
+            tracing::error!(%id, %error, "a VM process cannot be taken over");
+            None
+        }
+    }
+}
+
+fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {
+    let pid = i32::try_from(recorded.pid).ok().and_then(Pid::from_raw);
+    let process = VmProcess::open(pid.ok_or(TakeoverError::Record)?, &mut None)?;
+    let descriptor = |number| -> Result<OwnedFd, TakeoverError> { Ok(process.descriptor(number)?) };
+    let (control, exchange, console) = (
+        descriptor(recorded.spare_fd)?,
+        descriptor(recorded.exchange_fd)?,
+        descriptor(recorded.console_fd)?,
+    );
+    let layout = vm::Shell {
+        memory_address: recorded.memory_address,
+        spare_fd: recorded.spare_fd,
+        exchange_fd: recorded.exchange_fd,
+        console_fd: recorded.console_fd,
+        userfault_fd: recorded.userfault_fd,
+    };
+    let name = recorded.name.parse().map_err(|_| TakeoverError::Record)?;
+    let control = ControlSocket::from_fd(control);
+    Ok(Held { name, uid: recorded.uid, process, control, console, exchange, layout })
+}
+
+fn identity(record: &Record) -> Identity {
+    let request = CreateRequest {
+        template: record.template.clone(),
+        timeout: Duration::from_millis(record.timeout_ms),
+        secure: record.secure,
+        metadata: record.metadata.clone(),
+        env_vars: record.env_vars.clone(),
+        on_timeout: if record.pause_at_end { OnTimeout::Pause } else { OnTimeout::Kill },
+    };
+    Identity {
+        request,
+        access_token: record.access_token.clone(),
+        machine_id: record.machine_id.clone(),
+    }
+}
+
+/// What is left of its time.
+fn left(record: &Record) -> Duration {
+    let end = UNIX_EPOCH + Duration::from_millis(record.end_unix_ms);
+    end.duration_since(SystemTime::now()).unwrap_or_default()
+}

@@ -1,0 +1,162 @@
+//! Snapshots: made, listed, started from, gone back to, deleted while others live on them.
+
+use serde_json::{Value, json};
+
+use crate::client::Reply;
+use crate::daemon::{Daemon, TEMPLATE};
+
+const NOBODY: &str = "i00000000000000000000";
+
+fn ids(list: &Reply) -> Vec<String> {
+    let id = |entry: &Value| entry["snapshotID"].as_str().expect("an id").to_owned();
+    assert_eq!(list.status, 200, "{list:?}");
+    list.json().as_array().expect("a list").iter().map(id).collect()
+}
+
+fn delete(daemon: &Daemon, snapshot: &str) -> Reply {
+    daemon.ask("DELETE", &format!("/templates/{snapshot}"), None)
+}
+
+fn create_from(daemon: &Daemon, template: &str) -> Reply {
+    let body = json!({ "templateID": template, "timeout": 60 });
+    daemon.ask("POST", "/v2/sandboxes", Some(&body))
+}
+
+#[test]
+fn a_snapshot_is_made_and_sandboxes_start_from_it() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let reply = daemon.act_with(&id, "snapshots", &json!({ "name": "before the test" }));
+    assert_eq!(reply.status, 201, "{reply:?}");
+    let made = reply.json();
+    assert_eq!(made["names"], json!(["before the test"]));
+    let snapshot = made["snapshotID"].as_str().expect("an id");
+    assert_eq!(daemon.state(&id), "running", "it goes on");
+    daemon.to_sandbox(&id, 1, "GET /").send("\r\n").reply().error(502);
+
+    let created = create_from(&daemon, snapshot);
+    assert_eq!(created.status, 201, "{created:?}");
+    let other = created.json()["sandboxID"].as_str().expect("an id").to_owned();
+    assert_ne!(other, id);
+    assert_eq!(daemon.state(&other), "running");
+    let message = daemon.to_sandbox(&other, 1, "GET /").send("\r\n").reply().error(502);
+    assert!(message.contains("port is not open"), "its agent answers: {message}");
+    // A chain: from a sandbox that was made from a snapshot, and of one that has one already.
+    for source in [&id, &other] {
+        let next = daemon.snapshot(source);
+        assert_eq!(create_from(&daemon, &next).status, 201);
+    }
+    for body in [None, Some(json!({})), Some(json!({ "name": null, "memory": true }))] {
+        let reply = daemon.ask("POST", &format!("/sandboxes/{id}/snapshots"), body.as_ref());
+        assert_eq!((reply.status, &reply.json()["names"]), (201, &json!([])), "{body:?}");
+    }
+    daemon.act(NOBODY, "snapshots").error(404);
+}
+
+#[test]
+fn lists_show_each_snapshot_once_newest_first() {
+    let daemon = Daemon::start();
+    let (id, other) = (daemon.create(), daemon.create());
+    let mut made: Vec<String> = (0..5).map(|_| daemon.snapshot(&id)).collect();
+    made.reverse();
+    let named = daemon.act_with(&other, "snapshots", &json!({ "name": "a b" })).json();
+    let named = named["snapshotID"].as_str().expect("an id").to_owned();
+
+    let list = |query: &str| daemon.ask("GET", &format!("/snapshots{query}"), None);
+    let of_one = format!("?sandboxID={id}");
+    assert_eq!(ids(&list("")).len(), 6);
+    assert_eq!(ids(&list("?name=a%20b")), std::slice::from_ref(&named));
+    assert_eq!(ids(&list(&format!("?sandboxID={other}"))), std::slice::from_ref(&named));
+    assert_eq!(ids(&list(&of_one)), made);
+    let entry = &list(&of_one).json()[0];
+    assert_eq!(entry["originSandboxID"], *id);
+    assert_eq!(entry["status"], "READY");
+    assert!(entry["createdAt"].as_str().is_some_and(|time| time.ends_with('Z')), "{entry}");
+
+    let (mut paged, mut next) = (Vec::new(), String::new());
+    loop {
+        let page = list(&format!("{of_one}&limit=2{next}"));
+        paged.extend(ids(&page));
+        let Some(token) = page.headers.get("x-next-token") else { break };
+        next = format!("&nextToken={token}");
+    }
+    assert_eq!(paged, made);
+    // They outlive their sandbox, and are listed under it.
+    assert_eq!(daemon.delete(&id).status, 204);
+    assert_eq!(ids(&list(&of_one)), made);
+    assert!(ids(&list(&format!("?sandboxID={NOBODY}"))).is_empty());
+    assert!(ids(&list("?sandboxID=nonexistingsandbox")).is_empty());
+    for bad in ["?limit=0", "?limit=101", "?nextToken=zz", "?sandboxID=..", "?limit=%zz"] {
+        list(bad).error(400);
+    }
+}
+
+#[test]
+fn a_snapshot_can_be_deleted_while_sandboxes_of_it_live() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let (first, second) = (daemon.snapshot(&id), daemon.snapshot(&id));
+    let clone = create_from(&daemon, &first).json()["sandboxID"].clone();
+    let clone = clone.as_str().expect("an id");
+    let reply = delete(&daemon, &first);
+    assert_eq!((reply.status, reply.body.len()), (204, 0), "{reply:?}");
+    assert!(delete(&daemon, &first).error(404).contains(&first));
+    create_from(&daemon, &first).error(404);
+    daemon.act_with(&id, "rollback", &json!({ "snapshotID": first })).error(404);
+    assert_eq!(ids(&daemon.ask("GET", "/snapshots", None)), std::slice::from_ref(&second));
+    // What was made from it, and what was made after it, goes on.
+    assert_eq!(daemon.state(clone), "running");
+    let of_clone = daemon.snapshot(clone);
+    assert_eq!(create_from(&daemon, &of_clone).status, 201);
+    assert_eq!(create_from(&daemon, &second).status, 201);
+    let back = daemon.act_with(&id, "rollback", &json!({ "snapshotID": second }));
+    assert_eq!(back.status, 200, "{back:?}");
+}
+
+#[test]
+fn templates_are_not_deleted_by_clients() {
+    let daemon = Daemon::start();
+    let template = daemon.ask("GET", "/templates", None).json()[0]["templateID"].clone();
+    for name in [TEMPLATE, template.as_str().expect("an id")] {
+        let message = delete(&daemon, name).error(403);
+        assert!(message.contains("mica template delete"), "{message}");
+    }
+    for unknown in ["00000000000000000000", "no-such", "..%2f..%2fetc", "a%2Fb", "UPPER"] {
+        delete(&daemon, unknown).error(404);
+    }
+    daemon.create();
+}
+
+#[test]
+fn a_rollback_keeps_the_sandbox_and_goes_to_its_own_snapshots_alone() {
+    let daemon = Daemon::start();
+    let (id, other) = (daemon.create(), daemon.create());
+    let (first, second) = (daemon.snapshot(&id), daemon.snapshot(&id));
+    let before = daemon.get(&id).json();
+    let process = daemon.vm_of(&id);
+    let back = |to: &str| daemon.act_with(&id, "rollback", &json!({ "snapshotID": to }));
+    let mut operations = std::collections::BTreeSet::new();
+    // Back, further back, and forth again.
+    for to in [&second, &first, &second] {
+        let reply = back(to);
+        assert_eq!(reply.status, 200, "{reply:?}");
+        let done = reply.json();
+        assert_eq!((&done["sandboxID"], &done["snapshotID"]), (&json!(id), &json!(to)));
+        assert_eq!(done["status"], "READY");
+        operations.insert(done["operationID"].as_str().expect("an id").to_owned());
+    }
+    assert_eq!(operations.len(), 3, "each has an id of its own");
+    assert_eq!(daemon.get(&id).json(), before, "the same sandbox, with the same end");
+    assert_eq!(daemon.vm_of(&id), process, "in the same process");
+    let message = daemon.to_sandbox(&id, 1, "GET /").send("\r\n").reply().error(502);
+    assert!(message.contains("port is not open"), "its agent answers: {message}");
+
+    let foreign = daemon.snapshot(&other);
+    let message = back(&foreign).error(409);
+    assert!(message.contains(&foreign) && message.contains(&id), "{message}");
+    assert!(back("00000000000000000000").error(404).contains("snapshot"));
+    let template = before["templateID"].as_str().expect("an id");
+    assert!((400..500).contains(&back(template).status), "a template is nobody's snapshot");
+    daemon.act_with(NOBODY, "rollback", &json!({ "snapshotID": first })).error(404);
+    assert_eq!(daemon.state(&id), "running");
+}
