@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::build::{self, Shell, causes};
 use crate::freeze::{self, FreezeError, Frozen, Saved};
-use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::seccomp::{self, Doors, SeccompError, ThreadKind};
 use crate::notices::Notices;
 use crate::restore;
 use crate::virtio::ConnectError;
@@ -256,7 +256,7 @@ impl<'a> Control<'a> {
         let shell = build::build(config, fds, &self.notices).map_err(|error| error.ending())?;
         stopping(shell, |shell| {
             freeze::rehearse(shell).map_err(FreezeError::ending)?;
-            close_jail()?;
+            seccomp::install(ThreadKind::Control).map_err(|error| not_closed(&error))?;
             self.tell(&Event::Built(shell.numbers()))
         })
         .map(|(shell, ())| Stage::Idle(shell))
@@ -265,6 +265,7 @@ impl<'a> Control<'a> {
     fn boot(&self, shell: Shell, config: &BootConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
             restore::boot(shell, config, fds).map_err(|error| error.ending())?;
+            shut_doors(shell)?;
             restore::run(shell).map_err(|error| error.ending())?;
             #[cfg(feature = "breakout")]
             crate::breakout::attempt(ThreadKind::Control);
@@ -282,6 +283,9 @@ impl<'a> Control<'a> {
     ) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
             restore::restore(shell, config, fds, has_run).map_err(|error| error.ending())?;
+            if !has_run {
+                shut_doors(shell)?;
+            }
             restore::run(shell).map_err(|error| error.ending())?;
             self.tell(&Event::Started)
         })
@@ -322,11 +326,13 @@ fn stopping<T>(
     }
 }
 
-/// From here on this thread may do only what giving a finished shell its guest needs, and what a VM
-/// with a guest needs. It costs too much to be done while somebody waits for a sandbox.
-fn close_jail() -> Result<(), Ending> {
-    seccomp::install(ThreadKind::Control)
-        .map_err(|error| Ending::Internal(format!("closing the jail failed: {}", causes(&error))))
+/// From here on this thread may do only what a VM with a guest needs.
+fn shut_doors(shell: &mut Shell) -> Result<(), Ending> {
+    shell.doors.take().map_or(Ok(()), Doors::shut).map_err(|error| not_closed(&error))
+}
+
+fn not_closed(error: &SeccompError) -> Ending {
+    Ending::Internal(format!("closing the jail failed: {}", causes(error)))
 }
 
 fn out_of_turn(command: &Command, phase: Phase) -> String {
