@@ -10,8 +10,8 @@ use mica_numa::rt::{self, BlockingError};
 
 use super::super::chain;
 use super::super::state::{Cause, State};
-use super::Driver;
 use super::work::Done;
+use super::{Driver, Settling};
 use crate::shell::Held;
 use crate::{ShardError, console};
 
@@ -47,14 +47,19 @@ impl Driver {
         self.events = None;
         self.paging = None;
         self.capture = None;
-        self.work = Some(self.take_back(held));
+        let settling = self.settling.take();
+        self.work = Some(self.take_back(held, settling));
     }
 
-    fn take_back(&self, held: Option<Rc<Held>>) -> super::Work {
+    fn take_back(&self, held: Option<Rc<Held>>, settling: Option<Settling>) -> super::Work {
         let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
         let (id, paused_in) = (self.sandbox.id, self.paused_in.clone());
         Box::pin(async move {
             let mut safe = true;
+            // What is still being made would be found by nobody.
+            if let Some(settling) = settling {
+                settling.task.join().await;
+            }
             if let Some(held) = held {
                 safe = pool.end(&held).await;
             }
