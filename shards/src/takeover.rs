@@ -73,7 +73,7 @@ async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<H
     });
     match opened.await {
         Ok(Ok((held, layers))) => {
-            let memory = Memory { layers, ..Memory::default() };
+            let memory = Memory { layers, doubted: true, ..Memory::default() };
             Some((Rc::new(held), memory))
         }
         Ok(Err(error)) => {
