@@ -199,12 +199,20 @@ impl Capture {
         Ok(())
     }
 
+    /// The id of what it makes.
+    pub(crate) fn id(&self) -> &str {
+        self.staging.id()
+    }
+
     /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of
-    /// the new layer, if there is one, and the state.
-    pub(crate) async fn commit(
+    /// the new layer, if there is one, and the state. `keep` is given what was committed, on the same
+    /// blocking thread, and can ask whether this future was dropped meanwhile: then nobody will know
+    /// of the snapshot.
+    pub(crate) async fn commit<T: Send + 'static>(
         mut self,
         describe: impl FnOnce(String, Option<LayerInfo>, Vec<u8>) -> SnapshotManifest,
-    ) -> Result<Snapshot, CaptureError> {
+        keep: impl FnOnce(Snapshot, &dyn Fn() -> bool) -> Result<T, CaptureError> + Send + 'static,
+    ) -> Result<T, CaptureError> {
         self.write_held().await?;
         let Self { staging, layer, writer, state, found, .. } = self;
         let info = match writer {
@@ -230,7 +238,16 @@ impl Capture {
             synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
         }
         let staging = Arc::into_inner(staging).ok_or(CaptureError::Shared)?;
-        Ok(rt::blocking(move || staging.commit(manifest, synced)).await??)
+        // Lives as long as this future.
+        let heard = Arc::new(());
+        let hearing = Arc::downgrade(&heard);
+        let commit = move || {
+            let snapshot = staging.commit(manifest, synced)?;
+            keep(snapshot, &|| hearing.strong_count() == 0)
+        };
+        let kept = rt::blocking(commit).await;
+        drop(heard);
+        kept?
     }
 }
 

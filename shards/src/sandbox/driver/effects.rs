@@ -19,14 +19,12 @@ use super::super::memory::Place;
 use super::super::rollback;
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::keep::Keeper;
 use super::work::{Done, capture_error};
 use super::{Begun, Driver};
 use crate::shard::random;
 use crate::shell::Held;
-use crate::{Lifecycle, SandboxInfo, ShardError, console};
-
-/// Between two tries to find room on the blocking threads.
-const BLOCKING_RETRY: Duration = Duration::from_millis(50);
+use crate::Lifecycle;
 
 /// Tries to reach an agent whose old connections are being reset, and the time between them.
 const AGENT_TRIES: u32 = 20;
@@ -279,39 +277,23 @@ impl Driver {
 
     fn commit(&mut self) {
         let pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
-        let (Some(Begun::Here(capture)), Some(draft)) =
-            (self.capture.take(), self.manifest_draft(pausing))
+        let paused = if pausing { self.paused_record().map(Some) } else { Some(None) };
+        let (Some(Begun::Here(capture)), Some(draft), Some(paused)) =
+            (self.capture.take(), self.manifest_draft(pausing), paused)
         else {
             self.caused.push_back(Event::CommitFailed);
             return;
         };
-        let paused = self.paused_record();
-        let (shard, id) = (Rc::clone(&self.shard), self.sandbox.id);
+        self.committing = Some(capture.id().to_owned());
+        let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let operation = self.request.as_ref().map_or("a pause", Request::name);
         self.work = Some(Box::pin(async move {
-            let committed = async {
-                let made = capture.commit(|id, layer, state| draft.finish(id, layer, state));
-                let snapshot = made.await.map_err(|e| capture_error(&e, operation, id))?;
-                let store = shard.workshop.store.clone();
-                let finish = move || -> Result<_, mica_storage::StorageError> {
-                    let layers = snapshot.open_layers()?;
-                    store.link_lineage(&id, &layers)?;
-                    let manifest = snapshot.manifest().clone();
-                    if let Some(paused) = paused.filter(|_| pausing)
-                        && let Some(record) = paused(&manifest.id)
-                        && let Err(error) = store.write_record(&id, &record, true)
-                    {
-                        store.delete_snapshot(&manifest.id)?;
-                        return Err(error);
-                    }
-                    Ok(Box::new((manifest, layers)))
-                };
-                let finished = rt::blocking(finish).await.map_err(|_| ShardError::Busy)?;
-                finished.map_err(|error| {
-                    capture_error(&super::CaptureError::Storage(error), operation, id)
-                })
-            };
-            Done::Committed(committed.await)
+            let keeper = Keeper { store, sandbox: id, paused };
+            let committed = capture.commit(
+                |id, layer, state| draft.finish(id, layer, state),
+                move |snapshot, unheard| keeper.keep(snapshot, unheard).map(Box::new),
+            );
+            Done::Committed(committed.await.map_err(|error| capture_error(&error, operation, id)))
         }));
     }
 
@@ -336,117 +318,6 @@ impl Driver {
             };
             Done::Replaced(memory, back)
         }));
-    }
-
-    fn end_process(&mut self) {
-        self.events = None;
-        let held = self.sandbox.held.borrow_mut().take();
-        let pool = Rc::clone(&self.shard.pool);
-        self.work = Some(Box::pin(async move {
-            if let Some(held) = held {
-                pool.end(&held).await;
-            }
-            Done::ProcessEnded
-        }));
-    }
-
-    fn clean_up(&mut self) {
-        *self.sandbox.info.borrow_mut() = None;
-        let held = self.sandbox.held.borrow_mut().take();
-        if let Some(held) = &held {
-            let bytes = self.shard.workshop.config.console_bytes;
-            self.console_tail = console::tail(&held.console, bytes).unwrap_or_else(|error| {
-                tracing::warn!(id = %self.sandbox.id, %error, "cannot read a console");
-                String::new()
-            });
-            self.complaint = held.process.complaint();
-        }
-        self.events = None;
-        self.capture = None;
-        self.work = Some(self.take_back(held));
-    }
-
-    fn take_back(&self, held: Option<Rc<Held>>) -> super::Work {
-        let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
-        let (id, paused_in) = (self.sandbox.id, self.paused_in.clone());
-        Box::pin(async move {
-            let mut safe = true;
-            if let Some(held) = held {
-                safe = pool.end(&held).await;
-            }
-            loop {
-                let (workshop, paused_in) = (workshop.clone(), paused_in.clone());
-                let taken = rt::blocking(move || workshop.take_back(&id, paused_in.as_deref()));
-                match taken.await {
-                    // It must be done, whatever else waits.
-                    Err(BlockingError::Full) => time::sleep(BLOCKING_RETRY).await,
-                    Err(error) => {
-                        tracing::error!(%id, %error, "cannot take back a sandbox");
-                        safe = false;
-                        break;
-                    }
-                    Ok(Err(error)) => {
-                        let error = chain(&error);
-                        tracing::error!(%id, error, "files of a sandbox stay until the next start");
-                        safe = false;
-                        break;
-                    }
-                    Ok(Ok(())) => break,
-                }
-            }
-            Done::TakenBack { safe }
-        })
-    }
-
-    fn bury(&mut self) {
-        let cause = match &*self.sandbox.state.borrow() {
-            State::Gone(cause) => cause.clone(),
-            other => Cause::Failed(format!("buried while {other:?}")),
-        };
-        tracing::info!(id = %self.sandbox.id, ?cause, safe = self.safe, "sandbox is gone");
-        self.shard.forget(&self.sandbox);
-        if let Some(request) = self.request.take() {
-            request.fail(ShardError::NoSuchSandbox(self.sandbox.id));
-        }
-        for request in self.sandbox.queue.take_requests() {
-            request.fail(ShardError::NoSuchSandbox(self.sandbox.id));
-        }
-        if let Some(maker) = self.sandbox.maker.borrow_mut().take() {
-            // Who made it may be gone; there is nothing left to take back then.
-            if maker.send(Err(self.error(cause))).is_err() {
-                tracing::debug!(id = %self.sandbox.id, "nobody waits for this failure");
-            }
-        }
-        let mourners = std::mem::take(&mut *self.sandbox.mourners.borrow_mut());
-        for mourner in mourners {
-            if mourner.send(()).is_err() {
-                tracing::trace!(id = %self.sandbox.id, "nobody waits for this end");
-            }
-        }
-    }
-
-    /// Why there is no sandbox, for who asked for one.
-    pub(super) fn error(&self, cause: Cause) -> ShardError {
-        let template = || self.sandbox.identity.request.template.clone();
-        let console_tail = self.console_tail.clone();
-        let mut reason = match cause {
-            Cause::Killed => return ShardError::KilledDuringCreate(self.sandbox.id),
-            Cause::Draining => return ShardError::ShuttingDown,
-            Cause::Busy => return ShardError::Busy,
-            Cause::NoSuchTemplate => return ShardError::NoSuchTemplate(template()),
-            Cause::NotWarm => return ShardError::TemplateNotWarm(template()),
-            Cause::NoSpace => return ShardError::NoSpace,
-            Cause::TimedOut(step) => {
-                let deadline = self.shard.workshop.config.boot_deadline;
-                return ShardError::BootTimedOut { step, deadline, console_tail };
-            }
-            Cause::Expired => "its time was over".to_owned(),
-            Cause::Failed(why) | Cause::Ended(why) => why,
-        };
-        if !self.complaint.is_empty() {
-            reason = format!("{reason}; the VM process wrote: {}", self.complaint);
-        }
-        ShardError::BootFailed { reason, console_tail }
     }
 }
 
