@@ -117,13 +117,18 @@ impl Workshop {
         }
     }
 
-    /// Removes what a sandbox has in the store, a snapshot that it waited in too. Blocks.
+    /// Removes what a sandbox has in the store, also the snapshot that it waited in, and one that its
+    /// last operation may have committed without telling anyone. Blocks.
     pub(crate) fn take_back(
         &self,
         id: &SandboxId,
         paused_in: Option<&str>,
+        committing: Option<&str>,
     ) -> Result<(), StorageError> {
         let removed = self.store.remove_sandbox(id);
+        if let Some(snapshot) = committing {
+            self.store.delete_snapshot(snapshot)?;
+        }
         if let Some(snapshot) = paused_in {
             self.delete_pause(snapshot)?;
         }

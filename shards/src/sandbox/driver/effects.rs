@@ -19,11 +19,12 @@ use super::super::prepare::cause;
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{LIFE_MAX, Request, chain, from_now};
 use super::super::{link, paging, rollback};
+use super::keep::Keeper;
 use super::work::{Done, capture_error};
 use super::{Begun, Driver, Settling};
 use crate::shard::random;
 use crate::shell::Held;
-use crate::{Lifecycle, ShardError, upkeep, warmth};
+use crate::{Lifecycle, upkeep, warmth};
 
 /// Tries to reach an agent whose old connections are being reset, and the time between them.
 const AGENT_TRIES: u32 = 20;
@@ -344,41 +345,28 @@ impl Driver {
 
     fn commit(&mut self) {
         let pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
-        let (Some(Begun::Here(capture)), Some(draft)) =
-            (self.capture.take(), self.manifest_draft(pausing))
+        let paused = if pausing { self.paused_record().map(Some) } else { Some(None) };
+        let (Some(Begun::Here(capture)), Some(draft), Some(paused)) =
+            (self.capture.take(), self.manifest_draft(pausing), paused)
         else {
             self.caused.push_back(Event::CommitFailed);
             return;
         };
-        let paused = self.paused_record();
-        let (shard, id) = (Rc::clone(&self.shard), self.sandbox.id);
+        self.committing = capture.id().map(str::to_owned);
+        let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
+        let shard = Rc::clone(&self.shard);
         let operation = self.request.as_ref().map_or("a pause", Request::name);
         self.work = Some(Box::pin(async move {
-            let committed = async {
-                let made = capture.commit(|id, layer, state| draft.finish(id, layer, state));
-                let snapshot = made.await.map_err(|e| capture_error(&e, operation, id))?;
-                let store = shard.workshop.store.clone();
-                let finish = move || -> Result<_, mica_storage::StorageError> {
-                    let layers = snapshot.open_layers()?;
-                    store.link_lineage(&id, &layers)?;
-                    let manifest = snapshot.manifest().clone();
-                    if let Some(paused) = paused.filter(|_| pausing)
-                        && let Some(record) = paused(&manifest.id)
-                        && let Err(error) = store.write_record(&id, &record, true)
-                    {
-                        store.delete_snapshot(&manifest.id)?;
-                        return Err(error);
-                    }
-                    Ok(Box::new((manifest, layers)))
-                };
-                let finished = rt::blocking(finish).await.map_err(|_| ShardError::Busy)?;
-                let made = finished.map_err(|error| {
-                    capture_error(&super::CaptureError::Storage(error), operation, id)
-                })?;
+            let keeper = Keeper { store, sandbox: id, paused };
+            let committed = capture.commit(
+                |id, layers, state| draft.finish(id, layers, state),
+                move |snapshot, unheard| keeper.keep(snapshot, unheard).map(Box::new),
+            );
+            let committed = committed.await.map_err(|error| capture_error(&error, operation, id));
+            if let Ok(made) = &committed {
                 upkeep::look_at(&shard, &made.0.id, &made.1);
-                Ok(made)
-            };
-            Done::Committed(committed.await)
+            }
+            Done::Committed(committed)
         }));
     }
 

@@ -4,7 +4,7 @@
 //! decide: what follows from what is in `state`.
 
 mod effects;
-mod ending;
+mod ends;
 mod keep;
 mod work;
 
@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use futures_lite::FutureExt;
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
-use mica_wire::vm;
+use mica_wire::vm::{self, Command};
 
 use super::capture::{Capture, CaptureError};
 use super::image::Opened;
@@ -80,6 +80,10 @@ struct Driver {
     /// Length of the state in the exchange, after a freeze.
     state_bytes: u64,
     back: Option<Back>,
+    /// The snapshot that may exist from now on, until its operation is over.
+    committing: Option<String>,
+    /// A process that the work at hand ends.
+    ending: Option<Rc<Held>>,
     /// The snapshot that the operation made.
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
@@ -161,6 +165,8 @@ impl Driver {
             capture: None,
             state_bytes: 0,
             back: None,
+            committing: None,
+            ending: None,
             made: None,
             paused_in: None,
             envd_version: None,
@@ -188,12 +194,14 @@ impl Driver {
                     | RecordedState::RollingBack { snapshot } => Some(snapshot.clone()),
                     RecordedState::Running => None,
                 };
-                let at = if process.is_some() { Process::Frozen } else { Process::None };
+                let at = if process.is_some() { Process::Asked } else { Process::None };
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
                 if let Some((held, memory)) = process {
                     self.hold(held);
                     self.memory = memory;
+                    // It was frozen when its daemon wrote this; a resume may have begun since.
+                    self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
                 }
             }
         }
@@ -271,7 +279,9 @@ impl Driver {
     fn deadline(&self) -> Option<Instant> {
         match &*self.sandbox.state.borrow() {
             State::Running => Some(self.sandbox.deadline.get()),
-            State::Paused(Process::Frozen | Process::None | Process::Ending)
+            State::Paused(
+                Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
+            )
             | State::Cancelling(_)
             | State::Stopping(_)
             | State::Gone(_) => None,

@@ -94,12 +94,14 @@ impl Driver {
                 }
             }
             Done::Committed(Ok(made)) => {
+                self.committing = None;
                 let (manifest, layers) = *made;
                 self.memory.committed(layers);
                 self.made = Some(manifest);
                 Event::Committed
             }
             Done::Committed(Err(error)) => {
+                self.committing = None;
                 self.memory.gave_up();
                 self.failure = Some(error);
                 Event::CommitFailed
@@ -108,7 +110,10 @@ impl Driver {
                 self.memory = memory;
                 self.take_replaced(back)
             }
-            Done::ProcessEnded => Event::ProcessEnded,
+            Done::ProcessEnded => {
+                self.ending = None;
+                Event::ProcessEnded
+            }
             Done::TakenBack { safe } => {
                 self.safe = safe;
                 Event::CleanedUp
@@ -161,8 +166,15 @@ impl Driver {
                 Event::Copied
             }
             Err(error) => {
+                let broken = matches!(error, BackError::Broken(_));
                 self.failure = Some(error.for_client(self.sandbox.id));
-                Event::CopyFailed
+                match (broken, &self.request) {
+                    (true, Some(Request::Rollback(snapshot, _))) => {
+                        self.paused_in = Some(snapshot.clone());
+                        Event::ReplaceBroke
+                    }
+                    _ => Event::CopyFailed,
+                }
             }
         }
     }
