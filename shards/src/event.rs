@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
+use mica_storage::LayerId;
 use mica_units::{SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
@@ -53,6 +54,8 @@ pub(crate) enum Operation {
     Spawns,
     /// Say what it has, and what its pool did.
     Counts,
+    /// Give the node's copy of this snapshot's base layer.
+    Replica(String, LayerId),
 }
 
 /// What a resume makes of a sandbox that runs.
@@ -85,6 +88,8 @@ pub(crate) enum Reply {
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.
     Counts(Counts),
+    /// To `Replica`; none where it does not fit.
+    Replica(Option<OwnedFd>),
 }
 
 /// Numbers of one shard.
