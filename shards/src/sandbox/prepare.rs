@@ -149,6 +149,8 @@ impl Workshop {
 pub(crate) fn cause(step: &str, error: &StorageError) -> Cause {
     match error {
         StorageError::NoSpace { .. } => Cause::NoSpace,
+        // Flattened or deleted since it was found: the next try finds what it is now.
+        StorageError::LayerGone { .. } | StorageError::SnapshotGone { .. } => Cause::Busy,
         error => Cause::Failed(format!("{step}: {}", chain(error))),
     }
 }
