@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
+use mica_storage::LayerId;
 use mica_units::{SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
@@ -55,6 +56,8 @@ pub(crate) enum Operation {
     Spawns,
     /// Say what it has, and what its pool did.
     Counts,
+    /// Give the node's copy of this snapshot's base layer.
+    Replica(String, LayerId),
 }
 
 /// How a paused sandbox is to go on.
@@ -98,6 +101,8 @@ pub(crate) enum Reply {
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.
     Counts(Counts),
+    /// To `Replica`; none where it does not fit.
+    Replica(Option<OwnedFd>),
 }
 
 /// Numbers of one shard.

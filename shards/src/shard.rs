@@ -17,9 +17,11 @@ use mica_numa::rt::{self, oneshot};
 use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
 
 use crate::event::{Counts, Operation, Reply, Spawned, Wake};
+use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
-use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
+use crate::upkeep::Upkeep;
+use crate::{ConnectError, CreateRequest, Host, SandboxInfo, ShardError, SnapshotInfo};
 
 /// Bytes of an access token, before they become hexadecimal.
 const TOKEN_BYTES: usize = 32;
@@ -40,6 +42,19 @@ const TRANSITION_DEADLINE: Duration = Duration::from_secs(5);
 /// what counts is the owner's own admission.
 pub(crate) type Loads = Arc<PerShard<AtomicU32>>;
 
+/// Where a shard is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// Which it is.
+    pub(crate) id: ShardId,
+    /// Of how many.
+    pub(crate) shards: ShardCount,
+    /// Its memory node.
+    pub(crate) node: u32,
+    /// The first shard of that node.
+    pub(crate) librarian: ShardId,
+}
+
 /// One shard.
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -57,6 +72,14 @@ pub(crate) struct Shard {
     pub(crate) images: Images,
     /// How many sandboxes every shard has.
     pub(crate) loads: Loads,
+    /// The shard that keeps this node's copies of base layers.
+    pub(crate) librarian: ShardId,
+    /// Those copies, if it is this one.
+    replicas: Replicas,
+    /// Snapshots to be flattened.
+    pub(crate) upkeep: Upkeep,
+    /// The way to the other shards, while it serves.
+    host: RefCell<Option<Host>>,
     sandboxes: RefCell<BTreeMap<SandboxId, Rc<Sandbox>>>,
     spawns: RefCell<BTreeMap<String, Spawned>>,
     draining: Cell<bool>,
@@ -65,15 +88,20 @@ pub(crate) struct Shard {
 impl Shard {
     /// A shard without sandboxes.
     pub(crate) fn new(
-        (id, shards): (ShardId, ShardCount),
+        Place { id, shards, node, librarian }: Place,
         workshop: Workshop,
         pool: Rc<Pool>,
         ring: Rc<Ring>,
         loads: Loads,
     ) -> Self {
+        let replicas = Replicas::new(node, workshop.config.replica_budget_bytes());
         Self {
             id,
             shards,
+            librarian,
+            replicas,
+            upkeep: Upkeep::default(),
+            host: RefCell::default(),
             workshop,
             pool,
             ring,
@@ -83,6 +111,16 @@ impl Shard {
             spawns: RefCell::default(),
             draining: Cell::new(false),
         }
+    }
+
+    /// The way to all shards, while this one serves.
+    pub(crate) fn host(&self) -> Option<Host> {
+        self.host.borrow().clone()
+    }
+
+    /// Gives it the way to the others, or takes it back: the two hold one another.
+    pub(crate) fn set_host(&self, host: Option<Host>) {
+        *self.host.borrow_mut() = host;
     }
 
     /// Does what is asked.
@@ -107,6 +145,9 @@ impl Shard {
             }
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
             Operation::Counts => Reply::Counts(self.counts()),
+            Operation::Replica(snapshot, layer) => {
+                Reply::Replica(self.replicas.get(&self, snapshot, layer).await)
+            }
         }
     }
 

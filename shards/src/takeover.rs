@@ -74,7 +74,8 @@ async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<H
     });
     match opened.await {
         Ok(Ok((held, layers))) => {
-            let memory = Memory { layers, ..Memory::default() };
+            let on_demand = record.on_demand;
+            let memory = Memory { layers, on_demand, ..Memory::default() };
             Some((Rc::new(held), memory))
         }
         Ok(Err(error)) => {

@@ -49,8 +49,9 @@ pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};
 pub use flatten::{FlattenLimits, FlattenStep, Flattened, Shape};
 pub use layer::{
-    CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId, LayerIdError,
-    LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, restrict,
+    CHUNK_BYTES, CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId,
+    LayerIdError, LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge,
+    restrict,
 };
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,

@@ -4,11 +4,12 @@
 //! snapshot of a client's.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use mica_numa::rt;
-use mica_storage::{SnapshotKind, SnapshotManifest, StorageError, Template};
+use mica_storage::{LayerId, SnapshotKind, SnapshotManifest, StorageError, Template};
 use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
@@ -135,6 +136,22 @@ impl Host {
             sum.sandboxes += counts.sandboxes as u64;
         }
         Ok(sum)
+    }
+
+    /// This node's copy of a snapshot's base layer in memory; none where it does not fit.
+    pub(crate) async fn replica(&self, snapshot: String, layer: LayerId) -> Option<OwnedFd> {
+        let librarian = self.0.shard.librarian;
+        match self.ask(librarian, Operation::Replica(snapshot, layer)).await {
+            Ok(Reply::Replica(copy)) => copy,
+            Ok(other) => {
+                tracing::error!(?other, "a shard answered out of form");
+                None
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no copy of a base layer");
+                None
+            }
+        }
     }
 
     /// Every template, with what this host made of it.

@@ -9,6 +9,7 @@ mod driver;
 mod image;
 mod link;
 mod memory;
+mod paging;
 mod prepare;
 mod queue;
 mod record;
@@ -30,7 +31,7 @@ use crate::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, ShardError};
 pub(crate) use asks::Request;
 pub(crate) use capture::read_state;
 pub(crate) use driver::{Start, drive};
-pub(crate) use image::Images;
+pub(crate) use image::{Images, Opened};
 pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
 pub(crate) use memory::Memory;
 pub(crate) use prepare::Workshop;
@@ -153,6 +154,11 @@ impl Sandbox {
     pub(crate) fn evictable_since(&self) -> Option<Instant> {
         let frozen = matches!(*self.state.borrow(), State::Paused(state::Process::Frozen));
         self.paused_at.get().filter(|_| frozen)
+    }
+
+    /// Ends it as one whose process is lost.
+    pub(crate) fn lose(&self, how: &'static str) {
+        self.queue.push(Event::VmLost(how));
     }
 
     /// Asks it to give its process up.

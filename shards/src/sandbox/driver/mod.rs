@@ -4,6 +4,7 @@
 //! decide: what follows from what is in `state`.
 
 mod effects;
+mod ending;
 mod keep;
 mod work;
 
@@ -22,6 +23,7 @@ use super::capture::{Capture, CaptureError};
 use super::image::Opened;
 use super::link::Events;
 use super::memory::Memory;
+use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
 use super::state::{Event, Process, Refusal, State, Terms};
@@ -63,6 +65,8 @@ struct Driver {
     image: Option<Arc<Opened>>,
     disk: Option<Arc<File>>,
     memory: Memory,
+    /// Brings its pages in when they are touched, where they are not mapped.
+    paging: Option<Paging>,
     /// The operation at hand, and who waits for it.
     request: Option<Request>,
     /// Why it failed, until it is answered.
@@ -138,6 +142,7 @@ impl Driver {
             image: None,
             disk: None,
             memory: Memory::default(),
+            paging: None,
             request: None,
             failure: None,
             capture: None,
@@ -202,9 +207,8 @@ impl Driver {
         let heard = self.hear().await;
         match heard {
             Heard::Event(event) => {
-                if let Event::Vm(vm::Event::Frozen { state_bytes, tracked }) = event {
+                if let Event::Vm(vm::Event::Frozen { state_bytes, .. }) = event {
                     self.state_bytes = state_bytes;
-                    self.memory.tracked = tracked;
                 }
                 Some((event, None))
             }
