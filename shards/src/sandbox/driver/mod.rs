@@ -138,7 +138,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
 enum Heard {
     Event(Event),
     Request(Request),
-    Done(Done),
+    Done(Box<Done>),
     Nudge,
 }
 
@@ -236,7 +236,7 @@ impl Driver {
             Heard::Request(request) => Some((Event::Ask(request.kind()), Some(request))),
             Heard::Done(done) => {
                 self.work = None;
-                Some((self.take(done), None))
+                Some((self.take(*done), None))
             }
             Heard::Nudge => None,
         }
@@ -253,7 +253,7 @@ impl Driver {
         };
         let done = async {
             match &mut self.work {
-                Some(work) => Heard::Done(work.await),
+                Some(work) => Heard::Done(Box::new(work.await)),
                 None => pending().await,
             }
         };
