@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::{PlanConfig, Reserved, Shards, StopSignal, plan, rt, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout};
+use mica_storage::FlattenLimits;
 use mica_units::{GuestPort, SandboxId};
 
 /// The life of every sandbox.
@@ -33,6 +34,9 @@ pub fn run(options: &[&str]) {
         keep_sandboxes: *keep == "keep",
         capture_budget_mib: 4,
         io_buffers: 8,
+        replica_budget_mib: 0,
+        on_demand_over_mib: 0,
+        flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
     };
     mica_shards::run(&plan, config, StopSignal::new().unwrap(), move |host, _| async move {
@@ -70,7 +74,7 @@ async fn obey(host: &Host, line: &str) -> Result<String, Box<dyn std::error::Err
         ["snapshot", sandbox] => Ok(host.snapshot(id(sandbox)?, None).await?.id),
         ["rollback", sandbox, to] => Ok(done(host.rollback(id(sandbox)?, to.to_owned()).await?)),
         ["pause", sandbox] => Ok(done(host.pause(id(sandbox)?).await?)),
-        ["resume", sandbox] => Ok(host.resume(id(sandbox)?, LIFE).await?.id.to_string()),
+        ["resume", sandbox] => Ok(host.resume(id(sandbox)?, LIFE, None).await?.id.to_string()),
         ["kill", sandbox] => Ok(done(host.kill(id(sandbox)?).await?)),
         ["clone", sandbox, count] => {
             let made = host.clone_sandbox(id(sandbox)?, count.parse()?, None).await?;

@@ -58,11 +58,17 @@ impl Daemon {
 
     /// With more options than the usual ones.
     pub fn start_with(options: &[&str]) -> Self {
+        Self::start_in(options, |_| {})
+    }
+
+    /// The same, once `prepare` has seen the directory in which the daemon keeps everything.
+    pub fn start_in(options: &[&str], prepare: impl FnOnce(&Path)) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-api-{}-{number}", std::process::id());
         let directory = std::env::temp_dir().join(&name);
         std::fs::create_dir_all(&directory).expect("a directory");
+        prepare(&directory);
         make_template(&directory);
         let (cgroup_root, limits) = cgroup();
         let cgroup = cgroup_root.join(&name);

@@ -125,6 +125,10 @@ fn a_sandbox_whose_time_is_over_is_paused_if_that_was_wished_for() {
         // The wish is kept: the next end is a pause again.
         assert_eq!(daemon.act_with(&id, "timeout", &json!({ "timeout": 0 })).status, 204);
         eventually("it is paused again", || daemon.state(&id) == "paused");
+        // Until a resume says otherwise.
+        let last = daemon.act_with(&id, "resume", &json!({ "timeout": 1, "autoPause": false }));
+        assert_eq!(last.status, 201, "{last:?}");
+        eventually("it is gone", || daemon.get(&id).status == 404);
     }
 }
 

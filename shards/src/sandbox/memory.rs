@@ -49,6 +49,9 @@ pub(crate) struct Memory {
     /// Whether something was protected that no capture here knows of: by an earlier daemon, or by a
     /// scan that failed.
     pub(crate) doubted: bool,
+    /// Whether pages come when they are touched: then one that is not there must not be read from
+    /// outside.
+    pub(crate) on_demand: bool,
 }
 
 impl Memory {

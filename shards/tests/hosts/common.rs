@@ -18,7 +18,7 @@ use mica_numa::plan::VcpuCores;
 use mica_numa::{Plan, PlanConfig, Reserved, ShardSeat, Shards, StopSignal, plan, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout, RunError, run};
 use mica_storage::{
-    BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
+    BlockingFile, FlatWriter, FlattenLimits, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
     run_blocking,
 };
 use mica_units::{GuestPort, Mebibytes, PAGE_BYTES, SandboxId, ShardId, VcpuCount, frames_of};
@@ -104,6 +104,9 @@ impl Bench {
             keep_sandboxes: false,
             capture_budget_mib: 4,
             io_buffers: 8,
+            replica_budget_mib: 0,
+            on_demand_over_mib: 0,
+            flatten: FlattenLimits::default(),
             memory_reserve_mib: 0,
         }
     }

@@ -14,17 +14,16 @@ use mica_wire::guest::{ControlRequest, InitRequest};
 use mica_wire::vm::{Command, FdRole, RestoreConfig};
 
 use super::super::capture::{Capture, Source};
-use super::super::link;
-use super::super::memory::Place;
-use super::super::rollback;
+use super::super::memory::{Memory, Place};
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::super::{link, paging, rollback};
 use super::keep::Keeper;
 use super::work::{Done, capture_error};
 use super::{Begun, Driver};
 use crate::shard::random;
 use crate::shell::Held;
-use crate::Lifecycle;
+use crate::{Lifecycle, upkeep, warmth};
 
 /// Tries to reach an agent whose old connections are being reset, and the time between them.
 const AGENT_TRIES: u32 = 20;
@@ -78,6 +77,7 @@ impl Driver {
                 Err(cause) => return Done::Prepared(Err(cause)),
             };
             shard.images.keep(&asked, &found.image);
+            warmth::bring_in(&shard, &found.image);
             // It may have waited longer than its client did.
             if sandbox.is_ending() {
                 return Done::Prepared(Err(Cause::Killed));
@@ -109,7 +109,7 @@ impl Driver {
                 self.restore(&image, &back.plan, false).await
             }
             None => match self.image.clone() {
-                Some(image) => self.restore(&image, &image.plan, true).await,
+                Some(image) => self.restore_image(&image).await,
                 None => Err("there is nothing to restore".to_owned()),
             },
         };
@@ -117,6 +117,37 @@ impl Driver {
             tracing::warn!(id = %self.sandbox.id, error, "a restore was not sent");
             self.caused.push_back(Event::VmLost("its state could not be handed over"));
         }
+    }
+
+    /// Restores all of an image: mapped, or on demand where it is too large for that.
+    async fn restore_image(&mut self, image: &std::sync::Arc<super::Opened>) -> Result<(), String> {
+        let held = self.held().ok_or("it has no process")?;
+        let on_demand = self.shard.workshop.config.is_on_demand(image.file_bytes());
+        if !on_demand || held.layout.userfault_fd.is_none() {
+            return self.restore(image, &image.plan, true).await;
+        }
+        self.page(&held, &image.layers, &image.pieces, image.working_set.clone())?;
+        self.restore(image, &[], true).await
+    }
+
+    /// Begins to bring pages in when they are touched.
+    pub(super) fn page(
+        &mut self,
+        held: &Held,
+        layers: &[mica_storage::Layer],
+        pieces: &[mica_storage::Piece],
+        first: Option<Vec<mica_units::FrameRun>>,
+    ) -> Result<(), String> {
+        let sandbox = Rc::clone(&self.sandbox);
+        let failed = move || sandbox.lose("its memory cannot be read any more");
+        let (ring, first) = (&self.shard.ring, first.unwrap_or_default());
+        let paging = paging::begin(held, ring, self.frames(), layers, pieces, first, failed);
+        self.paging = Some(paging.map_err(|error| format!("its memory on demand: {error}"))?);
+        // Pages come protected, so that what is written shows from the start; nothing is mapped.
+        self.memory.tracked = true;
+        self.memory.on_demand = true;
+        self.memory.mapped = None;
+        Ok(())
     }
 
     async fn restore(
@@ -227,10 +258,10 @@ impl Driver {
             let begin = async move { Capture::begin(&store, &ring, layers, frames).await };
             self.capture = Some(Begun::Beginning(rt::spawn(begin)));
         }
-        self.command(&Command::Freeze { track: true }, &[]).await;
+        self.command(&Command::Freeze { track: false }, &[]).await;
     }
 
-    fn frames(&self) -> u32 {
+    pub(super) fn frames(&self) -> u32 {
         self.shape.as_ref().map_or(0, |shape| mica_units::frames_of(shape.memory))
     }
 
@@ -249,6 +280,7 @@ impl Driver {
             };
             let copied = match (capture, place(&held, frames)) {
                 (Ok(capture), Some(place)) => {
+                    track(&held, frames, &mut memory);
                     let exchange = &held.exchange;
                     let source = Source { place, exchange, state_bytes, disk, budget_pages };
                     capture.copy(source, &mut memory).await
@@ -284,16 +316,21 @@ impl Driver {
             self.caused.push_back(Event::CommitFailed);
             return;
         };
-        self.committing = Some(capture.id().to_owned());
+        self.committing = capture.id();
+        let shard = Rc::clone(&self.shard);
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let operation = self.request.as_ref().map_or("a pause", Request::name);
         self.work = Some(Box::pin(async move {
             let keeper = Keeper { store, sandbox: id, paused };
             let committed = capture.commit(
-                |id, layer, state| draft.finish(id, layer, state),
+                |id, layers, state| draft.finish(id, layers, state),
                 move |snapshot, unheard| keeper.keep(snapshot, unheard).map(Box::new),
             );
-            Done::Committed(committed.await.map_err(|error| capture_error(&error, operation, id)))
+            let committed = committed.await;
+            if let Ok(made) = &committed {
+                upkeep::look_at(&shard, &made.0.id, &made.1);
+            }
+            Done::Committed(committed.map_err(|error| capture_error(&error, operation, id)))
         }));
     }
 
@@ -319,6 +356,17 @@ impl Driver {
             Done::Replaced(memory, back)
         }));
     }
+}
+
+/// Sees to it that writes can be told, where the kernel can do that. What was mapped since the last
+/// time has to be registered again.
+fn track(held: &Held, frames: u32, memory: &mut Memory) {
+    let registered = paging::track(held, frames);
+    if let Err(error) = &registered {
+        tracing::debug!(%error, "writes are not told apart");
+    }
+    // A guest on demand was registered when it began, and more than this.
+    memory.tracked = registered.is_ok() || (memory.tracked && memory.on_demand);
 }
 
 fn place(held: &Held, frames: u32) -> Option<Place<'_>> {

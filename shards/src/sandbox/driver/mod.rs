@@ -4,7 +4,7 @@
 //! decide: what follows from what is in `state`.
 
 mod effects;
-mod ends;
+mod ending;
 mod keep;
 mod work;
 
@@ -23,10 +23,12 @@ use super::capture::{Capture, CaptureError};
 use super::image::Opened;
 use super::link::Events;
 use super::memory::Memory;
+use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
 use super::state::{Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
+use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
 use crate::shell::Held;
 use crate::{OnTimeout, ShardError};
@@ -63,6 +65,8 @@ struct Driver {
     image: Option<Arc<Opened>>,
     disk: Option<Arc<File>>,
     memory: Memory,
+    /// Brings its pages in when they are touched, where they are not mapped.
+    paging: Option<Paging>,
     /// The operation at hand, and who waits for it.
     request: Option<Request>,
     /// Why it failed, until it is answered.
@@ -142,6 +146,7 @@ impl Driver {
             image: None,
             disk: None,
             memory: Memory::default(),
+            paging: None,
             request: None,
             failure: None,
             capture: None,
@@ -191,7 +196,7 @@ impl Driver {
 
     fn terms(&self) -> Terms {
         Terms {
-            pause_at_end: self.sandbox.identity.request.on_timeout == OnTimeout::Pause,
+            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             outlives_daemon: self.shard.workshop.config.keep_sandboxes,
         }
     }
@@ -210,9 +215,8 @@ impl Driver {
         let heard = self.hear().await;
         match heard {
             Heard::Event(event) => {
-                if let Event::Vm(vm::Event::Frozen { state_bytes, tracked }) = event {
+                if let Event::Vm(vm::Event::Frozen { state_bytes, .. }) = event {
                     self.state_bytes = state_bytes;
-                    self.memory.tracked = tracked;
                 }
                 Some((event, None))
             }
@@ -283,7 +287,7 @@ impl Driver {
             (None, request) => self.request = Some(request),
             (
                 Some(Refusal::AlreadyRunning),
-                Request::Resume(life, crate::event::IfRunning::Extend, sender),
+                Request::Resume(Wake { life, if_running: IfRunning::Extend, .. }, sender),
             ) => {
                 let info = self.sandbox.extend_life(life).map(Box::new);
                 let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));

@@ -76,6 +76,7 @@ impl Driver {
             self.write_record().await;
         }
         self.events = None;
+        self.paging = None;
         self.capture = None;
         *self.sandbox.held.borrow_mut() = None;
     }
@@ -92,6 +93,7 @@ impl Driver {
             self.complaint = held.process.complaint();
         }
         self.events = None;
+        self.paging = None;
         self.capture = None;
         // First the work at hand goes: what it commits from now on, it deletes itself.
         self.work = None;
