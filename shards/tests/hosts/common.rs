@@ -18,8 +18,8 @@ use mica_numa::plan::VcpuCores;
 use mica_numa::{Plan, PlanConfig, Reserved, ShardSeat, Shards, StopSignal, plan, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout, RunError, run};
 use mica_storage::{
-    BlockingFile, FlatWriter, FlattenLimits, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
-    run_blocking,
+    BlockingFile, FlatWriter, FlattenLimits, Part, ReadyWhen, SnapshotKind, SnapshotManifest,
+    Store, TemplateSpec, run_blocking,
 };
 use mica_units::{GuestPort, Mebibytes, PAGE_BYTES, SandboxId, ShardId, VcpuCount, frames_of};
 
