@@ -367,3 +367,17 @@ pub fn bytes(text: &str) -> Vec<u8> {
 pub fn base_memory() -> Vec<u8> {
     (0..FRAMES).map(base_byte).collect()
 }
+
+/// Fails where a guest's memory is not what it should be, and says in which frames.
+#[track_caller]
+pub fn assert_memory(found: &[u8], expected: &[u8], what: &str) {
+    let differs = |frame: &usize| found[*frame] != expected[*frame];
+    let frames: Vec<usize> = (0..expected.len()).filter(differs).collect();
+    let shown: Vec<(usize, u8, u8)> =
+        frames.iter().take(8).map(|frame| (*frame, found[*frame], expected[*frame])).collect();
+    assert!(
+        frames.is_empty() && found.len() == expected.len(),
+        "{what}: {} frames differ; frame, found, expected: {shown:?}",
+        frames.len()
+    );
+}
