@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::{PlanConfig, Reserved, Shards, StopSignal, plan, rt, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout};
+use mica_storage::FlattenLimits;
 use mica_units::{GuestPort, SandboxId};
 
 /// The life of every sandbox.
@@ -30,6 +31,9 @@ pub fn run(options: &[&str]) {
         keep_sandboxes: *keep == "keep",
         capture_budget_mib: 4,
         io_buffers: 8,
+        replica_budget_mib: 0,
+        on_demand_over_mib: 0,
+        flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
         ..HostConfig::new(PathBuf::from(store), PathBuf::from(program), PathBuf::from(cgroup))
     };

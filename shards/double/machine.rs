@@ -12,8 +12,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use mica_numa::arena::Mapping;
-use mica_numa::process::RemoteMemory;
-use mica_numa::userfault::Userfault;
 use mica_units::{FrameRun, Mebibytes, PAGE_BYTES, frames_of};
 use mica_wire::vm::plan::{self, Entry, Source};
 use mica_wire::vm::{Event, FdRole, Phase, RestoreConfig};
@@ -40,8 +38,6 @@ pub struct Inner {
     /// What is mapped.
     under: File,
     frames: u32,
-    userfault: Option<Userfault>,
-    tracked: bool,
     disk: Option<File>,
     pub register: u64,
     freezes: u64,
@@ -53,15 +49,11 @@ impl Machine {
         ftruncate(&under, size.to_bytes()).unwrap();
         let memory = Mapping::private(&under, size.to_bytes()).unwrap();
         let (address, frames) = (memory.address(), frames_of(size));
-        let place = RemoteMemory::new(address, frames).unwrap();
-        let userfault = Userfault::create().and_then(|fd| Userfault::new(fd, place)).ok();
         let inner = Inner {
             phase: Phase::Idle,
             memory,
             under: under.into(),
             frames,
-            userfault,
-            tracked: false,
             disk: None,
             register: 0,
             freezes: 0,
@@ -100,18 +92,14 @@ impl Machine {
         act(&mut inner)
     }
 
-    pub fn freeze(&self, track: bool, exchange: &File) -> Event {
+    pub fn freeze(&self, exchange: &File) -> Event {
         let mut inner = self.lock();
         assert_eq!(inner.phase, Phase::Running, "Freeze");
         inner.phase = Phase::Frozen;
         inner.freezes += 1;
-        if track && !inner.tracked {
-            let all = FrameRun::new(0, inner.frames).unwrap();
-            inner.tracked = inner.userfault.as_ref().is_some_and(|fd| fd.track(all).is_ok());
-        }
         let state = encode(inner.register, inner.freezes);
         exchange.write_all_at(&state, 0).unwrap();
-        Event::Frozen { state_bytes: state.len() as u64, tracked: track && inner.tracked }
+        Event::Frozen { state_bytes: state.len() as u64, tracked: false }
     }
 
     pub fn restore(&self, config: &RestoreConfig, fds: Vec<OwnedFd>, exchange: &File) {

@@ -18,6 +18,7 @@ use std::process::exit;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mica_numa::userfault::Userfault;
 use mica_wire::vm::{
     Command, ControlSocket, Ending, Event, FdRole, Phase, RestoreConfig, Shell, ShellConfig,
 };
@@ -97,6 +98,7 @@ struct Vm {
     console: OwnedFd,
     /// Keeps the socket open when the daemon dies, as the next one wants it.
     _spare: OwnedFd,
+    _userfault: Option<OwnedFd>,
     children: Vec<std::process::Child>,
 }
 
@@ -115,12 +117,14 @@ impl Vm {
         }
         let [spare, console, exchange] = shell_fds(&config, fds);
         let machine = Machine::new(config.memory());
+        // Without it nobody can tell writes apart. The shard registers the memory, from outside.
+        let userfault = (!mood.is("untracked")).then(Userfault::create).and_then(Result::ok);
         let shell = Shell {
             memory_address: machine.address(),
             spare_fd: spare.as_raw_fd(),
             exchange_fd: exchange.as_raw_fd(),
             console_fd: console.as_raw_fd(),
-            userfault_fd: None,
+            userfault_fd: userfault.as_ref().map(AsRawFd::as_raw_fd),
         };
         // A lie about where memory is must hurt nobody but this sandbox.
         let told = match &*mood.now() {
@@ -145,6 +149,7 @@ impl Vm {
             exchange: exchange.into(),
             console,
             _spare: spare,
+            _userfault: userfault,
             children: Vec::new(),
         }
     }
@@ -230,8 +235,8 @@ impl Vm {
             "ends-at-freeze" => self.end(Ending::TripleFault),
             _ => {}
         }
-        let track = track && !self.mood.is("untracked");
-        let frozen = self.machine.freeze(track, &self.exchange);
+        assert!(!track, "tracking is the shard's");
+        let frozen = self.machine.freeze(&self.exchange);
         let frozen = match (&*self.mood.now(), frozen) {
             ("state-too-long", Event::Frozen { tracked, .. }) => {
                 Event::Frozen { state_bytes: 3 << 20, tracked }
@@ -241,9 +246,6 @@ impl Vm {
             }
             ("state-empty", Event::Frozen { tracked, .. }) => {
                 Event::Frozen { state_bytes: 0, tracked }
-            }
-            ("tracked-by-nothing", Event::Frozen { state_bytes, .. }) => {
-                Event::Frozen { state_bytes, tracked: true }
             }
             (_, frozen) => frozen,
         };

@@ -33,6 +33,8 @@ pub(crate) fn look_at(shard: &Rc<Shard>, snapshot: &str, layers: &[Layer]) {
         return;
     }
     waiting.push_back(snapshot.to_owned());
+    // A new task runs at once, and looks there.
+    drop(waiting);
     if !shard.upkeep.busy.replace(true) {
         rt::spawn(work(Rc::clone(shard), limits)).detach();
     }

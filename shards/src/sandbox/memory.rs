@@ -166,7 +166,12 @@ impl Memory {
         if elsewhere.is_empty() {
             return Ok(elsewhere);
         }
-        let own = place.process.pagemap().scan_all(place.memory, Wanted::Anonymous).await?;
+        // In memory and not a file's. What merely looks like a page in swap may be what the kernel leaves
+        // where a protected page was given back; to map one too many again is never wrong.
+        let pagemap = place.process.pagemap();
+        let resident = pagemap.scan_all(place.memory, Wanted::Resident).await?;
+        let anonymous = pagemap.scan_all(place.memory, Wanted::Anonymous).await?;
+        let own = without(&anonymous, &without(&anonymous, &resident));
         Ok(without(&union(&elsewhere, &[]), &own))
     }
 

@@ -57,7 +57,13 @@ impl LayerFile for RingFile {
 
     fn write_at(&self, chunk: Chunk, len: usize, offset: u64) -> Pending<()> {
         let this = self.clone();
-        Box::pin(async move { this.ring.write_all_at(&this.file, chunk.0, len, offset).await.1 })
+        // A task: the buffer is free again when the write is done, whether or not its capture looks.
+        let write = mica_numa::rt::spawn(async move {
+            this.ring.write_all_at(&this.file, chunk.0, len, offset).await.1
+        });
+        Box::pin(async move {
+            write.join().await.unwrap_or_else(|| Err(io::Error::other("the write was dropped")))
+        })
     }
 
     fn set_len(&self, bytes: u64) -> Pending<()> {

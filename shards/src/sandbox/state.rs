@@ -89,8 +89,20 @@ pub(crate) enum Step {
     Committing,
     /// The same, and the guest goes on.
     Finishing,
-    /// Nothing is left to do but for the guest to go on.
-    Thawing,
+    /// Nothing is left to do but for the guest to go on. Then whoever asked is told: the next thing
+    /// that it asks for must find the sandbox ready.
+    Thawing(Outcome),
+}
+
+/// What whoever asked for an operation is told at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It is done.
+    Done,
+    /// It failed, and the guest goes on as it was.
+    Failed,
+    /// Nobody asked, or nobody knows any more what for.
+    Nothing,
 }
 
 /// Whether a paused sandbox still has its process.
@@ -104,6 +116,8 @@ pub(crate) enum Process {
     Thawing,
     /// It is being ended, because its memory is wanted, or because it did not come up.
     Ending,
+    /// The same, and a resume waits for that.
+    Returning,
     /// One is being found for a resume that was given up meanwhile.
     Unwanted,
     /// None; a resume is a restore.
@@ -302,6 +316,7 @@ fn asked(state: State, ask: Ask) -> Stepped {
         (State::Paused(Process::None), Ask::Resume) => {
             (State::Starting(Birth::Resume), vec![Effect::Prepare])
         }
+        (State::Paused(Process::Ending), Ask::Resume) => stay(State::Paused(Process::Returning)),
         (state, ask) => {
             let refusal = refusal::of(&state, ask);
             (state, vec![Effect::Refuse(refusal)])
@@ -314,6 +329,10 @@ fn end(state: State, cause: Cause) -> Stepped {
     match state {
         // While things are being made, an end has to wait for them.
         State::Starting(_) | State::Paused(Process::Unwanted) => (State::Cancelling(cause), vec![]),
+        // What is on the device is there, whatever becomes of the guest.
+        State::Snapshotting(Step::Thawing(Outcome::Done)) => {
+            (State::Stopping(cause), vec![Effect::Answer, Effect::CleanUp])
+        }
         _ => stop(cause),
     }
 }
@@ -328,6 +347,10 @@ fn drain(state: State, terms: Terms) -> Stepped {
         }
         State::Paused(_) | State::Starting(Birth::Resume) | State::Initialising(Birth::Resume) => {
             leave()
+        }
+        State::Snapshotting(Step::Thawing(Outcome::Done)) if terms.outlives_daemon => {
+            let effects = vec![Effect::Answer, Effect::Leave, Effect::Bury];
+            (State::Gone(Cause::Draining), effects)
         }
         // The next daemon lets a frozen guest go on, and brings half a rollback to its end.
         State::Running
@@ -400,7 +423,7 @@ fn adopting(event: Event) -> Stepped {
         Event::Vm(vm::Event::Status { phase: vm::Phase::Running, .. }) => stay(State::Running),
         // An operation of the daemon before us was cut off; its copy is gone.
         Event::Vm(vm::Event::Status { phase: vm::Phase::Frozen, .. }) => {
-            (State::Snapshotting(Step::Thawing), vec![Effect::Thaw])
+            (State::Snapshotting(Step::Thawing(Outcome::Nothing)), vec![Effect::Thaw])
         }
         // Said to the daemon before us.
         Event::Vm(event) if !matches!(event, vm::Event::Ended(_) | vm::Event::Status { .. }) => {
@@ -458,7 +481,7 @@ impl State {
             Self::Adopting
             | Self::Pausing(_)
             | Self::RollingBack(_)
-            | Self::Paused(Process::Thawing) => true,
+            | Self::Paused(Process::Thawing | Process::Returning) => true,
             _ => false,
         }
     }

@@ -18,8 +18,8 @@ use mica_numa::plan::VcpuCores;
 use mica_numa::{Plan, PlanConfig, Reserved, ShardSeat, Shards, StopSignal, plan, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout, RunError, run};
 use mica_storage::{
-    BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
-    run_blocking,
+    BlockingFile, FlatWriter, FlattenLimits, Part, ReadyWhen, SnapshotKind, SnapshotManifest,
+    Store, TemplateSpec, run_blocking,
 };
 use mica_units::{GuestPort, Mebibytes, PAGE_BYTES, SandboxId, ShardId, VcpuCount, frames_of};
 
@@ -101,6 +101,9 @@ impl Bench {
             keep_sandboxes: false,
             capture_budget_mib: 4,
             io_buffers: 8,
+            replica_budget_mib: 0,
+            on_demand_over_mib: 0,
+            flatten: FlattenLimits::default(),
             memory_reserve_mib: 0,
             ..HostConfig::new(self.store(), self.program(), self.cgroup.clone())
         }
@@ -361,4 +364,18 @@ pub fn bytes(text: &str) -> Vec<u8> {
 /// The memory of a sandbox that has just been made of a template.
 pub fn base_memory() -> Vec<u8> {
     (0..FRAMES).map(base_byte).collect()
+}
+
+/// Fails where a guest's memory is not what it should be, and says in which frames.
+#[track_caller]
+pub fn assert_memory(found: &[u8], expected: &[u8], what: &str) {
+    let differs = |frame: &usize| found[*frame] != expected[*frame];
+    let frames: Vec<usize> = (0..expected.len()).filter(differs).collect();
+    let shown: Vec<(usize, u8, u8)> =
+        frames.iter().take(8).map(|frame| (*frame, found[*frame], expected[*frame])).collect();
+    assert!(
+        frames.is_empty() && found.len() == expected.len(),
+        "{what}: {} frames differ; frame, found, expected: {shown:?}",
+        frames.len()
+    );
 }

@@ -8,7 +8,8 @@ use mica_shards::{ConnectError, ShardError, rt};
 use mica_units::{SANDBOX_ID_CHARS, SandboxId};
 
 use crate::common::{
-    BASE_REGISTER, Bench, Leftovers, base_memory, memory, port, read_all, request, tell,
+    BASE_REGISTER, Bench, Leftovers, assert_memory, base_memory, memory, port, read_all, request,
+    tell,
 };
 use crate::wait::eventually;
 
@@ -39,7 +40,7 @@ fn a_sandbox_is_made_found_listed_and_killed() {
         let rest = format!("new=true\ntoken={token}\nCOLOUR=green\n");
         assert!(about.ends_with(&rest), "{about}");
         // What the running snapshot holds is what it starts with.
-        assert_eq!(memory(&host, made.id).await, base_memory());
+        assert_memory(&memory(&host, made.id).await, &base_memory(), "at first");
         assert_eq!(tell(&host, made.id, "register").await, BASE_REGISTER.to_string());
         assert_eq!(tell(&host, made.id, "disk").await, "template");
         tell(&host, made.id, "disk mine").await;

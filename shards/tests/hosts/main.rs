@@ -9,4 +9,5 @@ mod common;
 mod create;
 mod life;
 mod routing;
+mod snapshots;
 mod wait;

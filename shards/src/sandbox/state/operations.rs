@@ -14,7 +14,7 @@
 
 use mica_wire::vm;
 
-use super::{Effect, Event, Process, State, Step, Stepped, fall, stay};
+use super::{Effect, Event, Outcome, Process, State, Step, Stepped, fall, stay};
 
 pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
     let at = State::Snapshotting;
@@ -23,8 +23,8 @@ pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
             (at(Step::Committing), vec![Effect::Thaw, Effect::Commit])
         }
         (Step::Committing, Event::Vm(vm::Event::Thawed)) => stay(at(Step::Finishing)),
-        (Step::Committing, Event::Committed) => (at(Step::Thawing), vec![Effect::Answer]),
-        (Step::Committing, Event::CommitFailed) => (at(Step::Thawing), vec![Effect::AnswerFailure]),
+        (Step::Committing, Event::Committed) => stay(at(Step::Thawing(Outcome::Done))),
+        (Step::Committing, Event::CommitFailed) => stay(at(Step::Thawing(Outcome::Failed))),
         (Step::Finishing, Event::Committed) => (State::Running, vec![Effect::Answer]),
         (Step::Finishing, Event::CommitFailed) => (State::Running, vec![Effect::AnswerFailure]),
         (step, event) => capturing(at, step, event),
@@ -56,7 +56,7 @@ fn capturing(at: fn(Step) -> State, step: Step, event: Event) -> Stepped {
         }
         (Step::Precopying, Event::Precopied) => (at(Step::Freezing), vec![Effect::Freeze]),
         (Step::Precopying, Event::CopyFailed) => (State::Running, vec![Effect::AnswerFailure]),
-        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
+        (Step::Thawing(outcome), Event::Vm(vm::Event::Thawed)) => thawed(outcome),
         (step, event) => talking(at(step), event),
     }
 }
@@ -76,14 +76,23 @@ pub(super) fn rolling_back(step: Step, event: Event) -> Stepped {
             let effects = vec![Effect::ShowPaused, Effect::AnswerFailure, Effect::EndProcess];
             (State::Paused(Process::Ending), effects)
         }
-        (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
+        (Step::Thawing(outcome), Event::Vm(vm::Event::Thawed)) => thawed(outcome),
         (step, event) => talking(at(step), event),
     }
 }
 
 /// The operation failed, and the guest goes on as it was.
 fn give_up(at: fn(Step) -> State) -> Stepped {
-    (at(Step::Thawing), vec![Effect::AnswerFailure, Effect::Thaw])
+    (at(Step::Thawing(Outcome::Failed)), vec![Effect::Thaw])
+}
+
+fn thawed(outcome: Outcome) -> Stepped {
+    let effects = match outcome {
+        Outcome::Done => vec![Effect::Answer],
+        Outcome::Failed => vec![Effect::AnswerFailure],
+        Outcome::Nothing => vec![],
+    };
+    (State::Running, effects)
 }
 
 /// What may come at any time while the guest still runs, or did a moment ago.

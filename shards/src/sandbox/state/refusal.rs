@@ -25,8 +25,9 @@ pub(crate) enum Refusal {
 /// Why `ask` is refused in `state`, which does not begin it.
 pub(super) fn of(state: &State, ask: Ask) -> Refusal {
     match (state, ask) {
-        (State::Paused(Process::Frozen | Process::None), Ask::Pause) => Refusal::AlreadyPaused,
-        (State::Paused(Process::Frozen | Process::None), _) => Refusal::IsPaused,
+        (State::Paused(process), ask) if !waits_to_run(*process) && ask != Ask::Resume => {
+            if ask == Ask::Pause { Refusal::AlreadyPaused } else { Refusal::IsPaused }
+        }
         (State::Running, _) => Refusal::AlreadyRunning,
         (
             State::Starting(Birth::Create)
@@ -41,11 +42,16 @@ pub(super) fn of(state: &State, ask: Ask) -> Refusal {
     }
 }
 
+/// Whether a paused one is about to be something else.
+fn waits_to_run(process: Process) -> bool {
+    matches!(process, Process::Asked | Process::Thawing | Process::Returning)
+}
+
 /// What a sandbox is doing, for the message of a deadline or of a refusal.
 pub(crate) fn doing(state: &State) -> &'static str {
     match state {
         State::Starting(Birth::Resume)
-        | State::Paused(Process::Thawing)
+        | State::Paused(Process::Thawing | Process::Returning)
         | State::Restoring(Birth::Resume)
         | State::Initialising(Birth::Resume) => "it is being resumed",
         State::Starting(_) | State::Cancelling(_) => "making its disk and its process",

@@ -203,7 +203,7 @@ impl World {
             self.state,
             State::Cancelling(_)
                 | State::Stopping(_)
-                | State::Paused(Process::Ending | Process::Unwanted)
+                | State::Paused(Process::Ending | Process::Returning | Process::Unwanted)
         );
         assert!(!waits_for_work || self.work.is_some(), "nothing will ever happen: {tale}");
         let quiet = !matches!(
@@ -249,7 +249,7 @@ fn what_must_hold_holds_after_everything_that_can_happen() {
         assert!(found.len() > 60, "the walk got nowhere: {}", found.len());
         let seen = |wanted: &State| found.values().any(|world| world.state == *wanted);
         for state in [
-            State::RollingBack(Step::Thawing),
+            State::RollingBack(Step::Thawing(Outcome::Failed)),
             State::Pausing(Step::Precopying),
             State::Snapshotting(Step::Finishing),
             State::Paused(Process::Unwanted),

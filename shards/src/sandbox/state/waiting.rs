@@ -19,6 +19,9 @@ pub(super) fn paused(process: Process, event: Event) -> Stepped {
         }
         (Process::Frozen, Event::Evict) => (at(Process::Ending), vec![Effect::EndProcess]),
         (Process::Ending, Event::ProcessEnded) => stay(at(Process::None)),
+        (Process::Returning, Event::ProcessEnded) => {
+            (State::Starting(Birth::Resume), vec![Effect::Prepare])
+        }
         (Process::Unwanted, Event::Prepared) => (at(Process::Ending), vec![Effect::EndProcess]),
         (Process::Unwanted, Event::PrepareFailed(_)) => stay(at(Process::None)),
         (Process::Thawing, Event::Vm(vm::Event::Thawed)) => {

@@ -88,7 +88,9 @@ impl Scene {
             Event::Ask(ask) => {
                 let fits = match &self.world.state {
                     State::Running => *ask != Ask::Resume,
-                    State::Paused(Process::Frozen | Process::None) => *ask == Ask::Resume,
+                    State::Paused(Process::Frozen | Process::None | Process::Ending) => {
+                        *ask == Ask::Resume
+                    }
                     _ => false,
                 };
                 assert_eq!(next.refused == self.refused, fits, "{self:?} + {event:?}");

@@ -54,8 +54,17 @@ fn a_snapshot_lets_the_guest_go_on_before_it_is_on_the_device() {
     for order in
         [[vm(vm::Event::Thawed), Event::Committed], [Event::Committed, vm(vm::Event::Thawed)]]
     {
-        let (state, effects) = life(state.clone(), TERMS, &order);
+        // Told when both are over: what it asks for next finds the sandbox ready.
+        let (between, effects) = life(state.clone(), TERMS, &order[..1]);
+        assert_eq!(effects, []);
+        let (state, effects) = life(between, TERMS, &order[1..]);
         assert_eq!((state, effects), (State::Running, vec![Effect::Answer]));
+    }
+    // What is on the device is told of, whatever becomes of the guest.
+    for end in [Event::Kill, Event::VmLost("closed"), Event::TimeOver] {
+        let (state, effects) = life(state.clone(), TERMS, &[Event::Committed, end]);
+        assert!(matches!(state, State::Stopping(_)), "{state:?}");
+        assert_eq!(effects, [Effect::Answer, Effect::CleanUp]);
     }
 }
 
@@ -93,6 +102,10 @@ fn an_evicted_one_is_resumed_from_disk_and_a_frozen_one_by_a_word() {
     let (state, effects) = life(State::Paused(Process::Frozen), TERMS, &evicted);
     assert_eq!(state, State::Restoring(Birth::Resume));
     assert_eq!(effects, [Effect::EndProcess, Effect::Prepare, Effect::SendRestore]);
+    let hurried = [Event::Evict, Event::Ask(Ask::Resume), Event::ProcessEnded];
+    let (state, effects) = life(State::Paused(Process::Frozen), TERMS, &hurried);
+    assert_eq!(state, State::Starting(Birth::Resume), "it waits for the process's end");
+    assert_eq!(effects, [Effect::EndProcess, Effect::Prepare]);
     let thawed = [Event::Ask(Ask::Resume), vm(vm::Event::Thawed), Event::InitDone];
     let (state, effects) = life(State::Paused(Process::Frozen), TERMS, &thawed);
     assert_eq!(state, State::Running);
@@ -128,11 +141,13 @@ fn refusals_say_what_is_in_the_way() {
         ref other => panic!("{other:?}"),
     };
     assert_eq!(of(State::Running, Ask::Resume), Refusal::AlreadyRunning);
-    for process in [Process::Frozen, Process::None] {
+    for process in [Process::Frozen, Process::None, Process::Ending, Process::Unwanted] {
         assert_eq!(of(State::Paused(process), Ask::Pause), Refusal::AlreadyPaused);
         assert_eq!(of(State::Paused(process), Ask::Snapshot), Refusal::IsPaused);
         assert_eq!(of(State::Paused(process), Ask::Rollback), Refusal::IsPaused);
     }
+    let unwanted = of(State::Paused(Process::Unwanted), Ask::Resume);
+    assert_eq!(unwanted, Refusal::Busy("its memory is being given back"));
     for birth in [State::Starting, State::Restoring, State::Initialising] {
         assert_eq!(of(birth(Birth::Create), Ask::Pause), Refusal::Gone, "nobody knows it yet");
         assert_eq!(of(birth(Birth::Resume), Ask::Pause), Refusal::Busy("it is being resumed"));
@@ -145,7 +160,7 @@ fn refusals_say_what_is_in_the_way() {
         (State::Paused(Process::Asked), "the daemon has just started and takes it over"),
         (State::Snapshotting(Step::Copying), "a snapshot of it is being made"),
         (State::Pausing(Step::Committing), "it is being paused"),
-        (State::Paused(Process::Ending), "its memory is being given back"),
+        (State::Paused(Process::Returning), "it is being resumed"),
         (State::Paused(Process::Thawing), "it is being resumed"),
         (State::RollingBack(Step::Freezing), "it is being rolled back"),
         (State::Restoring(Birth::Rollback), "it is being rolled back"),
