@@ -11,14 +11,31 @@ use std::process::{Command as Process, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use mica_wire::vm::{BootConfig, Command, ControlSocket, Event, FdRole, console};
+use mica_units::PAGE_BYTES;
+use mica_wire::vm::{
+    BootConfig, Command, ControlSocket, EXCHANGE_BYTES, Event, FdRole, RestoreConfig, Shell,
+    ShellConfig, console,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::retry_on_intr;
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, set_child_subreaper,
-    waitpid,
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitOptions, pidfd_getfd, pidfd_open,
+    pidfd_send_signal, set_child_subreaper, waitpid,
 };
+
+/// What a shell is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory_mib: u32,
+    /// Whether there is a root disk.
+    pub disk: bool,
+    /// Length of the console memfd.
+    pub console_bytes: u64,
+}
 
 /// What to boot.
 #[derive(Debug)]
@@ -55,6 +72,43 @@ impl Boot {
             disk: None,
         })
     }
+
+    /// The shell it needs.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        Shape {
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            disk: self.disk.is_some(),
+            console_bytes: self.console_bytes,
+        }
+    }
+}
+
+/// What to go on from.
+#[derive(Debug, Default)]
+pub struct Restore<'a> {
+    /// What memory is mapped from.
+    pub plan: Vec<u8>,
+    /// The saved state.
+    pub state: Vec<u8>,
+    /// The new generation id.
+    pub generation: [u8; 16],
+    /// Whether pages that the plan leaves out are served from outside.
+    pub on_demand: bool,
+    /// The root disk; never for a rollback.
+    pub disk: Option<BorrowedFd<'a>>,
+    /// The layers that the plan names.
+    pub layers: Vec<BorrowedFd<'a>>,
+}
+
+/// What a freeze gives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// The state.
+    pub state: Vec<u8>,
+    /// Whether writes from now on can be told.
+    pub tracked: bool,
 }
 
 /// A memfd with these contents.
@@ -74,6 +128,8 @@ pub struct OneVm {
     pidfd: OwnedFd,
     socket: ControlSocket,
     console: Option<File>,
+    exchange: Option<File>,
+    shell: Option<Shell>,
 }
 
 impl OneVm {
@@ -111,7 +167,7 @@ impl OneVm {
         };
         let pid = pid.context("a process has no such number")?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        Ok(Self { pid, pidfd, socket: near, console: None })
+        Ok(Self { pid, pidfd, socket: near, console: None, exchange: None, shell: None })
     }
 
     /// Its process id.
@@ -128,34 +184,165 @@ impl OneVm {
         Ok(self.socket.send_command(command, fds)?)
     }
 
-    /// Sends the boot command with all descriptors.
+    /// Sends the build command with all descriptors, without waiting for anything.
     ///
     /// # Errors
     /// When `/dev/kvm` cannot be opened, or the process is gone.
-    pub fn boot(&mut self, boot: &Boot) -> Result<()> {
+    pub fn send_build(&mut self, shape: &Shape) -> Result<()> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").context("/dev/kvm")?;
-        let console = memfd_create("console", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&console, boot.console_bytes)?;
-        fcntl_add_seals(&console, SealFlags::SHRINK | SealFlags::GROW)?;
-        let mut roles = vec![FdRole::Kvm, FdRole::Kernel, FdRole::Console];
-        let mut fds = vec![kvm.as_fd(), boot.kernel.as_fd(), console.as_fd()];
+        let console = sealed_memfd("console", shape.console_bytes)?;
+        let exchange = sealed_memfd("exchange", EXCHANGE_BYTES)?;
+        let config = ShellConfig {
+            vcpus: shape.vcpus,
+            memory_mib: shape.memory_mib,
+            disk: shape.disk,
+            console_bytes: shape.console_bytes,
+            exchange_bytes: EXCHANGE_BYTES,
+            fds: vec![FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare],
+        };
+        let fds = [kvm.as_fd(), console.as_fd(), exchange.as_fd(), self.socket.as_fd()];
+        self.send(&Command::Build(config), &fds)?;
+        self.console = Some(console);
+        self.exchange = Some(exchange);
+        Ok(())
+    }
+
+    /// Has the shell built, and waits until it is.
+    ///
+    /// # Errors
+    /// When anything else came than [`Event::Built`], or nothing for `patience`.
+    pub fn build(&mut self, shape: &Shape, patience: Duration) -> Result<Shell> {
+        self.send_build(shape)?;
+        match self.next_event(patience)? {
+            Some(Event::Built(shell)) => {
+                self.shell = Some(shell);
+                Ok(shell)
+            }
+            other => bail!("expected a shell, got {other:?}"),
+        }
+    }
+
+    /// Sends the boot command to a shell, without waiting for anything.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn send_boot(&self, boot: &Boot) -> Result<()> {
+        let mut roles = vec![FdRole::Kernel];
+        let mut fds = vec![boot.kernel.as_fd()];
         for (role, fd) in [(FdRole::Initramfs, &boot.initramfs), (FdRole::Disk, &boot.disk)] {
             if let Some(fd) = fd {
                 roles.push(role);
                 fds.push(fd.as_fd());
             }
         }
-        let config = BootConfig {
-            vcpus: boot.vcpus,
-            memory_mib: boot.memory_mib,
-            cmdline: boot.cmdline.clone(),
-            disk_read_only: false,
-            console_bytes: boot.console_bytes,
+        let cmdline = boot.cmdline.clone();
+        let config = BootConfig { cmdline, disk_read_only: false, fds: roles };
+        self.send(&Command::Boot(config), &fds)
+    }
+
+    /// Has a fitting shell built, and boots it. [`Event::Started`] follows.
+    ///
+    /// # Errors
+    /// See [`OneVm::build`].
+    pub fn boot(&mut self, boot: &Boot, patience: Duration) -> Result<()> {
+        self.build(&boot.shape(), patience)?;
+        self.send_boot(boot)
+    }
+
+    /// Sends the restore command to a shell or a frozen VM. [`Event::Started`] follows.
+    ///
+    /// # Errors
+    /// When there is no shell, or the process is gone.
+    pub fn send_restore(&self, restore: &Restore<'_>) -> Result<()> {
+        let exchange = self.exchange.as_ref().context("nothing was built")?;
+        let plan_bytes = restore.plan.len() as u64;
+        exchange.write_all_at(&restore.plan, 0)?;
+        exchange.write_all_at(&restore.state, plan_bytes.next_multiple_of(PAGE_BYTES))?;
+        let mut roles = Vec::new();
+        let mut fds = Vec::new();
+        if let Some(disk) = restore.disk {
+            roles.push(FdRole::Disk);
+            fds.push(disk);
+        }
+        roles.extend(restore.layers.iter().map(|_| FdRole::Layer));
+        fds.extend(&restore.layers);
+        let config = RestoreConfig {
+            plan_bytes,
+            state_bytes: restore.state.len() as u64,
+            generation: restore.generation,
+            on_demand: restore.on_demand,
             fds: roles,
         };
-        self.send(&Command::Boot(config), &fds)?;
-        self.console = Some(File::from(console));
-        Ok(())
+        self.send(&Command::Restore(config), &fds)
+    }
+
+    /// Freezes the VM, and takes its state out of the exchange.
+    ///
+    /// # Errors
+    /// When anything else came than [`Event::Frozen`], or nothing for `patience`.
+    pub fn freeze(&self, track: bool, patience: Duration) -> Result<Saved> {
+        self.send(&Command::Freeze { track }, &[])?;
+        match self.next_event(patience)? {
+            Some(Event::Frozen { state_bytes, tracked }) => {
+                let exchange = self.exchange.as_ref().context("nothing was built")?;
+                let mut state = vec![0; usize::try_from(state_bytes)?];
+                exchange.read_exact_at(&mut state, 0)?;
+                Ok(Saved { state, tracked })
+            }
+            other => bail!("expected a frozen VM, got {other:?}"),
+        }
+    }
+
+    /// Lets a frozen VM go on, and waits until it does.
+    ///
+    /// # Errors
+    /// When anything else came than [`Event::Thawed`], or nothing for `patience`.
+    pub fn thaw(&self, patience: Duration) -> Result<()> {
+        self.send(&Command::Thaw, &[])?;
+        self.expect(&Event::Thawed, patience)
+    }
+
+    /// The shell, as it reported itself.
+    ///
+    /// # Errors
+    /// When none was built.
+    pub fn shell(&self) -> Result<Shell> {
+        self.shell.context("nothing was built")
+    }
+
+    /// Guest memory, seen from outside: frame `n` at `n` pages from [`Shell::memory_address`].
+    ///
+    /// # Errors
+    /// When this process may not look into that one.
+    pub fn memory(&self) -> Result<File> {
+        let path = format!("/proc/{}/mem", self.pid());
+        File::options().read(true).write(true).open(&path).context(path)
+    }
+
+    /// The bytes of so many frames from `first` on.
+    ///
+    /// # Errors
+    /// When this process may not look into that one, or there are no such frames.
+    pub fn frames(&self, first: u32, count: u32) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(u64::from(count) * PAGE_BYTES)?];
+        let at = self.shell()?.memory_address + u64::from(first) * PAGE_BYTES;
+        self.memory()?.read_exact_at(&mut bytes, at)?;
+        Ok(bytes)
+    }
+
+    /// A descriptor of that process, by its number there.
+    ///
+    /// # Errors
+    /// When there is none, or this process may not take it.
+    pub fn descriptor(&self, number: i32) -> Result<OwnedFd> {
+        let flags = PidfdGetfdFlags::empty();
+        Ok(pidfd_getfd(&self.pidfd, number, flags)?)
+    }
+
+    /// Closes this end of the control socket, as a daemon that is killed does, and goes on with
+    /// another one.
+    pub fn change_socket(&mut self, socket: OwnedFd) {
+        self.socket = ControlSocket::from_fd(socket);
     }
 
     /// The next event, or `None` when the process closed the socket.
@@ -218,16 +405,6 @@ impl OneVm {
         )
     }
 
-    /// Closes this end of the control socket and waits for the process.
-    ///
-    /// # Errors
-    /// When it does not end within `patience`; it is killed then.
-    pub fn hang_up(mut self, patience: Duration) -> Result<ExitStatus> {
-        let (unused, _) = ControlSocket::pair()?;
-        drop(std::mem::replace(&mut self.socket, unused));
-        self.wait(patience)
-    }
-
     /// Waits for the process to end by itself.
     ///
     /// # Errors
@@ -259,6 +436,14 @@ impl Drop for OneVm {
             eprintln!("could not reap mica-vm {}", self.pid());
         }
     }
+}
+
+/// A memfd of this length that stays so.
+fn sealed_memfd(name: &str, bytes: u64) -> Result<File> {
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&fd, bytes)?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(fd.into())
 }
 
 /// A network namespace with nothing in it, for VM processes to share.

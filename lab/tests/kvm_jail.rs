@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use common::{PATIENCE, fresh_id, have_kvm, start};
-use mica_lab::one_vm::{Boot, OneVm, empty_network, find_mica_vm, memfd_of};
+use mica_lab::one_vm::{Boot, OneVm, Shape, empty_network, find_mica_vm, memfd_of};
 use mica_lab::tiny_guest::{Then, vmlinux};
-use mica_wire::vm::{BootConfig, Command, ControlSocket, Ending, Event, FdRole};
+use mica_wire::vm::{BootConfig, Command, ControlSocket, Ending, Event, FdRole, ShellConfig};
 use rustix::process::{Pid, WaitOptions, waitpgid};
 use rustix::thread::{
     CapabilitiesSecureBits, capabilities, set_capabilities, set_capabilities_secure_bits,
@@ -143,7 +143,7 @@ fn vm_processes_share_the_network_namespace_they_are_given_and_nothing_is_in_it(
         let program = find_mica_vm().unwrap();
         let mut vm = OneVm::spawn_in(&program, fresh_id(), Some(network.as_fd())).unwrap();
         vm.expect(&Event::Jailed, PATIENCE).unwrap();
-        vm.boot(&idle()).unwrap();
+        vm.boot(&idle(), PATIENCE).unwrap();
         vm.expect(&Event::Started, PATIENCE).unwrap();
         vm
     });
@@ -210,17 +210,18 @@ fn check_descriptors(vm: &OneVm) {
             "anon_inode:[userfaultfd]",
             "/memfd:disk",
             "/memfd:console",
+            "/memfd:exchange",
         ];
         assert!(expected.iter().any(|known| target.starts_with(known)), "{target}");
     }
-    assert_eq!(sockets, 1, "the control socket and nothing else");
+    assert_eq!(sockets, 2, "the control socket and its spare, nothing else");
 }
 
-/// What a VM process answers to a boot command with these descriptors.
-fn refusal(config: BootConfig, fds: &[std::os::fd::BorrowedFd<'_>]) -> Option<Event> {
+/// What a VM process answers to a command with these descriptors.
+fn refusal(command: &Command, fds: &[std::os::fd::BorrowedFd<'_>]) -> Option<Event> {
     let vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
     vm.expect(&Event::Jailed, PATIENCE).unwrap();
-    vm.send(&Command::Boot(config), fds).unwrap();
+    vm.send(command, fds).unwrap();
     let event = vm.next_event(PATIENCE).unwrap();
     assert!(vm.wait(PATIENCE).unwrap().success());
     event
@@ -250,8 +251,46 @@ fn broken_images_are_a_bad_configuration() {
     for (name, image) in cases {
         let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
         vm.expect(&Event::Jailed, PATIENCE).unwrap();
-        vm.boot(&Boot::of_image(image).unwrap()).unwrap();
+        vm.boot(&Boot::of_image(image).unwrap(), PATIENCE).unwrap();
         let event = vm.next_event(PATIENCE).unwrap();
+        assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
+    }
+}
+
+#[test]
+fn a_wrong_build_command_is_a_bad_configuration() {
+    if !have_kvm() {
+        return;
+    }
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm").unwrap();
+    let console = memfd_of("console", &[0; 4096]).unwrap();
+    let exchange = memfd_of("exchange", &[0; 4096]).unwrap();
+    let (spare, _far) = ControlSocket::pair().unwrap();
+    let good = ShellConfig {
+        vcpus: 1,
+        memory_mib: 16,
+        disk: false,
+        console_bytes: 4096,
+        exchange_bytes: 4096,
+        fds: vec![FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare],
+    };
+    let fds = [kvm.as_fd(), console.as_fd(), exchange.as_fd(), spare.as_fd()];
+    let roles = |fds: &[FdRole]| ShellConfig { fds: fds.to_vec(), ..good.clone() };
+    let not_kvm = [console.as_fd(), console.as_fd(), exchange.as_fd(), spare.as_fd()];
+    for (name, config, fds) in [
+        ("no vCPU", ShellConfig { vcpus: 0, ..good.clone() }, &fds[..]),
+        ("nine vCPUs", ShellConfig { vcpus: 9, ..good.clone() }, &fds),
+        ("no memory", ShellConfig { memory_mib: 0, ..good.clone() }, &fds),
+        ("absurd memory", ShellConfig { memory_mib: u32::MAX, ..good.clone() }, &fds),
+        ("console length", ShellConfig { console_bytes: 8192, ..good.clone() }, &fds),
+        ("exchange length", ShellConfig { exchange_bytes: 8192, ..good.clone() }, &fds),
+        ("no KVM", roles(&[FdRole::Console, FdRole::Exchange, FdRole::Spare]), &fds[1..]),
+        ("no spare", roles(&[FdRole::Kvm, FdRole::Console, FdRole::Exchange]), &fds[..3]),
+        ("a disk", roles(&[FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Disk]), &fds),
+        ("another file as KVM", good.clone(), &not_kvm),
+        ("too few descriptors", good.clone(), &fds[..2]),
+    ] {
+        let event = refusal(&Command::Build(config), fds);
         assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
     }
 }
@@ -262,33 +301,32 @@ fn a_wrong_boot_command_is_a_bad_configuration() {
         return;
     }
     let kernel = memfd_of("kernel", &vmlinux("never\n", Then::Halt)).unwrap();
-    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm").unwrap();
-    let console = memfd_of("console", &[0; 4096]).unwrap();
-    let good = BootConfig {
-        vcpus: 1,
-        memory_mib: 16,
-        cmdline: String::new(),
-        disk_read_only: false,
-        console_bytes: 4096,
-        fds: vec![FdRole::Kvm, FdRole::Kernel, FdRole::Console],
-    };
-    let fds = [kvm.as_fd(), kernel.as_fd(), console.as_fd()];
-    let missing = BootConfig { fds: vec![FdRole::Kernel, FdRole::Console], ..good.clone() };
-    let not_kvm = [console.as_fd(), kernel.as_fd(), console.as_fd()];
-    for (name, config, fds) in [
-        ("no vCPU", BootConfig { vcpus: 0, ..good.clone() }, &fds[..]),
-        ("nine vCPUs", BootConfig { vcpus: 9, ..good.clone() }, &fds),
-        ("no memory", BootConfig { memory_mib: 0, ..good.clone() }, &fds),
-        ("absurd memory", BootConfig { memory_mib: u32::MAX, ..good.clone() }, &fds),
-        ("zero in cmdline", BootConfig { cmdline: "a\0b".to_owned(), ..good.clone() }, &fds),
-        ("long cmdline", BootConfig { cmdline: "x".repeat(4000), ..good.clone() }, &fds),
-        ("console length", BootConfig { console_bytes: 8192, ..good.clone() }, &fds),
-        ("no KVM", missing, &fds[1..]),
-        ("another file as KVM", good.clone(), &not_kvm),
-        ("too few descriptors", good.clone(), &fds[..2]),
+    let disk = memfd_of("disk", &[0; 4096]).unwrap();
+    let odd = memfd_of("disk", &[0; 100]).unwrap();
+    let good =
+        BootConfig { cmdline: String::new(), disk_read_only: false, fds: vec![FdRole::Kernel] };
+    let with_disk = BootConfig { fds: vec![FdRole::Kernel, FdRole::Disk], ..good.clone() };
+    let layer = BootConfig { fds: vec![FdRole::Kernel, FdRole::Layer], ..good.clone() };
+    let none = BootConfig { fds: Vec::new(), ..good.clone() };
+    let fds = [kernel.as_fd(), disk.as_fd()];
+    let odd = [kernel.as_fd(), odd.as_fd()];
+    for (name, shell_disk, config, fds) in [
+        ("zero", false, BootConfig { cmdline: "a\0b".to_owned(), ..good.clone() }, &fds[..1]),
+        ("long", false, BootConfig { cmdline: "x".repeat(4000), ..good.clone() }, &fds[..1]),
+        ("no kernel", false, none, &fds[..0]),
+        ("a layer", false, layer, &fds),
+        ("a disk too many", false, with_disk.clone(), &fds),
+        ("a disk too few", true, good.clone(), &fds[..1]),
+        ("an odd disk", true, with_disk, &odd),
     ] {
-        let event = refusal(config, fds);
+        let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+        vm.expect(&Event::Jailed, PATIENCE).unwrap();
+        let shape = Shape { vcpus: 1, memory_mib: 16, disk: shell_disk, console_bytes: 4096 };
+        vm.build(&shape, PATIENCE).unwrap();
+        vm.send(&Command::Boot(config), fds).unwrap();
+        let event = vm.next_event(PATIENCE).unwrap();
         assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
+        assert!(vm.wait(PATIENCE).unwrap().success());
     }
 }
 

@@ -37,6 +37,7 @@ struct Arguments {
 #[derive(Clone, Copy, Debug)]
 struct Stages {
     jailed: Duration,
+    built: Duration,
     started: Duration,
     first_byte: Duration,
     /// From the stop command to the end of the process.
@@ -64,6 +65,7 @@ fn main() -> Result<()> {
         print_row(name, boots.iter().map(pick).collect());
     };
     row("mica-vm: process start to jailed", |stages| stages.jailed);
+    row("mica-vm: process start to shell built", |stages| stages.built);
     row("mica-vm: process start to vCPUs running", |stages| stages.started);
     row("mica-vm: process start to first guest byte", |stages| stages.first_byte);
     print_row("floor: the same KVM calls in a loop, to first byte", floors);
@@ -86,7 +88,9 @@ fn boot_once(program: &Path, image: &[u8]) -> Result<Stages> {
     let mut vm = OneVm::spawn(program, ID)?;
     vm.expect(&Event::Jailed, PATIENCE)?;
     let jailed = start.elapsed();
-    vm.boot(&boot)?;
+    vm.build(&boot.shape(), PATIENCE)?;
+    let built = start.elapsed();
+    vm.send_boot(&boot)?;
     vm.expect(&Event::Started, PATIENCE)?;
     let started = start.elapsed();
     vm.expect(&Event::ConsoleStarted, PATIENCE)?;
@@ -95,7 +99,7 @@ fn boot_once(program: &Path, image: &[u8]) -> Result<Stages> {
     vm.send(&Command::Stop, &[])?;
     vm.expect(&Event::Ended(Ending::Asked), PATIENCE)?;
     vm.wait(PATIENCE)?;
-    Ok(Stages { jailed, started, first_byte, gone: stop.elapsed() })
+    Ok(Stages { jailed, built, started, first_byte, gone: stop.elapsed() })
 }
 
 fn floor_once(image: &[u8]) -> Result<Duration> {

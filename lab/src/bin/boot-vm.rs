@@ -17,7 +17,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use clap::Parser;
 use mica_lab::one_vm::{Boot, OneVm, find_mica_vm};
-use mica_wire::guest::{CONTROL_LINE_BYTES_MAX, GATEWAY_PORT, InitRequest, Preamble};
+use mica_wire::guest::{
+    CONTROL_LINE_BYTES_MAX, ControlRequest, GATEWAY_PORT, InitRequest, Preamble,
+};
 use mica_wire::vm::{Command, Event};
 
 /// Boots one kernel with mica-vm and prints its console.
@@ -68,7 +70,7 @@ fn main() -> Result<()> {
     };
     let mut vm = OneVm::spawn(&find_mica_vm()?, arguments.id)?;
     vm.expect(&Event::Jailed, Duration::from_secs(30))?;
-    vm.boot(&boot)?;
+    vm.boot(&boot, Duration::from_secs(30))?;
     let mut printed = 0;
     while start.elapsed().as_secs() < arguments.seconds {
         // A short patience only so that the console is printed as it comes.
@@ -94,15 +96,17 @@ fn greet(vm: &OneVm) -> Result<()> {
     let (mut near, far) = UnixStream::pair()?;
     vm.send(&Command::OpenStream { vsock_port: GATEWAY_PORT }, &[far.as_fd()])?;
     drop(far);
-    let request = InitRequest {
+    let request = ControlRequest::Init(InitRequest {
         sandbox_id: "i00000000000000000000".to_owned(),
         template_id: "by-hand".to_owned(),
+        machine_id: "0".repeat(32),
         access_token: None,
         env_vars: BTreeMap::new(),
         wall_clock_unix_ns: u64::try_from(
             SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos(),
         )?,
-    };
+        new_sandbox: true,
+    });
     near.write_all(&Preamble::Control.encode())?;
     near.write_all(&serde_json::to_vec(&request)?)?;
     near.write_all(b"\n")?;

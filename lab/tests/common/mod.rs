@@ -37,7 +37,7 @@ pub fn fresh_id() -> u32 {
 pub fn start(boot: &Boot) -> OneVm {
     let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
     vm.expect(&Event::Jailed, PATIENCE).unwrap();
-    vm.boot(boot).unwrap();
+    vm.boot(boot, PATIENCE).unwrap();
     vm.expect(&Event::Started, PATIENCE).unwrap();
     vm
 }

@@ -183,6 +183,7 @@ pub fn load_initramfs(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
     use mica_units::Mebibytes;
     use std::io::Write;
 
@@ -234,7 +235,7 @@ mod tests {
 
     #[test]
     fn both_kinds_load_where_they_say() {
-        let memory = crate::memory::map(Mebibytes::new(4)).unwrap();
+        let memory = Memory::reserve(Mebibytes::new(4)).unwrap().guest().clone();
         let kernel = load_bytes(&memory, &elf()).unwrap();
         assert_eq!(kernel.entry, layout::HIGH_RAM);
         let kernel = load_bytes(&memory, &bzimage()).unwrap();
@@ -245,7 +246,7 @@ mod tests {
 
     #[test]
     fn no_truncation_and_no_changed_byte_panics() {
-        let memory = crate::memory::map(Mebibytes::new(4)).unwrap();
+        let memory = Memory::reserve(Mebibytes::new(4)).unwrap().guest().clone();
         for (image, header) in [(elf(), 0..120), (bzimage(), 0x1f0..0x270)] {
             for length in 0..image.len() {
                 assert!(load_bytes(&memory, &image[..length]).is_err(), "{length} bytes");
@@ -264,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_kernel_or_an_initramfs_that_does_not_fit_is_refused() {
-        let memory = crate::memory::map(Mebibytes::new(2)).unwrap();
+        let memory = Memory::reserve(Mebibytes::new(2)).unwrap().guest().clone();
         let mut large = bzimage();
         large[0x260..0x264].copy_from_slice(&0x10_0001u32.to_le_bytes());
         assert!(matches!(load_bytes(&memory, &large), Err(BootError::DoesNotFit { .. })));

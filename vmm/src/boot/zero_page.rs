@@ -65,12 +65,13 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
     use mica_units::Mebibytes;
 
     #[test]
     fn the_map_covers_memory_and_overlaps_nowhere() {
         for mebibytes in [2, 512, 3072, 8192] {
-            let memory = crate::memory::map(Mebibytes::new(mebibytes)).unwrap();
+            let memory = Memory::reserve(Mebibytes::new(mebibytes)).unwrap().guest().clone();
             let map = memory_map(&memory);
             let mut last_end = 0;
             for entry in &map {

@@ -84,12 +84,12 @@ impl DeviceLoop {
         let mut ready = vec![Ready::default(); self.devices.len()];
         let mut again = vec![false; self.devices.len()];
         let mut events = [const { std::mem::MaybeUninit::uninit() }; EVENTS_PER_TURN];
-        let mut go_on = self.pass_gate()?;
-        #[cfg(feature = "breakout")]
-        if go_on {
-            crate::breakout::attempt(crate::jail::seccomp::ThreadKind::Devices);
+        if !self.pass_gate()? {
+            return Ok(());
         }
-        while go_on {
+        #[cfg(feature = "breakout")]
+        crate::breakout::attempt(crate::jail::seccomp::ThreadKind::Devices);
+        loop {
             // A device that stopped for fairness goes on after the others had their turn.
             let poll = Timespec { tv_sec: 0, tv_nsec: 0 };
             let timeout = again.contains(&true).then_some(&poll);
@@ -106,9 +106,8 @@ impl DeviceLoop {
                 }
             }
             // What arrived beside it waits in `ready` while this thread is parked.
-            if gate {
-                go_on = self.pass_gate()?;
-                continue;
+            if gate && !self.pass_gate()? {
+                return Ok(());
             }
             for ((mmio, ready), again) in self.devices.iter().zip(&mut ready).zip(&mut again) {
                 let ready = std::mem::take(ready);
@@ -117,7 +116,6 @@ impl DeviceLoop {
                 }
             }
         }
-        Ok(())
     }
 
     /// Does what the gate asks for. `false` when that is to stop.

@@ -218,7 +218,8 @@ fn nothing_of_a_request_arrives_after_a_reset() {
     // device is made on a file, and the ring then on the pipe.
     let (read, write) = rustix::pipe::pipe().unwrap();
     let mut blk = Blk::of_file(disk(), false).unwrap();
-    blk.ring = crate::ring::DiskRing::new(&read, &blk.done).unwrap();
+    blk.ring = crate::ring::DiskRing::new(&blk.done).unwrap();
+    blk.ring.attach(&read).unwrap();
     let mut driver = Driver::started(Box::new(blk));
     header(&driver, HEADER, 0, 0);
     driver.put(STATUS, 0xffu8);

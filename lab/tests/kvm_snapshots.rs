@@ -1,0 +1,311 @@
+//! Native KVM tests of freezing, thawing, restoring and rolling back a tiny guest.
+//!
+//! Run like `kvm_endings.rs`. The guest waits for its generation id to change and says `R` each time, so
+//! a restore that works, registers and memory and all, can be heard.
+
+#![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, fresh_id, have_kvm, start};
+use mica_lab::one_vm::{Boot, OneVm, Restore, Saved, Shape, find_mica_vm, memfd_of};
+use mica_lab::tiny_guest::{GENERATION_ID, Then, vmlinux};
+use mica_units::{FrameRun, PAGE_BYTES};
+use mica_wire::vm::plan::{self, Entry, Source};
+use mica_wire::vm::{Command, Ending, Event, Phase};
+
+const MEMORY_MIB: u32 = 16;
+const FRAMES: u32 = MEMORY_MIB * 256;
+/// A page that no guest here touches.
+const UNUSED: u32 = FRAMES - 10;
+
+/// A guest that waits for generation ids.
+fn waiting(vcpus: u32) -> Boot {
+    let mut boot = Boot::of_image(&vmlinux("up", Then::WaitForGenerations)).unwrap();
+    (boot.vcpus, boot.memory_mib) = (vcpus, MEMORY_MIB);
+    boot
+}
+
+fn run(first: u32, count: u32) -> FrameRun {
+    FrameRun::new(first, count).unwrap()
+}
+
+fn plan_of(entries: &[(FrameRun, Source)]) -> Vec<u8> {
+    let entries: Vec<_> =
+        entries.iter().map(|(run, source)| Entry { run: *run, source: *source }).collect();
+    plan::encode(&entries).unwrap()
+}
+
+/// Memory of a frozen VM as a layer, and the plan that maps it.
+fn layer_of(vm: &OneVm) -> (OwnedFd, Vec<u8>) {
+    let layer = memfd_of("layer", &vm.frames(0, FRAMES).unwrap()).unwrap();
+    (layer, plan_of(&[(run(0, FRAMES), Source::Map { layer: 0, page: 0 })]))
+}
+
+/// An idle shell.
+fn shell(shape: &Shape) -> OneVm {
+    let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+    vm.expect(&Event::Jailed, PATIENCE).unwrap();
+    vm.build(shape, PATIENCE).unwrap();
+    vm
+}
+
+/// Waits until the console says this.
+fn wait_for_text(vm: &OneVm, text: &str) {
+    let start = Instant::now();
+    while vm.console_text() != text {
+        assert!(start.elapsed() < PATIENCE, "it says {:?}, not {text:?}", vm.console_text());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A frozen guest that has said `up`, and what it takes to go on from there.
+fn frozen(boot: &Boot) -> (OneVm, Saved, OwnedFd, Vec<u8>) {
+    let vm = start(boot);
+    vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
+    wait_for_text(&vm, "up");
+    let saved = vm.freeze(false, PATIENCE).unwrap();
+    let (layer, plan) = layer_of(&vm);
+    (vm, saved, layer, plan)
+}
+
+fn stop(vm: OneVm) {
+    vm.send(&Command::Stop, &[]).unwrap();
+    vm.expect(&Event::Ended(Ending::Asked), PATIENCE).unwrap();
+    assert!(vm.wait(PATIENCE).unwrap().success());
+}
+
+fn restore<'a>(saved: &Saved, layer: &'a OwnedFd, plan: &[u8], generation: u8) -> Restore<'a> {
+    Restore {
+        plan: plan.to_vec(),
+        state: saved.state.clone(),
+        generation: [generation; 16],
+        layers: vec![layer.as_fd()],
+        ..Restore::default()
+    }
+}
+
+#[test]
+fn a_guest_goes_on_in_other_shells() {
+    if !have_kvm() {
+        return;
+    }
+    for vcpus in [1, 2, 8] {
+        let boot = waiting(vcpus);
+        let (vm, saved, layer, plan) = frozen(&boot);
+        stop(vm);
+        // Twice from the same layer: nothing that one writes reaches the other.
+        for generation in [7, 8] {
+            let vm = shell(&boot.shape());
+            vm.send_restore(&restore(&saved, &layer, &plan, generation)).unwrap();
+            vm.expect(&Event::Started, PATIENCE).unwrap();
+            vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
+            wait_for_text(&vm, "R");
+            let page = usize::try_from(GENERATION_ID % PAGE_BYTES).unwrap();
+            let frame = u32::try_from(GENERATION_ID / PAGE_BYTES).unwrap();
+            assert_eq!(vm.frames(frame, 1).unwrap()[page..page + 16], [generation; 16]);
+            stop(vm);
+        }
+    }
+}
+
+#[test]
+fn a_frozen_guest_stands_still_and_goes_on_when_thawed() {
+    if !have_kvm() {
+        return;
+    }
+    let (vm, first, ..) = frozen(&waiting(2));
+    let memory = vm.memory().unwrap();
+    let at = vm.shell().unwrap().memory_address + GENERATION_ID;
+    for (round, text) in ["upR", "upRR", "upRRR"].into_iter().enumerate() {
+        memory.write_all_at(&[u8::try_from(round).unwrap() + 1; 4], at).unwrap();
+        // It would have said so at once.
+        assert!(vm.next_event(Duration::from_millis(50)).is_err());
+        assert_eq!(vm.console_text(), &text[..text.len() - 1]);
+        vm.thaw(PATIENCE).unwrap();
+        wait_for_text(&vm, text);
+        let again = vm.freeze(false, PATIENCE).unwrap();
+        assert_ne!(again.state, first.state, "its registers have changed");
+    }
+    stop(vm);
+}
+
+#[test]
+fn a_rollback_puts_registers_and_memory_back_and_keeps_the_process() {
+    if !have_kvm() {
+        return;
+    }
+    let (vm, saved, layer, whole) = frozen(&waiting(2));
+    let memory = vm.memory().unwrap();
+    let at = |frame: u32| vm.shell().unwrap().memory_address + u64::from(frame) * PAGE_BYTES;
+    let before = vm.frames(0, FRAMES).unwrap();
+    let code = u32::try_from(0x10_0000 / PAGE_BYTES).unwrap();
+    for generation in 1..5u8 {
+        // The guest's code among it: it could not go on if that stayed.
+        for frame in [code, code + 1, UNUSED, UNUSED + 1, UNUSED + 3] {
+            memory.write_all_at(&[generation; 4096], at(frame)).unwrap();
+        }
+        let plan = match generation {
+            1 => whole.clone(),
+            2 => plan_of(&[
+                (run(code, 2), Source::Copy { layer: 0, page: code }),
+                (run(UNUSED, 4), Source::Copy { layer: 0, page: UNUSED }),
+            ]),
+            3 => plan_of(&[
+                (run(code, 2), Source::Drop),
+                (run(UNUSED, 2), Source::Drop),
+                (run(UNUSED + 3, 1), Source::Zero),
+            ]),
+            _ => plan_of(&[
+                (run(UNUSED, 4), Source::Zero),
+                (run(code, 1), Source::Drop),
+                (run(code + 1, 1), Source::Map { layer: 0, page: code + 1 }),
+            ]),
+        };
+        vm.send_restore(&restore(&saved, &layer, &plan, generation)).unwrap();
+        vm.expect(&Event::Started, PATIENCE).unwrap();
+        wait_for_text(&vm, &format!("up{}", "R".repeat(usize::from(generation))));
+        vm.freeze(false, PATIENCE).unwrap();
+        let after = vm.frames(0, FRAMES).unwrap();
+        let differs: Vec<_> = (0..FRAMES as usize)
+            .filter(|frame| before[frame * 4096..][..4096] != after[frame * 4096..][..4096])
+            .collect();
+        let id = usize::try_from(GENERATION_ID / PAGE_BYTES).unwrap();
+        assert_eq!(differs, [id], "generation {generation}");
+    }
+    stop(vm);
+}
+
+/// What becomes of a shell that is sent this.
+fn outcome(shape: &Shape, restore: &Restore<'_>) -> Option<Event> {
+    let vm = shell(shape);
+    vm.send_restore(restore).unwrap();
+    let event = vm.next_event(PATIENCE).unwrap();
+    if matches!(event, Some(Event::Ended(_))) {
+        assert!(vm.wait(PATIENCE).unwrap().success());
+    }
+    event
+}
+
+#[test]
+fn what_is_no_state_or_no_plan_is_a_bad_configuration() {
+    if !have_kvm() {
+        return;
+    }
+    let boot = waiting(2);
+    let (vm, saved, layer, plan) = frozen(&boot);
+    stop(vm);
+    let good = || restore(&saved, &layer, &plan, 1);
+    assert_eq!(outcome(&boot.shape(), &good()), Some(Event::Started));
+    let mut other_version = saved.state.clone();
+    other_version[8] += 1;
+    let mut damaged = saved.state.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    let outside = plan_of(&[(run(FRAMES, 1), Source::Zero)]);
+    let behind = plan_of(&[(run(0, 2), Source::Map { layer: 0, page: FRAMES - 1 })]);
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let disk = memfd_of("disk", &[0; 4096]).unwrap();
+    let more = Shape { memory_mib: 32, ..boot.shape() };
+    let fewer = Shape { vcpus: 1, ..boot.shape() };
+    let with_disk = Shape { disk: true, ..boot.shape() };
+    let as_made = boot.shape();
+    let cases: Vec<(&str, &Shape, Restore<'_>)> = vec![
+        ("no state", &as_made, Restore { state: Vec::new(), ..good() }),
+        ("garbage", &as_made, Restore { state: vec![0xaa; 30_000], ..good() }),
+        ("another version", &as_made, Restore { state: other_version, ..good() }),
+        ("damaged", &as_made, Restore { state: damaged, ..good() }),
+        ("half a plan", &as_made, Restore { plan: plan[..8].to_vec(), ..good() }),
+        ("a plan of garbage", &as_made, Restore { plan: vec![0xaa; 160], ..good() }),
+        ("outside the guest", &as_made, Restore { plan: outside, ..good() }),
+        ("behind the layer", &as_made, Restore { plan: behind, ..good() }),
+        ("no layer", &as_made, Restore { layers: Vec::new(), ..good() }),
+        ("not a layer", &as_made, Restore { layers: vec![null.as_fd()], ..good() }),
+        ("a disk too many", &as_made, Restore { disk: Some(disk.as_fd()), ..good() }),
+        ("other memory", &more, good()),
+        ("fewer vCPUs", &fewer, good()),
+        ("other devices", &with_disk, Restore { disk: Some(disk.as_fd()), ..good() }),
+    ];
+    for (name, shape, restore) in cases {
+        let event = outcome(shape, &restore);
+        assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
+    }
+}
+
+#[test]
+fn the_vm_outlives_its_shard_and_the_next_one_takes_it_over() {
+    if !have_kvm() {
+        return;
+    }
+    let mut vm = start(&waiting(1));
+    vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
+    let shell = vm.shell().unwrap();
+    // The end of the shard: what it held is closed.
+    vm.change_socket(memfd_of("nothing", &[]).unwrap());
+    let spare = vm.descriptor(shell.spare_fd).unwrap();
+    vm.change_socket(spare);
+    vm.send(&Command::Report { nonce: 77 }, &[]).unwrap();
+    let status = Event::Status { nonce: 77, phase: Phase::Running, shell: Some(shell) };
+    vm.expect(&status, PATIENCE).unwrap();
+    // It can be told everything, and the console and the exchange are where they were said to be.
+    let saved = vm.freeze(false, PATIENCE).unwrap();
+    vm.send(&Command::Report { nonce: 78 }, &[]).unwrap();
+    let status = Event::Status { nonce: 78, phase: Phase::Frozen, shell: Some(shell) };
+    vm.expect(&status, PATIENCE).unwrap();
+    let exchange = std::fs::File::from(vm.descriptor(shell.exchange_fd).unwrap());
+    let mut state = vec![0; saved.state.len()];
+    exchange.read_exact_at(&mut state, 0).unwrap();
+    assert!(state == saved.state);
+    let console = std::fs::File::from(vm.descriptor(shell.console_fd).unwrap());
+    let mut text = [0; 10];
+    console.read_exact_at(&mut text, 0).unwrap();
+    assert_eq!(text, *b"\x02\0\0\0\0\0\0\0up");
+    stop(vm);
+}
+
+#[test]
+fn a_shell_answers_questions_and_ends_when_asked() {
+    if !have_kvm() {
+        return;
+    }
+    let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
+    vm.expect(&Event::Jailed, PATIENCE).unwrap();
+    vm.send(&Command::Report { nonce: 1 }, &[]).unwrap();
+    vm.expect(&Event::Status { nonce: 1, phase: Phase::Idle, shell: None }, PATIENCE).unwrap();
+    let shell = vm.build(&waiting(8).shape(), PATIENCE).unwrap();
+    vm.send(&Command::Report { nonce: 2 }, &[]).unwrap();
+    let status = Event::Status { nonce: 2, phase: Phase::Idle, shell: Some(shell) };
+    vm.expect(&status, PATIENCE).unwrap();
+    stop(vm);
+}
+
+#[test]
+fn commands_out_of_turn_are_refused() {
+    if !have_kvm() {
+        return;
+    }
+    let boot = waiting(1);
+    let refused = |vm: OneVm| match vm.next_event(PATIENCE).unwrap() {
+        Some(Event::Ended(Ending::Internal(words))) => {
+            assert!(words.contains("out of turn"), "{words}");
+        }
+        other => panic!("{other:?}"),
+    };
+    for command in [Command::Freeze { track: false }, Command::Thaw] {
+        let vm = shell(&boot.shape());
+        vm.send(&command, &[]).unwrap();
+        refused(vm);
+    }
+    let mut vm = start(&boot);
+    vm.send_build(&boot.shape()).unwrap();
+    vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
+    refused(vm);
+    let (vm, saved, layer, plan) = frozen(&boot);
+    vm.thaw(PATIENCE).unwrap();
+    vm.send_restore(&restore(&saved, &layer, &plan, 1)).unwrap();
+    refused(vm);
+}
