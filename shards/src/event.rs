@@ -11,7 +11,7 @@ use mica_numa::mailbox::Post;
 use mica_units::{SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
-use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
+use crate::{ConnectError, CreateRequest, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo};
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
 pub(crate) const REQUESTS_MAX: usize = 1024;
@@ -49,6 +49,8 @@ pub(crate) enum Operation {
     Resume(SandboxId, Duration, IfRunning),
     /// Say what a sandbox was asked for with.
     RequestOf(SandboxId),
+    /// Say which process a sandbox is.
+    ProcessOf(SandboxId),
     /// Say how many sandboxes it made from each template.
     Spawns,
     /// Say what it has, and what its pool did.
@@ -81,6 +83,8 @@ pub(crate) enum Reply {
     Stream(Result<OwnedFd, ConnectError>),
     /// To `RequestOf`.
     Request(Result<Box<CreateRequest>, ShardError>),
+    /// To `ProcessOf`.
+    Process(Result<SandboxProcess, ShardError>),
     /// To `Spawns`, by template id.
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.

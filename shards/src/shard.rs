@@ -19,7 +19,7 @@ use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
 use crate::event::{Counts, IfRunning, Operation, Reply, Spawned};
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
-use crate::{ConnectError, CreateRequest, SandboxInfo, ShardError, SnapshotInfo};
+use crate::{ConnectError, CreateRequest, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo};
 
 /// Bytes of an access token, before they become hexadecimal.
 const TOKEN_BYTES: usize = 32;
@@ -103,6 +103,7 @@ impl Shard {
                 Reply::Resumed(self.resume(id, life, if_running).await)
             }
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
+            Operation::ProcessOf(id) => Reply::Process(self.process_of(id)),
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
             Operation::Counts => Reply::Counts(self.counts()),
         }
@@ -205,6 +206,20 @@ impl Shard {
     fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {
         let request = self.find(id)?.request();
         request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
+    }
+
+    fn process_of(&self, id: SandboxId) -> Result<SandboxProcess, ShardError> {
+        let held = self.find(id)?.process().ok_or(ShardError::NoSuchSandbox(id))?;
+        let failed = |error: std::io::Error| ShardError::OperationFailed {
+            operation: "showing the process",
+            sandbox: id,
+            reason: error.to_string(),
+        };
+        Ok(SandboxProcess {
+            pid: held.process.pid().as_raw_nonzero().get().unsigned_abs(),
+            memory_address: held.layout.memory_address,
+            console: held.console.try_clone().map_err(failed)?,
+        })
     }
 
     async fn connect(&self, id: SandboxId) -> Result<OwnedFd, ConnectError> {

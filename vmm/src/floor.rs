@@ -1,21 +1,26 @@
-//! The floor of a cold boot: the KVM calls of a VM and nothing else.
+//! The floor of a cold boot, and of the other operations ([`Guest`]): the KVM calls and nothing else.
 //!
 //! Called by the boot benchmark, to be printed beside the real thing. The same shell, memory, boot
 //! structures and eventfds as `build` makes, and one vCPU on the calling thread: no process, no jail,
 //! no thread, no device behind the registers. Refuses to serve a guest past its first byte.
 
+mod guest;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use mica_units::{Gpa, Mebibytes, VcpuCount};
+use mica_units::{Mebibytes, VcpuCount};
 use mica_wire::vm::Ending;
+use vm_memory::GuestMemoryError;
 
 use crate::boot::{self, BootError, Images};
-use crate::kvm::{Exits, Kick, KvmError, Machine, Parked, Pause};
+use crate::kvm::{Exits, Kick, KvmError, Machine, Parked, Pause, RestoreError};
 use crate::layout;
-use crate::memory::{Memory, MemoryError};
-use crate::virtio::{Event, QUEUE_NOTIFY};
+use crate::memory::{ApplyError, Memory, MemoryError};
+
+pub use crate::memory::Layer;
+pub use guest::{Guest, Saved};
 
 /// Why there is no measurement.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +40,18 @@ pub enum FloorError {
     /// An event.
     #[error("making an event failed")]
     Event(#[source] std::io::Error),
+    /// A saved state.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The memory was not mapped.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// Guest memory was not read or written.
+    #[error("guest memory cannot be accessed there")]
+    Access(#[from] GuestMemoryError),
+    /// No vCPU, or more than there may be.
+    #[error("a guest has at least one vCPU")]
+    Vcpus,
     /// The guest ended before it wrote a byte.
     #[error("the guest ended before its first byte: {0:?}")]
     Ended(Ending),
@@ -84,20 +101,7 @@ pub fn first_byte(
     let vcpus = VcpuCount::new(1).unwrap_or_else(|_| unreachable!("1 is within the bounds"));
     let memory = Memory::reserve(memory_size)?;
     let machine = Machine::new(kvm, memory.guest(), vcpus)?;
-    let mut events = Vec::new();
-    let mut event = || -> Result<Event, FloorError> {
-        let event = Event::new().map_err(FloorError::Event)?;
-        events.push(event.try_clone().map_err(FloorError::Event)?);
-        Ok(event)
-    };
-    machine.interrupt_on_signal(&event()?, layout::SERIAL_GSI)?;
-    for (device, queues) in (0u32..).zip(QUEUES) {
-        machine.interrupt_on_signal(&event()?, layout::FIRST_DEVICE_GSI + device)?;
-        let base = layout::MMIO_DEVICES.raw() + u64::from(device) * layout::MMIO_DEVICE_BYTES;
-        for queue in 0..queues {
-            machine.signal_on_write(&event()?, Gpa::new(base + QUEUE_NOTIFY), queue)?;
-        }
-    }
+    let events = guest::connect(&machine)?;
     let images = Images { kernel, initramfs: None, cmdline: "" };
     let loaded = boot::load(memory.guest(), images, vcpus, QUEUES.len())?;
     let (held, vcpus) = machine.split();
@@ -110,7 +114,7 @@ pub fn first_byte(
         }
     }
     let took = start.elapsed();
-    drop(held);
+    drop((held, events));
     // The addresses stay reserved; what the guest wrote is given back.
     memory.clear().map_err(FloorError::Clear)?;
     Ok(took)

@@ -172,6 +172,22 @@ impl Vcpu {
         }
     }
 
+    /// Finishes the exit that was left half done when [`Self::run`] ended with the guest's ending: KVM
+    /// does that on the way in, and comes out again before any guest code.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn settle(&mut self) -> Result<(), KvmError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let came_out = match self.fd.run() {
+            Ok(_) => Ok(()),
+            Err(error) if error.errno() == libc::EINTR => Ok(()),
+            Err(error) => Err(failed("finish an exit")(error)),
+        };
+        self.fd.set_kvm_immediate_exit(0);
+        came_out
+    }
+
     /// Answers all that it was kicked for: two kicks may have come as one.
     fn is_to_leave(&self, pause: &impl Pause) -> Result<bool, Ending> {
         loop {
