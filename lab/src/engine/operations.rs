@@ -42,9 +42,11 @@ async fn timed<T, E>(work: impl Future<Output = Result<T, E>>) -> Result<(Durati
 where
     E: Into<anyhow::Error>,
 {
+    tracing::trace!("asked");
     let begun = Instant::now();
     let done = work.await;
     let took = begun.elapsed();
+    tracing::trace!(?took, "answered");
     Ok((took, done.map_err(Into::into)?))
 }
 
@@ -73,8 +75,7 @@ impl Bench<'_> {
             nothing.rollback()?;
             quiet(&self.host, self.shells).await?;
             let begun = Instant::now();
-            let made = self.host.create(request(TEMPLATE)).await?;
-            let create = begun.elapsed();
+            let (create, made) = timed(self.host.create(request(TEMPLATE))).await?;
             let console = self.host.bench_process_of(made.id).await?.console;
             wait_byte(console)?;
             let first_byte = begun.elapsed();

@@ -25,6 +25,7 @@ use mica_lab::engine::report::{self, Report};
 use mica_lab::engine::series::Book;
 use mica_lab::one_vm::find_mica_vm;
 use mica_units::Mebibytes;
+use tracing_subscriber::EnvFilter;
 
 /// Shells that a host keeps where creates are to find one.
 const POOL: u32 = 4;
@@ -129,6 +130,9 @@ const QUICK: Effort = Effort {
 };
 
 fn main() -> ExitCode {
+    // `MICA_LOG=mica_shards=trace` shows every step of every sandbox, at some cost.
+    let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(logs).with_writer(std::io::stderr).init();
     let Command::Engine(args) = Cli::parse().command;
     match engine(&args) {
         Ok(()) => ExitCode::SUCCESS,

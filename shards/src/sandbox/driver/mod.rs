@@ -98,6 +98,8 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         let before = driver.sandbox.state.borrow().clone();
         let effects = driver.sandbox.state.borrow_mut().advance(terms, event);
         if *driver.sandbox.state.borrow() != before {
+            // With times of microseconds, these lines say where an operation spends them.
+            tracing::trace!(id = %driver.sandbox.id, from = ?before, to = ?driver.sandbox.state.borrow());
             driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
             driver.sandbox.tell_watchers();
         }
