@@ -11,6 +11,7 @@ use clap::Args;
 use mica_http::{HttpConfig, KeyRing, Limits};
 use mica_numa::{PlanConfig, Reserved, Shards};
 use mica_shards::HostConfig;
+use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
 
@@ -101,6 +102,19 @@ pub struct ServeArgs {
     /// Pinned buffers of 1 MiB of each shard, for snapshots.
     #[arg(long, value_name = "N", default_value_t = 32)]
     io_buffers: u16,
+    /// Memory of each node that holds copies of templates' memory, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    replica_budget_mib: u32,
+    /// Bring the memory of images larger than this in when a guest touches it, instead of mapping them.
+    /// 0: none.
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    on_demand_over_mib: u32,
+    /// Layers of a snapshot above which it is flattened in the background.
+    #[arg(long, value_name = "N", default_value_t = FlattenLimits::default().layers_max)]
+    flatten_layers: usize,
+    /// Pieces of a snapshot's memory above which it is flattened in the background.
+    #[arg(long, value_name = "N", default_value_t = FlattenLimits::default().runs_max)]
+    flatten_runs: usize,
     /// Memory of each node that is to stay free, in MiB: below it, paused sandboxes leave memory.
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     memory_reserve_mib: u32,
@@ -170,6 +184,13 @@ impl ServeArgs {
             keep_sandboxes: self.keep_sandboxes,
             capture_budget_mib: self.capture_budget_mib,
             io_buffers: self.io_buffers,
+            replica_budget_mib: self.replica_budget_mib,
+            on_demand_over_mib: self.on_demand_over_mib,
+            flatten: FlattenLimits {
+                layers_max: self.flatten_layers,
+                runs_max: self.flatten_runs,
+                ..FlattenLimits::default()
+            },
             memory_reserve_mib: self.memory_reserve_mib,
         };
         host.check()?;

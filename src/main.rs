@@ -9,6 +9,7 @@ mod config;
 mod helper;
 mod key_file;
 mod kvm_kind;
+mod pool;
 mod serve;
 mod signals;
 mod template;
@@ -37,6 +38,8 @@ enum Command {
     Topology(config::PlanArgs),
     /// Make, list and move templates.
     Template(template::TemplateArgs),
+    /// Make, list and remove file systems that can clone files.
+    Pool(pool::PoolArgs),
     /// Say what KVM here is; the exit code is 0 only where a Linux guest runs.
     KvmKind,
     /// Another program of Mica beside this one: `mica lab …` runs `mica-lab …`.
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Topology(args) => topology::print(&args),
         Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
+        Command::Pool(args) => pool::run(&args),
         Command::Helper(words) => helper::become_helper(&words),
     };
     match outcome {

@@ -179,12 +179,6 @@ impl Sandbox {
         }
     }
 
-    /// What every process has in its environment that is started now.
-    #[must_use]
-    pub fn environment(&self) -> BTreeMap<String, String> {
-        self.environment_of(self.identity().as_deref())
-    }
-
     /// What every process of a sandbox has in its environment, apart from what its user adds: the
     /// template's variables, then the sandbox's, which win.
     #[must_use]
@@ -278,10 +272,14 @@ mod tests {
     fn the_sandbox_wins_over_the_template() {
         let env = BTreeMap::from([("A".to_owned(), "template".to_owned())]);
         let sandbox = Sandbox::new(TemplateSettings { env, ..Default::default() }, true);
-        assert_eq!(sandbox.environment()["A"], "template");
-        sandbox.set_identity(request("a"));
-        assert_eq!(sandbox.environment()["A"], "sandbox");
-        assert_eq!(sandbox.environment()["E2B_SANDBOX_ID"], "a");
+        assert_eq!(sandbox.environment_of(None)["A"], "template");
+        let mut identity = request("a");
+        for (name, value) in [("", "1"), ("B=C", "1"), ("D", "1\0")] {
+            identity.env_vars.insert(name.to_owned(), value.to_owned());
+        }
+        let all = sandbox.environment_of(Some(&identity));
+        assert_eq!((all["A"].as_str(), all["E2B_SANDBOX_ID"].as_str()), ("sandbox", "a"));
+        assert_eq!(all.len(), 4, "{all:?}");
     }
 
     #[test]

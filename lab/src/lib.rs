@@ -1,8 +1,8 @@
 //! The lab: everything that tests and measures Mica without the machine it is meant for.
 //!
-//! Called by tests, by `mica-lab` and by the benchmarks; nothing in production depends on it. `engine` is
-//! what the benchmark measures with, `host` the emulated dual-socket machine, `tiny_guest` the freestanding guest that runs on any KVM, `one_vm`
-//! one VM process driven by hand. Refuses to be a dependency of anything else.
+//! Called by tests, by `mica-lab` and by the benchmarks; nothing in production depends on it. `host` is
+//! the emulated dual-socket machine, `tiny_guest` the freestanding guest that runs on any KVM, `one_vm`
+//! one VM process driven by hand, `engine` what its operations cost. Refuses to be a dependency of anything else.
 
 #![forbid(unsafe_code)]
 

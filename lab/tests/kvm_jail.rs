@@ -88,7 +88,9 @@ fn check_threads(vm: &OneVm) {
         assert_eq!(status(&file, "Groups"), "", "{name}");
         assert_eq!(status(&file, "NoNewPrivs"), "1", "{name}");
         assert_eq!(status(&file, "Seccomp"), "2", "{name}");
-        assert_eq!(status(&file, "Seccomp_filters"), "2", "{name}");
+        // The control thread has one more, taken when it needed no more to give the guest its disk.
+        let filters = if name.trim() == "mica-vm" { "3" } else { "2" };
+        assert_eq!(status(&file, "Seccomp_filters"), filters, "{name}");
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb", "CapBnd"] {
             assert_eq!(status(&file, set), "0000000000000000", "{name} {set}");
         }

@@ -7,88 +7,19 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+mod guests;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{PATIENCE, fresh_id, have_kvm, start};
-use mica_lab::one_vm::{Boot, OneVm, Restore, Saved, Shape, find_mica_vm, memfd_of};
-use mica_lab::tiny_guest::{GENERATION_ID, Then, vmlinux};
-use mica_units::{FrameRun, PAGE_BYTES};
-use mica_wire::vm::plan::{self, Entry, Source};
+use guests::{FRAMES, UNUSED, frozen, plan_of, restore, run, shell, stop, wait_for_text, waiting};
+use mica_lab::one_vm::{OneVm, Restore, Shape, find_mica_vm, memfd_of};
+use mica_lab::tiny_guest::GENERATION_ID;
+use mica_units::PAGE_BYTES;
+use mica_wire::vm::plan::Source;
 use mica_wire::vm::{Command, Ending, Event, Phase};
-
-const MEMORY_MIB: u32 = 16;
-const FRAMES: u32 = MEMORY_MIB * 256;
-/// A page that no guest here touches.
-const UNUSED: u32 = FRAMES - 10;
-
-/// A guest that waits for generation ids.
-fn waiting(vcpus: u32) -> Boot {
-    let mut boot = Boot::of_image(&vmlinux("up", Then::WaitForGenerations)).unwrap();
-    (boot.vcpus, boot.memory_mib) = (vcpus, MEMORY_MIB);
-    boot
-}
-
-fn run(first: u32, count: u32) -> FrameRun {
-    FrameRun::new(first, count).unwrap()
-}
-
-fn plan_of(entries: &[(FrameRun, Source)]) -> Vec<u8> {
-    let entries: Vec<_> =
-        entries.iter().map(|(run, source)| Entry { run: *run, source: *source }).collect();
-    plan::encode(&entries).unwrap()
-}
-
-/// Memory of a frozen VM as a layer, and the plan that maps it.
-fn layer_of(vm: &OneVm) -> (OwnedFd, Vec<u8>) {
-    let layer = memfd_of("layer", &vm.frames(0, FRAMES).unwrap()).unwrap();
-    (layer, plan_of(&[(run(0, FRAMES), Source::Map { layer: 0, page: 0 })]))
-}
-
-/// An idle shell.
-fn shell(shape: &Shape) -> OneVm {
-    let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
-    vm.expect(&Event::Jailed, PATIENCE).unwrap();
-    vm.build(shape, PATIENCE).unwrap();
-    vm
-}
-
-/// Waits until the console says this.
-fn wait_for_text(vm: &OneVm, text: &str) {
-    let start = Instant::now();
-    while vm.console_text() != text {
-        assert!(start.elapsed() < PATIENCE, "it says {:?}, not {text:?}", vm.console_text());
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A frozen guest that has said `up`, and what it takes to go on from there.
-fn frozen(boot: &Boot) -> (OneVm, Saved, OwnedFd, Vec<u8>) {
-    let vm = start(boot);
-    vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
-    wait_for_text(&vm, "up");
-    let saved = vm.freeze(false, PATIENCE).unwrap();
-    let (layer, plan) = layer_of(&vm);
-    (vm, saved, layer, plan)
-}
-
-fn stop(vm: OneVm) {
-    vm.send(&Command::Stop, &[]).unwrap();
-    vm.expect(&Event::Ended(Ending::Asked), PATIENCE).unwrap();
-    assert!(vm.wait(PATIENCE).unwrap().success());
-}
-
-fn restore<'a>(saved: &Saved, layer: &'a OwnedFd, plan: &[u8], generation: u8) -> Restore<'a> {
-    Restore {
-        plan: plan.to_vec(),
-        state: saved.state.clone(),
-        generation: [generation; 16],
-        layers: vec![layer.as_fd()],
-        ..Restore::default()
-    }
-}
 
 #[test]
 fn a_guest_goes_on_in_other_shells() {

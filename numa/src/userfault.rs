@@ -108,6 +108,14 @@ impl Userfault {
         sys::uffd_register(self.fd.as_fd(), self.range(run)?, mode)
     }
 
+    /// Lets who waits for a missing frame try again: whoever was to answer may be gone.
+    ///
+    /// # Errors
+    /// As [`Self::track`].
+    pub fn wake(&self, run: FrameRun) -> io::Result<()> {
+        sys::uffd_wake(self.fd.as_fd(), self.range(run)?)
+    }
+
     /// Ends all that was registered for frames.
     ///
     /// # Errors

@@ -1,14 +1,22 @@
-//! A daemon for the test that kills one: makes sandboxes, says so, and waits.
+//! A daemon for the tests that kill one: does what each line of its standard input says.
 //!
-//! Called by `main`. Refuses to end by itself.
+//! Called by `main`. Answers a line by one of its own, `ok …` or `no …`, behind the line's number; each
+//! line is a task, so that one can be under way when the daemon is killed. Refuses to end by itself: the
+//! line `stop` ends it as an operator would.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use mica_numa::{PlanConfig, Reserved, Shards, StopSignal, plan, topology};
-use mica_shards::{CreateRequest, HostConfig};
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use mica_numa::{PlanConfig, Reserved, Shards, StopSignal, plan, rt, topology};
+use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout};
+use mica_units::{GuestPort, SandboxId};
 
-pub fn run(store: &str, cgroup: &str, program: &str, count: usize) {
+/// The life of every sandbox.
+const LIFE: Duration = Duration::from_secs(3600);
+
+pub fn run(options: &[&str]) {
+    let [store, cgroup, program, keep] = options else { panic!("not four of {options:?}") };
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
     let plan = plan(&topology::read().unwrap(), &wish).unwrap();
     let config = HostConfig {
@@ -20,20 +28,72 @@ pub fn run(store: &str, cgroup: &str, program: &str, count: usize) {
         sandboxes_max: 100,
         console_bytes: 8192,
         boot_deadline: Duration::from_secs(20),
+        pool_floor: 0,
+        pool_ceiling: 0,
+        keep_sandboxes: *keep == "keep",
+        capture_budget_mib: 4,
+        io_buffers: 8,
+        memory_reserve_mib: 0,
     };
-    mica_shards::run(&plan, config, StopSignal::new().unwrap(), move |host, stop| async move {
-        for _ in 0..count {
-            let request = CreateRequest {
-                template: "agent".to_owned(),
-                timeout: Duration::from_secs(3600),
-                secure: false,
-                metadata: std::collections::BTreeMap::new(),
-                env_vars: std::collections::BTreeMap::new(),
-            };
-            host.create(request).await.unwrap();
-        }
+    mica_shards::run(&plan, config, StopSignal::new().unwrap(), move |host, _| async move {
         println!("ready");
-        stop.stopped().await;
+        for number in 0.. {
+            let line = rt::blocking(|| {
+                let mut line = String::new();
+                std::io::stdin().read_line(&mut line).unwrap();
+                line
+            });
+            let line = line.await.unwrap();
+            let line = line.trim().to_owned();
+            if line.is_empty() || line == "stop" {
+                break;
+            }
+            let host = host.clone();
+            rt::spawn(async move {
+                match obey(&host, &line).await {
+                    Ok(said) => println!("{number} ok {said}"),
+                    Err(error) => println!("{number} no {error}"),
+                }
+            })
+            .detach();
+        }
     })
     .unwrap();
+}
+
+async fn obey(host: &Host, line: &str) -> Result<String, Box<dyn std::error::Error>> {
+    let words: Vec<&str> = line.splitn(3, ' ').collect();
+    let id = |text: &str| text.parse::<SandboxId>();
+    let done = |()| "done".to_owned();
+    match words[..] {
+        ["create", template] => Ok(host.create(request(template)).await?.id.to_string()),
+        ["snapshot", sandbox] => Ok(host.snapshot(id(sandbox)?, None).await?.id),
+        ["rollback", sandbox, to] => Ok(done(host.rollback(id(sandbox)?, to.to_owned()).await?)),
+        ["pause", sandbox] => Ok(done(host.pause(id(sandbox)?).await?)),
+        ["resume", sandbox] => Ok(host.resume(id(sandbox)?, LIFE).await?.id.to_string()),
+        ["kill", sandbox] => Ok(done(host.kill(id(sandbox)?).await?)),
+        ["clone", sandbox, count] => {
+            let made = host.clone_sandbox(id(sandbox)?, count.parse()?, None).await?;
+            Ok(made.iter().map(|info| info.id.to_string()).collect::<Vec<_>>().join(" "))
+        }
+        ["tell", sandbox, text] => {
+            let mut stream = host.connect(id(sandbox)?, GuestPort::new(16)?).await?;
+            stream.write_all(format!("{text}\n").as_bytes()).await?;
+            let mut said = String::new();
+            stream.read_to_string(&mut said).await?;
+            Ok(said)
+        }
+        _ => Err(format!("unknown line {line:?}").into()),
+    }
+}
+
+fn request(template: &str) -> CreateRequest {
+    CreateRequest {
+        template: template.to_owned(),
+        timeout: LIFE,
+        secure: false,
+        metadata: std::collections::BTreeMap::new(),
+        env_vars: std::collections::BTreeMap::new(),
+        on_timeout: OnTimeout::Kill,
+    }
 }

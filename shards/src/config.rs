@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mica_storage::FlattenLimits;
 use mica_wire::vm::console;
 
 use crate::RunError;
@@ -56,6 +57,14 @@ pub struct HostConfig {
     pub capture_budget_mib: u32,
     /// Buffers of 1 MiB that each shard pins for reading and writing files.
     pub io_buffers: u16,
+    /// Memory of each node that holds copies of base images, in MiB. What does not fit is mapped from
+    /// its file.
+    pub replica_budget_mib: u32,
+    /// Images whose memory takes more than so many MiB of files are not mapped: their pages come when
+    /// a guest touches them. 0: none.
+    pub on_demand_over_mib: u32,
+    /// When a snapshot's chain of layers is made shorter.
+    pub flatten: FlattenLimits,
     /// Memory of each node that is to stay free: below it, frozen processes of paused sandboxes go, the
     /// longest paused first.
     pub memory_reserve_mib: u32,
@@ -97,6 +106,16 @@ impl HostConfig {
         problem.map_or(Ok(()), |problem| Err(RunError::Config(problem)))
     }
 
+    /// Bytes of copies of base images on one node.
+    pub(crate) fn replica_budget_bytes(&self) -> u64 {
+        u64::from(self.replica_budget_mib) << 20
+    }
+
+    /// Whether memory in files of so many bytes comes on demand.
+    pub(crate) fn is_on_demand(&self, file_bytes: u64) -> bool {
+        self.on_demand_over_mib > 0 && file_bytes > u64::from(self.on_demand_over_mib) << 20
+    }
+
     /// Pages that may be copied while a guest stands still.
     pub(crate) fn capture_budget_pages(&self) -> u64 {
         u64::from(self.capture_budget_mib) * PAGES_PER_MIB
@@ -123,6 +142,9 @@ mod tests {
             keep_sandboxes: false,
             capture_budget_mib: 16,
             io_buffers: 8,
+            replica_budget_mib: 0,
+            on_demand_over_mib: 0,
+            flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
         };
         assert!(good.check().is_ok());

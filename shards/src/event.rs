@@ -8,10 +8,13 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
+use mica_storage::LayerId;
 use mica_units::{SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
-use crate::{ConnectError, CreateRequest, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo};
+use crate::{
+    ConnectError, CreateRequest, OnTimeout, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo,
+};
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
 pub(crate) const REQUESTS_MAX: usize = 1024;
@@ -45,16 +48,31 @@ pub(crate) enum Operation {
     Rollback(SandboxId, String),
     /// Pause it.
     Pause(SandboxId),
-    /// Let a paused one go on, for at least this long; whether one that runs is an error.
-    Resume(SandboxId, Duration, IfRunning),
+    /// Let a paused one go on.
+    Resume(SandboxId, Wake),
     /// Say what a sandbox was asked for with.
     RequestOf(SandboxId),
     /// Say which process a sandbox is.
     ProcessOf(SandboxId),
+    /// Let the files of a deleted snapshot go.
+    Forget(String),
     /// Say how many sandboxes it made from each template.
     Spawns,
     /// Say what it has, and what its pool did.
     Counts,
+    /// Give the node's copy of this snapshot's base layer.
+    Replica(String, LayerId),
+}
+
+/// How a paused sandbox is to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wake {
+    /// For at least so long.
+    pub(crate) life: Duration,
+    /// What happens when its time is over; `None`: what was wished for before.
+    pub(crate) on_timeout: Option<OnTimeout>,
+    /// What if it runs.
+    pub(crate) if_running: IfRunning,
 }
 
 /// What a resume makes of a sandbox that runs.
@@ -77,7 +95,7 @@ pub(crate) enum Reply {
     Resumed(Result<(Box<SandboxInfo>, bool), ShardError>),
     /// To `Snapshot`.
     Snapshot(Result<Box<SnapshotInfo>, ShardError>),
-    /// To `Kill`, `SetTimeout`, `Rollback` and `Pause`.
+    /// To `Kill`, `SetTimeout`, `Rollback`, `Pause` and `Forget`.
     Done(Result<(), ShardError>),
     /// To `Connect`: our end, nothing said on it yet.
     Stream(Result<OwnedFd, ConnectError>),
@@ -89,6 +107,8 @@ pub(crate) enum Reply {
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.
     Counts(Counts),
+    /// To `Replica`; none where it does not fit.
+    Replica(Option<OwnedFd>),
 }
 
 /// Numbers of one shard.

@@ -21,6 +21,7 @@ mod host;
 mod hours;
 mod pressure;
 mod recovery;
+mod replicas;
 pub mod rt;
 mod run;
 mod sandbox;
@@ -30,7 +31,9 @@ mod stream;
 mod takeover;
 mod types;
 mod uids;
+mod upkeep;
 mod warm;
+mod warmth;
 
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};

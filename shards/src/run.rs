@@ -25,17 +25,19 @@ use crate::cgroup::Cgroups;
 use crate::event::{ANSWERS_MAX, Address, Answer, REQUESTS_MAX, Request};
 use crate::recovery::{Survivor, recover};
 use crate::sandbox::Workshop;
-use crate::shard::{Loads, Shard};
+use crate::shard::{Loads, Place, Shard};
 use crate::shell::demand::{Bounds, Demand};
 use crate::shell::{Launcher, Pool, Size, empty_network, now_s};
 use crate::uids::Uids;
-use crate::{Host, HostConfig, RunError, hours, pressure, takeover};
+use crate::{Host, HostConfig, RunError, hours, pressure, takeover, warmth};
 
 /// What one seat starts with.
 struct Input {
     base: Base,
     /// Sandboxes of an earlier daemon that are this shard's.
     survivors: Vec<Survivor>,
+    /// The first shard of its node.
+    librarian: ShardId,
     addresses: PerShard<Address>,
     requests: Mailbox<Request>,
     answers: Mailbox<Answer>,
@@ -86,9 +88,10 @@ where
     let ran = seat::run_all(plan, inputs, &stop, move |seat: ShardSeat, input: Input| {
         let (serve, stop) = (serve.clone(), signal.clone());
         async move {
-            let Input { base, survivors, addresses, requests, answers, loads } = input;
-            let shard = match seat_shard(&base, seat.shard, shards, loads).await {
-                Ok(shard) => shard,
+            let Input { base, survivors, librarian, addresses, requests, answers, loads } = input;
+            let place = Place { id: seat.shard, shards, node: seat.node, librarian };
+            let (shard, templates) = match seat_shard(&base, place, loads).await {
+                Ok(made) => made,
                 Err(error) => {
                     // The other shards must not go on without this one's sandboxes.
                     tracing::error!(shard = seat.shard.index(), %error, "a shard cannot start");
@@ -97,6 +100,7 @@ where
                 }
             };
             let host = Host::new(Rc::clone(&shard), addresses.clone());
+            shard.set_host(Some(host.clone()));
             for survivor in survivors {
                 takeover::take_over(&shard, survivor).await;
             }
@@ -106,6 +110,7 @@ where
                 rt::spawn(refuse_at_stop(Rc::clone(&shard), stop.clone())),
                 rt::spawn(pressure::watch(Rc::clone(&shard), seat.node, stop.clone())),
                 rt::spawn(hours::keep(Rc::clone(&shard), stop.clone())),
+                rt::spawn(warmth::bring_in_all(Rc::clone(&shard), templates)),
             ];
             let pool = rt::spawn(Rc::clone(&shard.pool).keep());
             serve(host, stop.clone()).await;
@@ -117,6 +122,7 @@ where
                 task.end().await;
             }
             pool.end().await;
+            shard.set_host(None);
             Rc::clone(&shard.ring).close().await;
             true
         }
@@ -175,14 +181,13 @@ fn check_program(config: &HostConfig) -> std::io::Result<()> {
 /// Makes a shard on its seat, and keeps VM processes for every template from the start.
 async fn seat_shard(
     base: &Base,
-    id: ShardId,
-    shards: ShardCount,
+    place: Place,
     loads: Loads,
-) -> Result<Rc<Shard>, String> {
+) -> Result<(Rc<Shard>, Vec<String>), String> {
     let buffers = base.workshop.config.io_buffers;
     let ring =
         Ring::attach(RingConfig { buffers }).map_err(|error| crate::sandbox::chain(&error))?;
-    let (store, index) = (base.workshop.store.clone(), id.index());
+    let (store, index) = (base.workshop.store.clone(), place.id.index());
     let found = rt::blocking(move || {
         let hours = hours::read(&store, index);
         store.snapshots().map(|snapshots| (snapshots, hours))
@@ -191,16 +196,19 @@ async fn seat_shard(
         .await
         .map_err(|error| error.to_string())?
         .map_err(|error| crate::sandbox::chain(&error))?;
-    let pool = base.pool(id, shards, Demand::from_text(&hours, now_s()));
+    let pool = base.pool(place.id, place.shards, Demand::from_text(&hours, now_s()));
+    let mut templates = Vec::new();
     for snapshot in &snapshots {
         let manifest = snapshot.manifest();
         if manifest.kind == SnapshotKind::Template {
             let disk = manifest.disk_bytes > 0;
             let size = Size { vcpus: manifest.vcpus, memory: manifest.memory, disk };
             pool.want(size, &manifest.id);
+            templates.push(manifest.id.clone());
         }
     }
-    Ok(Rc::new(Shard::new((id, shards), base.workshop.clone(), pool, ring, loads)))
+    let shard = Shard::new(place, base.workshop.clone(), pool, ring, loads);
+    Ok((Rc::new(shard), templates))
 }
 
 /// Connects every shard with every other.
@@ -224,12 +232,20 @@ fn inputs(plan: &Plan, base: &Base, survivors: Vec<Survivor>) -> Result<Vec<Inpu
     let input = |(shard, ((_, requests), (_, answers)))| Input {
         base: base.clone(),
         survivors: std::mem::take(&mut by_shard[ShardId::new(shard)]),
+        librarian: first_of_node(plan, ShardId::new(shard)),
         addresses: addresses.clone(),
         requests,
         answers,
         loads: Arc::clone(&loads),
     };
     Ok((0..).zip(boxes).map(input).collect())
+}
+
+/// The first shard on the node of this one.
+fn first_of_node(plan: &Plan, shard: ShardId) -> ShardId {
+    let node = plan.seats.iter().find(|seat| seat.shard == shard).map(|seat| seat.node);
+    let first = plan.seats.iter().find(|seat| Some(seat.node) == node);
+    first.map_or(shard, |seat| seat.shard)
 }
 
 /// Takes requests of other shards, each as its own task: one that waits for a boot must not hold

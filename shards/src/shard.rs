@@ -16,10 +16,14 @@ use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
 
-use crate::event::{Counts, IfRunning, Operation, Reply, Spawned};
+use crate::event::{Counts, Operation, Reply, Spawned, Wake};
+use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
-use crate::{ConnectError, CreateRequest, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo};
+use crate::upkeep::Upkeep;
+use crate::{
+    ConnectError, CreateRequest, Host, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo,
+};
 
 /// Bytes of an access token, before they become hexadecimal.
 const TOKEN_BYTES: usize = 32;
@@ -34,11 +38,24 @@ const SPAWNS_MAX: usize = 4096;
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long a stream waits for a sandbox that is on its way to running.
-const TRANSITION_DEADLINE: Duration = Duration::from_secs(10);
+const TRANSITION_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How many live sandboxes each shard has. A hint to spread creates by, read and written without order;
 /// what counts is the owner's own admission.
 pub(crate) type Loads = Arc<PerShard<AtomicU32>>;
+
+/// Where a shard is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// Which it is.
+    pub(crate) id: ShardId,
+    /// Of how many.
+    pub(crate) shards: ShardCount,
+    /// Its memory node.
+    pub(crate) node: u32,
+    /// The first shard of that node.
+    pub(crate) librarian: ShardId,
+}
 
 /// One shard.
 #[derive(Debug)]
@@ -57,6 +74,14 @@ pub(crate) struct Shard {
     pub(crate) images: Images,
     /// How many sandboxes every shard has.
     pub(crate) loads: Loads,
+    /// The shard that keeps this node's copies of base layers.
+    pub(crate) librarian: ShardId,
+    /// Those copies, if it is this one.
+    replicas: Replicas,
+    /// Snapshots to be flattened.
+    pub(crate) upkeep: Upkeep,
+    /// The way to the other shards, while it serves.
+    host: RefCell<Option<Host>>,
     sandboxes: RefCell<BTreeMap<SandboxId, Rc<Sandbox>>>,
     spawns: RefCell<BTreeMap<String, Spawned>>,
     draining: Cell<bool>,
@@ -65,15 +90,20 @@ pub(crate) struct Shard {
 impl Shard {
     /// A shard without sandboxes.
     pub(crate) fn new(
-        (id, shards): (ShardId, ShardCount),
+        Place { id, shards, node, librarian }: Place,
         workshop: Workshop,
         pool: Rc<Pool>,
         ring: Rc<Ring>,
         loads: Loads,
     ) -> Self {
+        let replicas = Replicas::new(node, workshop.config.replica_budget_bytes());
         Self {
             id,
             shards,
+            librarian,
+            replicas,
+            upkeep: Upkeep::default(),
+            host: RefCell::default(),
             workshop,
             pool,
             ring,
@@ -83,6 +113,16 @@ impl Shard {
             spawns: RefCell::default(),
             draining: Cell::new(false),
         }
+    }
+
+    /// The way to all shards, while this one serves.
+    pub(crate) fn host(&self) -> Option<Host> {
+        self.host.borrow().clone()
+    }
+
+    /// Gives it the way to the others, or takes it back: the two hold one another.
+    pub(crate) fn set_host(&self, host: Option<Host>) {
+        *self.host.borrow_mut() = host;
     }
 
     /// Does what is asked.
@@ -99,13 +139,18 @@ impl Shard {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
             }
             Operation::Pause(id) => Reply::Done(self.ask(id, Request::Pause).await),
-            Operation::Resume(id, life, if_running) => {
-                Reply::Resumed(self.resume(id, life, if_running).await)
-            }
+            Operation::Resume(id, wake) => Reply::Resumed(self.resume(id, wake).await),
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
             Operation::ProcessOf(id) => Reply::Process(self.process_of(id)),
+            Operation::Forget(id) => {
+                self.images.forget(&id);
+                Reply::Done(Ok(()))
+            }
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
             Operation::Counts => Reply::Counts(self.counts()),
+            Operation::Replica(snapshot, layer) => {
+                Reply::Replica(self.replicas.get(&self, snapshot, layer).await)
+            }
         }
     }
 
@@ -114,10 +159,8 @@ impl Shard {
         if self.draining.get() {
             return Err(ShardError::ShuttingDown);
         }
-        let sandboxes_max = self.workshop.config.sandboxes_max;
-        let share = sandboxes_max.div_ceil(u32::from(self.shards.get()));
-        if self.live() >= share {
-            return Err(ShardError::AtCapacity { sandboxes_max });
+        if self.live() >= self.share() {
+            return Err(self.at_capacity());
         }
         let access_token = request.secure.then(|| draw_hex::<TOKEN_BYTES>()).transpose()?;
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
@@ -191,16 +234,13 @@ impl Shard {
     async fn resume(
         &self,
         id: SandboxId,
-        life: Duration,
-        if_running: IfRunning,
+        wake: Wake,
     ) -> Result<(Box<SandboxInfo>, bool), ShardError> {
         let sandbox = self.find(id)?;
-        let sandboxes_max = self.workshop.config.sandboxes_max;
-        let share = sandboxes_max.div_ceil(u32::from(self.shards.get()));
-        if !sandbox.is_live() && self.live() >= share {
-            return Err(ShardError::AtCapacity { sandboxes_max });
+        if !sandbox.is_live() && self.live() >= self.share() {
+            return Err(self.at_capacity());
         }
-        self.ask(id, |sender| Request::Resume(life, if_running, sender)).await
+        self.ask(id, |sender| Request::Resume(wake, sender)).await
     }
 
     fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {
@@ -262,6 +302,17 @@ impl Shard {
     pub(crate) fn forget(&self, sandbox: &Sandbox) {
         self.sandboxes.borrow_mut().remove(&sandbox.id);
         self.show_load();
+    }
+
+    /// Sandboxes that may have a process here: all shards' shares together are what the host may run.
+    fn share(&self) -> u32 {
+        let (total, shards) = (self.workshop.config.sandboxes_max, u32::from(self.shards.get()));
+        let one_more = u32::from(self.id.index()) < total % shards;
+        total / shards + u32::from(one_more)
+    }
+
+    fn at_capacity(&self) -> ShardError {
+        ShardError::AtCapacity { sandboxes_max: self.workshop.config.sandboxes_max }
     }
 
     /// Sandboxes that have a process.

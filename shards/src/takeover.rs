@@ -14,7 +14,7 @@ use mica_units::SandboxId;
 use mica_wire::vm::{self, ControlSocket};
 use rustix::process::Pid;
 
-use crate::event::IfRunning;
+use crate::event::{IfRunning, Wake};
 use crate::recovery::Survivor;
 use crate::sandbox::{
     Identity, Memory, Record, RecordedProcess, RecordedState, Request, Sandbox, Start, chain,
@@ -55,9 +55,10 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
         }
         (RecordedState::Paused { .. }, process) => Start::Paused(Box::new(record), process),
         (RecordedState::RollingBack { .. }, _) => {
-            let left = left(&record);
+            let wake =
+                Wake { life: left(&record), on_timeout: None, if_running: IfRunning::Refuse };
             let (sender, _nobody) = oneshot::channel();
-            sandbox.ask(Request::Resume(left, IfRunning::Refuse, sender));
+            sandbox.ask(Request::Resume(wake, sender));
             Start::Paused(Box::new(record), None)
         }
     };
@@ -73,7 +74,8 @@ async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<H
     });
     match opened.await {
         Ok(Ok((held, layers))) => {
-            let memory = Memory { layers, ..Memory::default() };
+            let on_demand = record.on_demand;
+            let memory = Memory { layers, on_demand, ..Memory::default() };
             Some((Rc::new(held), memory))
         }
         Ok(Err(error)) => {
@@ -89,7 +91,7 @@ async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<H
 
 fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {
     let pid = i32::try_from(recorded.pid).ok().and_then(Pid::from_raw);
-    let process = VmProcess::open(pid.ok_or(TakeoverError::Record)?, None)?;
+    let process = VmProcess::open(pid.ok_or(TakeoverError::Record)?, &mut None)?;
     let descriptor = |number| -> Result<OwnedFd, TakeoverError> { Ok(process.descriptor(number)?) };
     let (control, exchange, console) = (
         descriptor(recorded.spare_fd)?,

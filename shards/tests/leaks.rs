@@ -4,13 +4,19 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "hosts/common.rs"]
+#[expect(dead_code, reason = "the other tests need the rest")]
 mod common;
+#[path = "hosts/wait.rs"]
 mod wait;
 
-use common::{Bench, Places, request};
+use common::{Bench, Leftovers, Places, port, request, tell};
 use mica_shards::{Host, rt};
-use mica_units::GuestPort;
+use mica_units::SandboxId;
 use wait::eventually;
+
+/// The life that a resume gives.
+const LIFE: std::time::Duration = std::time::Duration::from_secs(600);
 
 /// What this process and the machine hold for it.
 #[derive(Debug, PartialEq, Eq)]
@@ -18,20 +24,17 @@ struct Held {
     processes: usize,
     descriptors: usize,
     threads: usize,
-    cgroups: usize,
-    disks: usize,
+    left: Leftovers,
 }
 
 fn held(places: &Places) -> Held {
     let count = |path: &str| std::fs::read_dir(path).unwrap().count();
-    let left = places.leftovers();
     Held {
         processes: children(),
         // One is the directory that is being read.
         descriptors: count("/proc/self/fd"),
         threads: count("/proc/self/task"),
-        cgroups: left.cgroups,
-        disks: left.disks,
+        left: places.leftovers(),
     }
 }
 
@@ -44,16 +47,45 @@ fn children() -> usize {
     tasks.map(|task| count(&task.unwrap().path().join("children"))).sum()
 }
 
-async fn one_round(host: &Host, round: u32) {
+/// Every operation once, and some that fail.
+async fn work_with(host: &Host, places: &Places, id: SandboxId, round: u32) {
+    tell(host, id, "fill 10 40 3").await;
+    let snapshot = host.snapshot(id, None).await.unwrap().id;
+    tell(host, id, "fill 20 40 4").await;
+    host.rollback(id, snapshot.clone()).await.unwrap();
+    assert!(host.rollback(id, "0".repeat(20)).await.is_err());
+    let copies = host.clone_sandbox(id, 2, None).await.unwrap();
+    for copy in copies {
+        host.kill(copy.id).await.unwrap();
+    }
+    host.pause(id).await.unwrap();
+    if round % 2 == 0 {
+        // A process that dies while its sandbox waits: it is resumed from disk.
+        for pid in places.pids() {
+            kill(pid);
+        }
+        eventually("its process is taken back", async || places.cgroups().is_empty()).await;
+    }
+    host.resume(id, LIFE).await.unwrap();
+    assert!(host.delete_snapshot(&snapshot).await.unwrap());
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+async fn one_round(host: &Host, places: &Places, round: u32) {
     let id = host.create(request("agent")).await.unwrap().id;
-    let echo = host.connect(id, GuestPort::new(7).unwrap()).await.unwrap();
-    assert!(host.connect(id, GuestPort::new(8080).unwrap()).await.is_err());
+    let echo = host.connect(id, port(7)).await.unwrap();
+    assert!(host.connect(id, port(8080)).await.is_err());
+    work_with(host, places, id, round).await;
     match round % 3 {
         // By the host, with a stream open.
         0 => host.kill(id).await.unwrap(),
         // By its guest.
         1 => {
-            assert!(host.connect(id, GuestPort::new(9).unwrap()).await.is_err());
+            assert!(host.connect(id, port(9)).await.is_err());
             eventually("the guest is gone", async || host.get(id).await.is_err()).await;
         }
         // By its time.
@@ -78,13 +110,13 @@ fn fifty_rounds_leave_nothing() {
     let before_all = held(&bench);
     bench.host("good", move |host| async move {
         // The first round makes what stays: lazily made descriptors and threads.
-        one_round(&host, 0).await;
+        one_round(&host, &places, 0).await;
         eventually("it is quiet", async || held(&places).processes == 0).await;
         rt::time::sleep(std::time::Duration::from_millis(50)).await;
         let before = held(&places);
-        assert_eq!((before.processes, before.cgroups, before.disks), (0, 0, 0));
+        assert_eq!((before.processes, before.left), (0, Leftovers::default()));
         for round in 0..50 {
-            one_round(&host, round).await;
+            one_round(&host, &places, round).await;
         }
         eventually("all is as before", async || {
             let now = held(&places);

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use mica_numa::{PlanConfig, Reserved, Shards, plan, topology};
 use mica_shards::{HostConfig, StopSignal};
+use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
 use crate::kvm_kind::KvmKind;
@@ -76,6 +77,9 @@ pub fn run(store: &Path, name: &str, args: &WarmArgs) -> Result<()> {
         keep_sandboxes: false,
         capture_budget_mib: 1,
         io_buffers: 32,
+        replica_budget_mib: 0,
+        on_demand_over_mib: 0,
+        flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
     };
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };

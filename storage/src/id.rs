@@ -17,6 +17,10 @@ pub(crate) fn is_id(text: &str) -> bool {
 pub(crate) fn random() -> io::Result<[u8; CHARS]> {
     const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
     let mut random = [0u8; CHARS];
+    #[cfg(test)]
+    if seeded::fill(&mut random) {
+        return Ok(random.map(|byte| DIGITS[usize::from(byte) % DIGITS.len()]));
+    }
     let got = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     if got != random.len() {
         return Err(io::ErrorKind::UnexpectedEof.into());
@@ -27,4 +31,29 @@ pub(crate) fn random() -> io::Result<[u8; CHARS]> {
 /// A random id, as text.
 pub(crate) fn random_text() -> io::Result<String> {
     Ok(random()?.iter().map(|byte| char::from(*byte)).collect())
+}
+
+/// Ids from a seed, for the histories that a seed decides.
+#[cfg(test)]
+pub(crate) mod seeded {
+    use std::cell::RefCell;
+
+    use crate::simulation::Random;
+
+    thread_local! {
+        static RANDOM: RefCell<Option<Random>> = const { RefCell::new(None) };
+    }
+
+    /// Draws all ids of this thread from a seed; from the kernel again with `None`.
+    pub(crate) fn set(seed: Option<u64>) {
+        RANDOM.set(seed.map(Random::new));
+    }
+
+    pub(super) fn fill(bytes: &mut [u8]) -> bool {
+        RANDOM.with_borrow_mut(|random| {
+            let Some(random) = random else { return false };
+            bytes.fill_with(|| random.next().to_le_bytes()[0]);
+            true
+        })
+    }
 }

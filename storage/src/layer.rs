@@ -36,7 +36,7 @@ use crate::template::open_read;
 /// Pages under one checksum: 64 KiB.
 pub const CHUNK_PAGES: u32 = 16;
 /// Bytes under one checksum.
-pub(crate) const CHUNK_BYTES: usize = CHUNK_PAGES as usize * PAGE;
+pub const CHUNK_BYTES: usize = CHUNK_PAGES as usize * PAGE;
 /// Bytes of a page, as a length in memory.
 #[expect(clippy::cast_possible_truncation, reason = "4096 fits every usize")]
 pub(crate) const PAGE: usize = PAGE_BYTES as usize;
@@ -242,6 +242,27 @@ impl Layer {
     #[must_use]
     pub const fn table(&self) -> &Arc<RunTable> {
         &self.table
+    }
+
+    /// Length of the pages, which are the start of the file.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        u64::from(self.table.data_pages()) * PAGE_BYTES
+    }
+
+    /// Whether `bytes`, read from `offset` on, are what was written. Both are whole chunks of
+    /// [`CHUNK_BYTES`], but for the end of the pages; anything else is not.
+    #[must_use]
+    pub fn is_intact(&self, offset: u64, bytes: &[u8]) -> bool {
+        let Ok(first) = usize::try_from(offset / CHUNK_BYTES as u64) else { return false };
+        let end = offset + bytes.len() as u64;
+        let whole = offset.is_multiple_of(CHUNK_BYTES as u64)
+            && (end.is_multiple_of(CHUNK_BYTES as u64) || end == self.data_bytes());
+        let chunks = bytes.chunks(CHUNK_BYTES);
+        let expected = self.checksums.get(first..).unwrap_or_default();
+        whole
+            && chunks.len() <= expected.len()
+            && chunks.zip(expected).all(|(chunk, crc)| crc32c::crc32c(chunk) == *crc)
     }
 
     /// Reads every page and compares it with its checksum.

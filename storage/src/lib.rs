@@ -31,6 +31,7 @@ mod flatten;
 mod id;
 mod layer;
 mod manifest;
+mod pool;
 mod sandbox;
 #[cfg(test)]
 mod simulation;
@@ -48,11 +49,16 @@ pub use archive::{Imported, OnExisting, write_archive};
 pub use error::{Result, StorageError};
 pub use flatten::{FlattenLimits, FlattenStep, Flattened, Shape};
 pub use layer::{
-    CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId, LayerIdError,
-    LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, restrict,
+    CHUNK_BYTES, CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId,
+    LayerIdError, LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge,
+    restrict,
 };
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,
+};
+pub use pool::{
+    COW_EXTENT_BYTES, POOL_BYTES_MIN, Pool, PoolCreated, PoolError, PoolInfo, Reflink, pools,
+    reflink_support,
 };
 pub use snapshot::{
     OpenSnapshot, RECORD_BYTES_MAX, STATE_BYTES_MAX, Snapshot, SnapshotKind, SnapshotManifest,

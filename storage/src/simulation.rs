@@ -3,7 +3,7 @@
 //! Called by tests only. Files are real, in memory: what the program reads back is what it wrote.
 //! Beside them stands a model (`simulation/model.rs`) of what is on the device. When the machine
 //! stops, the model is laid out as a new directory, and the store is opened there.
-//! `simulation/history.rs` has the histories and the properties; `MICA_SEED=N cargo test -p
+//! `simulation/history.rs` has the histories, `simulation/properties.rs` runs them; `MICA_SEED=N cargo test -p
 //! mica-storage replay` runs the one of seed `N` and prints its steps.
 //!
 //! # The fault model
@@ -33,6 +33,7 @@
 
 mod history;
 mod model;
+mod properties;
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -72,7 +73,8 @@ impl Random {
 }
 
 /// Which syncs are left out: a defect that the properties must find.
-pub(crate) type Defect = fn(operation: &str, path: &Path) -> bool;
+/// It is asked with the operation, its path, and what was renamed before.
+pub(crate) type Defect = fn(&str, &Path, &[PathBuf]) -> bool;
 
 /// What may go wrong in one history.
 #[derive(Clone, Copy, Debug)]
@@ -97,8 +99,8 @@ struct World {
     steps: u64,
     stopped: bool,
     model: Model,
-    /// The first fault since [`Simulation::watch`].
-    first_fault: Option<Errno>,
+    /// The faults since [`Simulation::watch`].
+    injected: Vec<Errno>,
     log: Vec<String>,
     renamed: Vec<PathBuf>,
 }
@@ -121,11 +123,11 @@ impl World {
         }
         if self.faults.one_in > 0 && self.random.below(self.faults.one_in) == 0 {
             let errno = if self.random.coin() { Errno::NOSPC } else { Errno::IO };
-            self.first_fault.get_or_insert(errno);
+            self.injected.push(errno);
             let after = !sync && self.random.coin();
             return if after { Verdict::FailsAfter(errno) } else { Verdict::Fails(errno) };
         }
-        if sync && self.faults.defect.is_some_and(|defect| defect(operation, path)) {
+        if sync && self.faults.defect.is_some_and(|defect| defect(operation, path, &self.renamed)) {
             return Verdict::LeftOut;
         }
         Verdict::Happens
@@ -165,7 +167,7 @@ impl Simulation {
             steps: 0,
             stopped: false,
             model: Model::new(std::fs::canonicalize(root).unwrap()),
-            first_fault: None,
+            injected: Vec::new(),
             log: Vec::new(),
             renamed: Vec::new(),
         };
@@ -226,14 +228,14 @@ impl Simulation {
         }
     }
 
-    /// Forgets the first fault, before an operation.
+    /// Forgets the faults so far, before an operation.
     pub(crate) fn watch(&self) {
-        self.world.lock().unwrap().first_fault = None;
+        self.world.lock().unwrap().injected.clear();
     }
 
-    /// The first fault since [`Self::watch`].
-    pub(crate) fn first_fault(&self) -> Option<Errno> {
-        self.world.lock().unwrap().first_fault
+    /// The faults since [`Self::watch`].
+    pub(crate) fn injected(&self) -> Vec<Errno> {
+        self.world.lock().unwrap().injected.clone()
     }
 
     pub(crate) fn has_stopped(&self) -> bool {

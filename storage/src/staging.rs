@@ -147,7 +147,10 @@ impl Staging {
         Ok(Template::new(self.dir.clone(), manifest))
     }
 
-    pub(crate) fn id(&self) -> &str {
+    /// The id it will have: also that of its running snapshot, which is made before the commit, so
+    /// that no template is ever there without one. A start removes both if the commit never comes.
+    #[must_use]
+    pub fn id(&self) -> &str {
         &self.id
     }
 

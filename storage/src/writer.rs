@@ -50,6 +50,9 @@ pub type Pending<T> = Pin<Box<dyn Future<Output = io::Result<T>>>>;
 /// The file a layer is written to, as its owner's ring offers it. All offsets and lengths are
 /// multiples of 4096, as `O_DIRECT` wants them; so must the addresses of chunks be.
 ///
+/// A writer that fails or is dropped drops its futures. An operation that the kernel has then must
+/// still keep its buffer until it is done: that is the owner's work.
+///
 /// A future may start its operation when it is made or when it is first polled; a writer polls each
 /// as soon as it has it, and polls all whenever it waits.
 pub trait LayerFile {

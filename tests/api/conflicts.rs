@@ -9,7 +9,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill};
 
 fn snapshots(daemon: &Daemon) -> Value {
     daemon.ask("GET", "/snapshots", None).json()
@@ -129,6 +129,60 @@ fn a_process_that_dies_in_an_operation_takes_only_its_sandbox() {
         daemon.snapshot(&other);
         assert_eq!(daemon.vm_processes().len(), 1);
     }
+}
+
+#[test]
+fn an_operation_whose_client_goes_away_ends_all_the_same() {
+    let daemon = Daemon::start();
+    for operation in ["snapshots", "pause", "rollback"] {
+        let subject = Subject::new(&daemon);
+        let process = daemon.vm_of(&subject.id);
+        kill("STOP", process);
+        let (path, body) = subject.request(operation);
+        let body = body.map(|body| body.to_string()).unwrap_or_default();
+        let mut client = daemon.connect();
+        client.send(format!(
+            "POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\ncontent-length: {}\r\n\r\n{body}",
+            daemon.key(),
+            body.len()
+        ));
+        busy(&daemon, &subject);
+        drop(client);
+        kill("CONT", process);
+        let free = || {
+            let refused = daemon.act(&subject.id, "resume");
+            refused.status == 201 || !refused.error(409).contains("busy")
+        };
+        eventually("the sandbox can be used again", free);
+        assert_eq!(daemon.state(&subject.id), "running", "{operation}");
+        daemon.snapshot(&subject.id);
+    }
+}
+
+#[test]
+fn clones_whose_client_goes_away_are_taken_back() {
+    let daemon = Daemon::start_with(&NO_POOL);
+    let id = daemon.create();
+    daemon.change_vm_options("--hang restore");
+    for operation in ["clone", "fork"] {
+        let mut client = daemon.connect();
+        let body = "{\"count\":3}";
+        client.send(format!(
+            "POST /sandboxes/{id}/{operation} HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n\
+             content-length: {}\r\n\r\n{body}",
+            daemon.key(),
+            body.len()
+        ));
+        eventually("their processes are there", || daemon.processes().len() == 4);
+        drop(client);
+        eventually("they are gone", || daemon.processes().len() == 1);
+        assert_eq!(snapshots(&daemon), json!([]), "and so is what they were made from");
+        eventually("nothing of them is left", || {
+            daemon.holdings()[1..] == [1, 1, 1] && daemon.snapshots_kept() == 1
+        });
+    }
+    daemon.change_vm_options("");
+    assert_eq!(daemon.act(&id, "clone").status, 201);
 }
 
 #[test]

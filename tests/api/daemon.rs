@@ -37,6 +37,10 @@ const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
 const IDLE_NAME: &str = "standin-vm";
 const NAME_BYTES: usize = 15;
 
+/// Options for a daemon that makes no VM process but for a sandbox, so that what it holds changes with
+/// those alone.
+pub const NO_POOL: [&str; 4] = ["--pool-min", "0", "--pool-max", "0"];
+
 /// A running daemon.
 pub struct Daemon {
     command: Command,
@@ -54,11 +58,17 @@ impl Daemon {
 
     /// With more options than the usual ones.
     pub fn start_with(options: &[&str]) -> Self {
+        Self::start_in(options, |_| {})
+    }
+
+    /// The same, once `prepare` has seen the directory in which the daemon keeps everything.
+    pub fn start_in(options: &[&str], prepare: impl FnOnce(&Path)) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-api-{}-{number}", std::process::id());
         let directory = std::env::temp_dir().join(&name);
         std::fs::create_dir_all(&directory).expect("a directory");
+        prepare(&directory);
         make_template(&directory);
         let (cgroup_root, limits) = cgroup();
         let cgroup = cgroup_root.join(&name);
@@ -93,31 +103,41 @@ impl Daemon {
         daemon
     }
 
-    /// Kills the daemon outright and starts it again on what it left.
-    pub fn crash_and_restart(&mut self) {
+    /// Kills the daemon outright.
+    pub fn crash(&mut self) {
         self.child.kill().expect("kill");
         self.child.wait().expect("its end");
+    }
+
+    /// Starts it again on what it left.
+    pub fn restart(&mut self) {
         self.child = self.command.spawn().expect("mica serve");
         self.wait_until_up();
     }
 
-    /// Makes the sandboxes from now on run this line of shell as their VM process.
-    pub fn replace_vm_program(&self, line: &str) {
-        std::fs::write(self.directory.join("vm"), format!("#!/bin/sh\n{line}\n"))
-            .expect("a script");
+    /// Gives the VM processes from now on more options.
+    pub fn change_vm_options(&self, options: &str) {
+        write_vm_program(&self.directory.join("vm"), options);
     }
 
-    /// What the daemon holds: open files, VM processes, cgroups, and directories of sandboxes.
+    /// What the daemon holds: open files; and of sandboxes their VM processes, their cgroups, and
+    /// their directories. A cgroup is the pool's as long as a process waits in it.
     pub fn holdings(&self) -> [usize; 4] {
         let entries = |path: &Path| std::fs::read_dir(path).expect("a directory").count();
-        let groups = std::fs::read_dir(&self.cgroup).expect("a cgroup").flatten();
-        let groups = groups.filter(|entry| entry.path().is_dir()).count();
+        let groups = self.groups();
+        let of_sandbox = |names: &&Vec<(u32, String)>| names.iter().all(|(_, n)| n != IDLE_NAME);
         [
             entries(Path::new(&format!("/proc/{}/fd", self.child.id()))),
             self.vm_processes().len(),
-            groups,
+            groups.iter().filter(of_sandbox).count(),
             entries(&self.directory.join("store/sandboxes")),
         ]
+    }
+
+    /// Directories of snapshots in the store: committed or not, paused sandboxes' and the template's.
+    pub fn snapshots_kept(&self) -> usize {
+        let entries = std::fs::read_dir(self.directory.join("store/snapshots"));
+        entries.expect("a directory").flatten().filter(|entry| entry.path().is_dir()).count()
     }
 
     fn wait_until_up(&mut self) {
@@ -259,14 +279,21 @@ impl Daemon {
     }
 
     /// Every process below the daemon's cgroup, with its name.
-    fn processes(&self) -> Vec<(u32, String)> {
-        let groups = std::fs::read_dir(&self.cgroup).expect("a cgroup").flatten();
-        let lists = groups.map(|group| group.path().join("cgroup.procs"));
-        // A group may go while it is read, and so may a process.
-        let text: String = lists.filter_map(|list| std::fs::read_to_string(list).ok()).collect();
-        let ids = text.lines().map(|line| line.parse().expect("a process id"));
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        self.groups().into_iter().flatten().collect()
+    }
+
+    /// The cgroups of VM processes: what runs in each, with its name.
+    fn groups(&self) -> Vec<Vec<(u32, String)>> {
         let name = |id: u32| std::fs::read_to_string(format!("/proc/{id}/comm")).ok();
-        ids.filter_map(|id| Some((id, name(id)?.trim().to_owned()))).collect()
+        let processes = |list: String| {
+            let ids = list.lines().map(|line| line.parse().expect("a process id"));
+            ids.filter_map(|id| Some((id, name(id)?.trim().to_owned()))).collect()
+        };
+        let groups = std::fs::read_dir(&self.cgroup).into_iter().flatten().flatten();
+        let lists = groups.map(|group| group.path().join("cgroup.procs"));
+        // A group may go while it is looked at, and so may a process.
+        lists.filter_map(|list| std::fs::read_to_string(list).ok()).map(processes).collect()
     }
 
     pub fn signal(&self, name: &str) {
@@ -298,6 +325,16 @@ impl Drop for Daemon {
         }
         drop(self.child.kill());
         drop(self.child.wait());
+        // VM processes outlive a daemon that was killed.
+        drop(std::fs::write(self.cgroup.join("cgroup.kill"), "1"));
+        let deadline = Instant::now() + PATIENCE;
+        while !self.processes().is_empty() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        let groups = std::fs::read_dir(&self.cgroup).into_iter().flatten().flatten();
+        for group in groups.filter(|entry| entry.path().is_dir()) {
+            drop(std::fs::remove_dir(group.path()));
+        }
         drop(std::fs::remove_dir(&self.cgroup));
         drop(std::fs::remove_dir_all(&self.directory));
     }
@@ -374,12 +411,23 @@ fn make_template(directory: &Path) {
 /// The daemon passes a VM program no options of ours, so a script adds them.
 fn vm_program(directory: &Path) -> PathBuf {
     let script = directory.join("vm");
-    let standin = standin_vm().display().to_string();
-    std::fs::write(&script, format!("#!/bin/sh\nexec '{standin}' --builtin-agent \"$@\"\n"))
-        .expect("a script");
+    write_vm_program(&script, "");
     let executable = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&script, executable).expect("a mode");
     script
+}
+
+fn write_vm_program(script: &Path, options: &str) {
+    let standin = standin_vm().display();
+    let text = format!("#!/bin/sh\nexec '{standin}' --builtin-agent {options} \"$@\"\n");
+    // Written beside and renamed: a script that is being run cannot be written to.
+    let new = script.with_extension("new");
+    std::fs::write(&new, text).expect("a script");
+    if script.exists() {
+        let mode = std::fs::metadata(script).expect("a script").permissions();
+        std::fs::set_permissions(&new, mode).expect("a mode");
+    }
+    std::fs::rename(&new, script).expect("a script");
 }
 
 /// The stand-in VM belongs to another package, so cargo has not built it for this test.

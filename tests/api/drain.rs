@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::daemon::Daemon;
+use serde_json::json;
+
+use crate::daemon::{Daemon, eventually};
 use crate::upstream::{Upstream, gate};
 
 #[test]
@@ -51,4 +53,30 @@ fn draining_is_bounded() {
     assert!(daemon.wait().success());
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     server.join();
+}
+
+#[test]
+fn paused_sandboxes_wait_for_the_next_daemon_and_running_ones_if_told() {
+    for (options, runs_on) in [(&[][..], false), (&["--keep-sandboxes"][..], true)] {
+        let mut daemon = Daemon::start_with(options);
+        let (running, paused) = (daemon.create(), daemon.create());
+        daemon.pause(&paused);
+        let process = daemon.vm_of(&running);
+        daemon.signal("TERM");
+        assert!(daemon.wait().success());
+        let left = daemon.vm_processes();
+        assert_eq!(left.contains(&process), runs_on, "{options:?}: {left:?}");
+        daemon.restart();
+        assert_eq!(daemon.get(&running).status, if runs_on { 200 } else { 404 }, "{options:?}");
+        if runs_on {
+            assert_eq!(daemon.vm_of(&running), process, "it was not touched");
+            daemon.snapshot(&running);
+            assert_eq!(daemon.delete(&running).status, 204);
+        }
+        assert_eq!(daemon.state(&paused), "paused", "{options:?}");
+        let reply = daemon.act_with(&paused, "resume", &json!({ "timeout": 60 }));
+        assert_eq!(reply.status, 201, "{options:?}: {reply:?}");
+        assert_eq!(daemon.delete(&paused).status, 204);
+        eventually("nothing of them is left", || daemon.holdings()[1..] == [0, 0, 0]);
+    }
 }

@@ -17,6 +17,7 @@ mod control_plane;
 mod copies;
 mod daemon;
 mod drain;
+mod full_disk;
 mod pausing;
 mod proxy_faults;
 mod proxy_framing;

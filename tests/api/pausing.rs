@@ -125,6 +125,10 @@ fn a_sandbox_whose_time_is_over_is_paused_if_that_was_wished_for() {
         // The wish is kept: the next end is a pause again.
         assert_eq!(daemon.act_with(&id, "timeout", &json!({ "timeout": 0 })).status, 204);
         eventually("it is paused again", || daemon.state(&id) == "paused");
+        // Until a resume says otherwise.
+        let last = daemon.act_with(&id, "resume", &json!({ "timeout": 1, "autoPause": false }));
+        assert_eq!(last.status, 201, "{last:?}");
+        eventually("it is gone", || daemon.get(&id).status == 404);
     }
 }
 
@@ -143,16 +147,34 @@ fn a_pause_can_demand_a_guest_that_answers() {
     assert_eq!(daemon.act_with(&id, "pause", &healthy).status, 204);
 }
 
+/// The second of the day of a time; tests do not run over midnight twice.
+fn seconds(time: Value) -> u32 {
+    let time = time.as_str().expect("a time").to_owned();
+    let number = |range| time.get(range).and_then(|digits: &str| digits.parse::<u32>().ok());
+    let [hour, minute, second] = [11..13, 14..16, 17..19].map(|at| number(at).expect("digits"));
+    hour * 3600 + minute * 60 + second
+}
+
 #[test]
 fn paused_and_running_sandboxes_outlive_a_daemon_that_is_killed() {
     let mut daemon = Daemon::start();
     let (running, paused) = (daemon.create(), daemon.create());
     let snapshot = daemon.snapshot(&running);
     daemon.pause(&paused);
-    let before = [daemon.get(&running).json(), daemon.get(&paused).json()];
+    let longer = daemon.act_with(&running, "timeout", &json!({ "timeout": 900 }));
+    assert_eq!(longer.status, 204, "{longer:?}");
+    let show = |daemon: &Daemon| [&running, &paused].map(|id| daemon.get(id).json());
+    let before = show(&daemon);
     let process = daemon.vm_of(&running);
-    daemon.crash_and_restart();
-    assert_eq!([daemon.get(&running).json(), daemon.get(&paused).json()], before);
+    daemon.crash();
+    daemon.restart();
+    for (mut before, mut after) in before.into_iter().zip(show(&daemon)) {
+        for field in ["startedAt", "endAt"] {
+            let [was, is] = [&mut before, &mut after].map(|shown| seconds(shown[field].take()));
+            assert!(was.abs_diff(is) <= 1, "{field}: {was} s and {is} s of the day");
+        }
+        assert_eq!(after, before);
+    }
     assert_eq!(daemon.vm_of(&running), process, "it was not touched");
     let message = daemon.to_sandbox(&running, 1, "GET /").send("\r\n").reply().error(502);
     assert!(message.contains("port is not open"), "its agent answers: {message}");

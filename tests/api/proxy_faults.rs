@@ -1,6 +1,6 @@
 //! What the proxy answers when the sandbox does not, in the words that SDKs look for.
 
-use crate::daemon::{Daemon, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill};
 use crate::upstream::Upstream;
 
 #[test]
@@ -33,9 +33,9 @@ fn a_closed_port_and_a_missing_sandbox_are_told_apart() {
 
 #[test]
 fn a_stopped_vm_process_holds_up_nobody_else_and_dies_when_told() {
-    let daemon = Daemon::start();
+    let daemon = Daemon::start_with(&NO_POOL);
     let id = daemon.create();
-    kill("STOP", daemon.vm_processes()[0]);
+    kill("STOP", daemon.vm_of(&id));
     let other = daemon.create();
     let mut waits = daemon.connect();
     assert_eq!(waits.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);

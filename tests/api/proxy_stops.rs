@@ -7,7 +7,7 @@ use std::thread;
 use serde_json::json;
 
 use crate::client::{PATIENCE, Reply};
-use crate::daemon::{Daemon, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill};
 use crate::upstream::{Upstream, gate};
 
 const CHUNKED: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -141,7 +141,7 @@ fn a_server_that_hangs_up_by_itself_gets_no_endless_repeats() {
 
 #[test]
 fn streams_stay_open_over_a_snapshot_and_requests_wait_for_its_end() {
-    let daemon = Daemon::start();
+    let daemon = Daemon::start_with(&NO_POOL);
     let id = daemon.create();
     let (open, opened) = gate();
     let server = Upstream::start(move |mut served| {

@@ -1,32 +1,75 @@
 //! Sandboxes come and go, daemons crash, and nothing of either stays.
 
+use std::collections::BTreeSet;
+use std::num::NonZeroU16;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mica_units::SandboxId;
+use serde_json::json;
+
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, TEMPLATE, eventually};
+use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill};
 use crate::upstream::Upstream;
 
 const ROUNDS: usize = 50;
+const ROUNDS_OF_EVERYTHING: usize = 10;
+
+/// One process waits on each of the two shards, so that what the pool holds is always the same.
+const SMALL_POOL: [&str; 4] = ["--pool-min", "1", "--pool-max", "1"];
 
 #[test]
 fn fifty_rounds_leave_nothing() {
-    let daemon = Daemon::start();
-    // What is opened once and kept is opened in the first rounds.
-    for _ in 0..4 {
-        round(&daemon);
+    rounds(ROUNDS, round);
+}
+
+#[test]
+fn rounds_of_every_operation_leave_nothing() {
+    rounds(ROUNDS_OF_EVERYTHING, |daemon| {
+        let id = daemon.create();
+        let snapshot = daemon.snapshot(&id);
+        let back = daemon.act_with(&id, "rollback", &json!({ "snapshotID": snapshot }));
+        assert_eq!(back.status, 200, "{back:?}");
+        let clones = daemon.act_with(&id, "clone", &json!({ "count": 2 }));
+        assert_eq!(clones.status, 201, "{clones:?}");
+        daemon.pause(&id);
+        assert_eq!(daemon.act(&id, "resume").status, 201);
+        daemon.pause(&id);
+        for clone in clones.json().as_array().expect("a list") {
+            let clone = clone["sandboxID"].as_str().expect("an id");
+            assert_eq!(daemon.delete(clone).status, 204);
+        }
+        assert_eq!(daemon.delete(&id).status, 204);
+        let gone = daemon.ask("DELETE", &format!("/templates/{snapshot}"), None);
+        assert_eq!(gone.status, 204, "{gone:?}");
+        id
+    });
+}
+
+/// Runs rounds, each of which gives the id of its sandbox, and compares what the daemon holds.
+fn rounds(count: usize, round: impl Fn(&Daemon) -> String) {
+    let daemon = Daemon::start_with(&SMALL_POOL);
+    // What a shard opens once and keeps, it opens in its first round.
+    let mut shards = BTreeSet::new();
+    while shards.len() < 2 {
+        let id: SandboxId = round(&daemon).parse().expect("an id");
+        shards.insert(id.shard(NonZeroU16::new(2).expect("two")));
     }
+    let full = || daemon.processes().len() == 2;
+    eventually("the pool is full", full);
     let before = settled(&daemon, None);
     assert_eq!(before[1..], [0, 0, 0], "processes, cgroups, sandbox directories");
-    for _ in 0..ROUNDS {
+    for _ in 0..count {
         round(&daemon);
     }
+    eventually("the pool is full again", full);
     let after = settled(&daemon, Some(before));
     assert_eq!(after, before, "open files, processes, cgroups, sandbox directories");
+    assert_eq!(daemon.snapshots_kept(), 1, "the template's own, and no other");
 }
 
 /// A sandbox with a request through it.
-fn round(daemon: &Daemon) {
+fn round(daemon: &Daemon) -> String {
     let id = daemon.create();
     let server = Upstream::start(|mut served| {
         served.head();
@@ -35,7 +78,8 @@ fn round(daemon: &Daemon) {
     let mut client = daemon.to_sandbox(&id, server.port, "GET /");
     assert_eq!(client.send("\r\n").reply().status, 200);
     server.join();
-    assert_eq!(daemon.ask("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+    assert_eq!(daemon.delete(&id).status, 204);
+    id
 }
 
 /// The holdings once they are `wanted`, or stay the same for a moment: the daemon sees closed
@@ -56,9 +100,9 @@ fn settled(daemon: &Daemon, wanted: Option<[usize; 4]>) -> [usize; 4] {
 
 #[test]
 fn a_create_whose_client_goes_away_is_taken_back() {
-    let daemon = Daemon::start();
-    // A VM process that never says a word: the create waits for it.
-    daemon.replace_vm_program("exec sleep 3600");
+    // Without a pool a create waits for a process of its own.
+    let daemon = Daemon::start_with(&NO_POOL);
+    daemon.change_vm_options("--hang restore");
     let body = format!("{{\"templateID\":\"{TEMPLATE}\"}}");
     for (framing, body) in [
         (format!("content-length: {}", body.len()), body.clone()),
@@ -72,28 +116,35 @@ fn a_create_whose_client_goes_away_is_taken_back() {
             "POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n{framing}\r\n\r\n{body}",
             daemon.key()
         ));
-        eventually("its process is there", || daemon.vm_processes().len() == 1);
+        eventually("its process is there", || daemon.processes().len() == 1);
         drop(client);
-        eventually("it is gone", || daemon.holdings()[1..] == [0, 0, 0]);
+        eventually("it is gone", || {
+            daemon.processes().is_empty() && daemon.holdings()[1..] == [0, 0, 0]
+        });
     }
+    daemon.change_vm_options("");
+    daemon.create();
 }
 
 #[test]
-fn a_daemon_that_was_killed_cleans_up_when_it_starts_again() {
+fn what_died_beside_the_daemon_is_cleaned_up_when_it_starts_again() {
     let mut daemon = Daemon::start();
-    let ids = [daemon.create(), daemon.create()];
-    let left = daemon.vm_processes();
-    assert_eq!(left.len(), 2);
-    daemon.crash_and_restart();
-    for id in &ids {
-        daemon.ask("GET", &format!("/sandboxes/{id}"), None).error(404);
+    let (alive, dead) = (daemon.create(), daemon.create());
+    let process = daemon.vm_of(&dead);
+    let pool = daemon.processes();
+    daemon.crash();
+    kill("KILL", process);
+    daemon.restart();
+    daemon.get(&dead).error(404);
+    assert_eq!(daemon.state(&alive), "running");
+    eventually("nothing of the dead one is left", || daemon.holdings()[1..] == [1, 1, 1]);
+    // Shells that waited are nobody's now.
+    let waited = pool.into_iter().filter(|(_, name)| name == "standin-vm");
+    for (shell, _) in waited {
+        assert!(!is_running(shell), "process {shell} of the first daemon runs on");
     }
-    assert_eq!(settled(&daemon, None)[1..], [0, 0, 0]);
-    for process in left {
-        assert!(!is_running(process), "process {process} of the first daemon runs on");
-    }
-    // And it works.
     daemon.create();
+    assert_eq!(daemon.delete(&alive).status, 204);
 }
 
 /// Whether a process exists and is no zombie: nobody here may be its parent to bury it.

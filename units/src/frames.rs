@@ -9,6 +9,7 @@ use crate::{Mebibytes, PAGE_BYTES};
 
 /// Frames of a guest with this much memory.
 #[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "at most FRAMES_MAX where it is cast")]
 pub const fn frames_of(memory: Mebibytes) -> u32 {
     // 2^32 - 1 MiB would be 2^40 frames; a guest that large cannot be made, see FRAMES_MAX.
     let frames = memory.to_bytes() / PAGE_BYTES;

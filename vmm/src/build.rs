@@ -18,7 +18,7 @@ use crate::exchange::{Exchange, ExchangeError};
 use crate::generation::Generation;
 use crate::jail;
 use crate::jail::limits::{self, LimitError};
-use crate::jail::seccomp::ThreadKind;
+use crate::jail::seccomp::{Doors, SeccompError, ThreadKind};
 use crate::kvm::{Held, KvmError, Machine};
 use crate::layout;
 use crate::memory::{GuestMemory, Memory, MemoryError, Userfault};
@@ -62,6 +62,9 @@ pub enum BuildError {
     /// A thread.
     #[error(transparent)]
     Thread(#[from] ThreadError),
+    /// A filter.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// A descriptor of our own.
     #[error("making {what} failed")]
     Make {
@@ -90,6 +93,7 @@ impl BuildError {
             | Self::Device(_)
             | Self::Limit(_)
             | Self::Thread(_)
+            | Self::Seccomp(_)
             | Self::Make { .. } => Ending::Internal(words),
         }
     }
@@ -139,6 +143,8 @@ pub struct Shell {
     pub userfault: Option<Userfault>,
     /// What the other threads tell.
     pub notices: Arc<Notices>,
+    /// What the control thread may do until there is a guest.
+    pub doors: Option<Doors>,
     devices: JoinHandle<()>,
     // The socket stays open as long as this does.
     spare: OwnedFd,
@@ -231,6 +237,7 @@ pub fn build(
         exchange,
         userfault,
         notices: Arc::clone(notices),
+        doors: Some(Doors::open()?),
         devices,
         spare,
     })

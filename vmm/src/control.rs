@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::build::{self, Shell, causes};
 use crate::freeze::{self, FreezeError, Frozen, Saved};
-use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::seccomp::{self, Doors, SeccompError, ThreadKind};
 use crate::notices::Notices;
 use crate::restore;
 use crate::virtio::ConnectError;
@@ -254,14 +254,18 @@ impl<'a> Control<'a> {
 
     fn build(&self, config: &ShellConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
         let shell = build::build(config, fds, &self.notices).map_err(|error| error.ending())?;
-        self.tell(&Event::Built(shell.numbers()))?;
-        Ok(Stage::Idle(shell))
+        stopping(shell, |shell| {
+            freeze::rehearse(shell).map_err(FreezeError::ending)?;
+            seccomp::install(ThreadKind::Control).map_err(|error| not_closed(&error))?;
+            self.tell(&Event::Built(shell.numbers()))
+        })
+        .map(|(shell, ())| Stage::Idle(shell))
     }
 
     fn boot(&self, shell: Shell, config: &BootConfig, fds: Vec<OwnedFd>) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
             restore::boot(shell, config, fds).map_err(|error| error.ending())?;
-            close_jail()?;
+            shut_doors(shell)?;
             restore::run(shell).map_err(|error| error.ending())?;
             #[cfg(feature = "breakout")]
             crate::breakout::attempt(ThreadKind::Control);
@@ -280,7 +284,7 @@ impl<'a> Control<'a> {
         stopping(shell, |shell| {
             restore::restore(shell, config, fds, has_run).map_err(|error| error.ending())?;
             if !has_run {
-                close_jail()?;
+                shut_doors(shell)?;
             }
             restore::run(shell).map_err(|error| error.ending())?;
             self.tell(&Event::Started)
@@ -323,9 +327,12 @@ fn stopping<T>(
 }
 
 /// From here on this thread may do only what a VM with a guest needs.
-fn close_jail() -> Result<(), Ending> {
-    seccomp::install(ThreadKind::Control)
-        .map_err(|error| Ending::Internal(format!("closing the jail failed: {}", causes(&error))))
+fn shut_doors(shell: &mut Shell) -> Result<(), Ending> {
+    shell.doors.take().map_or(Ok(()), Doors::shut).map_err(|error| not_closed(&error))
+}
+
+fn not_closed(error: &SeccompError) -> Ending {
+    Ending::Internal(format!("closing the jail failed: {}", causes(error)))
 }
 
 fn out_of_turn(command: &Command, phase: Phase) -> String {

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 
 use mica_units::PAGE_BYTES;
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
@@ -39,11 +40,12 @@ pub struct OutsideExchange {
     bytes: u64,
 }
 
-/// The memfd, mapped.
+/// The memfd. Written through a mapping, because the limit on the size of files is for the disk, and
+/// read without one, because a first look at each page of a mapping costs more than the copy.
 #[derive(Debug)]
 pub struct Exchange {
     map: MmapRegion<()>,
-    fd: RawFd,
+    file: File,
 }
 
 impl Exchange {
@@ -52,7 +54,6 @@ impl Exchange {
     /// # Errors
     /// See [`ExchangeError`].
     pub fn new(memfd: OwnedFd, bytes: u64) -> Result<Self, ExchangeError> {
-        let fd = memfd.as_raw_fd();
         let file = File::from(memfd);
         let actual = file.metadata().map_err(ExchangeError::Stat)?.len();
         let wrong = ExchangeError::Length { actual, expected: bytes };
@@ -60,15 +61,16 @@ impl Exchange {
         if actual != bytes || length == 0 {
             return Err(wrong);
         }
+        let twin = file.try_clone().map_err(ExchangeError::Stat)?;
         let map =
-            MmapRegion::from_file(FileOffset::new(file, 0), length).map_err(ExchangeError::Map)?;
-        Ok(Self { map, fd })
+            MmapRegion::from_file(FileOffset::new(twin, 0), length).map_err(ExchangeError::Map)?;
+        Ok(Self { map, file })
     }
 
     /// The number of the memfd in this process. It stays open as long as this lives.
     #[must_use]
     pub fn fd(&self) -> RawFd {
-        self.fd
+        self.file.as_raw_fd()
     }
 
     /// Where a state lies behind a plan of this length.
@@ -85,13 +87,12 @@ impl Exchange {
         let outside = OutsideExchange { offset, bytes };
         let in_bounds = bytes <= EXCHANGE_PART_BYTES_MAX
             && offset.checked_add(bytes).is_some_and(|end| end <= self.map.size() as u64);
-        let (Ok(at), Ok(length), true) =
-            (usize::try_from(offset), usize::try_from(bytes), in_bounds)
-        else {
+        let (Ok(length), true) = (usize::try_from(bytes), in_bounds) else {
             return Err(outside);
         };
         let mut part = vec![0; length];
-        self.map.as_volatile_slice().read_slice(&mut part, at).map_err(|_| outside)?;
+        // Its length is sealed, so what lies inside can be read.
+        self.file.read_exact_at(&mut part, offset).map_err(|_| outside)?;
         Ok(part)
     }
 

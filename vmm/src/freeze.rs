@@ -99,15 +99,7 @@ pub fn freeze(shell: &mut Shell, track: bool) -> Result<(Frozen, Saved), FreezeE
     }
     parked?;
     let since = Instant::now();
-    shell.vcpus.save()?;
-    let state = VmState {
-        memory_mib: shell.memory_mib,
-        cpuid: shell.held.cpuid(),
-        machine: shell.held.save()?,
-        serial: shell.bus.console().save(),
-        devices: shell.bus.devices().iter().map(|device| device.save()).collect(),
-        vcpus: shell.vcpus.saved()?,
-    };
+    let state = save(shell)?;
     let bytes = state.encode()?;
     shell.exchange.write(&bytes).map_err(|error| FreezeError::HandOver(error.to_string()))?;
     let tracked = match &mut shell.userfault {
@@ -117,6 +109,35 @@ pub fn freeze(shell: &mut Shell, track: bool) -> Result<(Frozen, Saved), FreezeE
     let tscs = state.vcpus.iter().map(Tsc::of).collect();
     let frozen = Frozen { since, clock_ns: state.machine.clock_ns, tscs };
     Ok((frozen, Saved { state_bytes: bytes.len() as u64, tracked }))
+}
+
+/// Everything of a VM of which no thread runs.
+fn save(shell: &Shell) -> Result<VmState, FreezeError> {
+    shell.vcpus.save()?;
+    Ok(VmState {
+        memory_mib: shell.memory_mib,
+        cpuid: shell.held.cpuid(),
+        machine: shell.held.save()?,
+        serial: shell.bus.console().save(),
+        devices: shell.bus.devices().iter().map(|device| device.save()).collect(),
+        vcpus: shell.vcpus.saved()?,
+    })
+}
+
+/// Saves a shell that has not run and puts it back, which changes nothing. So a KVM that refuses one
+/// of the requests is found out when the shell is made, and all that a restore needs has been touched
+/// once before somebody waits for it.
+///
+/// # Errors
+/// See [`FreezeError`]. The shell is of no use then.
+pub fn rehearse(shell: &Shell) -> Result<(), FreezeError> {
+    let bytes = save(shell)?.encode()?;
+    shell.exchange.write(&bytes).map_err(|error| FreezeError::HandOver(error.to_string()))?;
+    let state = VmState::decode(&bytes)?;
+    shell.vcpus.restore(state.vcpus, None)?;
+    shell.vcpus.done()?;
+    shell.held.restore_chips(&state.machine)?;
+    Ok(shell.held.restore_clock(state.machine.clock_ns)?)
 }
 
 /// Lets a frozen VM go on.

@@ -400,13 +400,23 @@ impl VcpuThreads {
     /// Stops guest code and waits for the threads.
     ///
     /// # Errors
-    /// When a thread cannot be signalled; it is not waited for then.
+    /// When a thread cannot be signalled, or does not end in time: one that waits for a page that
+    /// nobody brings, in the kernel's own reading of guest memory, ends with the process only.
     pub fn stop(self) -> Result<(), ThreadError> {
         for orders in &self.orders {
             // A thread that has ended by itself needs no order, and said why in a notice.
             orders.send(Order::Stop).ok();
         }
         self.kick_all()?;
+        // Each holds one end for as long as it runs; no answer is of interest any more.
+        let deadline = Instant::now() + PATIENCE;
+        while let Ok(_) | Err(mpsc::RecvTimeoutError::Timeout) =
+            self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        {
+            if Instant::now() >= deadline {
+                return Err(ThreadError::Late);
+            }
+        }
         for thread in self.threads {
             if thread.join().is_err() {
                 self.shared.notices.end(Ending::Internal("a vCPU thread panicked".to_owned()));

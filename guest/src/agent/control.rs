@@ -21,6 +21,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::io::BufReader;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt};
 
+use super::memory::{self, MemoryError};
 use super::names::{self, NamesError};
 use crate::http::error::chain;
 use crate::interpreter::{ContextError, Interpreter};
@@ -55,6 +56,10 @@ enum ControlError {
     Names(#[from] NamesError),
     #[error("the code interpreter cannot run a cell")]
     Interpreter(#[source] ContextError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("a step ended before it was done")]
+    Ended(#[source] tokio::task::JoinError),
     #[error("the services are not warm after {0} ms")]
     Late(u64),
 }
@@ -117,6 +122,13 @@ impl Control {
         if let Some(interpreter) = &self.interpreter {
             interpreter.rehearse().await.map_err(ControlError::Interpreter)?;
         }
+        if self.surroundings == Surroundings::Foreign {
+            return Ok(());
+        }
+        if self.sandbox.identity().is_none() {
+            names::rehearse(Path::new("/"))?;
+        }
+        tokio::task::spawn_blocking(memory::give_back).await.map_err(ControlError::Ended)??;
         Ok(())
     }
 

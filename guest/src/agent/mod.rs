@@ -8,6 +8,7 @@ mod control;
 mod envd;
 mod gateway;
 mod listen;
+mod memory;
 mod names;
 mod relay;
 mod serve;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use listen::ListenError;
+pub use names::NOBODY;
 
 use crate::http::Router;
 use crate::http::error::chain;

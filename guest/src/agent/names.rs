@@ -10,6 +10,9 @@ use std::path::Path;
 
 use mica_wire::guest::InitRequest;
 
+/// The host name before there is a sandbox.
+pub const NOBODY: &str = "mica";
+
 /// Longest host name that Linux takes.
 const HOSTNAME_BYTES_MAX: usize = 64;
 
@@ -42,6 +45,12 @@ pub fn is_machine_id(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
+/// Writes all of them below `root`, for a guest that is nobody yet: a sandbox then finds files and
+/// directories in memory that it would have to read from its disk.
+pub fn rehearse(root: &Path) -> Result<(), NamesError> {
+    write_all(root, NOBODY, "", &"0".repeat(MACHINE_ID_BYTES), NOBODY)
+}
+
 /// Writes all of them below `root`. The entry of the `former` sandbox gives way to the new one's;
 /// without an entry for the host name `sudo` complains at every call.
 pub fn write(
@@ -49,17 +58,28 @@ pub fn write(
     request: &InitRequest,
     former: Option<&InitRequest>,
 ) -> Result<(), NamesError> {
+    let former = former.map_or(NOBODY, |former| &former.sandbox_id);
+    let InitRequest { sandbox_id, template_id, machine_id, .. } = request;
+    write_all(root, sandbox_id, template_id, machine_id, former)
+}
+
+fn write_all(
+    root: &Path,
+    sandbox_id: &str,
+    template_id: &str,
+    machine_id: &str,
+    former: &str,
+) -> Result<(), NamesError> {
     let at = |path: &'static str| move |source| NamesError { path, source };
     let own = |path: &'static str| root.join(path.trim_start_matches('/'));
 
-    let former = former.map(|former| host_name(&former.sandbox_id));
     let hosts = own("/etc/hosts");
     read_hosts(&hosts)
-        .map(|held| with_host(&held, former, host_name(&request.sandbox_id)))
+        .map(|held| with_host(&held, host_name(former), host_name(sandbox_id)))
         .and_then(|text| replace(&hosts, 0o644, &text))
         .map_err(at("/etc/hosts"))?;
 
-    let machine_id = format!("{}\n", request.machine_id);
+    let machine_id = format!("{machine_id}\n");
     replace(&own("/etc/machine-id"), 0o444, &machine_id).map_err(at("/etc/machine-id"))?;
     let dbus = own("/var/lib/dbus/machine-id");
     // Usually a link to the other, or not there at all.
@@ -70,8 +90,8 @@ pub fn write(
     std::fs::create_dir_all(own("/run/e2b")).map_err(at("/run/e2b"))?;
     for (path, text) in [
         ("/run/e2b/.E2B_SANDBOX", "true"),
-        ("/run/e2b/.E2B_SANDBOX_ID", &request.sandbox_id),
-        ("/run/e2b/.E2B_TEMPLATE_ID", &request.template_id),
+        ("/run/e2b/.E2B_SANDBOX_ID", sandbox_id),
+        ("/run/e2b/.E2B_TEMPLATE_ID", template_id),
     ] {
         replace(&own(path), 0o644, text).map_err(at(path))?;
     }
@@ -92,11 +112,11 @@ fn read_hosts(path: &Path) -> std::io::Result<String> {
 
 /// The entry of the former name is the line that was written for it. One that the user has edited
 /// since is the user's.
-fn with_host(held: &str, former: Option<&str>, name: &str) -> String {
+fn with_host(held: &str, former: &str, name: &str) -> String {
     let entry = |name: &str| format!("127.0.1.1 {name}");
-    let stale = former.map(entry);
-    let (new, mut text) = (entry(name), String::with_capacity(held.len() + 96));
-    for line in held.lines().filter(|line| Some(*line) != stale.as_deref() && *line != new) {
+    let (stale, new) = (entry(former), entry(name));
+    let mut text = String::with_capacity(held.len() + new.len() + 2);
+    for line in held.lines().filter(|line| *line != stale && *line != new) {
         text.push_str(line);
         text.push('\n');
     }
@@ -181,6 +201,16 @@ mod tests {
         assert_eq!(root.read("etc/hosts"), format!("{HOSTS}127.0.1.1 box\n"));
         assert_eq!(root.read("etc/machine-id").len(), 33);
         assert!(!root.0.join("var").exists());
+    }
+
+    #[test]
+    fn a_rehearsal_is_gone_with_the_first_sandbox() {
+        let root = Root::new("names-rehearsed");
+        rehearse(&root.0).unwrap();
+        write(&root.0, &request("box", 'f'), None).unwrap();
+        assert_eq!(root.read("etc/hosts"), format!("{HOSTS}127.0.1.1 box\n"));
+        assert_eq!(root.read("etc/machine-id"), format!("{}\n", "f".repeat(32)));
+        assert_eq!(root.read("run/e2b/.E2B_TEMPLATE_ID"), "template");
     }
 
     #[test]

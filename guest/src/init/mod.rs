@@ -11,6 +11,7 @@ mod supervise;
 use std::convert::Infallible;
 use std::ffi::CString;
 
+use crate::agent::NOBODY;
 use crate::http::error::chain;
 
 /// A step that failed.
@@ -45,7 +46,7 @@ fn set_up_and_supervise() -> Result<Infallible, InitError> {
     mounts::late()?;
     loopback::up()?;
     // Until the host says which sandbox this is.
-    rustix::system::sethostname(b"mica").map_err(InitError::at("set the host name"))?;
+    rustix::system::sethostname(NOBODY.as_bytes()).map_err(InitError::at("set the host name"))?;
     supervise::run()
 }
 

@@ -36,6 +36,8 @@ pub fn run() -> Result<Infallible, InitError> {
         .env("HOME", "/root")
         .current_dir("/")
         .stdin(Stdio::null())
+        // A group of its own: the kernel starts process 1 in group 0, which no call can name.
+        .process_group(0)
         .spawn()
         .map_err(InitError::at("start the agent"))?;
     let agent = i32::try_from(agent.id()).unwrap_or(-1);

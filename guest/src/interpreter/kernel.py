@@ -5,8 +5,9 @@ may count on: the environment of a call, and the `e2b/chart` and `e2b/data` form
 data frames. Imports nothing heavy: the hooks wait until the cell itself has imported matplotlib or
 pandas, or the agent warms the kernel to have it saved. Leaves no name behind in the cell's namespace.
 
-The agent speaks to the module `_mica` in silent cells: `warm` and `settle` before the kernel is
-saved, `become` when it goes on in another sandbox, `push` and `pop` around a cell with variables.
+What the agent orders comes in the metadata of a cell's message: what to `become` when the kernel goes
+on in another sandbox, and the variables to `push` for the cell. Silent cells call `warm` and `settle`
+of the module `_mica` before the kernel is saved.
 """
 
 import gc
@@ -60,8 +61,9 @@ def _defer_jupyter_client():
     return started
 
 
-def _install(shell):
+def _install(kernel, shell):
     import importlib
+    import inspect
     import os
     import traceback
     import types
@@ -102,17 +104,42 @@ def _install(shell):
 
     def push(variables):
         """The environment of one call: what was there before is kept for `pop`."""
-        pop()
         saved.update({name: os.environ.get(name) for name in variables})
         os.environ.update(variables)
 
     def pop():
-        for name, value in saved.items():
+        while saved:
+            name, value = saved.popitem()
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        saved.clear()
+
+    execute = kernel.shell_handlers["execute_request"]
+
+    async def execute_with_orders(stream, ident, parent):
+        orders = parent["metadata"].get("mica") or {}
+        try:
+            # An interrupt may have kept the last one from its end.
+            pop()
+            if "become" in orders:
+                become(orders["become"])
+            if "push" in orders:
+                push(orders["push"])
+        except Exception:
+            # The cell runs all the same, and says what it lacks.
+            traceback.print_exc(file=sys.__stderr__)
+        try:
+            done = execute(stream, ident, parent)
+            if inspect.isawaitable(done):
+                await done
+        finally:
+            pop()
+
+    kernel.shell_handlers["execute_request"] = execute_with_orders
+    # A pause after each cell, for output that it says is lost on rare occasions. Ours is not: the
+    # kernel reports on the same channel, behind the output, that it is idle, and that is awaited.
+    kernel._execute_sleep = 0
 
     def warm():
         """Imports what cells commonly import, and shows a figure and a frame: fonts are looked up,
@@ -145,7 +172,7 @@ def _install(shell):
         gc.freeze()
 
     module = types.ModuleType("_mica")
-    for function in (become, push, pop, warm, settle):
+    for function in (warm, settle):
         setattr(module, function.__name__, function)
     sys.modules["_mica"] = module
 
@@ -209,7 +236,7 @@ def _main():
     app.initialize()
     started()
     try:
-        _install(app.shell)
+        _install(app.kernel, app.shell)
     except Exception:
         # Without the hooks a cell still runs.
         import traceback

@@ -90,8 +90,9 @@ struct Header {
 pub enum Request<'a> {
     /// Asks whether the kernel is up.
     KernelInfo,
-    /// Runs code as a cell, numbered unless it is `unnumbered`.
-    Execute { code: &'a str, unnumbered: bool },
+    /// Runs code as a cell, numbered unless it is `unnumbered`; `orders` are for our own part of the
+    /// kernel, which carries them out around the cell.
+    Execute { code: &'a str, unnumbered: bool, orders: &'a Value },
     /// Runs code that leaves no trace in the history and publishes no result.
     Silent { code: &'a str },
 }
@@ -104,12 +105,16 @@ pub fn encode(
     date: &str,
     key: &Key,
 ) -> Vec<Bytes> {
-    let (msg_type, content) = match request {
-        Request::KernelInfo => ("kernel_info_request", json!({})),
-        Request::Execute { code, unnumbered } => {
-            ("execute_request", execute_content(code, false, !unnumbered))
+    let nothing = || json!({});
+    let (msg_type, metadata, content) = match request {
+        Request::KernelInfo => ("kernel_info_request", nothing(), nothing()),
+        Request::Execute { code, unnumbered, orders } => {
+            let content = execute_content(code, false, !unnumbered);
+            ("execute_request", json!({ "mica": orders }), content)
         }
-        Request::Silent { code } => ("execute_request", execute_content(code, true, false)),
+        Request::Silent { code } => {
+            ("execute_request", nothing(), execute_content(code, true, false))
+        }
     };
     let header = json!({
         "msg_id": msg_id,
@@ -119,7 +124,7 @@ pub fn encode(
         "msg_type": msg_type,
         "version": VERSION,
     });
-    let body: Vec<Bytes> = [header, json!({}), json!({}), content]
+    let body: Vec<Bytes> = [header, nothing(), metadata, content]
         .iter()
         .map(|part| Bytes::from(part.to_string()))
         .collect();
@@ -336,7 +341,7 @@ mod tests {
     #[test]
     fn requests_are_read_back_by_the_same_rules() {
         let frames = encode(
-            &Request::Execute { code: "1+1", unnumbered: false },
+            &Request::Execute { code: "1+1", unnumbered: false, orders: &Value::Null },
             "m1",
             "s1",
             "2026-01-02T03:04:05Z",

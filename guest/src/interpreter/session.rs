@@ -6,9 +6,10 @@
 //!
 //! A kernel outlives the sandbox it was started in: saved with the guest, it goes on in every
 //! sandbox that is restored from there. What it has of the former one, environment and random
-//! state, is made good before its next cell and not when the sandbox gets its identity: most of a
+//! state, is made good with its next cell and not when the sandbox gets its identity: most of a
 //! kernel's memory is shared between all that were restored from it until it runs, so one that is
-//! never used costs nothing, and the answer that a client waits for does not wait for Python.
+//! never used costs nothing, and the answer that a client waits for does not wait for Python. It
+//! travels in the cell's own message, so it costs no round trip either.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -32,8 +33,8 @@ pub const WAITING_CELLS_MAX: usize = 64;
 /// A kernel that dies sooner than this after its start is started again only for a cell.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// How long the code that surrounds a cell may take. It is a few lines; a kernel that does not get
-/// through them is stuck in something that an earlier cell left running.
+/// How long our own code may take in a kernel. It is a few lines; a kernel that does not get through
+/// them is stuck.
 const SILENT_MAX: Duration = Duration::from_secs(120);
 
 /// Whether a context can run a cell at once.
@@ -242,52 +243,45 @@ impl Session {
 
     async fn cell(&mut self, kernel: &mut Kernel, job: Job) -> Cell {
         let mut run = Run::new(job);
-        if let Err(ending) = self.prepare(kernel, &run.env).await {
-            return run.broken(ending).await;
-        }
-        let request = Request::Execute { code: &run.code, unnumbered: run.rehearsal };
-        let outcome = match kernel.send(&request).await {
+        let standing = self.config.sandbox.standing();
+        let wanted = self.environment(&standing);
+        let reseed = standing.sandboxes != self.sandboxes;
+        let orders =
+            Orders { become_: Changes::between(&self.env, &wanted, reseed), push: &run.env };
+        // Texts, lists and maps of texts always serialise.
+        let orders = serde_json::to_value(&orders).unwrap_or_default();
+        let (code, unnumbered) = (run.code.as_str(), run.rehearsal);
+        let sent = kernel.send(&Request::Execute { code, unnumbered, orders: &orders }).await;
+        (self.env, self.sandboxes) = (wanted, standing.sandboxes);
+        let outcome = match sent {
             Ok(id) => run.drive(kernel, &id, &mut self.restarts).await,
             Err(error) => Err(Ending::Died(error.to_string())),
         };
         if let Err(ending) = outcome {
             return run.broken(ending).await;
         }
-        // The environment is put back before the client learns of the end, so that its next
-        // cell cannot overtake it.
-        let restored = match (run.rehearsal, run.env.is_empty()) {
-            (true, _) => silent(kernel, "__import__('_mica').settle()").await,
-            (false, false) => silent(kernel, "__import__('_mica').pop()").await,
-            (false, true) => Ok(()),
+        let settled = if run.rehearsal {
+            silent(kernel, "__import__('_mica').settle()").await
+        } else {
+            Ok(())
         };
         run.finish().await;
-        match restored {
+        match settled {
             Ok(()) | Err(Silent::Failed) => Cell::Done,
             Err(Silent::Ended(status)) => Cell::Broken(Ending::Died(status)),
             Err(Silent::Kernel(error)) => Cell::Broken(Ending::Died(error.to_string())),
         }
     }
+}
 
-    /// Brings the kernel up to date before a cell: the sandbox it is in, then what the cell brings.
-    async fn prepare(
-        &mut self,
-        kernel: &mut Kernel,
-        env: &BTreeMap<String, String>,
-    ) -> Result<(), Ending> {
-        let standing = self.config.sandbox.standing();
-        let wanted = self.environment(&standing);
-        let reseed = standing.sandboxes != self.sandboxes;
-        if reseed || wanted != self.env {
-            let code = call("become", &Changes::between(&self.env, &wanted, reseed));
-            if run_silently(kernel, &code).await? {
-                (self.env, self.sandboxes) = (wanted, standing.sandboxes);
-            }
-        }
-        if !env.is_empty() {
-            run_silently(kernel, &call("push", env)).await?;
-        }
-        Ok(())
-    }
+/// What comes with a cell for our own part of the kernel: it carries the first out before the cell,
+/// and sets the variables of the second for as long as the cell runs.
+#[derive(Debug, Serialize)]
+struct Orders<'a> {
+    #[serde(rename = "become", skip_serializing_if = "Option::is_none")]
+    become_: Option<Changes<'a>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    push: &'a BTreeMap<String, String>,
 }
 
 /// What a kernel that has been saved in one sandbox and restored in another must change.
@@ -300,34 +294,24 @@ struct Changes<'a> {
 }
 
 impl<'a> Changes<'a> {
-    /// What stays the same is left alone: a cell may have changed it, and then it is the user's.
+    /// None, where nothing changes. What stays the same is left alone: a cell may have changed it,
+    /// and then it is the user's.
     fn between(
         held: &'a BTreeMap<String, String>,
         wanted: &'a BTreeMap<String, String>,
         reseed: bool,
-    ) -> Self {
+    ) -> Option<Self> {
+        if !reseed && held == wanted {
+            return None;
+        }
         let differs = |(name, value): &(&String, &String)| held.get(*name) != Some(*value);
         let pair = |(name, value): (&'a String, &'a String)| (name.as_str(), value.as_str());
-        Self {
+        let gone = |name: &&String| !wanted.contains_key(*name);
+        Some(Self {
             set: wanted.iter().filter(differs).map(pair).collect(),
-            unset: held
-                .keys()
-                .filter(|name| !wanted.contains_key(*name))
-                .map(String::as_str)
-                .collect(),
+            unset: held.keys().filter(gone).map(String::as_str).collect(),
             reseed,
-        }
-    }
-}
-
-/// Whether the code ran without an exception. A cell may have broken what it needs; the kernel is
-/// its user's, and the next cell tries again.
-async fn run_silently(kernel: &mut Kernel, code: &str) -> Result<bool, Ending> {
-    match silent(kernel, code).await {
-        Ok(()) => Ok(true),
-        Err(Silent::Failed) => Ok(false),
-        Err(Silent::Ended(status)) => Err(Ending::Died(status)),
-        Err(Silent::Kernel(error)) => Err(Ending::Died(error.to_string())),
+        })
     }
 }
 
@@ -341,15 +325,6 @@ fn search_path(python: &Path) -> String {
         Some(parent) => format!("{}:{own}", parent.display()),
         None => own,
     }
-}
-
-/// Python that hands a value to a function of the kernel's `_mica` module. The value travels as JSON
-/// inside a Python literal of bytes, so no character of it can be read as code.
-fn call(function: &str, value: &impl Serialize) -> String {
-    // Texts, lists and maps of texts always serialise.
-    let json = serde_json::to_vec(value).unwrap_or_else(|_| b"{}".to_vec());
-    let hex = super::protocol::hex(&json);
-    format!("__import__('_mica').{function}(__import__('json').loads(bytes.fromhex('{hex}')))\n")
 }
 
 /// Resolves when a job waits. The queue has no such call without taking the job, so look again
@@ -395,21 +370,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_cannot_break_out_of_their_call() {
-        let variables = BTreeMap::from([("A'); boom('".to_owned(), "\"\n')".to_owned())]);
-        let code = call("push", &variables);
-        assert_eq!(code.matches('\n').count(), 1);
-        assert!(!code.contains("boom"), "{code}");
-    }
-    #[test]
     fn only_what_differs_is_changed() {
         let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
             pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
         };
         let held = map(&[("GONE", "1"), ("SAME", "1"), ("OTHER", "1")]);
         let wanted = map(&[("SAME", "1"), ("OTHER", "2"), ("NEW", "1")]);
-        let changes = Changes::between(&held, &wanted, true);
+        let changes = Changes::between(&held, &wanted, true).unwrap();
         assert_eq!(changes.set, BTreeMap::from([("NEW", "1"), ("OTHER", "2")]));
         assert_eq!((changes.unset, changes.reseed), (vec!["GONE"], true));
+        assert_eq!(Changes::between(&held, &held, false), None);
+        assert!(Changes::between(&held, &held, true).unwrap().set.is_empty());
     }
 }

@@ -87,13 +87,14 @@ fn warm_means_that_a_cell_runs_at_once_and_leaves_no_trace() {
     assert_eq!(health.status, 200);
     let code = "import sys\nprint(_ == __ == '', Out, [n for n in dir() if n[0] != '_'])\n\
                 print([n in sys.modules for n in ('numpy', 'pandas', 'matplotlib.pyplot')])\n\
-                import matplotlib.pyplot as p; print(p.get_fignums())";
+                import gc, matplotlib.pyplot as p\n\
+                print(p.get_fignums(), gc.isenabled(), gc.get_freeze_count() > 100_000)";
     let events = run(&agent, TOKEN, code);
     assert_eq!(events[0], json!({"type": "number_of_executions", "execution_count": 1}));
     assert_eq!(
         events[1]["text"],
         "True {} ['In', 'Out', 'exit', 'get_ipython', 'open', 'quit', 'sys']\n\
-         [True, True, True]\n[]\n"
+         [True, True, True]\n[] True True\n"
     );
     // And once more: a kernel that is in use is not disturbed.
     assert_eq!(run(&agent, TOKEN, "x = 7\nx")[1]["text"], "7");
@@ -206,12 +207,4 @@ fn what_a_cell_set_itself_stays_unless_the_sandbox_says_otherwise() {
     assert_eq!(printed(&agent, TOKEN, show), "['mine', 'mine', 'C.UTF-8', None]\n");
     with("c", &[("SAME", "2")]);
     assert_eq!(printed(&agent, TOKEN, show), "['2', 'mine', 'C.UTF-8', None]\n");
-    // A cell that breaks what the update needs harms itself only, and the next one gets it.
-    run(&agent, TOKEN, "import _mica; real, _mica.become = _mica.become, None");
-    with("d", &[("SAME", "3")]);
-    assert_eq!(
-        printed(&agent, TOKEN, &format!("_mica.become = real\n{show}")),
-        "['2', 'mine', 'C.UTF-8', None]\n"
-    );
-    assert_eq!(printed(&agent, TOKEN, show), "['3', 'mine', 'C.UTF-8', None]\n");
 }

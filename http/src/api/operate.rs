@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use mica_shards::CLONES_MAX;
+use mica_shards::{CLONES_MAX, OnTimeout};
 use mica_wire::api::{
     ConnectSandbox, CopySandbox, NewSnapshot, PauseSandbox, ResumeSandbox, RollbackSandbox,
     SetTimeout,
@@ -25,6 +25,15 @@ const NAME_CHARS_MAX: usize = 128;
 
 /// Longest id of a snapshot that an error message repeats.
 const SNAPSHOT_ID_CHARS_MAX: usize = 64;
+
+/// What a resume asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resume {
+    /// How long from now.
+    pub life: Duration,
+    /// What then; `None`: as before.
+    pub on_timeout: Option<OnTimeout>,
+}
 
 /// What a clone or a fork asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,19 +78,19 @@ pub fn connect_timeout(
     life::remaining(seconds, limits)
 }
 
-/// Reads the body of a resume: how long it is to live from now.
+/// Reads the body of a resume.
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn resume(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
+pub fn resume(body: &[u8], limits: &Limits) -> Result<Resume, ApiError> {
     let ResumeSandbox { timeout, auto_pause, memory } = json::read_or_default(body)?;
     refuse_disk_only(memory)?;
-    if auto_pause == Some(true) {
-        let message = "`autoPause` of a resume is not supported by this version: what was asked \
-                       for at create goes on; leave it out";
-        return Err(ApiError::bad_request(message));
-    }
-    life::of_new(timeout.unwrap_or(TIMEOUT_SECONDS_V1), limits)
+    let on_timeout = auto_pause.map(|pause| match pause {
+        true => OnTimeout::Pause,
+        false => OnTimeout::Kill,
+    });
+    let life = life::of_new(timeout.unwrap_or(TIMEOUT_SECONDS_V1), limits)?;
+    Ok(Resume { life, on_timeout })
 }
 
 /// Reads the body of a pause: whether the guest has to be healthy.
@@ -225,17 +234,20 @@ mod tests {
     }
 
     #[test]
-    fn a_resume_lives_15_seconds_unless_told() {
-        let read = |body: &str| status(resume(body.as_bytes(), &limits()).map(|l| l.as_secs()));
-        for absent in ["", "{}", r#"{"memory":true,"autoPause":false}"#] {
-            assert_eq!(read(absent), Ok(15), "{absent}");
+    fn a_resume_lives_15_seconds_and_ends_as_wished_before_unless_told() {
+        let read = |body: &str| status(resume(body.as_bytes(), &limits()));
+        let wish =
+            |seconds, on_timeout| Ok(Resume { life: Duration::from_secs(seconds), on_timeout });
+        for absent in ["", "{}", r#"{"memory":true,"autoPause":null}"#] {
+            assert_eq!(read(absent), wish(15, None), "{absent}");
         }
-        assert_eq!(read(r#"{"timeout":60}"#), Ok(60));
+        let wished = r#"{"timeout":60,"autoPause":true}"#;
+        assert_eq!(read(wished), wish(60, Some(OnTimeout::Pause)));
+        assert_eq!(read(r#"{"autoPause":false}"#), wish(15, Some(OnTimeout::Kill)));
         for bad in [
             r#"{"timeout":0}"#,
             r#"{"timeout":86401}"#,
             r#"{"autoPause":1}"#,
-            r#"{"autoPause":true}"#,
             r#"{"memory":false}"#,
         ] {
             assert_eq!(read(bad), Err(400), "{bad}");

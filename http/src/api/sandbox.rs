@@ -53,7 +53,8 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action) -> Answer {
         }
         Action::Pause => pause(host, id, operate::pause(&body)?).await,
         Action::Resume => {
-            let info = host.resume(id, operate::resume(&body, limits)?).await?;
+            let wish = operate::resume(&body, limits)?;
+            let info = host.resume(id, wish.life, wish.on_timeout).await?;
             json::answer(StatusCode::CREATED, &show::sandbox(config, info))
         }
         Action::Snapshot => {

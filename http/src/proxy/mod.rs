@@ -39,9 +39,8 @@ const RESPONSE_FIELDS_MAX: usize = 200;
 /// Bytes of the head of such an answer, and of what is read ahead of its body.
 const RESPONSE_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// How long a request waits for a sandbox that is between two states, and the time between two looks.
-const TRANSITION_MAX: Duration = Duration::from_secs(2);
-const TRANSITION_LOOK: Duration = Duration::from_millis(5);
+/// A stream that broke within this time was not silent: somebody closed it.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// Routes of envd between E2B's own host and its agent.
 const INTERNAL_ROUTES: [&str; 7] =
@@ -98,16 +97,17 @@ async fn enter(
     connect(host, limits, id, port).await
 }
 
-/// A stream to the port. A sandbox between two states is waited for: a rollback takes milliseconds.
+/// A stream to the port. One that breaks at once, before anything was sent on it, met a rollback or a
+/// guest in trouble; it is opened once more.
 async fn connect(
     host: &Host,
     limits: &Limits,
     id: SandboxId,
     port: GuestPort,
 ) -> Result<GuestStream, ApiError> {
-    let began = time::Instant::now();
     let mut broken = false;
     loop {
+        let began = time::Instant::now();
         let connected = time::timeout(limits.connect_timeout, host.connect(id, port)).await;
         let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
             Ok(stream) => return Ok(stream),
@@ -117,20 +117,16 @@ async fn connect(
             ConnectError::Unreachable | ConnectError::IsPaused(_) => absence(host, id).await,
             _ => None,
         };
-        match (absence, error) {
-            (Some(absence), _) => return Err(absence),
-            // Not paused, so on its way from or to somewhere.
-            (None, ConnectError::IsPaused(_)) if began.elapsed() < TRANSITION_MAX => {
-                time::sleep(TRANSITION_LOOK).await;
-            }
-            (None, ConnectError::IsPaused(_)) => return Err(ApiError::transitioning(id)),
-            // It broke at once, before anything was sent: a rollback does that, but only once.
-            (None, ConnectError::Unreachable) if !broken && began.elapsed() < TRANSITION_MAX => {
+        return Err(match (absence, error) {
+            (Some(absence), _) => absence,
+            // Neither paused nor running for all the time that the host waited.
+            (None, ConnectError::IsPaused(_)) => ApiError::transitioning(id),
+            (None, ConnectError::Unreachable) if !broken && began.elapsed() < AT_ONCE => {
                 broken = true;
-                time::sleep(TRANSITION_LOOK).await;
+                continue;
             }
-            (None, error) => return Err(ApiError::from_connect(&error, id, port)),
-        }
+            (None, error) => ApiError::from_connect(&error, id, port),
+        });
     }
 }
 

@@ -3,9 +3,10 @@
 //! Called by `http` on every shard. Refuses to hold any sandbox itself.
 
 mod bench;
+mod copies;
 mod operations;
 
-pub use operations::CLONES_MAX;
+pub use copies::CLONES_MAX;
 pub(crate) use operations::snapshot_info;
 
 use std::cell::{Cell, RefCell};
@@ -156,6 +157,18 @@ impl Host {
         }
     }
 
+    /// Ends a sandbox that nobody wants any more, or never did.
+    async fn end_unwanted(&self, id: SandboxId) {
+        for _ in 0..CANCEL_TRIES {
+            match self.kill(id).await {
+                Err(ShardError::Busy) => time::sleep(CANCEL_RETRY).await,
+                // Not there any more, or never was.
+                _ => return,
+            }
+        }
+        tracing::warn!(%id, "an unwanted sandbox lives until its time is over");
+    }
+
     /// Hands an answer to who waits for it. One that nobody waits for any more is dropped, and
     /// closes what it carries.
     pub(crate) fn answered(&self, answer: Answer) {
@@ -285,17 +298,7 @@ impl Drop for CancelOnDrop<'_> {
             return;
         }
         let (host, id) = (self.host.clone(), self.id);
-        rt::spawn(async move {
-            for _ in 0..CANCEL_TRIES {
-                match host.kill(id).await {
-                    Err(ShardError::Busy) => time::sleep(CANCEL_RETRY).await,
-                    // Not there any more, or never was.
-                    _ => return,
-                }
-            }
-            tracing::warn!(%id, "an unwanted sandbox lives until its time is over");
-        })
-        .detach();
+        rt::spawn(async move { host.end_unwanted(id).await }).detach();
     }
 }
 

@@ -1,22 +1,20 @@
 //! What callers may do with a sandbox beyond making, showing and ending it; snapshots and templates.
 //!
-//! Called by `http` through [`Host`]. Routes to the owner like the rest. Refuses to leave half of a
-//! clone: all sandboxes of one come up, or none stays.
+//! Called by `http` through [`Host`]. Routes to the owner like the rest. Refuses to delete what is no
+//! snapshot of a client's.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use mica_numa::rt;
-use mica_storage::{SnapshotKind, SnapshotManifest, StorageError, Template};
+use mica_storage::{LayerId, SnapshotKind, SnapshotManifest, StorageError, Template};
 use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
-use crate::event::{IfRunning, Operation, Reply, Spawned};
-use crate::{CreateRequest, HostCounters, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
-
-/// Most sandboxes of one clone or fork.
-pub const CLONES_MAX: usize = 1000;
+use crate::event::{IfRunning, Operation, Reply, Spawned, Wake};
+use crate::{HostCounters, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
 
 impl Host {
     /// Makes a snapshot of a running sandbox, which goes on. Durable when this returns.
@@ -50,12 +48,19 @@ impl Host {
         self.ask_done(id, Operation::Pause(id)).await
     }
 
-    /// Lets a paused sandbox go on, for `life` from now.
+    /// Lets a paused sandbox go on, for `life` from now. `on_timeout` replaces what was wished for
+    /// the end of its time.
     ///
     /// # Errors
     /// [`ShardError::AlreadyRunning`] for one that runs; see [`ShardError`].
-    pub async fn resume(&self, id: SandboxId, life: Duration) -> Result<SandboxInfo, ShardError> {
-        Ok(self.ask_resume(id, life, IfRunning::Refuse).await?.0)
+    pub async fn resume(
+        &self,
+        id: SandboxId,
+        life: Duration,
+        on_timeout: Option<OnTimeout>,
+    ) -> Result<SandboxInfo, ShardError> {
+        let wake = Wake { life, on_timeout, if_running: IfRunning::Refuse };
+        Ok(self.wake(id, wake).await?.0)
     }
 
     /// Makes sure that a sandbox runs, for at least `life` from now. Whether it was paused.
@@ -67,84 +72,14 @@ impl Host {
         id: SandboxId,
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
-        self.ask_resume(id, life, IfRunning::Extend).await
+        self.wake(id, Wake { life, on_timeout: None, if_running: IfRunning::Extend }).await
     }
 
-    async fn ask_resume(
-        &self,
-        id: SandboxId,
-        life: Duration,
-        if_running: IfRunning,
-    ) -> Result<(SandboxInfo, bool), ShardError> {
-        match self.ask(self.owner(id), Operation::Resume(id, life, if_running)).await? {
+    async fn wake(&self, id: SandboxId, wake: Wake) -> Result<(SandboxInfo, bool), ShardError> {
+        match self.ask(self.owner(id), Operation::Resume(id, wake)).await? {
             Reply::Resumed(result) => result.map(|(info, was_paused)| (*info, was_paused)),
             other => Err(out_of_form(&other)),
         }
-    }
-
-    /// Makes `count` sandboxes that start where this one is now, and which goes on: all or none.
-    /// `timeout` is theirs; otherwise they live as long as this one was made for.
-    ///
-    /// # Errors
-    /// See [`ShardError`]. No sandbox of it is left then.
-    pub async fn clone_sandbox(
-        &self,
-        id: SandboxId,
-        count: usize,
-        timeout: Option<Duration>,
-    ) -> Result<Vec<SandboxInfo>, ShardError> {
-        let (made, mut failures) = split(self.fork(id, count, timeout).await?);
-        let Some(failure) = failures.pop() else { return Ok(made) };
-        for clone in made {
-            match self.kill(clone.id).await {
-                Ok(()) | Err(ShardError::NoSuchSandbox(_)) => {}
-                Err(error) => tracing::warn!(id = %clone.id, %error, "a clone is left behind"),
-            }
-        }
-        Err(failure)
-    }
-
-    /// The same, but each of them may fail for itself.
-    ///
-    /// # Errors
-    /// When none could be tried: see [`ShardError`].
-    pub async fn fork(
-        &self,
-        id: SandboxId,
-        count: usize,
-        timeout: Option<Duration>,
-    ) -> Result<Vec<Result<SandboxInfo, ShardError>>, ShardError> {
-        let mut request = match self.ask(self.owner(id), Operation::RequestOf(id)).await? {
-            Reply::Request(result) => *result?,
-            other => return Err(out_of_form(&other)),
-        };
-        let snapshot = self.snapshot(id, None).await?.id;
-        request.template.clone_from(&snapshot);
-        request.timeout = timeout.unwrap_or(request.timeout);
-        let made = self.create_all(count.min(CLONES_MAX), &request).await;
-        // The clones hold the layers by links of their own.
-        if let Err(error) = self.delete_snapshot(&snapshot).await {
-            tracing::warn!(snapshot, %error, "the snapshot of a clone is left behind");
-        }
-        Ok(made)
-    }
-
-    /// Starts all at once; each shard takes what it is given.
-    async fn create_all(
-        &self,
-        count: usize,
-        request: &CreateRequest,
-    ) -> Vec<Result<SandboxInfo, ShardError>> {
-        let start = |_| {
-            let (host, request) = (self.clone(), request.clone());
-            rt::spawn(async move { host.create(request).await })
-        };
-        let started: Vec<_> = (0..count).map(start).collect();
-        let mut made = Vec::with_capacity(count);
-        for task in started {
-            made.push(task.join().await.unwrap_or(Err(ShardError::ShuttingDown)));
-        }
-        made
     }
 
     /// Every snapshot that clients made, of one sandbox or of all; newest first.
@@ -172,15 +107,19 @@ impl Host {
     /// # Errors
     /// See [`ShardError`].
     pub async fn delete_snapshot(&self, id: &str) -> Result<bool, ShardError> {
-        let (store, id) = (self.0.shard.workshop.store.clone(), id.to_owned());
-        let delete = move || match store.find_snapshot(&id)? {
+        let (store, asked) = (self.0.shard.workshop.store.clone(), id.to_owned());
+        let delete = move || match store.find_snapshot(&asked)? {
             Some(snapshot) if snapshot.manifest().kind == SnapshotKind::Snapshot => {
                 store.delete_snapshot(&snapshot.manifest().id)
             }
             _ => Ok(false),
         };
         let deleted = rt::blocking(delete).await.map_err(|_| ShardError::Busy)?;
-        deleted.map_err(storage("deleting a snapshot"))
+        let deleted = deleted.map_err(storage("deleting a snapshot"))?;
+        if deleted && let Err(error) = self.ask_all(|| Operation::Forget(id.to_owned())).await {
+            tracing::warn!(id, %error, "a deleted snapshot takes room until its shards let it go");
+        }
+        Ok(deleted)
     }
 
     /// Numbers of the whole host.
@@ -197,6 +136,22 @@ impl Host {
             sum.sandboxes += counts.sandboxes as u64;
         }
         Ok(sum)
+    }
+
+    /// This node's copy of a snapshot's base layer in memory; none where it does not fit.
+    pub(crate) async fn replica(&self, snapshot: String, layer: LayerId) -> Option<OwnedFd> {
+        let librarian = self.0.shard.librarian;
+        match self.ask(librarian, Operation::Replica(snapshot, layer)).await {
+            Ok(Reply::Replica(copy)) => copy,
+            Ok(other) => {
+                tracing::error!(?other, "a shard answered out of form");
+                None
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no copy of a base layer");
+                None
+            }
+        }
     }
 
     /// Every template, with what this host made of it.
@@ -218,17 +173,6 @@ impl Host {
         }
         Ok(templates.iter().map(|template| template_info(template, &spawns)).collect())
     }
-}
-
-fn split(results: Vec<Result<SandboxInfo, ShardError>>) -> (Vec<SandboxInfo>, Vec<ShardError>) {
-    let (mut made, mut failures) = (Vec::new(), Vec::new());
-    for result in results {
-        match result {
-            Ok(info) => made.push(info),
-            Err(error) => failures.push(error),
-        }
-    }
-    (made, failures)
 }
 
 fn storage(operation: &'static str) -> impl Fn(StorageError) -> ShardError {

@@ -2,12 +2,11 @@
 //!
 //! Made by `shard`, answered by the driver. Refuses to keep an answer that nobody waits for.
 
-use std::time::Duration;
 
 use mica_numa::rt::oneshot::Sender;
 
 use super::state::{Ask, Refusal};
-use crate::event::IfRunning;
+use crate::event::Wake;
 use crate::{SandboxInfo, ShardError, SnapshotInfo};
 
 /// The answer to a resume: the sandbox, and whether it was paused.
@@ -22,8 +21,8 @@ pub(crate) enum Request {
     Rollback(String, Sender<Result<(), ShardError>>),
     /// To be paused.
     Pause(Sender<Result<(), ShardError>>),
-    /// To go on for at least so long.
-    Resume(Duration, IfRunning, Sender<Resumed>),
+    /// To go on.
+    Resume(Wake, Sender<Resumed>),
 }
 
 impl Request {
@@ -52,7 +51,7 @@ impl Request {
         let heard = match self {
             Self::Snapshot(_, sender) => sender.send(Err(error)).is_ok(),
             Self::Rollback(_, sender) | Self::Pause(sender) => sender.send(Err(error)).is_ok(),
-            Self::Resume(_, _, sender) => sender.send(Err(error)).is_ok(),
+            Self::Resume(_, sender) => sender.send(Err(error)).is_ok(),
         };
         if !heard {
             tracing::debug!("nobody waits for the failure of an operation");

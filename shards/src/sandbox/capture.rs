@@ -20,21 +20,26 @@ use mica_numa::io::Ring;
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{
-    COALESCE_GAP, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot, SnapshotManifest,
-    SnapshotStaging, StorageError, Store, coalesce, groups,
+    COALESCE_GAP, LAYERS_MAX, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot,
+    SnapshotManifest, SnapshotStaging, StorageError, Store, coalesce, groups,
 };
 use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
 
 use super::chain;
-use super::memory::{Memory, Place, pages, union};
+use super::memory::{Memory, Place, difference, pages, union};
 use super::ring_file::{Chunk, RingFile};
 
 /// Times a guest is let run while the most is copied. One that writes faster than it is copied is
 /// stopped for what is left then.
 const PRECOPIES_MAX: u32 = 3;
 
+/// Layers of a live guest's memory above which the next capture folds them into one. Background
+/// flattening keeps snapshots shorter; this keeps what lives on.
+const CHAIN_MAX: usize = 12;
+
 const _: () = assert!(PRECOPIES_MAX <= ROUNDS_MAX);
+const _: () = assert!(CHAIN_MAX < LAYERS_MAX);
 
 /// Buffers of one capture that wait for the guest to go on before they are written.
 const HELD_MAX: usize = 16;
@@ -62,8 +67,12 @@ pub(crate) enum CaptureError {
 /// A snapshot in the making.
 #[derive(Debug)]
 pub(crate) struct Capture {
-    staging: Arc<SnapshotStaging>,
+    staging: Staged,
     layer: LayerId,
+    /// What the new layer will lie on.
+    under: Vec<Layer>,
+    /// Frames that are captured whether they changed or not: the chain they were in ends.
+    folded: Vec<FrameRun>,
     writer: Option<PackedWriter<RingFile>>,
     held: Vec<(Vec<FrameRun>, Chunk)>,
     state: Vec<u8>,
@@ -73,6 +82,29 @@ pub(crate) struct Capture {
     round: Vec<FrameRun>,
     precopies: u32,
     allocated: bool,
+}
+
+/// The directory. Thrown away on a blocking thread: that removes files.
+#[derive(Debug)]
+struct Staged(Option<Arc<SnapshotStaging>>);
+
+impl Staged {
+    fn share(&self) -> Result<Arc<SnapshotStaging>, CaptureError> {
+        self.0.clone().ok_or(CaptureError::Shared)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Some(staging) = self.0.take() {
+            rt::spawn(async move {
+                if let Err(error) = rt::blocking(move || drop(staging)).await {
+                    tracing::debug!(%error, "the next start removes a snapshot that was given up");
+                }
+            })
+            .detach();
+        }
+    }
 }
 
 /// How a copy came out.
@@ -105,17 +137,20 @@ impl Capture {
         frames: u32,
     ) -> Result<Self, CaptureError> {
         let store = store.clone();
+        let (under, folded) = fold(layers);
         let make = move || {
             let staging = store.stage_snapshot(&store.new_snapshot_id()?)?;
-            staging.link_layers(&layers)?;
+            staging.link_layers(&under)?;
             let layer = staging.create_layer()?;
-            Ok::<_, StorageError>((staging, layer))
+            Ok::<_, StorageError>((staging, layer, under))
         };
-        let (staging, (layer, file)) = rt::blocking(make).await??;
+        let (staging, (layer, file), under) = rt::blocking(make).await??;
         let file = RingFile::new(Rc::clone(ring), file);
         Ok(Self {
-            staging: Arc::new(staging),
+            staging: Staged(Some(Arc::new(staging))),
             layer,
+            under,
+            folded,
             writer: Some(PackedWriter::new(file, layer, frames)),
             held: Vec::new(),
             state: Vec::new(),
@@ -133,7 +168,10 @@ impl Capture {
         memory: &mut Memory,
     ) -> Result<Copied, CaptureError> {
         let dirty = memory.changed(source.place, true).await?;
-        self.round = coalesce(&dirty, COALESCE_GAP);
+        let dirty = union(&dirty, &std::mem::take(&mut self.folded));
+        // A page that is missing would be waited for, by the one who is to bring it.
+        let gap = if memory.on_demand { 0 } else { COALESCE_GAP };
+        self.round = coalesce(&dirty, gap);
         self.found = union(&self.found, &self.round);
         let too_much = pages(&self.round) > source.budget_pages;
         if too_much && memory.tracked && self.precopies < PRECOPIES_MAX {
@@ -141,10 +179,10 @@ impl Capture {
             return Ok(Copied::TooMuch(self));
         }
         self.state = read_state(source.exchange, source.state_bytes)?;
-        let cloning = source.disk.map(|disk| {
-            let staging = Arc::clone(&self.staging);
-            rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop)))
-        });
+        let staging = self.staging.share()?;
+        let cloning = source
+            .disk
+            .map(|disk| rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop))));
         self.read_pages(source.place).await?;
         if let Some(cloning) = cloning {
             cloning.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??;
@@ -203,18 +241,20 @@ impl Capture {
     /// the new layer, if there is one, and the state.
     pub(crate) async fn commit(
         mut self,
-        describe: impl FnOnce(String, Option<LayerInfo>, Vec<u8>) -> SnapshotManifest,
+        describe: impl FnOnce(String, Vec<LayerInfo>, Vec<u8>) -> SnapshotManifest,
     ) -> Result<Snapshot, CaptureError> {
         self.write_held().await?;
-        let Self { staging, layer, writer, state, found, .. } = self;
+        let Self { mut staging, layer, under, writer, state, found, .. } = self;
         let info = match writer {
             Some(writer) if !found.is_empty() => Some(writer.finish().await?),
             // Nothing was written: the layers below say it all.
             _ => None,
         };
-        let id = staging.id().to_owned();
-        let manifest = describe(id, info, state);
-        let preparing = Arc::clone(&staging);
+        let shared = staging.share()?;
+        let id = shared.id().to_owned();
+        let layers = under.iter().map(|layer| *layer.info()).chain(info).collect();
+        let manifest = describe(id, layers, state);
+        let preparing = Arc::clone(&shared);
         let jobs = rt::blocking(move || {
             if info.is_none() {
                 preparing.remove_layer(layer)?;
@@ -229,9 +269,21 @@ impl Capture {
         for job in jobs {
             synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
         }
-        let staging = Arc::into_inner(staging).ok_or(CaptureError::Shared)?;
-        Ok(rt::blocking(move || staging.commit(manifest, synced)).await??)
+        drop(shared);
+        let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
+        Ok(rt::blocking(move || whole.commit(manifest, synced)).await??)
     }
+}
+
+/// What the next layer lies on. A chain that has grown long ends here: the base stays, and what the
+/// others hold is captured anew.
+fn fold(mut layers: Vec<Layer>) -> (Vec<Layer>, Vec<FrameRun>) {
+    if layers.len() < CHAIN_MAX {
+        return (layers, Vec::new());
+    }
+    let folded = difference(&layers, &layers[..1]);
+    layers.truncate(1);
+    (layers, folded)
 }
 
 /// Makes room for all that was found, once: whether it fits is then known before it is written.

@@ -6,10 +6,13 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
-use mica_storage::{Layer, OpenSnapshot, Piece, RunTable, SnapshotManifest, merge};
+use mica_storage::{
+    Layer, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotKind, SnapshotManifest, merge,
+};
 use mica_units::{FrameRun, frames_of};
 use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
@@ -28,6 +31,7 @@ const SMALL_RUN_PAGES: u32 = 16;
 /// A snapshot, open.
 #[derive(Debug)]
 pub(crate) struct Opened {
+    pub(crate) snapshot: Snapshot,
     pub(crate) manifest: SnapshotManifest,
     pub(crate) layers: Vec<Layer>,
     pub(crate) disk: Option<Arc<File>>,
@@ -35,6 +39,14 @@ pub(crate) struct Opened {
     pub(crate) pieces: Vec<Piece>,
     /// The plan for a shell.
     pub(crate) plan: Vec<u8>,
+    /// What guests of it touch first, where that is known.
+    pub(crate) working_set: Option<Vec<FrameRun>>,
+    /// The node's copy of the base, once it is there.
+    pub(crate) replica: OnceLock<OwnedFd>,
+    /// Whether it was begun to be brought into memory.
+    pub(crate) brought_in: AtomicBool,
+    /// Whether somebody notes its working set.
+    pub(crate) noted: AtomicBool,
 }
 
 impl Opened {
@@ -45,7 +57,19 @@ impl Opened {
         let pieces = pieces_of(&layers, frames_of(manifest.memory));
         let entries = lay_out(&pieces, frames_of(manifest.memory));
         let plan = plan::encode(&entries)?;
-        Ok(Self { manifest, layers, disk, pieces, plan })
+        let working_set = snapshot.working_set();
+        Ok(Self {
+            snapshot,
+            manifest,
+            layers,
+            disk,
+            pieces,
+            plan,
+            working_set,
+            replica: OnceLock::new(),
+            brought_in: AtomicBool::new(false),
+            noted: AtomicBool::new(false),
+        })
     }
 
     /// The shell it needs.
@@ -56,7 +80,17 @@ impl Opened {
 
     /// The layers, as they go beside a restore.
     pub(crate) fn layer_fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.layers.iter().map(|layer| layer.file().as_fd()).collect()
+        let mut fds: Vec<BorrowedFd<'_>> =
+            self.layers.iter().map(|layer| layer.file().as_fd()).collect();
+        if let (Some(base), Some(replica)) = (fds.first_mut(), self.replica.get()) {
+            *base = replica.as_fd();
+        }
+        fds
+    }
+
+    /// Bytes of the files of its memory, a rough measure of what it takes to hold it.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.info().file_bytes).sum()
     }
 }
 
@@ -101,14 +135,22 @@ impl Images {
         Some(image)
     }
 
-    /// Keeps what was found.
+    /// Keeps what was found. What a paused sandbox waits in is started from once.
     pub(crate) fn keep(&self, asked: &str, image: &Arc<Opened>) {
+        if image.manifest.kind == SnapshotKind::Pause {
+            return;
+        }
         let mut images = self.0.borrow_mut();
         images.retain(|(name, _)| name != asked);
         if images.len() >= IMAGES_MAX {
             images.remove(0);
         }
         images.push((asked.to_owned(), Arc::clone(image)));
+    }
+
+    /// Lets a deleted snapshot go: its files take room on the disk as long as they are open.
+    pub(crate) fn forget(&self, id: &str) {
+        self.0.borrow_mut().retain(|(_, image)| image.manifest.id != id);
     }
 }
 

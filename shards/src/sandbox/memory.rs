@@ -46,6 +46,9 @@ pub(crate) struct Memory {
     pub(crate) captured: Vec<FrameRun>,
     /// Whether writes since the last capture can be told.
     pub(crate) tracked: bool,
+    /// Whether pages come when they are touched: then one that is not there must not be read from
+    /// outside.
+    pub(crate) on_demand: bool,
 }
 
 impl Memory {

@@ -9,6 +9,7 @@ mod driver;
 mod image;
 mod link;
 mod memory;
+mod paging;
 mod prepare;
 mod queue;
 mod record;
@@ -25,12 +26,12 @@ use mica_numa::rt::time::Instant;
 use mica_units::SandboxId;
 
 use crate::shell::Held;
-use crate::{CreateRequest, Lifecycle, SandboxInfo, ShardError};
+use crate::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, ShardError};
 
 pub(crate) use asks::Request;
 pub(crate) use capture::read_state;
 pub(crate) use driver::{Start, drive};
-pub(crate) use image::Images;
+pub(crate) use image::{Images, Opened};
 pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
 pub(crate) use memory::Memory;
 pub(crate) use prepare::Workshop;
@@ -68,6 +69,8 @@ pub(crate) struct Sandbox {
     held: RefCell<Option<Rc<Held>>>,
     /// When its time is over.
     deadline: Cell<Instant>,
+    /// What happens then: what was asked for at first, until a resume asks for something else.
+    on_timeout: Cell<OnTimeout>,
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
@@ -87,6 +90,7 @@ impl Sandbox {
             if maker.is_some() { State::Starting(state::Birth::Create) } else { State::Adopting };
         Self {
             id,
+            on_timeout: Cell::new(identity.request.on_timeout),
             identity,
             state: RefCell::new(state),
             queue: Queue::default(),
@@ -107,7 +111,9 @@ impl Sandbox {
 
     /// What it was asked for with, while it runs.
     pub(crate) fn request(&self) -> Option<CreateRequest> {
-        self.info.borrow().as_ref().map(|_| self.identity.request.clone())
+        let request =
+            || CreateRequest { on_timeout: self.on_timeout.get(), ..self.identity.request.clone() };
+        self.info.borrow().as_ref().map(|_| request())
     }
 
     /// The way to its guest, while clients may use it.
@@ -148,6 +154,11 @@ impl Sandbox {
     pub(crate) fn evictable_since(&self) -> Option<Instant> {
         let frozen = matches!(*self.state.borrow(), State::Paused(state::Process::Frozen));
         self.paused_at.get().filter(|_| frozen)
+    }
+
+    /// Ends it as one whose process is lost.
+    pub(crate) fn lose(&self, how: &'static str) {
+        self.queue.push(Event::VmLost(how));
     }
 
     /// Asks it to give its process up.

@@ -77,6 +77,8 @@ pub(crate) struct Record {
     pub(crate) machine_id: String,
     pub(crate) metadata: BTreeMap<String, String>,
     pub(crate) env_vars: BTreeMap<String, String>,
+    /// Whether its pages come when they are touched.
+    pub(crate) on_demand: bool,
     /// The layers its memory lies on, base first; linked in its directory.
     pub(crate) layers: Vec<LayerInfo>,
 }
@@ -166,6 +168,7 @@ mod tests {
             machine_id: "00".repeat(16),
             metadata: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
             env_vars: BTreeMap::new(),
+            on_demand: false,
             layers: Vec::new(),
         }
     }

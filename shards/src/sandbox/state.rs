@@ -311,7 +311,11 @@ fn end(state: State, cause: Cause) -> Stepped {
 /// The daemon stops: what is on disk stays, what runs stays if it may, the rest ends.
 fn drain(state: State, terms: Terms) -> Stepped {
     match state {
-        State::Paused(_) => leave(),
+        // What is being resumed is still on disk; or its record says that it runs, and it does.
+        State::Paused(_)
+        | State::Starting(Birth::Resume)
+        | State::Restoring(Birth::Resume)
+        | State::Initialising(Birth::Resume) => leave(),
         // The next daemon lets a frozen guest go on; only half a rollback it could not mend.
         State::Running | State::Snapshotting(_) | State::Pausing(_) if terms.outlives_daemon => {
             leave()
@@ -332,7 +336,8 @@ fn starting(birth: Birth, event: Event) -> Stepped {
             (State::Paused(Process::None), vec![Effect::AnswerFailure])
         }
         Event::PrepareFailed(cause) => stop(cause),
-        Event::TimeOver => {
+        // A resume is not given up half way: it fails by itself, and then it is paused again.
+        Event::TimeOver if birth != Birth::Resume => {
             (State::Cancelling(Cause::TimedOut(doing(&State::Starting(birth)))), vec![])
         }
         _ => stay(State::Starting(birth)),
@@ -349,6 +354,11 @@ fn coming_up(state: State, event: Event) -> Stepped {
             state @ (State::Restoring(_) | State::Initialising(_)),
             Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell),
         ) => stay(state),
+        // What cannot be resumed now is still on disk, as it was paused.
+        (
+            State::Restoring(Birth::Resume) | State::Initialising(Birth::Resume),
+            Event::InitFailed(_) | Event::VmLost(_) | Event::Vm(_) | Event::TimeOver,
+        ) => (State::Paused(Process::Ending), vec![Effect::AnswerFailure, Effect::EndProcess]),
         (state, Event::InitFailed(why)) => {
             end(state, Cause::Failed(format!("the agent's start: {why}")))
         }

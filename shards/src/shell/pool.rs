@@ -180,7 +180,8 @@ impl Pool {
             let layout = wait_built(&mut events).await?;
             Ok((layout, events))
         };
-        let built = time::timeout(BUILD_DEADLINE, build).await;
+        let patience = BUILD_DEADLINE.min(self.launcher.config.boot_deadline);
+        let built = time::timeout(patience, build).await;
         let built = built.unwrap_or_else(|_| Err("it took too long".to_owned()));
         let Launched { name, uid, process, control, console, exchange, .. } = launched;
         match built {

@@ -49,15 +49,15 @@ pub(crate) struct VmProcess {
 
 impl VmProcess {
     /// Takes hold of a process by its number, which must not have been reaped yet or must be known
-    /// to be the one meant.
-    pub(crate) fn open(pid: Pid, stderr: Option<ChildStderr>) -> Result<Self, OpenError> {
+    /// to be the one meant. Its standard error is taken only when that works.
+    pub(crate) fn open(pid: Pid, stderr: &mut Option<ChildStderr>) -> Result<Self, OpenError> {
         let process = Process::open(pid)?;
         let pagemap = process.pagemap()?;
         let start_ticks = start_ticks(pid)?;
-        if let Some(pipe) = &stderr {
-            rustix::io::ioctl_fionbio(pipe, true)?;
+        if let Some(pipe) = stderr {
+            rustix::io::ioctl_fionbio(&*pipe, true)?;
         }
-        Ok(Self { process, start_ticks, pagemap, stderr: RefCell::new(stderr) })
+        Ok(Self { process, start_ticks, pagemap, stderr: RefCell::new(stderr.take()) })
     }
 
     /// Its number on this host.
@@ -122,13 +122,15 @@ impl VmProcess {
 
     /// What it wrote to its standard error, as harmless text; reads once, does not wait.
     pub(crate) fn complaint(&self) -> String {
-        let mut bytes = [0u8; STDERR_BYTES_MAX];
-        let length = match &mut *self.stderr.borrow_mut() {
-            Some(pipe) => pipe.read(&mut bytes).unwrap_or(0),
-            None => 0,
-        };
-        console::sanitise(&bytes[..length]).trim().to_owned()
+        self.stderr.borrow_mut().as_mut().map(last_words).unwrap_or_default()
     }
+}
+
+/// The first that waits in a pipe that does not block, as harmless text.
+pub(super) fn last_words(pipe: &mut ChildStderr) -> String {
+    let mut bytes = [0u8; STDERR_BYTES_MAX];
+    let length = pipe.read(&mut bytes).unwrap_or(0);
+    console::sanitise(&bytes[..length]).trim().to_owned()
 }
 
 /// Field 22 of `/proc/PID/stat` (`proc_pid_stat(5)`). The second may hold anything, so what counts

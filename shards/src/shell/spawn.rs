@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
 use rustix::process::Pid;
 
+use super::process::last_words;
 use super::{Size, VmProcess};
 use crate::HostConfig;
 use crate::cgroup::{CgroupError, Cgroups};
@@ -27,9 +28,11 @@ const SPAWN_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A step of making a VM process that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{step}")]
+#[error("{step}{said}")]
 pub(crate) struct SpawnError {
     step: String,
+    /// What the process wrote about it, if anything.
+    said: String,
     #[source]
     source: Box<dyn std::error::Error + Send + Sync>,
 }
@@ -39,7 +42,7 @@ where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let step = step.into();
-    move |source| SpawnError { step, source: source.into() }
+    move |source| SpawnError { step, said: String::new(), source: source.into() }
 }
 
 /// A VM process on its way to being a shell.
@@ -136,11 +139,11 @@ impl Launcher {
         let mut child = command.spawn().map_err(step(format!("starting {program}")))?;
         // Our copy of the other end must go, or its closing would never be seen.
         drop(command);
-        let adopted = self.adopt(name, &mut child, near);
-        if adopted.is_err() {
-            self.give_up(name, &mut child);
-        }
-        adopted
+        self.adopt(name, &mut child, near).map_err(|error| {
+            let words = self.give_up(name, &mut child);
+            let said = if words.is_empty() { words } else { format!(" (it wrote: {words})") };
+            SpawnError { said, ..error }
+        })
     }
 
     /// The first process puts its child into a pid namespace, says the child's number, and ends.
@@ -153,13 +156,14 @@ impl Launcher {
     ) -> Result<VmProcess, SpawnError> {
         let moving = || step("moving it into its cgroup");
         self.cgroups.add(name, child.id()).map_err(moving())?;
-        let number = spawned_pid(near).map_err(step("waiting for its first word"))?;
+        let patience = SPAWN_DEADLINE.min(self.config.boot_deadline);
+        let number = spawned_pid(near, patience).map_err(step("waiting for its first word"))?;
         if number != child.id() {
             self.cgroups.add(name, number).map_err(moving())?;
         }
         let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
         let pid = pid.ok_or(rustix::io::Errno::SRCH).map_err(step("watching its process"))?;
-        let process = VmProcess::open(pid, child.stderr.take());
+        let process = VmProcess::open(pid, &mut child.stderr);
         let process = process.map_err(step("watching its process"))?;
         if number != child.id() {
             child.wait().map_err(step("reaping the process that started it"))?;
@@ -167,7 +171,8 @@ impl Launcher {
         Ok(process)
     }
 
-    fn give_up(&self, name: &SandboxId, child: &mut Child) {
+    /// Ends what did not start. What it wrote to its standard error.
+    fn give_up(&self, name: &SandboxId, child: &mut Child) -> String {
         // Killed first, so the wait is short.
         if let Err(error) = child.kill().and_then(|()| child.wait()) {
             tracing::error!(%name, %error, "cannot reap a VM process");
@@ -175,6 +180,9 @@ impl Launcher {
         if let Err(error) = self.take_back(name) {
             tracing::error!(%name, %error, "a VM process that did not start left its cgroup");
         }
+        // Without waiting: something that it started may hold the other end.
+        let quiet = |pipe: &ChildStderr| rustix::io::ioctl_fionbio(pipe, true).is_ok();
+        child.stderr.take().filter(quiet).as_mut().map(last_words).unwrap_or_default()
     }
 
     /// Kills what is left in the control group, and removes it. Blocks.
@@ -184,9 +192,9 @@ impl Launcher {
     }
 }
 
-fn spawned_pid(near: &ControlSocket) -> io::Result<u32> {
+fn spawned_pid(near: &ControlSocket, patience: Duration) -> io::Result<u32> {
     let mut fds = [PollFd::new(near, PollFlags::IN)];
-    let patience = Timespec::try_from(SPAWN_DEADLINE).map_err(io::Error::other)?;
+    let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
     if rustix::io::retry_on_intr(|| poll(&mut fds, Some(&patience)))? == 0 {
         return Err(io::ErrorKind::TimedOut.into());
     }

@@ -67,10 +67,18 @@ fn apply(names: &mut BTreeMap<String, Node>, naming: &Naming) {
     }
 }
 
+/// `Vec::resize`, which is slow without optimisation.
+fn set_len(content: &mut Vec<u8>, len: usize) {
+    let kept = content.len().min(len);
+    let mut other = vec![0; len];
+    other[..kept].copy_from_slice(&content[..kept]);
+    *content = other;
+}
+
 impl Content {
     fn keep(content: &mut Vec<u8>, change: &Change) {
         match change {
-            Change::Len(len) => content.resize(*len, 0),
+            Change::Len(len) => set_len(content, *len),
             Change::Bytes(at, bytes) => Self::put(content, *at, bytes),
         }
     }
@@ -78,7 +86,7 @@ impl Content {
     fn put(content: &mut Vec<u8>, at: usize, bytes: &[u8]) {
         let end = at + bytes.len();
         if content.len() < end {
-            content.resize(end, 0);
+            set_len(content, end);
         }
         content[at..end].copy_from_slice(bytes);
     }

@@ -264,7 +264,7 @@ impl SnapshotStaging {
         rustix::fs::flock(&this._lock, FlockOperation::Unlock).unwrap();
     }
 
-    fn layer_path(&self, id: LayerId) -> PathBuf {
+    pub(crate) fn layer_path(&self, id: LayerId) -> PathBuf {
         self.dir.join(id.file_name())
     }
 }

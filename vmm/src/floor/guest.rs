@@ -42,11 +42,7 @@ impl Guest {
     ///
     /// # Errors
     /// See [`FloorError`].
-    pub fn shell(
-        kvm: OwnedFd,
-        memory: Mebibytes,
-        vcpus: VcpuCount,
-    ) -> Result<Self, FloorError> {
+    pub fn shell(kvm: OwnedFd, memory: Mebibytes, vcpus: VcpuCount) -> Result<Self, FloorError> {
         let memory = Memory::reserve(memory)?;
         let machine = Machine::new(kvm, memory.guest(), vcpus)?;
         let events = connect(&machine)?;

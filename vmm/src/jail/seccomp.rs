@@ -6,8 +6,9 @@
 //!
 //! | kind | when | what beyond memory and locks |
 //! |---|---|---|
-//! | Setup | from the jail to the start of the guest | KVM set-up, rings, threads, images |
-//! | Control | the first thread, from the start of the guest on | frames, poll, kicks, mapping layers, chips and clock |
+//! | Setup | from the jail to the finished shell | KVM set-up, rings, threads |
+//! | Control | the first thread, from then on | frames, poll, kicks, images, mapping layers, chips and clock |
+//! | [`Doors`] | the first thread, once there is a guest | the same without what only gives it its disk |
 //! | Vcpu | as soon as there are vCPUs | `KVM_RUN`, state of vCPUs, events, closing sockets |
 //! | Devices | as soon as there are devices | epoll, the disk ring, sockets already open |
 
@@ -24,7 +25,7 @@ use seccompiler::{
 pub enum ThreadKind {
     /// The only thread, while it builds the VM.
     Setup,
-    /// The first thread, once the VM runs.
+    /// The first thread, once the VM is built.
     Control,
     /// A vCPU's thread.
     Vcpu,
@@ -64,6 +65,44 @@ pub fn install(kind: ThreadKind) -> Result<(), SeccompError> {
     let program = compile(kind).map_err(|error| SeccompError::Compile(kind.name(), error))?;
     apply_filter(&program).map_err(|error| SeccompError::Install(kind.name(), error))
 }
+
+/// What the control thread may do until its guest is there, and never again: register the disk with its
+/// ring, limit the size of files to it, look for places in images. Compiled ahead, because somebody waits
+/// for the sandbox when it is installed, and short for the same reason: it only takes away.
+#[derive(Debug)]
+pub struct Doors(BpfProgram);
+
+impl Doors {
+    /// The filter that shuts them.
+    ///
+    /// # Errors
+    /// When there is a mistake in the list.
+    pub fn open() -> Result<Self, SeccompError> {
+        let rules = DOORS.iter().map(|call| (*call, Vec::new())).collect();
+        let taken = (SeccompAction::Allow, SeccompAction::KillProcess);
+        let program = SeccompFilter::new(rules, taken.0, taken.1, TargetArch::x86_64)
+            .and_then(TryInto::try_into)
+            .map_err(|error| SeccompError::Compile("doors", error))?;
+        Ok(Self(program))
+    }
+
+    /// Shuts them, for the current thread and for good.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn shut(self) -> Result<(), SeccompError> {
+        apply_filter(&self.0).map_err(|error| SeccompError::Install("doors", error))
+    }
+}
+
+/// See [`Doors`]. The last two install it.
+const DOORS: &[c_long] = &[
+    libc::SYS_io_uring_register,
+    libc::SYS_lseek,
+    libc::SYS_prlimit64,
+    libc::SYS_prctl,
+    libc::SYS_seccomp,
+];
 
 /// Memory, locks, signals and the end of a thread: what the runtime does by itself.
 const RUNTIME: &[c_long] = &[
@@ -111,17 +150,30 @@ const SETUP: &[c_long] = &[
     libc::SYS_statx,
 ];
 
-/// A rollback looks at layers, maps them and copies from them, and closes streams of the time before.
+/// A boot reads images; a restore looks at layers, maps them and copies from them, and a rollback also
+/// closes streams of the time before.
 const CONTROL: &[c_long] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_fstat,
+    libc::SYS_lseek,
     libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_recvmsg,
+    libc::SYS_seccomp,
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
+    libc::SYS_statx,
     libc::SYS_tgkill,
+];
+
+/// What is registered with the disk's ring when its file comes. The last of them also closes the ring to
+/// every registration that could follow: see `ring.rs`.
+const RING_REGISTRATIONS: [u32; 3] = [
+    2,  // IORING_REGISTER_FILES
+    11, // IORING_REGISTER_RESTRICTIONS
+    12, // IORING_REGISTER_ENABLE_RINGS
 ];
 
 /// A guest that resets its vsock device closes the streams on the vCPU thread that wrote the register;
@@ -247,12 +299,23 @@ fn rules(kind: ThreadKind) -> Compiled<Rules> {
     let fcntls = fcntls.into_iter().map(|op| argument(1, SeccompCmpOp::Eq, op.cast_unsigned()));
     rules.insert(libc::SYS_fcntl, fcntls.collect::<Compiled<_>>()?);
     rules.insert(libc::SYS_mmap, vec![never_executable()?]);
+    if kind == ThreadKind::Control {
+        let registrations = RING_REGISTRATIONS.map(|op| argument(1, SeccompCmpOp::Eq, op));
+        let registrations = registrations.into_iter().collect::<Compiled<_>>()?;
+        rules.insert(libc::SYS_io_uring_register, registrations);
+        let files = argument(1, SeccompCmpOp::Eq, libc::RLIMIT_FSIZE)?;
+        rules.insert(libc::SYS_prlimit64, vec![files]);
+    }
+    // What the next filter needs, and names of threads.
+    let mut options = vec![libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_SECCOMP];
     if kind == ThreadKind::Setup {
         rules.insert(libc::SYS_mprotect, vec![never_executable()?]);
-        // Names of threads, and what the filter itself needs.
-        let options = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_SECCOMP];
-        let named = options.map(|option| argument(0, SeccompCmpOp::Eq, option.cast_unsigned()));
-        rules.insert(libc::SYS_prctl, named.into_iter().collect::<Compiled<_>>()?);
+        options.push(libc::PR_SET_NAME);
+    }
+    if matches!(kind, ThreadKind::Setup | ThreadKind::Control) {
+        let named = options.into_iter();
+        let named = named.map(|option| argument(0, SeccompCmpOp::Eq, option.cast_unsigned()));
+        rules.insert(libc::SYS_prctl, named.collect::<Compiled<_>>()?);
     }
     Ok(rules)
 }
@@ -284,6 +347,13 @@ mod tests {
         for kind in ALL {
             assert!(!compile(kind).unwrap().is_empty(), "{kind:?}");
         }
+    }
+
+    #[test]
+    fn the_doors_are_among_what_control_may_do() {
+        let control = rules(ThreadKind::Control).unwrap();
+        assert!(DOORS.iter().all(|call| control.contains_key(call)));
+        assert!(!Doors::open().unwrap().0.is_empty());
     }
 
     #[test]

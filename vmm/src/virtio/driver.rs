@@ -27,6 +27,7 @@ pub(super) struct Driver {
 }
 
 /// The driver's view of one queue.
+#[derive(Clone)]
 pub(super) struct Ring {
     pub(super) size: u16,
     pub(super) base: u64,

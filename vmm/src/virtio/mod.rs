@@ -39,6 +39,8 @@ mod mmio;
 mod mmio_tests;
 mod queue;
 mod rng;
+#[cfg(test)]
+mod saved_tests;
 mod vsock;
 
 use std::fmt;

@@ -26,7 +26,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use mica_wire::vm::{ControlSocket, Ending, Event, SocketError};
+use mica_wire::vm::{Command, ControlSocket, Ending, Event, SocketError};
 
 use machine::Machine;
 
@@ -42,12 +42,35 @@ struct Args {
     /// Given by the daemon; ignored.
     #[arg(long)]
     netns: Option<i32>,
+    /// Never answer this command: what a VM process that hangs looks like.
+    #[arg(long, value_name = "COMMAND")]
+    hang: Option<Hang>,
     /// Be the agent, instead of running mica-guest.
     #[arg(long)]
     builtin_agent: bool,
     /// The mica-guest executable. Default: beside this one.
     #[arg(long, env = "MICA_GUEST")]
     guest: Option<PathBuf>,
+}
+
+/// Where to hang.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Hang {
+    Build,
+    Restore,
+    Freeze,
+    Thaw,
+}
+
+impl Hang {
+    fn is_at(self, command: &Command) -> bool {
+        match self {
+            Self::Build => matches!(command, Command::Build(_)),
+            Self::Restore => matches!(command, Command::Restore(_)),
+            Self::Freeze => matches!(command, Command::Freeze { .. }),
+            Self::Thaw => matches!(command, Command::Thaw),
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -77,7 +100,7 @@ fn serve(socket: &ControlSocket, args: Args) -> Result<Ending> {
     // It puts itself into no namespace, so its number is everyone's.
     socket.send_event(&Event::Spawned { pid: std::process::id() })?;
     socket.send_event(&Event::Jailed)?;
-    let mut machine = Machine::new((!args.builtin_agent).then_some(args.guest));
+    let mut machine = Machine::new((!args.builtin_agent).then_some(args.guest.clone()));
     let ending = loop {
         let (command, fds) = match socket.receive_command() {
             Ok(received) => received,
@@ -85,6 +108,9 @@ fn serve(socket: &ControlSocket, args: Args) -> Result<Ending> {
             Err(SocketError::Closed) => break Ending::Asked,
             Err(error) => return Err(error).context("the control socket failed"),
         };
+        if args.hang.is_some_and(|hang| hang.is_at(&command)) {
+            continue;
+        }
         let said = machine.obey(command, fds);
         let (events, ending) = said.context("a command was not carried out")?;
         for event in &events {

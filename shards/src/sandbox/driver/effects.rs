@@ -14,19 +14,15 @@ use mica_wire::guest::{ControlRequest, InitRequest};
 use mica_wire::vm::{Command, FdRole, RestoreConfig};
 
 use super::super::capture::{Capture, Source};
-use super::super::link;
-use super::super::memory::Place;
-use super::super::rollback;
+use super::super::memory::{Memory, Place};
 use super::super::state::{Birth, Cause, Effect, Event, State};
-use super::super::{Request, chain, from_now};
+use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::super::{link, paging, rollback};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver};
 use crate::shard::random;
 use crate::shell::Held;
-use crate::{Lifecycle, SandboxInfo, ShardError, console};
-
-/// Between two tries to find room on the blocking threads.
-const BLOCKING_RETRY: Duration = Duration::from_millis(50);
+use crate::{Lifecycle, ShardError, upkeep, warmth};
 
 /// Tries to reach an agent whose old connections are being reset, and the time between them.
 const AGENT_TRIES: u32 = 20;
@@ -80,6 +76,7 @@ impl Driver {
                 Err(cause) => return Done::Prepared(Err(cause)),
             };
             shard.images.keep(&asked, &found.image);
+            warmth::bring_in(&shard, &found.image);
             // It may have waited longer than its client did.
             if sandbox.is_ending() {
                 return Done::Prepared(Err(Cause::Killed));
@@ -111,7 +108,7 @@ impl Driver {
                 self.restore(&image, &back.plan, false).await
             }
             None => match self.image.clone() {
-                Some(image) => self.restore(&image, &image.plan, true).await,
+                Some(image) => self.restore_image(&image).await,
                 None => Err("there is nothing to restore".to_owned()),
             },
         };
@@ -119,6 +116,37 @@ impl Driver {
             tracing::warn!(id = %self.sandbox.id, error, "a restore was not sent");
             self.caused.push_back(Event::VmLost("its state could not be handed over"));
         }
+    }
+
+    /// Restores all of an image: mapped, or on demand where it is too large for that.
+    async fn restore_image(&mut self, image: &std::sync::Arc<super::Opened>) -> Result<(), String> {
+        let held = self.held().ok_or("it has no process")?;
+        let on_demand = self.shard.workshop.config.is_on_demand(image.file_bytes());
+        if !on_demand || held.layout.userfault_fd.is_none() {
+            return self.restore(image, &image.plan, true).await;
+        }
+        self.page(&held, &image.layers, &image.pieces, image.working_set.clone())?;
+        self.restore(image, &[], true).await
+    }
+
+    /// Begins to bring pages in when they are touched.
+    pub(super) fn page(
+        &mut self,
+        held: &Held,
+        layers: &[mica_storage::Layer],
+        pieces: &[mica_storage::Piece],
+        first: Option<Vec<mica_units::FrameRun>>,
+    ) -> Result<(), String> {
+        let sandbox = Rc::clone(&self.sandbox);
+        let failed = move || sandbox.lose("its memory cannot be read any more");
+        let (ring, first) = (&self.shard.ring, first.unwrap_or_default());
+        let paging = paging::begin(held, ring, self.frames(), layers, pieces, first, failed);
+        self.paging = Some(paging.map_err(|error| format!("its memory on demand: {error}"))?);
+        // Pages come protected, so that what is written shows from the start; nothing is mapped.
+        self.memory.tracked = true;
+        self.memory.on_demand = true;
+        self.memory.mapped = None;
+        Ok(())
     }
 
     async fn restore(
@@ -158,6 +186,10 @@ impl Driver {
         let new_sandbox =
             matches!(*self.sandbox.state.borrow(), State::Initialising(Birth::Create));
         let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        if new_sandbox {
+            let now = SystemTime::now();
+            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+        }
         let record = self.record_bytes();
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let request = ControlRequest::Init(self.init_request(new_sandbox));
@@ -199,9 +231,11 @@ impl Driver {
         if let Some(version) = self.envd_version.take() {
             shape.envd_version = version;
         }
-        let (deadline, end_at) = from_now(self.sandbox.identity.request.timeout);
-        let info = SandboxInfo { end_at, ..self.info_of(&shape) };
-        self.sandbox.deadline.set(deadline);
+        let mut info = self.info_of(&shape);
+        if let Some((started_at, end_at)) = self.born {
+            (info.started_at, info.end_at) = (started_at, end_at);
+        }
+        self.sandbox.deadline.set(from_now(self.sandbox.identity.request.timeout).0);
         *self.sandbox.info.borrow_mut() = Some(info.clone());
         self.shard.count_spawn(&shape.template_id, info.started_at);
         self.shape = Some(shape);
@@ -223,10 +257,10 @@ impl Driver {
             let begin = async move { Capture::begin(&store, &ring, layers, frames).await };
             self.capture = Some(Begun::Beginning(rt::spawn(begin)));
         }
-        self.command(&Command::Freeze { track: true }, &[]).await;
+        self.command(&Command::Freeze { track: false }, &[]).await;
     }
 
-    fn frames(&self) -> u32 {
+    pub(super) fn frames(&self) -> u32 {
         self.shape.as_ref().map_or(0, |shape| mica_units::frames_of(shape.memory))
     }
 
@@ -245,6 +279,7 @@ impl Driver {
             };
             let copied = match (capture, place(&held, frames)) {
                 (Ok(capture), Some(place)) => {
+                    track(&held, frames, &mut memory);
                     let exchange = &held.exchange;
                     let source = Source { place, exchange, state_bytes, disk, budget_pages };
                     capture.copy(source, &mut memory).await
@@ -301,9 +336,11 @@ impl Driver {
                     Ok(Box::new((manifest, layers)))
                 };
                 let finished = rt::blocking(finish).await.map_err(|_| ShardError::Busy)?;
-                finished.map_err(|error| {
+                let made = finished.map_err(|error| {
                     capture_error(&super::CaptureError::Storage(error), operation, id)
-                })
+                })?;
+                upkeep::look_at(&shard, &made.0.id, &made.1);
+                Ok(made)
             };
             Done::Committed(committed.await)
         }));
@@ -331,117 +368,17 @@ impl Driver {
             Done::Replaced(memory, back)
         }));
     }
+}
 
-    fn end_process(&mut self) {
-        self.events = None;
-        let held = self.sandbox.held.borrow_mut().take();
-        let pool = Rc::clone(&self.shard.pool);
-        self.work = Some(Box::pin(async move {
-            if let Some(held) = held {
-                pool.end(&held).await;
-            }
-            Done::ProcessEnded
-        }));
+/// Sees to it that writes can be told, where the kernel can do that. What was mapped since the last
+/// time has to be registered again.
+fn track(held: &Held, frames: u32, memory: &mut Memory) {
+    let registered = paging::track(held, frames);
+    if let Err(error) = &registered {
+        tracing::debug!(%error, "writes are not told apart");
     }
-
-    fn clean_up(&mut self) {
-        *self.sandbox.info.borrow_mut() = None;
-        let held = self.sandbox.held.borrow_mut().take();
-        if let Some(held) = &held {
-            let bytes = self.shard.workshop.config.console_bytes;
-            self.console_tail = console::tail(&held.console, bytes).unwrap_or_else(|error| {
-                tracing::warn!(id = %self.sandbox.id, %error, "cannot read a console");
-                String::new()
-            });
-            self.complaint = held.process.complaint();
-        }
-        self.events = None;
-        self.capture = None;
-        self.work = Some(self.take_back(held));
-    }
-
-    fn take_back(&self, held: Option<Rc<Held>>) -> super::Work {
-        let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
-        let (id, paused_in) = (self.sandbox.id, self.paused_in.clone());
-        Box::pin(async move {
-            let mut safe = true;
-            if let Some(held) = held {
-                safe = pool.end(&held).await;
-            }
-            loop {
-                let (workshop, paused_in) = (workshop.clone(), paused_in.clone());
-                let taken = rt::blocking(move || workshop.take_back(&id, paused_in.as_deref()));
-                match taken.await {
-                    // It must be done, whatever else waits.
-                    Err(BlockingError::Full) => time::sleep(BLOCKING_RETRY).await,
-                    Err(error) => {
-                        tracing::error!(%id, %error, "cannot take back a sandbox");
-                        safe = false;
-                        break;
-                    }
-                    Ok(Err(error)) => {
-                        let error = chain(&error);
-                        tracing::error!(%id, error, "files of a sandbox stay until the next start");
-                        safe = false;
-                        break;
-                    }
-                    Ok(Ok(())) => break,
-                }
-            }
-            Done::TakenBack { safe }
-        })
-    }
-
-    fn bury(&mut self) {
-        let cause = match &*self.sandbox.state.borrow() {
-            State::Gone(cause) => cause.clone(),
-            other => Cause::Failed(format!("buried while {other:?}")),
-        };
-        tracing::info!(id = %self.sandbox.id, ?cause, safe = self.safe, "sandbox is gone");
-        self.shard.forget(&self.sandbox);
-        if let Some(request) = self.request.take() {
-            request.fail(ShardError::NoSuchSandbox(self.sandbox.id));
-        }
-        for request in self.sandbox.queue.take_requests() {
-            request.fail(ShardError::NoSuchSandbox(self.sandbox.id));
-        }
-        if let Some(maker) = self.sandbox.maker.borrow_mut().take() {
-            // Who made it may be gone; there is nothing left to take back then.
-            if maker.send(Err(self.error(cause))).is_err() {
-                tracing::debug!(id = %self.sandbox.id, "nobody waits for this failure");
-            }
-        }
-        let mourners = std::mem::take(&mut *self.sandbox.mourners.borrow_mut());
-        for mourner in mourners {
-            if mourner.send(()).is_err() {
-                tracing::trace!(id = %self.sandbox.id, "nobody waits for this end");
-            }
-        }
-    }
-
-    /// Why there is no sandbox, for who asked for one.
-    pub(super) fn error(&self, cause: Cause) -> ShardError {
-        let template = || self.sandbox.identity.request.template.clone();
-        let console_tail = self.console_tail.clone();
-        let mut reason = match cause {
-            Cause::Killed => return ShardError::KilledDuringCreate(self.sandbox.id),
-            Cause::Draining => return ShardError::ShuttingDown,
-            Cause::Busy => return ShardError::Busy,
-            Cause::NoSuchTemplate => return ShardError::NoSuchTemplate(template()),
-            Cause::NotWarm => return ShardError::TemplateNotWarm(template()),
-            Cause::NoSpace => return ShardError::NoSpace,
-            Cause::TimedOut(step) => {
-                let deadline = self.shard.workshop.config.boot_deadline;
-                return ShardError::BootTimedOut { step, deadline, console_tail };
-            }
-            Cause::Expired => "its time was over".to_owned(),
-            Cause::Failed(why) | Cause::Ended(why) => why,
-        };
-        if !self.complaint.is_empty() {
-            reason = format!("{reason}; the VM process wrote: {}", self.complaint);
-        }
-        ShardError::BootFailed { reason, console_tail }
-    }
+    // A guest on demand was registered when it began, and more than this.
+    memory.tracked = registered.is_ok() || (memory.tracked && memory.on_demand);
 }
 
 fn place(held: &Held, frames: u32) -> Option<Place<'_>> {

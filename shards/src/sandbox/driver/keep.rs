@@ -11,10 +11,11 @@ use mica_storage::{LayerInfo, ReadyWhen, SnapshotKind, SnapshotManifest};
 use mica_units::{Mebibytes, TemplateName, VcpuCount};
 use mica_wire::vm::{self, Command};
 
+use super::super::image::pieces_of;
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
 use super::super::state::Event;
-use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::super::{Request, chain, from_now, paging};
 use super::Driver;
 use crate::host::snapshot_info;
 use crate::shell::Held;
@@ -70,16 +71,16 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// With its id, the new layer, if there is one, and the state.
+    /// With its id, its layers and the state.
     pub(super) fn finish(
         self,
         id: String,
-        layer: Option<LayerInfo>,
+        layers: Vec<LayerInfo>,
         state: Vec<u8>,
     ) -> SnapshotManifest {
         let mut manifest = self.manifest;
         manifest.id = id;
-        manifest.layers.extend(layer);
+        manifest.layers = layers;
         manifest.state = state;
         manifest
     }
@@ -114,7 +115,7 @@ impl Driver {
             memory: shape.memory,
             envd_version: shape.envd_version,
             ready: if shape.has_agent { ReadyWhen::Agent } else { ReadyWhen::Console },
-            layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
+            layers: Vec::new(),
             disk_bytes: shape.disk_bytes,
             state: Vec::new(),
             record: Vec::new(),
@@ -128,8 +129,7 @@ impl Driver {
         let request = &identity.request;
         let now = SystemTime::now();
         let times = self.sandbox.info.borrow().as_ref().map(|info| (info.started_at, info.end_at));
-        let (started_at, end_at) =
-            times.unwrap_or_else(|| (now, now + request.timeout.min(LIFE_MAX)));
+        let (started_at, end_at) = times.or(self.born).unwrap_or((now, now));
         Ok(Record {
             state,
             process: self.held().as_deref().map(recorded),
@@ -144,12 +144,13 @@ impl Driver {
             started_unix_ms: unix_ms(started_at),
             end_unix_ms: unix_ms(end_at),
             timeout_ms: u64::try_from(request.timeout.as_millis()).unwrap_or(u64::MAX),
-            pause_at_end: request.on_timeout == OnTimeout::Pause,
+            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             secure: request.secure,
             access_token: identity.access_token.clone(),
             machine_id: identity.machine_id.clone(),
             metadata: request.metadata.clone(),
             env_vars: request.env_vars.clone(),
+            on_demand: self.memory.on_demand,
             layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
         })
     }
@@ -229,8 +230,22 @@ impl Driver {
                 self.caused.push_back(Event::VmLost("it could not be taken over"));
             }
         }
+        if self.memory.on_demand
+            && let Err(error) = self.page_again(&held)
+        {
+            tracing::error!(%id, error, "the memory of a sandbox cannot be brought in");
+            self.caused.push_back(Event::VmLost("its memory cannot be brought in"));
+        }
         self.hold(held);
         self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
+    }
+
+    /// Goes on with memory on demand where a daemon before this one stopped.
+    fn page_again(&mut self, held: &Held) -> Result<(), String> {
+        let layers = self.memory.layers.clone();
+        let pieces = pieces_of(&layers, self.frames());
+        self.page(held, &layers, &pieces, None)?;
+        paging::wake(held, self.frames()).map_err(|error| error.to_string())
     }
 
     /// Writes the record again where it matters: the end of its time was moved.
@@ -278,8 +293,11 @@ impl Driver {
             })
             .detach();
         }
-        let Some(Request::Resume(life, _, sender)) = self.request.take() else { return };
-        self.sandbox.set_life(life);
+        let Some(Request::Resume(wake, sender)) = self.request.take() else { return };
+        self.sandbox.set_life(wake.life);
+        if let Some(on_timeout) = wake.on_timeout {
+            self.sandbox.on_timeout.set(on_timeout);
+        }
         let info = self.sandbox.info().map(Box::new);
         let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
         if sender.send(info.map(|info| (info, true))).is_err() {

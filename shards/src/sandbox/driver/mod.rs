@@ -4,6 +4,7 @@
 //! decide: what follows from what is in `state`.
 
 mod effects;
+mod ending;
 mod keep;
 mod work;
 
@@ -12,6 +13,7 @@ use std::fs::File;
 use std::future::pending;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_lite::FutureExt;
 use mica_numa::rt::time::{self, Instant};
@@ -21,10 +23,12 @@ use super::capture::{Capture, CaptureError};
 use super::image::Opened;
 use super::link::Events;
 use super::memory::Memory;
+use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
 use super::state::{Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
+use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
 use crate::shell::Held;
 use crate::{OnTimeout, ShardError};
@@ -56,9 +60,13 @@ struct Driver {
     /// When the step at hand has taken too long.
     step_deadline: Instant,
     shape: Option<keep::Shape>,
+    /// When it came up, and when its time is over: as its record has them.
+    born: Option<(SystemTime, SystemTime)>,
     image: Option<Arc<Opened>>,
     disk: Option<Arc<File>>,
     memory: Memory,
+    /// Brings its pages in when they are touched, where they are not mapped.
+    paging: Option<Paging>,
     /// The operation at hand, and who waits for it.
     request: Option<Request>,
     /// Why it failed, until it is answered.
@@ -132,9 +140,11 @@ impl Driver {
             caused: VecDeque::new(),
             step_deadline,
             shape: None,
+            born: None,
             image: None,
             disk: None,
             memory: Memory::default(),
+            paging: None,
             request: None,
             failure: None,
             capture: None,
@@ -180,7 +190,7 @@ impl Driver {
 
     fn terms(&self) -> Terms {
         Terms {
-            pause_at_end: self.sandbox.identity.request.on_timeout == OnTimeout::Pause,
+            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             outlives_daemon: self.shard.workshop.config.keep_sandboxes,
         }
     }
@@ -199,9 +209,8 @@ impl Driver {
         let heard = self.hear().await;
         match heard {
             Heard::Event(event) => {
-                if let Event::Vm(vm::Event::Frozen { state_bytes, tracked }) = event {
+                if let Event::Vm(vm::Event::Frozen { state_bytes, .. }) = event {
                     self.state_bytes = state_bytes;
-                    self.memory.tracked = tracked;
                 }
                 Some((event, None))
             }
@@ -270,7 +279,7 @@ impl Driver {
             (None, request) => self.request = Some(request),
             (
                 Some(Refusal::AlreadyRunning),
-                Request::Resume(life, crate::event::IfRunning::Extend, sender),
+                Request::Resume(Wake { life, if_running: IfRunning::Extend, .. }, sender),
             ) => {
                 let info = self.sandbox.extend_life(life).map(Box::new);
                 let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));

@@ -70,6 +70,9 @@ impl Driver {
             }
             Done::Initialised(Ok(envd_version)) => {
                 self.envd_version = envd_version;
+                if let (Some(image), Some(held)) = (&self.image, self.held()) {
+                    crate::warmth::note_working_set(&self.shard, image, &held);
+                }
                 Event::InitDone
             }
             Done::Initialised(Err(why)) => Event::InitFailed(why),

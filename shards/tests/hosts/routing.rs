@@ -1,22 +1,18 @@
 //! Requests that cross from one shard to another, and what a full mailbox means: an answer at once,
 //! and nothing lost of what was taken.
 //!
-//! Run by `cargo test`. For the full mailbox, one shard's thread is held while the other
-//! sends.
-
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod common;
+//! For the full mailbox, one shard's thread is held while the other sends.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{Bench, request, two_seats};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::StopSignal;
 use mica_shards::{Host, ShardError, rt, run};
-use mica_units::{GuestPort, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId};
+use mica_units::{SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId};
+
+use crate::common::{Bench, port, request, two_seats};
 
 /// More than a mailbox holds.
 const REQUESTS: usize = 1500;
@@ -62,7 +58,7 @@ fn a_full_mailbox_is_an_answer() {
     let (held, is_held): (Sender<()>, Receiver<()>) = channel();
     let ends = Arc::new(Mutex::new((Some((release, is_held)), Some((held, released)))));
     let stop = StopSignal::new().unwrap();
-    let ended = run(&two_seats(), bench.config("good"), stop, move |host, stop| {
+    let ended = run(&two_seats(), bench.config(), stop, move |host, stop| {
         let mut ends = ends.lock().unwrap();
         let (sender, holder) = match host.shard().index() {
             0 => (ends.0.take(), None),
@@ -104,7 +100,7 @@ fn both_shards_own_sandboxes_and_each_sees_all() {
         assert_eq!(templates.iter().map(|t| t.spawn_count).sum::<u64>(), 12);
         for id in &ids {
             assert_eq!(host.get(*id).await.unwrap().id, *id);
-            let mut stream = host.connect(*id, GuestPort::new(7).unwrap()).await.unwrap();
+            let mut stream = host.connect(*id, port(7)).await.unwrap();
             stream.write_all(b"over and back").await.unwrap();
             stream.close().await.unwrap();
             let mut back = String::new();

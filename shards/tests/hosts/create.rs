@@ -1,66 +1,73 @@
 //! Creates that fail at each of their steps, are cancelled, or find no room.
 //!
-//! Run by `cargo test` against the double. After each, nothing may be left.
-
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod common;
-mod wait;
+//! Against the double, in all its moods. After each, nothing may be left.
 
 use std::time::Duration;
 
-use common::{Bench, Leftovers, request};
-use mica_shards::{RunError, ShardError, rt};
-use wait::eventually;
+use mica_shards::{HostConfig, RunError, ShardError, rt};
 
-/// Creates one sandbox with the double in `mode`, expects failure, and checks what is left.
-fn failure(mode: &'static str, boot_deadline: Duration) -> ShardError {
+use crate::common::{Bench, Leftovers, request};
+use crate::wait::eventually;
+
+/// Creates one sandbox with the double in this mood, expects failure, and checks what is left.
+fn failure(mood: &'static str, boot_deadline: Duration) -> ShardError {
     let bench = Bench::new();
-    let config = mica_shards::HostConfig { boot_deadline, ..bench.config(mode) };
+    bench.set_mood(mood);
+    let config = HostConfig { boot_deadline, ..bench.config() };
     let (send, receive) = std::sync::mpsc::channel();
+    let places = bench.clone();
     let ended = bench.host_with(config, move |host| async move {
         let error = host.create(request("agent")).await.unwrap_err();
         assert!(host.list().await.unwrap().is_empty());
+        eventually("nothing is left", async || places.leftovers() == Leftovers::default()).await;
         send.send(error).unwrap();
     });
     ended.unwrap();
-    assert_eq!(bench.leftovers(), Leftovers::default(), "{mode}");
+    assert_eq!(bench.leftovers(), Leftovers::default(), "{mood}");
     receive.recv().unwrap()
 }
 
-fn reason(mode: &'static str) -> (String, String) {
-    match failure(mode, Duration::from_secs(20)) {
+fn reason(mood: &'static str) -> (String, String) {
+    match failure(mood, Duration::from_secs(20)) {
         ShardError::BootFailed { reason, console_tail } => (reason, console_tail),
-        other => panic!("{mode}: {other:?}"),
+        other => panic!("{mood}: {other:?}"),
     }
 }
 
 #[test]
 fn a_vm_process_that_fails_says_why() {
-    let (reason, _) = reason("exit-at-once");
-    assert!(reason.contains("closed its control socket"), "{reason}");
-    assert!(reason.contains("the jail cannot be closed"), "{reason}");
-    assert!(!reason.contains('\x1b'), "{reason:?}");
+    for (mood, expected, complaint) in [
+        ("exit-at-once", "first word", "the jail cannot be closed"),
+        // Its end is seen by whatever is done with it next.
+        ("exit-before-the-jail", "", "no right to be jailed"),
+    ] {
+        let (reason, _) = reason(mood);
+        assert!(reason.contains(expected), "{reason}");
+        assert!(reason.contains(complaint), "{reason}");
+        assert!(!reason.contains('\x1b'), "{reason:?}");
+    }
 }
 
 #[test]
 fn every_failing_step_is_named() {
-    for (mode, expected) in [
+    for (mood, expected) in [
         ("garbage", "no event"),
         ("too-long", "too long"),
         ("out-of-turn", "protocol"),
-        ("second-jailed", "twice"),
-        ("eof-after-boot", "closed its control socket"),
-        ("bad-config", "no such kernel"),
+        ("not-built", "KVM has no more"),
+        ("second-built", "protocol"),
+        ("eof-at-restore", "closed its control socket"),
+        ("bad-restore", "no such state"),
+        ("starts-twice", "protocol"),
         ("panics", "reset"),
         ("init-refused", "nothing listens"),
         ("init-error", "no disk here"),
         ("init-garbage", "no answer"),
         ("init-flood", "too long"),
-        ("init-hangs-up", "in form"),
+        ("init-hangs-up", "closed the connection"),
     ] {
-        let (reason, _) = reason(mode);
-        assert!(reason.contains(expected), "{mode}: {reason}");
+        let (reason, _) = reason(mood);
+        assert!(reason.contains(expected), "{mood}: {reason}");
     }
 }
 
@@ -71,21 +78,36 @@ fn the_end_of_the_console_comes_with_the_error() {
 }
 
 #[test]
-fn a_boot_that_takes_too_long_is_given_up_where_it_was() {
-    for (mode, expected) in [
-        ("silent", "lock itself in"),
-        ("deaf", "guest to boot"),
-        ("never-rings", "guest to boot"),
+fn a_step_that_takes_too_long_is_given_up_where_it_was() {
+    for (mood, expected) in [
+        ("silent", "its process"),
+        ("deaf", "its process"),
+        ("never-built", "its process"),
+        ("never-starts", "restore it"),
         ("init-silent", "agent in the guest"),
     ] {
-        match failure(mode, Duration::from_millis(400)) {
+        match failure(mood, Duration::from_millis(400)) {
             ShardError::BootTimedOut { step, deadline, .. } => {
-                assert!(step.contains(expected), "{mode}: {step}");
+                assert!(step.contains(expected), "{mood}: {step}");
                 assert_eq!(deadline, Duration::from_millis(400));
             }
-            other => panic!("{mode}: {other:?}"),
+            // The making of a process has a deadline of its own that may come first.
+            ShardError::BootFailed { reason, .. } if expected == "its process" => {
+                assert!(reason.contains("too long"), "{mood}: {reason}");
+            }
+            other => panic!("{mood}: {other:?}"),
         }
     }
+}
+
+#[test]
+fn a_template_without_a_running_snapshot_says_what_to_do() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let error = host.create(request("cold")).await.unwrap_err();
+        assert!(matches!(&error, ShardError::TemplateNotWarm(name) if name == "cold"), "{error:?}");
+        assert!(error.to_string().contains("mica template warm cold"), "{error}");
+    });
 }
 
 #[test]
@@ -103,7 +125,7 @@ fn a_template_that_is_not_there_is_named() {
 fn the_bound_holds_and_room_is_given_back() {
     let bench = Bench::new();
     // Odd, so that the shards' shares differ.
-    let config = mica_shards::HostConfig { sandboxes_max: 5, ..bench.config("good") };
+    let config = HostConfig { sandboxes_max: 5, ..bench.config() };
     let ended = bench.host_with(config, |host| async move {
         let mut ids = Vec::new();
         for _ in 0..5 {
@@ -123,16 +145,15 @@ fn the_bound_holds_and_room_is_given_back() {
 #[test]
 fn a_client_that_goes_away_leaves_nothing() {
     let bench = Bench::new();
-    let cgroup = bench.cgroup.clone();
-    bench.host("never-rings", move |host| async move {
-        // At every stage: at once, while it is being made, while it boots.
+    let places = bench.clone();
+    bench.host("init-silent", move |host| async move {
+        // At every stage: at once, while it is being made, while its agent is waited for.
         for wait_ms in [0, 1, 3, 10, 40, 100] {
             let create = host.create(request("agent"));
             let wait = Duration::from_millis(wait_ms);
             assert!(rt::time::timeout(wait, create).await.is_err());
         }
-        eventually("all are taken back", async || std::fs::read_dir(&cgroup).unwrap().all(is_file))
-            .await;
+        eventually("all are taken back", async || places.leftovers() == Leftovers::default()).await;
     });
 }
 
@@ -140,15 +161,11 @@ fn a_client_that_goes_away_leaves_nothing() {
 fn what_nobody_wants_any_more_is_not_begun() {
     const CREATES: usize = 40;
     let bench = Bench::new();
+    bench.set_mood("init-silent");
     let begun = bench.root.join("begun");
-    let program = bench.program("never-rings");
-    let exec = std::fs::read_to_string(&program).unwrap();
-    let (shell, exec) = exec.split_once('\n').unwrap();
-    let text = format!("{shell}\necho begun >> {}\n{exec}", begun.display());
-    let cgroup = bench.cgroup.clone();
-    let config = bench.config("never-rings");
-    std::fs::write(&program, text).unwrap();
-    let ended = bench.host_with(config, move |host| async move {
+    bench.write_program(&format!("echo begun >> {}", begun.display()));
+    let places = bench.clone();
+    let ended = bench.host_with(bench.config(), move |host| async move {
         let creates: Vec<_> = (0..CREATES)
             .map(|_| {
                 let host = host.clone();
@@ -159,8 +176,7 @@ fn what_nobody_wants_any_more_is_not_begun() {
         for create in creates {
             create.end().await;
         }
-        eventually("all are taken back", async || std::fs::read_dir(&cgroup).unwrap().all(is_file))
-            .await;
+        eventually("all are taken back", async || places.leftovers() == Leftovers::default()).await;
     });
     ended.unwrap();
     let begun = std::fs::read_to_string(begun).unwrap_or_default().lines().count();
@@ -169,16 +185,16 @@ fn what_nobody_wants_any_more_is_not_begun() {
 }
 
 #[test]
-fn a_sandbox_can_be_killed_while_it_boots() {
+fn a_sandbox_can_be_killed_while_it_comes_up() {
     let bench = Bench::new();
-    let cgroup = bench.cgroup.clone();
-    bench.host("never-rings", move |host| async move {
+    let sandboxes = bench.store().join("sandboxes");
+    bench.host("init-silent", move |host| async move {
         for _ in 0..4 {
             let maker = host.clone();
             let create = rt::spawn(async move { maker.create(request("agent")).await });
             let mut id = None;
-            eventually("its cgroup is there", async || {
-                let mut entries = std::fs::read_dir(&cgroup).unwrap();
+            eventually("its directory is there", async || {
+                let mut entries = std::fs::read_dir(&sandboxes).unwrap();
                 id = entries.find_map(|e| e.unwrap().file_name().to_str()?.parse().ok());
                 id.is_some()
             })
@@ -194,8 +210,8 @@ fn a_sandbox_can_be_killed_while_it_boots() {
 #[test]
 fn a_stop_during_a_create_ends_it() {
     let bench = Bench::new();
-    let config = bench.config("never-rings");
-    let ended = bench.host_with(config, |host| async move {
+    bench.set_mood("init-silent");
+    let ended = bench.host_with(bench.config(), |host| async move {
         for _ in 0..3 {
             let host = host.clone();
             rt::spawn(async move {
@@ -214,25 +230,25 @@ fn a_stop_during_a_create_ends_it() {
 fn a_host_that_cannot_run_says_so_at_start() {
     let bench = Bench::new();
     let never = |_| async { panic!("it must not start") };
-    let good = bench.config("good");
-    let missing = mica_shards::HostConfig { vm_program: "/no/such/vm".into(), ..good.clone() };
+    let good = bench.config();
+    let missing = HostConfig { vm_program: "/no/such/vm".into(), ..good.clone() };
     let error = bench.host_with(missing, never).unwrap_err();
     assert!(matches!(&error, RunError::Config(text) if text.contains("/no/such/vm")), "{error}");
-    let plain = mica_shards::HostConfig { cgroup_root: "/tmp/mica".into(), ..good.clone() };
+    let plain = HostConfig { cgroup_root: "/tmp/mica".into(), ..good.clone() };
     let error = bench.host_with(plain, never).unwrap_err();
-    let RunError::Machine(source) = error else { panic!("{error:?}") };
-    assert!(source.to_string().contains("cgroup v2"), "{source}");
+    assert!(in_full(&error).contains("cgroup v2"), "{error:?}");
     // A root that holds others' cgroups loses none of them.
     std::fs::create_dir(&bench.cgroup).unwrap();
     std::fs::create_dir(bench.cgroup.join("precious")).unwrap();
     let error = bench.host_with(good.clone(), never).unwrap_err();
-    let RunError::Machine(source) = error else { panic!("{error:?}") };
-    assert!(source.to_string().contains("precious"), "{source}");
+    assert!(in_full(&error).contains("precious"), "{error:?}");
     std::fs::remove_dir(bench.cgroup.join("precious")).unwrap();
-    let zero = mica_shards::HostConfig { sandboxes_max: 0, ..good };
+    let zero = HostConfig { sandboxes_max: 0, ..good };
     assert!(matches!(bench.host_with(zero, never), Err(RunError::Config(_))));
 }
 
-fn is_file(entry: std::io::Result<std::fs::DirEntry>) -> bool {
-    entry.unwrap().file_type().unwrap().is_file()
+/// An error and its causes.
+fn in_full(error: &dyn std::error::Error) -> String {
+    let cause = error.source().map(in_full).unwrap_or_default();
+    format!("{error}: {cause}")
 }

@@ -1,35 +1,21 @@
 //! Sandboxes that come up: what they are, how they end, and that streams into them work.
 //!
-//! Run by `cargo test` against the double.
-
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod common;
-mod wait;
+//! Against the double.
 
 use std::time::{Duration, SystemTime};
 
-use common::{Bench, Leftovers, request};
-use futures_lite::AsyncReadExt;
-use mica_shards::{ConnectError, Host, ShardError, rt};
-use mica_units::{GuestPort, SANDBOX_ID_CHARS, SandboxId};
-use wait::eventually;
+use mica_shards::{ConnectError, ShardError, rt};
+use mica_units::{SANDBOX_ID_CHARS, SandboxId};
 
-fn port(number: u16) -> GuestPort {
-    GuestPort::new(number).unwrap()
-}
-
-async fn read_all(host: &Host, id: SandboxId, number: u16) -> String {
-    let mut stream = host.connect(id, port(number)).await.unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    text
-}
+use crate::common::{
+    BASE_REGISTER, Bench, Leftovers, base_memory, memory, port, read_all, request, tell,
+};
+use crate::wait::eventually;
 
 #[test]
 fn a_sandbox_is_made_found_listed_and_killed() {
     let bench = Bench::new();
-    let (store, cgroup) = (bench.store(), bench.cgroup.clone());
+    let places = bench.clone();
     bench.host("good", move |host| async move {
         let mut wish = request("agent");
         wish.secure = true;
@@ -37,7 +23,7 @@ fn a_sandbox_is_made_found_listed_and_killed() {
         let made = host.create(wish).await.unwrap();
         assert_eq!(made.template_name.as_str(), "agent");
         assert_eq!(made.envd_version, "9.9.9", "as the agent said");
-        assert_eq!((made.vcpus.get(), made.memory.count(), made.disk.count()), (2, 64, 3));
+        assert_eq!((made.vcpus.get(), made.memory.count(), made.disk.count()), (2, 16, 3));
         assert_eq!(made.metadata["who"], "a test");
         assert!(made.started_at >= before);
         let life = made.end_at.duration_since(made.started_at).unwrap();
@@ -48,17 +34,27 @@ fn a_sandbox_is_made_found_listed_and_killed() {
         assert_eq!(host.get(made.id).await.unwrap(), made);
         assert_eq!(host.list().await.unwrap(), std::slice::from_ref(&made));
         let about = read_all(&host, made.id, 14).await;
-        assert_eq!(about, format!("token={token}\nCOLOUR=green\n"));
-        let disk = std::fs::read(store.join("sandboxes").join(made.id.as_str()).join("disk"));
-        assert_eq!(&disk.unwrap()[..8], b"minelate", "a clone of its own");
-        assert!(cgroup.join(made.id.as_str()).exists());
+        let told = format!("times=1\nid={}\ntemplate={}\n", made.id, made.template_id);
+        assert!(about.starts_with(&told), "{about}");
+        let rest = format!("new=true\ntoken={token}\nCOLOUR=green\n");
+        assert!(about.ends_with(&rest), "{about}");
+        // What the running snapshot holds is what it starts with.
+        assert_eq!(memory(&host, made.id).await, base_memory());
+        assert_eq!(tell(&host, made.id, "register").await, BASE_REGISTER.to_string());
+        assert_eq!(tell(&host, made.id, "disk").await, "template");
+        tell(&host, made.id, "disk mine").await;
+        let disk = places.store().join("sandboxes").join(made.id.as_str()).join("disk");
+        assert_eq!(&std::fs::read(disk).unwrap()[..5], b"mine\0", "a clone of its own");
+        assert_eq!(places.cgroups().len(), 1);
 
         host.kill(made.id).await.unwrap();
-        assert!(!cgroup.join(made.id.as_str()).exists(), "gone when the answer comes");
+        assert_eq!(places.leftovers(), Leftovers::default(), "gone when the answer comes");
         let again = host.kill(made.id).await;
         assert!(matches!(again, Err(ShardError::NoSuchSandbox(id)) if id == made.id));
         assert!(host.get(made.id).await.is_err());
         assert!(host.list().await.unwrap().is_empty());
+        let second = host.create(request("agent")).await.unwrap();
+        assert_eq!(tell(&host, second.id, "disk").await, "template", "the template is as it was");
     });
 }
 
@@ -155,8 +151,8 @@ fn a_guest_that_ends_takes_its_sandbox_with_it_and_no_other() {
     let bench = Bench::new();
     bench.host("good", |host| async move {
         let bystander = host.create(request("agent")).await.unwrap().id;
-        // Powers off, crashes, sends garbage, repeats itself without end.
-        for end in [9, 10, 11, 15] {
+        // Powers off, crashes, sends garbage, repeats itself without end, thaws unasked.
+        for end in [9, 10, 11, 15, 17] {
             let id = host.create(request("agent")).await.unwrap().id;
             let answer = host.connect(id, port(end)).await;
             assert!(answer.is_err(), "port {end} ends the guest");
@@ -166,21 +162,20 @@ fn a_guest_that_ends_takes_its_sandbox_with_it_and_no_other() {
             .await;
             assert!(matches!(host.kill(id).await, Err(ShardError::NoSuchSandbox(_))));
         }
-        assert_eq!(read_all(&host, bystander, 14).await, "token=\nCOLOUR=green\n");
+        assert!(read_all(&host, bystander, 14).await.ends_with("token=\nCOLOUR=green\n"));
     });
 }
 
 #[test]
 fn children_of_a_vm_process_die_with_it() {
     let bench = Bench::new();
-    let cgroup = bench.cgroup.clone();
+    let places = bench.clone();
     bench.host("with-children", move |host| async move {
         let id = host.create(request("agent")).await.unwrap().id;
-        let procs = cgroup.join(id.as_str()).join("cgroup.procs");
-        let pids = std::fs::read_to_string(&procs).unwrap();
-        assert_eq!(pids.lines().count(), 4, "the double and three children");
+        let pids = places.pids();
+        assert_eq!(pids.len(), 4, "the double and three children");
         host.kill(id).await.unwrap();
-        for pid in pids.lines() {
+        for pid in pids {
             let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
             let dead = status.map_or(true, |stat| stat.contains(") Z "));
             assert!(dead, "process {pid} lives");
@@ -191,8 +186,7 @@ fn children_of_a_vm_process_die_with_it() {
 #[test]
 fn a_drain_ends_everything_and_refuses_what_comes_late() {
     let bench = Bench::new();
-    let config = bench.config("good");
-    let ended = bench.host_with(config, |host| async move {
+    let ended = bench.host_with(bench.config(), |host| async move {
         for _ in 0..6 {
             host.create(request("agent")).await.unwrap();
         }
@@ -205,7 +199,7 @@ fn a_drain_ends_everything_and_refuses_what_comes_late() {
 #[test]
 fn a_vm_process_inherits_nothing_of_the_daemon() {
     let bench = Bench::new();
-    let cgroup = bench.cgroup.clone();
+    let places = bench.clone();
     bench.host("good", move |host| async move {
         let listener = rt::net::TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
@@ -216,11 +210,13 @@ fn a_vm_process_inherits_nothing_of_the_daemon() {
         let late = rt::net::TcpStream::connect(address).await.unwrap();
         let waited = second.join().await.unwrap();
         let id = host.create(request("agent")).await.unwrap().id;
-        let pid = std::fs::read_to_string(cgroup.join(id.as_str()).join("cgroup.procs")).unwrap();
+        let pid = places.pids()[0].to_string();
         // The stream of the exchange with the agent may not be closed yet.
-        let only_control = async || sockets(pid.trim()).len() == 1;
-        eventually("its control socket is its only one", only_control).await;
-        assert!(sockets(pid.trim()).is_disjoint(&sockets("self")));
+        let only_control = async || sockets(&pid).len() == 2;
+        eventually("both ends of its control socket are its only ones", only_control).await;
+        let shared: Vec<_> = sockets(&pid).intersection(&sockets("self")).cloned().collect();
+        assert_eq!(shared.len(), 1, "the shard's end is kept for the next daemon");
+        host.kill(id).await.unwrap();
         drop((client, waiting, late, waited));
     });
 }

@@ -1,0 +1,116 @@
+//! Brings the memory of an image to where guests find it: into the node's memory, or the page cache.
+//!
+//! Called when a shard opens an image. All of it happens beside the creates, which do not wait: the
+//! first of them map the file. Refuses to fail a create: what cannot be brought in is read when it is
+//! touched.
+
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use mica_numa::io::IoFile;
+use mica_numa::process::{RemoteMemory, Wanted};
+use mica_numa::rt;
+use mica_storage::{LayerKind, prefetch_plan};
+use mica_units::{PAGE_BYTES, frames_of};
+
+use crate::sandbox::{Opened, chain};
+use crate::shard::Shard;
+use crate::shell::Held;
+
+/// Frames of one read: a buffer's.
+const FRAMES_PER_READ: u32 = 256;
+
+/// Starts to bring an image in, once.
+pub(crate) fn bring_in(shard: &Rc<Shard>, image: &Arc<Opened>) {
+    if image.brought_in.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let (shard, image) = (Rc::clone(shard), Arc::clone(image));
+    rt::spawn(async move {
+        if !replicate(&shard, &image).await {
+            prefetch(&shard, &image).await;
+        }
+    })
+    .detach();
+}
+
+/// Opens these templates and brings them in, one after the other: before the first create, if it comes
+/// late enough.
+pub(crate) async fn bring_in_all(shard: Rc<Shard>, templates: Vec<String>) {
+    for template in templates {
+        let (workshop, id) = (shard.workshop.clone(), template.clone());
+        match rt::blocking(move || workshop.find(&id, None)).await {
+            Ok(Ok(image)) => {
+                // Clients ask by name or by id.
+                shard.images.keep(&template, &image);
+                shard.images.keep(image.manifest.template_name.as_str(), &image);
+                bring_in(&shard, &image);
+            }
+            Ok(Err(cause)) => tracing::warn!(template, ?cause, "a template cannot be opened"),
+            Err(error) => tracing::debug!(template, %error, "a template was not opened"),
+        }
+    }
+}
+
+/// Asks for the node's copy of the base. Whether there is one.
+async fn replicate(shard: &Rc<Shard>, image: &Opened) -> bool {
+    let Some(base) = image.layers.first().filter(|base| base.info().kind == LayerKind::Flat) else {
+        return false;
+    };
+    let Some(host) = shard.host() else { return false };
+    match host.replica(image.manifest.id.clone(), base.info().id).await {
+        Some(copy) => image.replica.set(copy).is_ok(),
+        None => false,
+    }
+}
+
+/// Reads what guests of this image touched first into the page cache.
+async fn prefetch(shard: &Rc<Shard>, image: &Opened) {
+    let Some(runs) = image.working_set.clone() else { return };
+    let files: Result<Vec<IoFile>, _> = image
+        .layers
+        .iter()
+        .map(|layer| layer.file().as_fd().try_clone_to_owned().map(IoFile::from))
+        .collect();
+    let Ok(files) = files else { return };
+    for piece in prefetch_plan(&image.pieces, &runs, FRAMES_PER_READ) {
+        let Some(file) = files.get(piece.layer) else { continue };
+        let length = piece.run.count() as usize * PAGE_BYTES as usize;
+        let buffer = shard.ring.buffer().await;
+        let at = u64::from(piece.page) * PAGE_BYTES;
+        let (_, read) = shard.ring.read_at(file, buffer, length, at).await;
+        if let Err(error) = read {
+            tracing::warn!(%error, snapshot = image.manifest.id, "a working set was not read");
+            return;
+        }
+    }
+}
+
+/// Notes which pages a guest that has just come up has touched, once for each image.
+pub(crate) fn note_working_set(shard: &Rc<Shard>, image: &Arc<Opened>, held: &Rc<Held>) {
+    if image.working_set.is_some() || image.noted.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let (shard, image, held) = (Rc::clone(shard), Arc::clone(image), Rc::clone(held));
+    rt::spawn(async move {
+        let frames = frames_of(image.manifest.memory);
+        let Some(memory) = RemoteMemory::new(held.layout.memory_address, frames) else { return };
+        let touched = match held.process.pagemap().scan_all(memory, Wanted::Resident).await {
+            Ok(touched) => touched,
+            Err(error) => {
+                tracing::debug!(%error, "a guest went before its working set was known");
+                return;
+            }
+        };
+        let store = shard.workshop.store.clone();
+        let kept = rt::blocking(move || store.write_working_set(&image.snapshot, &touched)).await;
+        match kept {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = chain(&error), "a working set is not kept"),
+            Err(error) => tracing::debug!(%error, "a working set is not kept"),
+        }
+    })
+    .detach();
+}

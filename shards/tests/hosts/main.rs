@@ -1,0 +1,12 @@
+//! Whole hosts: two shards, a store, cgroups, and VM processes played by the double.
+//!
+//! Run by `cargo test` as root. Each test has a host of its own. What is told apart here is what a
+//! client would see, and what is left on the machine.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+mod create;
+mod life;
+mod routing;
+mod wait;
