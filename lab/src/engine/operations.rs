@@ -79,9 +79,10 @@ impl Bench<'_> {
             let console = self.host.bench_process_of(made.id).await?.console;
             wait_byte(console)?;
             let first_byte = begun.elapsed();
-            let (pause, ()) = timed(self.host.pause(made.id)).await?;
-            let (resume, _) = timed(self.host.resume(made.id, LIFE)).await?;
+            // The pool makes the next shell meanwhile, which is not part of a pause.
             quiet(&self.host, self.shells).await?;
+            let (pause, ()) = timed(self.host.pause(made.id)).await?;
+            let (resume, _) = timed(self.host.resume(made.id, LIFE, None)).await?;
             let (destroy, ()) = timed(self.host.kill(made.id)).await?;
             if round > 0 {
                 self.book.add("restore_pool_hit", create, life.hit);

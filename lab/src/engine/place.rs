@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use mica_numa::{Plan, PlanConfig, Reserved, Shards, StopSignal, plan, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout, run, warm};
-use mica_storage::{Part, ReadyWhen, Store, TemplateSpec};
+use mica_storage::{FlattenLimits, Part, ReadyWhen, Store, TemplateSpec};
 use mica_units::{Mebibytes, ShardId, VcpuCount};
 use rustix::fs::{Mode, OFlags};
 
@@ -139,6 +139,9 @@ impl Places {
             keep_sandboxes: false,
             capture_budget_mib: 16,
             io_buffers: 32,
+            replica_budget_mib: 1024,
+            on_demand_over_mib: 0,
+            flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
         }
     }

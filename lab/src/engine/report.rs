@@ -123,6 +123,7 @@ fn memory(idle: &Idle) -> String {
         ("KVM's page tables", machine.second_page_tables),
         ("kernel stacks", machine.stacks),
         ("per processor", machine.per_cpu),
+        ("by range", machine.vmalloc),
     ] {
         line(&mut text, "machine", name, bytes);
     }

@@ -30,7 +30,7 @@ use super::state::{Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
-use crate::shell::Held;
+use crate::shell::{Claim, Held};
 use crate::{OnTimeout, ShardError};
 use work::{Done, Work};
 
@@ -55,6 +55,8 @@ struct Driver {
     /// for an end, which drops it: every one of them may be dropped at any await.
     work: Option<Work>,
     events: Option<Events>,
+    /// While its guest is coming up in a shell of the pool.
+    claim: Option<Claim>,
     /// Events that effects caused; seen before all others.
     caused: VecDeque<Event>,
     /// When the step at hand has taken too long.
@@ -115,6 +117,9 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         for effect in effects {
             driver.perform(effect).await;
         }
+        if !driver.sandbox.state.borrow().is_coming_up() {
+            driver.claim = None;
+        }
         if matches!(*driver.sandbox.state.borrow(), State::Gone(_)) {
             return;
         }
@@ -137,6 +142,7 @@ impl Driver {
             sandbox,
             work: None,
             events: None,
+            claim: None,
             caused: VecDeque::new(),
             step_deadline,
             shape: None,
