@@ -20,9 +20,6 @@ pub fn run(options: &[&str]) {
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
     let plan = plan(&topology::read().unwrap(), &wish).unwrap();
     let config = HostConfig {
-        store_root: PathBuf::from(store),
-        vm_program: PathBuf::from(program),
-        cgroup_root: PathBuf::from(cgroup),
         cgroup_limits_required: false,
         uid_first: 40_000,
         sandboxes_max: 100,
@@ -34,6 +31,7 @@ pub fn run(options: &[&str]) {
         capture_budget_mib: 4,
         io_buffers: 8,
         memory_reserve_mib: 0,
+        ..HostConfig::new(PathBuf::from(store), PathBuf::from(program), PathBuf::from(cgroup))
     };
     mica_shards::run(&plan, config, StopSignal::new().unwrap(), move |host, _| async move {
         println!("ready");
@@ -70,7 +68,7 @@ async fn obey(host: &Host, line: &str) -> Result<String, Box<dyn std::error::Err
         ["snapshot", sandbox] => Ok(host.snapshot(id(sandbox)?, None).await?.id),
         ["rollback", sandbox, to] => Ok(done(host.rollback(id(sandbox)?, to.to_owned()).await?)),
         ["pause", sandbox] => Ok(done(host.pause(id(sandbox)?).await?)),
-        ["resume", sandbox] => Ok(host.resume(id(sandbox)?, LIFE).await?.id.to_string()),
+        ["resume", sandbox] => Ok(host.resume(id(sandbox)?, LIFE, None).await?.id.to_string()),
         ["kill", sandbox] => Ok(done(host.kill(id(sandbox)?).await?)),
         ["clone", sandbox, count] => {
             let made = host.clone_sandbox(id(sandbox)?, count.parse()?, None).await?;

@@ -75,7 +75,7 @@ async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<H
     match opened.await {
         Ok(Ok((held, layers))) => {
             let on_demand = record.on_demand;
-            let memory = Memory { layers, on_demand, ..Memory::default() };
+            let memory = Memory { layers, on_demand, doubted: true, ..Memory::default() };
             Some((Rc::new(held), memory))
         }
         Ok(Err(error)) => {

@@ -66,7 +66,7 @@ async fn work_with(host: &Host, places: &Places, id: SandboxId, round: u32) {
         }
         eventually("its process is taken back", async || places.cgroups().is_empty()).await;
     }
-    host.resume(id, LIFE).await.unwrap();
+    host.resume(id, LIFE, None).await.unwrap();
     assert!(host.delete_snapshot(&snapshot).await.unwrap());
 }
 

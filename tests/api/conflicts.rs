@@ -9,7 +9,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, NO_POOL, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill, patiently};
 
 fn snapshots(daemon: &Daemon) -> Value {
     daemon.ask("GET", "/snapshots", None).json()
@@ -25,6 +25,8 @@ impl Subject {
     fn new(daemon: &Daemon) -> Self {
         let id = daemon.create();
         let snapshot = daemon.snapshot(&id);
+        // The answer may come while the guest is still being told to go on.
+        eventually("it can be used", || !is_busy(daemon, &id));
         Self { id, snapshot }
     }
 
@@ -194,16 +196,21 @@ fn a_paused_sandbox_outlives_its_process() {
     kill("KILL", process);
     eventually("its process is gone", || daemon.vm_processes().is_empty());
     assert_eq!(daemon.state(&id), "paused");
-    let reply = daemon.act_with(&id, "resume", &json!({ "timeout": 60 }));
+    // What is left of the process is taken back first.
+    let life = json!({ "timeout": 60 });
+    let reply = patiently(|| daemon.act_with(&id, "resume", &life));
     assert_eq!(reply.status, 201, "{reply:?}");
     assert_eq!(daemon.state(&id), "running");
     daemon.snapshot(&id);
 }
 
-/// Waits until an operation has the sandbox: until a resume is refused for that, and not because
-/// it runs.
+/// Waits until an operation has the sandbox.
 fn busy(daemon: &Daemon, subject: &Subject) {
-    eventually("the operation has begun", || {
-        daemon.act(&subject.id, "resume").error(409).contains("busy")
-    });
+    eventually("the operation has begun", || is_busy(daemon, &subject.id));
+}
+
+/// Whether an operation has a sandbox that is not paused: a resume is refused for that then, and not
+/// because it runs.
+fn is_busy(daemon: &Daemon, id: &str) -> bool {
+    daemon.act(id, "resume").error(409).contains("busy")
 }

@@ -237,12 +237,20 @@ impl Capture {
         Ok(())
     }
 
+    /// The id of what it makes.
+    pub(crate) fn id(&self) -> Option<&str> {
+        self.staging.0.as_deref().map(SnapshotStaging::id)
+    }
+
     /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of
-    /// the new layer, if there is one, and the state.
-    pub(crate) async fn commit(
+    /// the new layer, if there is one, and the state. `keep` is given what was committed, on the same
+    /// blocking thread, and can ask whether this future was dropped meanwhile: then nobody will know
+    /// of the snapshot.
+    pub(crate) async fn commit<T: Send + 'static>(
         mut self,
         describe: impl FnOnce(String, Vec<LayerInfo>, Vec<u8>) -> SnapshotManifest,
-    ) -> Result<Snapshot, CaptureError> {
+        keep: impl FnOnce(Snapshot, &dyn Fn() -> bool) -> Result<T, CaptureError> + Send + 'static,
+    ) -> Result<T, CaptureError> {
         self.write_held().await?;
         let Self { mut staging, layer, under, writer, state, found, .. } = self;
         let info = match writer {
@@ -271,7 +279,16 @@ impl Capture {
         }
         drop(shared);
         let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
-        Ok(rt::blocking(move || whole.commit(manifest, synced)).await??)
+        // Lives as long as this future.
+        let heard = Arc::new(());
+        let hearing = Arc::downgrade(&heard);
+        let commit = move || {
+            let snapshot = whole.commit(manifest, synced)?;
+            keep(snapshot, &|| hearing.strong_count() == 0)
+        };
+        let kept = rt::blocking(commit).await;
+        drop(heard);
+        kept?
     }
 }
 

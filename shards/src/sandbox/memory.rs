@@ -49,6 +49,9 @@ pub(crate) struct Memory {
     /// Whether pages come when they are touched: then one that is not there must not be read from
     /// outside.
     pub(crate) on_demand: bool,
+    /// Whether something was protected that no capture here knows of: by an earlier daemon, or by a
+    /// scan that failed.
+    pub(crate) doubted: bool,
 }
 
 impl Memory {
@@ -59,20 +62,26 @@ impl Memory {
         place: Place<'_>,
         protect: bool,
     ) -> Result<Vec<FrameRun>, ProcessError> {
-        let wanted = if self.tracked {
-            Wanted::AnonymousWritten { rearm: protect }
-        } else {
-            Wanted::Anonymous
-        };
         let pagemap = place.process.pagemap();
-        let found = match pagemap.scan_all(place.memory, wanted).await {
-            // What it protected before it failed is not told any more.
-            Err(ProcessError::NotTracked | ProcessError::Unsupported) => {
-                self.tracked = false;
-                pagemap.scan_all(place.memory, Wanted::Anonymous).await?
+        let mut found = None;
+        if self.tracked {
+            let believed = !self.doubted;
+            // Should this be cut off or fail, what it protected by then is not told any more.
+            self.doubted |= protect;
+            let wanted = Wanted::AnonymousWritten { rearm: protect };
+            match pagemap.scan_all(place.memory, wanted).await {
+                Ok(written) => found = believed.then_some(written),
+                Err(ProcessError::NotTracked | ProcessError::Unsupported) => self.tracked = false,
+                Err(error) => return Err(error),
             }
-            other => other?,
+        }
+        let found = match found {
+            Some(written) => written,
+            None => pagemap.scan_all(place.memory, Wanted::Anonymous).await?,
         };
+        if protect && self.tracked {
+            self.doubted = false;
+        }
         let all = union(&found, &self.uncommitted);
         if protect {
             self.uncommitted.clone_from(&all);

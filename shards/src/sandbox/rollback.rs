@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
-use mica_storage::{SnapshotKind, StorageError};
+use mica_storage::{Layer, SnapshotKind, StorageError};
 use mica_units::SandboxId;
 use mica_wire::vm::plan::{self, Entry, PlanError};
 
@@ -31,7 +31,7 @@ pub(crate) struct Back {
     pub(crate) plan: Vec<u8>,
 }
 
-/// Why a rollback does not happen. The sandbox is as it was.
+/// Why a rollback does not happen. The sandbox is as it was, but where it is [`BackError::Broken`].
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BackError {
     /// No such snapshot.
@@ -52,6 +52,9 @@ pub(crate) enum BackError {
     /// A blocking thread.
     #[error("a blocking thread did not do its part")]
     Blocking(#[from] rt::BlockingError),
+    /// Half of its disk is the snapshot's. It can only go on from there.
+    #[error("its disk could not be put back; it is paused in the snapshot")]
+    Broken(#[source] StorageError),
     /// Something else.
     #[error("{0}")]
     Other(String),
@@ -64,6 +67,7 @@ impl BackError {
             Self::Missing(snapshot) => ShardError::NoSuchSnapshot(snapshot),
             Self::Foreign(snapshot) => ShardError::ForeignSnapshot { snapshot, sandbox },
             Self::Storage(StorageError::NoSpace { .. }) => ShardError::NoSpace,
+            // Not `NoSpace`, which says that nothing was changed.
             Self::Blocking(rt::BlockingError::Full) => ShardError::Busy,
             error => ShardError::OperationFailed {
                 operation: "a rollback",
@@ -101,19 +105,38 @@ pub(crate) async fn replace(
     let differing = union(&differing, &shown);
     let entries = plan_back(memory, &image.pieces, &image.layers, &differing);
     let plan = plan::encode(&entries)?;
-    let from = image.disk.clone();
-    let layers = image.layers.clone();
-    let put_back = move || {
-        let store = &workshop.store;
-        store.link_lineage(&id, &layers)?;
-        store.write_record(&id, &record, false)?;
-        match (&from, &disk) {
-            (Some(from), Some(disk)) => store.reclone_disk(from, disk),
-            _ => Ok(()),
-        }
-    };
-    rt::blocking(put_back).await??;
+    let turn = Turn { workshop, id, record, disk };
+    let (from, old, new) = (image.disk.clone(), memory.layers.clone(), image.layers.clone());
+    rt::blocking(move || turn.put_back(from.as_deref(), &old, &new)).await??;
     Ok(Back { image, entries, plan })
+}
+
+/// The blocking part.
+struct Turn {
+    workshop: Workshop,
+    id: SandboxId,
+    record: Vec<u8>,
+    disk: Option<Arc<File>>,
+}
+
+impl Turn {
+    fn put_back(self, from: Option<&File>, old: &[Layer], new: &[Layer]) -> Result<(), BackError> {
+        let Self { workshop, id, record, disk } = self;
+        let store = &workshop.store;
+        // Both: until the record is written it may go on from where it is.
+        let known = |layer: &&Layer| old.iter().all(|old| old.info().id != layer.info().id);
+        let both: Vec<Layer> = old.iter().chain(new.iter().filter(known)).cloned().collect();
+        store.link_lineage(&id, &both)?;
+        store.write_record(&id, &record, false)?;
+        if let (Some(from), Some(disk)) = (from, &disk) {
+            store.reclone_disk(from, disk).map_err(BackError::Broken)?;
+        }
+        // It goes back whatever happens now; links too many go with the next rollback or with it.
+        if let Err(error) = store.link_lineage(&id, new) {
+            tracing::warn!(%id, error = chain(&error), "layers of an earlier time stay linked");
+        }
+        Ok(())
+    }
 }
 
 fn find(workshop: &Workshop, id: &SandboxId, snapshot: &str) -> Result<Arc<Opened>, BackError> {

@@ -16,6 +16,7 @@
 //!     ▼        └ the process of a paused one may go at any time: it is on disk
 //!  Cancelling ──▶ Stopping ──▶ Gone
 //! ```
+//! A resume that does not come up goes back to being paused: until it is answered it is on disk.
 //! Starting cannot be interrupted half way: what is being made is finished, then taken back; what
 //! still waits to be made is not begun. Every way to the end goes through Stopping, whose one effect
 //! takes back everything at once. One operation at a time: whoever asks for a second is refused at
@@ -28,6 +29,7 @@ use mica_wire::vm;
 
 mod operations;
 mod refusal;
+mod waiting;
 
 use refusal::ended_how;
 pub(crate) use refusal::{Refusal, doing};
@@ -79,8 +81,9 @@ pub(crate) enum Step {
     Freezing,
     /// It stands still; what it is, is copied, or replaced.
     Copying,
-    /// It wrote too much to be copied while it stands still. It goes on, and the most is copied
-    /// meanwhile; what it writes over is copied again.
+    /// It wrote too much to be copied while it stands still. It is told to go on.
+    Releasing,
+    /// It goes on, and the most is copied meanwhile; what it writes over is copied again.
     Precopying,
     /// The copy is brought to the device. After a snapshot the guest is also told to go on.
     Committing,
@@ -93,12 +96,16 @@ pub(crate) enum Step {
 /// Whether a paused sandbox still has its process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Process {
+    /// A daemon that found it asks it whether it still stands still.
+    Asked,
     /// Frozen; a resume is a word to it.
     Frozen,
     /// That word was said.
     Thawing,
-    /// It is being ended, because its memory is wanted.
+    /// It is being ended, because its memory is wanted, or because it did not come up.
     Ending,
+    /// One is being found for a resume that was given up meanwhile.
+    Unwanted,
     /// None; a resume is a restore.
     None,
 }
@@ -155,7 +162,7 @@ pub(crate) enum Event {
     /// The agent answered.
     InitDone,
     /// It did not, or not well.
-    InitFailed(String),
+    InitFailed(Cause),
     /// The deadline of the step at hand, or the end of its time.
     TimeOver,
     /// A client asks.
@@ -164,6 +171,9 @@ pub(crate) enum Event {
     Copied,
     /// They are not; the guest is as it was.
     CopyFailed,
+    /// Of a rollback: they are not, and what the guest was is not there any more. But its record says
+    /// where it goes, and there it can start again.
+    ReplaceBroke,
     /// There is too much to copy while the guest stands still.
     TooMuch,
     /// The most of it is copied.
@@ -261,7 +271,7 @@ pub(crate) fn step(state: State, terms: Terms, event: Event) -> Stepped {
         (State::Snapshotting(step), event) => operations::snapshotting(step, event),
         (State::Pausing(step), event) => operations::pausing(step, event),
         (State::RollingBack(step), event) => operations::rolling_back(step, event),
-        (State::Paused(process), event) => paused(process, event),
+        (State::Paused(process), event) => waiting::paused(process, event),
     }
 }
 
@@ -303,7 +313,7 @@ fn asked(state: State, ask: Ask) -> Stepped {
 fn end(state: State, cause: Cause) -> Stepped {
     match state {
         // While things are being made, an end has to wait for them.
-        State::Starting(_) => (State::Cancelling(cause), vec![]),
+        State::Starting(_) | State::Paused(Process::Unwanted) => (State::Cancelling(cause), vec![]),
         _ => stop(cause),
     }
 }
@@ -311,13 +321,24 @@ fn end(state: State, cause: Cause) -> Stepped {
 /// The daemon stops: what is on disk stays, what runs stays if it may, the rest ends.
 fn drain(state: State, terms: Terms) -> Stepped {
     match state {
-        // What is being resumed is still on disk; or its record says that it runs, and it does.
-        State::Paused(_)
-        | State::Starting(Birth::Resume)
-        | State::Restoring(Birth::Resume)
-        | State::Initialising(Birth::Resume) => leave(),
-        // The next daemon lets a frozen guest go on; only half a rollback it could not mend.
-        State::Running | State::Snapshotting(_) | State::Pausing(_) if terms.outlives_daemon => {
+        // Its record names another process than this one, or none.
+        State::Restoring(Birth::Resume) | State::Paused(Process::Thawing) => {
+            let effects = vec![Effect::EndProcess, Effect::Leave, Effect::Bury];
+            (State::Gone(Cause::Draining), effects)
+        }
+        State::Paused(_) | State::Starting(Birth::Resume) | State::Initialising(Birth::Resume) => {
+            leave()
+        }
+        // The next daemon lets a frozen guest go on, and brings half a rollback to its end.
+        State::Running
+        | State::Adopting
+        | State::Snapshotting(_)
+        | State::Pausing(_)
+        | State::RollingBack(_)
+        | State::Restoring(Birth::Rollback)
+        | State::Initialising(Birth::Rollback)
+            if terms.outlives_daemon =>
+        {
             leave()
         }
         state => end(state, Cause::Draining),
@@ -336,8 +357,10 @@ fn starting(birth: Birth, event: Event) -> Stepped {
             (State::Paused(Process::None), vec![Effect::AnswerFailure])
         }
         Event::PrepareFailed(cause) => stop(cause),
-        // A resume is not given up half way: it fails by itself, and then it is paused again.
-        Event::TimeOver if birth != Birth::Resume => {
+        Event::TimeOver if birth == Birth::Resume => {
+            (State::Paused(Process::Unwanted), vec![Effect::AnswerFailure])
+        }
+        Event::TimeOver => {
             (State::Cancelling(Cause::TimedOut(doing(&State::Starting(birth)))), vec![])
         }
         _ => stay(State::Starting(birth)),
@@ -354,14 +377,11 @@ fn coming_up(state: State, event: Event) -> Stepped {
             state @ (State::Restoring(_) | State::Initialising(_)),
             Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell),
         ) => stay(state),
-        // What cannot be resumed now is still on disk, as it was paused.
         (
             State::Restoring(Birth::Resume) | State::Initialising(Birth::Resume),
             Event::InitFailed(_) | Event::VmLost(_) | Event::Vm(_) | Event::TimeOver,
-        ) => (State::Paused(Process::Ending), vec![Effect::AnswerFailure, Effect::EndProcess]),
-        (state, Event::InitFailed(why)) => {
-            end(state, Cause::Failed(format!("the agent's start: {why}")))
-        }
+        ) => waiting::back_to_disk(),
+        (state, Event::InitFailed(cause)) => end(state, cause),
         (state, event) => fall(state, event),
     }
 }
@@ -398,26 +418,6 @@ fn running(terms: Terms, event: Event) -> Stepped {
         Event::TimeOver => stop(Cause::Expired),
         Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell) => stay(State::Running),
         event => fall(State::Running, event),
-    }
-}
-
-fn paused(process: Process, event: Event) -> Stepped {
-    let at = State::Paused;
-    match (process, event) {
-        (Process::Frozen, Event::Evict) => (at(Process::Ending), vec![Effect::EndProcess]),
-        (Process::Ending, Event::ProcessEnded) => stay(at(Process::None)),
-        (Process::Thawing, Event::Vm(vm::Event::Thawed)) => {
-            (State::Initialising(Birth::Resume), vec![Effect::Initialise])
-        }
-        (process, Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell)) => stay(at(process)),
-        // A process that goes by itself takes nothing with it.
-        (Process::Frozen, Event::VmLost(_) | Event::Vm(_)) => {
-            (at(Process::Ending), vec![Effect::EndProcess])
-        }
-        (Process::Thawing, Event::VmLost(_) | Event::Vm(_) | Event::TimeOver) => {
-            (at(Process::Ending), vec![Effect::AnswerFailure, Effect::EndProcess])
-        }
-        (process, _) => stay(at(process)),
     }
 }
 

@@ -91,9 +91,6 @@ impl Bench {
 
     pub fn config(&self) -> HostConfig {
         HostConfig {
-            store_root: self.store(),
-            vm_program: self.program(),
-            cgroup_root: self.cgroup.clone(),
             cgroup_limits_required: false,
             uid_first: 30_000,
             sandboxes_max: 64,
@@ -105,6 +102,7 @@ impl Bench {
             capture_budget_mib: 4,
             io_buffers: 8,
             memory_reserve_mib: 0,
+            ..HostConfig::new(self.store(), self.program(), self.cgroup.clone())
         }
     }
 

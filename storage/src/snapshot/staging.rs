@@ -29,7 +29,7 @@ use crate::crashsafe::Disk;
 use crate::error::{Result, StorageError};
 use crate::id::is_id;
 use crate::layer::{Layer, LayerId};
-use crate::sparse::{self, Copied};
+use crate::sparse::Copied;
 use crate::store::{Store, chain};
 use crate::template::MANIFEST_FILE;
 
@@ -130,11 +130,11 @@ impl SnapshotStaging {
     /// Gives it layers that are already written, wherever they were opened from.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when one has no name any more: whoever still needs a layer must have a
-    /// link to it.
+    /// [`StorageError::LayerGone`] when one has no name any more: whoever still needs a layer must have
+    /// a link to it.
     pub fn link_layers(&self, layers: &[Layer]) -> Result<()> {
         for layer in layers {
-            self.store.disk.link_file(layer.file(), &self.layer_path(layer.info().id))?;
+            layer.link_into(&self.store.disk, &self.dir)?;
         }
         Ok(())
     }
@@ -168,7 +168,7 @@ impl SnapshotStaging {
         let path = self.dir.join(DISK_FILE);
         let file = self.store.disk.create_file(&path)?;
         if self.store.disk.clone_content(disk, &file, &path)? == Copied::Bytes {
-            sparse::warn_no_reflink(&path);
+            self.store.note_copy(&path);
         }
         Ok(file)
     }

@@ -7,10 +7,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_numa::rt;
 use mica_numa::rt::time::Instant;
-use mica_storage::{LayerInfo, ReadyWhen, SnapshotKind, SnapshotManifest};
-use mica_units::{Mebibytes, TemplateName, VcpuCount};
+use mica_storage::{
+    Layer, LayerInfo, ReadyWhen, Snapshot, SnapshotKind, SnapshotManifest, StorageError, Store,
+};
+use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
 use mica_wire::vm::{self, Command};
 
+use super::super::capture::CaptureError;
 use super::super::image::pieces_of;
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
@@ -87,7 +90,49 @@ impl Draft {
 }
 
 /// Makes the record of a paused sandbox of the snapshot's id.
-pub(super) type PausedRecord = Box<dyn FnOnce(&str) -> Option<Vec<u8>> + Send>;
+pub(super) type PausedRecord = Box<dyn FnOnce(&str) -> Result<Vec<u8>, RecordError> + Send>;
+
+/// Makes what a committed snapshot means for its sandbox last.
+pub(super) struct Keeper {
+    pub(super) store: Store,
+    pub(super) sandbox: SandboxId,
+    /// The record of a pause.
+    pub(super) paused: Option<PausedRecord>,
+}
+
+impl Keeper {
+    /// Links the layers, and writes the record of a pause. Where that fails, or nobody waits for it any
+    /// more, the snapshot goes again. Blocks.
+    pub(super) fn keep(
+        self,
+        snapshot: Snapshot,
+        unheard: &dyn Fn() -> bool,
+    ) -> Result<(SnapshotManifest, Vec<Layer>), CaptureError> {
+        let Self { store, sandbox, paused } = self;
+        let manifest = snapshot.manifest().clone();
+        let kept = || -> Result<Vec<Layer>, CaptureError> {
+            let layers = snapshot.open_layers()?;
+            store.link_lineage(&sandbox, &layers)?;
+            if unheard() {
+                return Err(StorageError::SnapshotGone { id: manifest.id.clone() }.into());
+            }
+            if let Some(paused) = paused {
+                let record = paused(&manifest.id).map_err(|error| {
+                    CaptureError::State(format!("its record: {}", chain(&error)))
+                })?;
+                store.write_record(&sandbox, &record, true)?;
+            }
+            Ok(layers)
+        };
+        let layers = kept().inspect_err(|_| {
+            if let Err(error) = store.delete_snapshot(&manifest.id) {
+                let (id, error) = (&manifest.id, chain(&error));
+                tracing::error!(id, error, "a snapshot of nobody's stays");
+            }
+        })?;
+        Ok((manifest, layers))
+    }
+}
 
 fn unix_ms(at: SystemTime) -> u64 {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -168,7 +213,7 @@ impl Driver {
         let mut record = self.record(RecordedState::Running).ok()?;
         Some(Box::new(move |snapshot| {
             record.state = RecordedState::Paused { snapshot: snapshot.to_owned() };
-            record.encode().ok()
+            record.encode()
         }))
     }
 
@@ -259,23 +304,13 @@ impl Driver {
         }
     }
 
-    async fn write_record(&mut self) {
+    pub(super) async fn write_record(&mut self) {
         let Ok(record) = self.record_bytes() else { return };
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let written = rt::blocking(move || store.write_record(&id, &record, false)).await;
         if !matches!(written, Ok(Ok(()))) {
             tracing::warn!(%id, ?written, "a record was not written; a new daemon sees the old one");
         }
-    }
-
-    /// Leaves everything for the next daemon.
-    pub(super) async fn leave(&mut self) {
-        if self.sandbox.info().is_some_and(|info| info.state == Lifecycle::Running) {
-            self.write_record().await;
-        }
-        self.events = None;
-        self.capture = None;
-        *self.sandbox.held.borrow_mut() = None;
     }
 
     pub(super) fn show_resumed(&mut self) {
@@ -345,7 +380,7 @@ impl Driver {
         let failure = failure.unwrap_or_else(|| ShardError::OperationFailed {
             operation: request.name(),
             sandbox: self.sandbox.id,
-            reason: "the VM process was lost".to_owned(),
+            reason: "the VM process was lost, or took too long".to_owned(),
         });
         request.fail(failure);
     }

@@ -4,7 +4,7 @@
 //! decide: what follows from what is in `state`.
 
 mod effects;
-mod ending;
+mod ends;
 mod keep;
 mod work;
 
@@ -16,8 +16,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures_lite::FutureExt;
+use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
-use mica_wire::vm;
+use mica_wire::vm::{self, Command};
 
 use super::capture::{Capture, CaptureError};
 use super::image::Opened;
@@ -26,7 +27,7 @@ use super::memory::Memory;
 use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
-use super::state::{Event, Process, Refusal, State, Terms};
+use super::state::{Cause, Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
@@ -69,6 +70,10 @@ struct Driver {
     memory: Memory,
     /// Brings its pages in when they are touched, where they are not mapped.
     paging: Option<Paging>,
+    /// Whether its directory in the store is there.
+    has_directory: bool,
+    /// What it needs there is being made, while the VM process restores it.
+    settling: Option<Settling>,
     /// The operation at hand, and who waits for it.
     request: Option<Request>,
     /// Why it failed, until it is answered.
@@ -77,6 +82,10 @@ struct Driver {
     /// Length of the state in the exchange, after a freeze.
     state_bytes: u64,
     back: Option<Back>,
+    /// The snapshot that may exist from now on, until its operation is over.
+    committing: Option<String>,
+    /// A process that the work at hand ends.
+    ending: Option<Rc<Held>>,
     /// The snapshot that the operation made.
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
@@ -93,6 +102,12 @@ enum Begun {
     Beginning(mica_numa::rt::Task<Result<Capture, CaptureError>>),
     /// It is at hand.
     Here(Box<Capture>),
+}
+
+/// Links and record on their way. A task of its own: an end waits for it, before it removes them.
+struct Settling {
+    task: mica_numa::rt::Task<()>,
+    outcome: Option<oneshot::Receiver<Result<(), Cause>>>,
 }
 
 /// Lives `sandbox` to its end, or until the daemon leaves it.
@@ -130,7 +145,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
 enum Heard {
     Event(Event),
     Request(Request),
-    Done(Done),
+    Done(Box<Done>),
     Nudge,
 }
 
@@ -151,11 +166,15 @@ impl Driver {
             disk: None,
             memory: Memory::default(),
             paging: None,
+            has_directory: true,
+            settling: None,
             request: None,
             failure: None,
             capture: None,
             state_bytes: 0,
             back: None,
+            committing: None,
+            ending: None,
             made: None,
             paused_in: None,
             envd_version: None,
@@ -183,12 +202,14 @@ impl Driver {
                     | RecordedState::RollingBack { snapshot } => Some(snapshot.clone()),
                     RecordedState::Running => None,
                 };
-                let at = if process.is_some() { Process::Frozen } else { Process::None };
+                let at = if process.is_some() { Process::Asked } else { Process::None };
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
                 if let Some((held, memory)) = process {
                     self.hold(held);
                     self.memory = memory;
+                    // It was frozen when its daemon wrote this; a resume may have begun since.
+                    self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
                 }
             }
         }
@@ -223,7 +244,7 @@ impl Driver {
             Heard::Request(request) => Some((Event::Ask(request.kind()), Some(request))),
             Heard::Done(done) => {
                 self.work = None;
-                Some((self.take(done), None))
+                Some((self.take(*done), None))
             }
             Heard::Nudge => None,
         }
@@ -240,7 +261,7 @@ impl Driver {
         };
         let done = async {
             match &mut self.work {
-                Some(work) => Heard::Done(work.await),
+                Some(work) => Heard::Done(Box::new(work.await)),
                 None => pending().await,
             }
         };
@@ -266,7 +287,9 @@ impl Driver {
     fn deadline(&self) -> Option<Instant> {
         match &*self.sandbox.state.borrow() {
             State::Running => Some(self.sandbox.deadline.get()),
-            State::Paused(Process::Frozen | Process::None | Process::Ending)
+            State::Paused(
+                Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
+            )
             | State::Cancelling(_)
             | State::Stopping(_)
             | State::Gone(_) => None,

@@ -27,7 +27,7 @@ pub(super) enum Done {
     /// A snapshot was found, a disk made, a shell taken.
     Prepared(Result<(Found, Shell), Cause>),
     /// The agent has answered: its envd version; and the record is written.
-    Initialised(Result<Option<String>, String>),
+    Initialised(Result<Option<String>, Cause>),
     /// Memory and disk.
     Copied(Memory, Result<Copied, CaptureError>),
     /// The most of the memory.
@@ -75,7 +75,10 @@ impl Driver {
                 }
                 Event::InitDone
             }
-            Done::Initialised(Err(why)) => Event::InitFailed(why),
+            Done::Initialised(Err(cause)) => {
+                self.failure = Some(self.error(cause.clone()));
+                Event::InitFailed(cause)
+            }
             Done::Copied(memory, copied) => {
                 self.memory = memory;
                 self.take_copied(copied)
@@ -91,12 +94,14 @@ impl Driver {
                 }
             }
             Done::Committed(Ok(made)) => {
+                self.committing = None;
                 let (manifest, layers) = *made;
                 self.memory.committed(layers);
                 self.made = Some(manifest);
                 Event::Committed
             }
             Done::Committed(Err(error)) => {
+                self.committing = None;
                 self.memory.gave_up();
                 self.failure = Some(error);
                 Event::CommitFailed
@@ -105,7 +110,10 @@ impl Driver {
                 self.memory = memory;
                 self.take_replaced(back)
             }
-            Done::ProcessEnded => Event::ProcessEnded,
+            Done::ProcessEnded => {
+                self.ending = None;
+                Event::ProcessEnded
+            }
             Done::TakenBack { safe } => {
                 self.safe = safe;
                 Event::CleanedUp
@@ -117,6 +125,7 @@ impl Driver {
         self.image = Some(Arc::clone(&found.image));
         self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
         self.disk = found.disk;
+        self.has_directory = found.has_directory;
         self.memory = Memory {
             layers: found.image.layers.clone(),
             mapped: Some(found.image.pieces.clone()),
@@ -158,8 +167,15 @@ impl Driver {
                 Event::Copied
             }
             Err(error) => {
+                let broken = matches!(error, BackError::Broken(_));
                 self.failure = Some(error.for_client(self.sandbox.id));
-                Event::CopyFailed
+                match (broken, &self.request) {
+                    (true, Some(Request::Rollback(snapshot, _))) => {
+                        self.paused_in = Some(snapshot.clone());
+                        Event::ReplaceBroke
+                    }
+                    _ => Event::CopyFailed,
+                }
             }
         }
     }

@@ -8,7 +8,7 @@
 //!  Freezing ────────▶ Copying ────────▶ Committing ────────────────▶ Finishing
 //!     ▲                  │ TooMuch                                      │ Committed
 //!     │ Precopied        ▼                                              ▼
-//!     └───────────── Precopying                                      Running
+//!     └── Precopying ◀─ Releasing                                    Running
 //! ```
 //! Refuses what is not its turn, by handing it to the common end.
 
@@ -49,9 +49,9 @@ fn capturing(at: fn(Step) -> State, step: Step, event: Event) -> Stepped {
             (at(Step::Copying), vec![Effect::Copy])
         }
         (Step::Copying, Event::CopyFailed) => give_up(at),
-        (Step::Copying, Event::TooMuch) => (at(Step::Precopying), vec![Effect::Thaw]),
+        (Step::Copying, Event::TooMuch) => (at(Step::Releasing), vec![Effect::Thaw]),
         // Only now: the command after a thaw may not be sent before its answer.
-        (Step::Precopying, Event::Vm(vm::Event::Thawed)) => {
+        (Step::Releasing, Event::Vm(vm::Event::Thawed)) => {
             (at(Step::Precopying), vec![Effect::Precopy])
         }
         (Step::Precopying, Event::Precopied) => (at(Step::Freezing), vec![Effect::Freeze]),
@@ -71,6 +71,11 @@ pub(super) fn rolling_back(step: Step, event: Event) -> Stepped {
             (State::Restoring(super::Birth::Rollback), vec![Effect::SendRestore])
         }
         (Step::Copying, Event::CopyFailed) => give_up(at),
+        // Its disk is of no use, but the snapshot is: it waits in that.
+        (Step::Copying, Event::ReplaceBroke) => {
+            let effects = vec![Effect::ShowPaused, Effect::AnswerFailure, Effect::EndProcess];
+            (State::Paused(Process::Ending), effects)
+        }
         (Step::Thawing, Event::Vm(vm::Event::Thawed)) => stay(State::Running),
         (step, event) => talking(at(step), event),
     }
