@@ -33,6 +33,8 @@ pub(crate) fn look_at(shard: &Rc<Shard>, snapshot: &str, layers: &[Layer]) {
         return;
     }
     waiting.push_back(snapshot.to_owned());
+    // A task runs as soon as it is spawned, and takes from the queue.
+    drop(waiting);
     if !shard.upkeep.busy.replace(true) {
         rt::spawn(work(Rc::clone(shard), limits)).detach();
     }
