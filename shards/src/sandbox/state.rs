@@ -472,6 +472,11 @@ impl State {
         matches!(self, Self::Cancelling(_) | Self::Stopping(_) | Self::Gone(_))
     }
 
+    /// Whether a guest is being brought up in a VM process.
+    pub(crate) fn is_coming_up(&self) -> bool {
+        matches!(self, Self::Starting(_) | Self::Restoring(_) | Self::Initialising(_))
+    }
+
     /// Whether it will soon be running, or not be: what waits for that may.
     pub(crate) fn is_in_transition(&self) -> bool {
         match self {
