@@ -89,8 +89,7 @@ pub(crate) enum Step {
     Committing,
     /// The same, and the guest goes on.
     Finishing,
-    /// Nothing is left to do but for the guest to go on. Then whoever asked is told: the next thing
-    /// that it asks for must find the sandbox ready.
+    /// The guest is told to go on; then whoever asked is told, and finds the sandbox ready.
     Thawing(Outcome),
 }
 
