@@ -279,17 +279,21 @@ impl OneVm {
     /// Freezes the VM, and takes its state out of the exchange.
     ///
     /// # Errors
-    /// When anything else came than [`Event::Frozen`], or nothing for `patience`.
+    /// When the VM ended instead, or nothing came for `patience`.
     pub fn freeze(&self, track: bool, patience: Duration) -> Result<Saved> {
         self.send(&Command::Freeze { track }, &[])?;
-        match self.next_event(patience)? {
-            Some(Event::Frozen { state_bytes, tracked }) => {
-                let exchange = self.exchange.as_ref().context("nothing was built")?;
-                let mut state = vec![0; usize::try_from(state_bytes)?];
-                exchange.read_exact_at(&mut state, 0)?;
-                Ok(Saved { state, tracked })
+        loop {
+            match self.next_event(patience)? {
+                Some(Event::Frozen { state_bytes, tracked }) => {
+                    let exchange = self.exchange.as_ref().context("nothing was built")?;
+                    let mut state = vec![0; usize::try_from(state_bytes)?];
+                    exchange.read_exact_at(&mut state, 0)?;
+                    return Ok(Saved { state, tracked });
+                }
+                // What the guest did just before.
+                Some(Event::ConsoleStarted | Event::Doorbell) => {}
+                other => bail!("expected a frozen VM, got {other:?}"),
             }
-            other => bail!("expected a frozen VM, got {other:?}"),
         }
     }
 

@@ -15,9 +15,10 @@ use std::time::Duration;
 
 use common::{PATIENCE, fresh_id, have_kvm, start};
 use guests::{FRAMES, UNUSED, frozen, plan_of, restore, run, shell, stop, wait_for_text, waiting};
-use mica_lab::one_vm::{OneVm, Restore, Shape, find_mica_vm, memfd_of};
+use mica_lab::one_vm::{OneVm, Restore, Saved, Shape, find_mica_vm, memfd_of};
 use mica_lab::tiny_guest::GENERATION_ID;
 use mica_units::PAGE_BYTES;
+use mica_vmm::state::VmState;
 use mica_wire::vm::plan::Source;
 use mica_wire::vm::{Command, Ending, Event, Phase};
 
@@ -64,6 +65,143 @@ fn a_frozen_guest_stands_still_and_goes_on_when_thawed() {
         assert_ne!(again.state, first.state, "its registers have changed");
     }
     stop(vm);
+}
+
+/// The guest's clock in seconds, and its time stamp counter in the same.
+fn clocks(saved: &Saved) -> (f64, f64) {
+    let state = VmState::decode(&saved.state).unwrap();
+    let vcpu = &state.vcpus[0];
+    let tsc = vcpu.msrs.iter().find(|msr| msr.index == 0x10).unwrap().value;
+    let seconds = Duration::from_nanos(state.machine.clock_ns).as_secs_f64();
+    (seconds, tsc as f64 / f64::from(vcpu.tsc_khz) / 1e3)
+}
+
+#[test]
+fn the_guests_clocks_stand_still_while_it_does() {
+    if !have_kvm() {
+        return;
+    }
+    const PAUSE: Duration = Duration::from_millis(2500);
+    /// Time that guest code may have run in between.
+    const RUN: f64 = 1.4;
+    let boot = waiting(2);
+    let (vm, first, layer, plan) = frozen(&boot);
+    let before = clocks(&first);
+    let check = |saved: &Saved, what: &str| {
+        let after = clocks(saved);
+        assert!((0.0..RUN).contains(&(after.0 - before.0)), "{what}: {before:?} {after:?}");
+        // Under PVM a guest reads the host's counter, and nobody can set that.
+        if before.1 < 60.0 {
+            assert!((0.0..RUN).contains(&(after.1 - before.1)), "{what}: {before:?} {after:?}");
+        }
+    };
+    std::thread::sleep(PAUSE);
+    vm.thaw(PATIENCE).unwrap();
+    check(&vm.freeze(false, PATIENCE).unwrap(), "a thaw");
+    std::thread::sleep(PAUSE);
+    vm.send_restore(&restore(&first, &layer, &plan, 1)).unwrap();
+    vm.expect(&Event::Started, PATIENCE).unwrap();
+    check(&vm.freeze(false, PATIENCE).unwrap(), "a rollback");
+    stop(vm);
+    let vm = shell(&boot.shape());
+    vm.send_restore(&restore(&first, &layer, &plan, 1)).unwrap();
+    vm.expect(&Event::Started, PATIENCE).unwrap();
+    check(&vm.freeze(false, PATIENCE).unwrap(), "a restore");
+    stop(vm);
+}
+
+#[test]
+fn what_is_saved_is_what_was_restored() {
+    if !have_kvm() {
+        return;
+    }
+    let boot = waiting(2);
+    let (vm, first, layer, plan) = frozen(&boot);
+    stop(vm);
+    let vm = shell(&boot.shape());
+    // The id that the guest knows already, so that it goes on waiting where it is.
+    vm.send_restore(&restore(&first, &layer, &plan, 0)).unwrap();
+    vm.expect(&Event::Started, PATIENCE).unwrap();
+    let again = vm.freeze(false, PATIENCE).unwrap();
+    let [first, again] = [first, again].map(|saved| VmState::decode(&saved.state).unwrap());
+    assert!(first.cpuid == again.cpuid && first.devices == again.devices);
+    assert!(first.machine.chips[..2] == again.machine.chips[..2]);
+    for (number, (first, again)) in first.vcpus.iter().zip(&again.vcpus).enumerate() {
+        let same = [
+            ("sregs", first.sregs == again.sregs),
+            ("xcrs", first.xcrs == again.xcrs),
+            // Of a vCPU that never ran, what is in its initial state may be said to be so or written out.
+            ("xsave", number > 0 || first.xsave == again.xsave),
+            ("debugregs", first.debugregs == again.debugregs),
+            ("run state", first.mp_state == again.mp_state),
+        ];
+        for (what, same) in same {
+            assert!(same, "{what} of vCPU {number}");
+        }
+        let clocks = [0x10, 0x6e0];
+        for (before, after) in first.msrs.iter().zip(&again.msrs) {
+            assert!(clocks.contains(&before.index) || before == after, "{before:?} {after:?}");
+        }
+    }
+    stop(vm);
+}
+
+/// A state in form with nonsense in it: refused, or a guest that is broken; never a VM process that
+/// ends without a word.
+#[test]
+fn nonsense_in_a_good_state_harms_the_guest_at_most() {
+    if !have_kvm() {
+        return;
+    }
+    let boot = waiting(2);
+    let (vm, saved, layer, plan) = frozen(&boot);
+    stop(vm);
+    let good = VmState::decode(&saved.state).unwrap();
+    let mut seed = 1u64;
+    let mut random = move |bound: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        usize::try_from(seed >> 33).unwrap() % bound
+    };
+    let mut refused = 0;
+    for round in 0..60 {
+        let mut state = good.clone();
+        let vcpu = &mut state.vcpus[0];
+        let part: &mut [u8] = match round % 8 {
+            0 => &mut vcpu.regs,
+            1 => &mut vcpu.sregs,
+            2 => &mut vcpu.xcrs,
+            3 => &mut vcpu.lapic,
+            4 => &mut vcpu.events,
+            5 => &mut vcpu.xsave,
+            6 => &mut state.machine.chips[2],
+            _ => &mut vcpu.debugregs,
+        };
+        for _ in 0..=random(8) {
+            let at = random(part.len());
+            part[at] = u8::try_from(random(256)).unwrap();
+        }
+        let msr = random(state.vcpus[0].msrs.len());
+        state.vcpus[0].msrs[msr].value ^= u64::from(round % 3 == 0) << random(64);
+        let vm = shell(&boot.shape());
+        let saved = Saved { state: state.encode().unwrap(), tracked: false };
+        vm.send_restore(&restore(&saved, &layer, &plan, 1)).unwrap();
+        match vm.next_event(PATIENCE).unwrap() {
+            Some(Event::Started) => {
+                // It runs, or ends in whatever way a guest can.
+                let frozen = vm.send(&Command::Freeze { track: false }, &[]);
+                let stopped = vm.send(&Command::Stop, &[]);
+                let mut ended = None;
+                while let Some(event) = vm.next_event(PATIENCE).unwrap() {
+                    ended = Some(event);
+                }
+                let ended_well = matches!(ended, Some(Event::Ended(_)));
+                assert!(ended_well, "round {round}: {ended:?} {frozen:?} {stopped:?}");
+            }
+            Some(Event::Ended(Ending::BadConfig(_))) => refused += 1,
+            other => panic!("round {round}: {other:?}"),
+        }
+    }
+    assert!(refused > 0, "KVM took everything");
 }
 
 #[test]
@@ -220,11 +358,15 @@ fn commands_out_of_turn_are_refused() {
         return;
     }
     let boot = waiting(1);
-    let refused = |vm: OneVm| match vm.next_event(PATIENCE).unwrap() {
-        Some(Event::Ended(Ending::Internal(words))) => {
-            assert!(words.contains("out of turn"), "{words}");
+    let refused = |vm: OneVm| loop {
+        match vm.next_event(PATIENCE).unwrap() {
+            Some(Event::ConsoleStarted) => {}
+            Some(Event::Ended(Ending::Internal(words))) => {
+                assert!(words.contains("out of turn"), "{words}");
+                break;
+            }
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
     };
     for command in [Command::Freeze { track: false }, Command::Thaw] {
         let vm = shell(&boot.shape());
@@ -233,7 +375,6 @@ fn commands_out_of_turn_are_refused() {
     }
     let mut vm = start(&boot);
     vm.send_build(&boot.shape()).unwrap();
-    vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
     refused(vm);
     let (vm, saved, layer, plan) = frozen(&boot);
     vm.thaw(PATIENCE).unwrap();

@@ -21,9 +21,6 @@ pub fn run(options: &[&str]) {
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
     let plan = plan(&topology::read().unwrap(), &wish).unwrap();
     let config = HostConfig {
-        store_root: PathBuf::from(store),
-        vm_program: PathBuf::from(program),
-        cgroup_root: PathBuf::from(cgroup),
         cgroup_limits_required: false,
         uid_first: 40_000,
         sandboxes_max: 100,
@@ -38,6 +35,7 @@ pub fn run(options: &[&str]) {
         on_demand_over_mib: 0,
         flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
+        ..HostConfig::new(PathBuf::from(store), PathBuf::from(program), PathBuf::from(cgroup))
     };
     mica_shards::run(&plan, config, StopSignal::new().unwrap(), move |host, _| async move {
         println!("ready");

@@ -77,6 +77,30 @@ const POOL_MAX: u32 = 4096;
 const PAGES_PER_MIB: u64 = (1 << 20) / mica_units::PAGE_BYTES;
 
 impl HostConfig {
+    /// A host in these places, with everything else as it is where nobody decides otherwise.
+    #[must_use]
+    pub fn new(store_root: PathBuf, vm_program: PathBuf, cgroup_root: PathBuf) -> Self {
+        Self {
+            store_root,
+            vm_program,
+            cgroup_root,
+            cgroup_limits_required: true,
+            uid_first: 100_000,
+            sandboxes_max: 4096,
+            console_bytes: 64 * 1024,
+            boot_deadline: Duration::from_secs(60),
+            pool_floor: 4,
+            pool_ceiling: 64,
+            keep_sandboxes: false,
+            capture_budget_mib: 16,
+            io_buffers: 32,
+            replica_budget_mib: 4096,
+            on_demand_over_mib: 0,
+            flatten: FlattenLimits::default(),
+            memory_reserve_mib: 1024,
+        }
+    }
+
     /// Checks every bound.
     ///
     /// # Errors

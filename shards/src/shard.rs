@@ -159,7 +159,7 @@ impl Shard {
         if self.live() >= self.share() {
             return Err(self.at_capacity());
         }
-        let access_token = request.secure.then(|| draw_hex::<TOKEN_BYTES>()).transpose()?;
+        let access_token = request.secure.then(draw_hex::<TOKEN_BYTES>).transpose()?;
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
         let (maker, made) = oneshot::channel();
         let identity = Identity { request, access_token, machine_id };

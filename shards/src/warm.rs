@@ -17,7 +17,7 @@ use mica_numa::{Plan, ShardSeat, StopSignal, seat};
 use mica_storage::{
     FlatWriter, LayerInfo, ReadyWhen, SnapshotKind, SnapshotManifest, StorageError, Template,
 };
-use mica_units::{FrameRun, PAGE_BYTES, SandboxId, ShardCount, ShardId, frames_of};
+use mica_units::{FrameRun, SandboxId, ShardCount, ShardId, frames_len, frames_of};
 use mica_wire::guest::ControlRequest;
 use mica_wire::vm::{self, BootConfig, Command, FdRole};
 
@@ -308,13 +308,13 @@ async fn write_memory(
     let memory = RemoteMemory::new(shell.held.layout.memory_address, frames)
         .ok_or(WarmError::Memory(ProcessError::Range))?;
     let touched = process.pagemap().scan_all(memory, Wanted::Anonymous).await?;
-    let zeros = vec![0; FRAMES_PER_READ as usize * PAGE_BYTES as usize];
+    let zeros = vec![0; frames_len(FRAMES_PER_READ)];
     let mut next = 0;
     let mut buffer = ring.buffer().await;
     for run in touched {
         while next < run.first() {
             let count = (run.first() - next).min(FRAMES_PER_READ);
-            writer.push(&zeros[..count as usize * PAGE_BYTES as usize]).await?;
+            writer.push(&zeros[..frames_len(count)]).await?;
             next += count;
         }
         while next < run.end() {

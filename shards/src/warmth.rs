@@ -13,7 +13,7 @@ use mica_numa::io::IoFile;
 use mica_numa::process::{RemoteMemory, Wanted};
 use mica_numa::rt;
 use mica_storage::{LayerKind, prefetch_plan};
-use mica_units::{PAGE_BYTES, frames_of};
+use mica_units::{PAGE_BYTES, frames_len, frames_of};
 
 use crate::sandbox::{Opened, chain};
 use crate::shard::Shard;
@@ -77,7 +77,7 @@ async fn prefetch(shard: &Rc<Shard>, image: &Opened) {
     let Ok(files) = files else { return };
     for piece in prefetch_plan(&image.pieces, &runs, FRAMES_PER_READ) {
         let Some(file) = files.get(piece.layer) else { continue };
-        let length = piece.run.count() as usize * PAGE_BYTES as usize;
+        let length = frames_len(piece.run.count());
         let buffer = shard.ring.buffer().await;
         let at = u64::from(piece.page) * PAGE_BYTES;
         let (_, read) = shard.ring.read_at(file, buffer, length, at).await;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use mica_units::SandboxId;
 
-use crate::layer::LayerError;
+use crate::layer::{LayerError, LayerId};
 use crate::manifest::ManifestError;
 
 /// The result of a store operation.
@@ -110,6 +110,12 @@ pub enum StorageError {
     SnapshotGone {
         /// Its id.
         id: String,
+    },
+    /// A layer that is open has lost its last name: what it was opened from was deleted or flattened.
+    #[error("layer {id} is not kept by anything any more; open its snapshot again")]
+    LayerGone {
+        /// The layer.
+        id: LayerId,
     },
     /// The template has no root disk to clone.
     #[error("template `{name}` has no disk, so a sandbox of it has none either")]

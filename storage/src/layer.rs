@@ -17,7 +17,7 @@ mod tests;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -29,6 +29,7 @@ pub use table::{Extent, Piece, RUNS_MAX, RunTable, coalesce, groups, merge, rest
 
 pub(crate) use format::{FOOTER_BYTES, Footer, data_pages_max, tail};
 
+use crate::crashsafe::Disk;
 use crate::error::{Result, StorageError};
 use crate::id;
 use crate::template::open_read;
@@ -263,6 +264,21 @@ impl Layer {
         whole
             && chunks.len() <= expected.len()
             && chunks.zip(expected).all(|(chunk, crc)| crc32c::crc32c(chunk) == *crc)
+    }
+
+    /// Gives it one more name, in `dir`.
+    ///
+    /// # Errors
+    /// [`StorageError::LayerGone`] when it has no name any more.
+    pub(crate) fn link_into(&self, disk: &Disk, dir: &Path) -> Result<()> {
+        let id = self.info.id;
+        match disk.link_file(&self.file, &dir.join(id.file_name())) {
+            Err(error) if error.is_not_found() => match self.file.metadata() {
+                Ok(metadata) if metadata.nlink() == 0 => Err(StorageError::LayerGone { id }),
+                _ => Err(error),
+            },
+            other => other,
+        }
     }
 
     /// Reads every page and compares it with its checksum.

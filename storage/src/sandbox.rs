@@ -107,14 +107,15 @@ impl Store {
     /// Makes `layers` the layers that the sandbox keeps, and lets go of all others it had.
     ///
     /// # Errors
-    /// When one has no name any more, or the file system fails.
+    /// [`StorageError::LayerGone`] when one has no name any more, as when its snapshot was flattened
+    /// since it was opened: open the snapshot again then. Others when the file system fails.
     pub fn link_lineage(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
         let dir = self.sandbox_dir(sandbox);
         let had: BTreeSet<LayerId> =
             entries(&dir)?.iter().filter_map(|entry| LayerId::from_file_name(entry)).collect();
         let wanted: BTreeSet<LayerId> = layers.iter().map(|layer| layer.info().id).collect();
         for layer in layers.iter().filter(|layer| !had.contains(&layer.info().id)) {
-            self.disk.link_file(layer.file(), &dir.join(layer.info().id.file_name()))?;
+            layer.link_into(&self.disk, &dir)?;
         }
         for id in had.difference(&wanted) {
             self.disk.remove_file_if_there(&dir.join(id.file_name()))?;

@@ -250,6 +250,9 @@ impl<F: LayerFile> PackedWriter<F> {
 
     /// The runs of all rounds, the last ones over the others.
     fn table(&self) -> std::result::Result<RunTable, LayerError> {
+        if self.rounds.len() > ROUNDS_MAX as usize + 1 {
+            return Err(LayerError::Runs("frames were pushed again in too many rounds"));
+        }
         let rounds = self.rounds.iter().map(|round| RunTable::new(round.clone(), self.pages));
         let rounds: Vec<RunTable> = rounds.collect::<std::result::Result<_, _>>()?;
         let rounds: Vec<&RunTable> = rounds.iter().collect();

@@ -3,6 +3,8 @@
 //! Called by `cargo test`. Needs root, loop devices and `mkfs.xfs`. Without them it says that it is
 //! skipped; with `REQUIRE_XFS=1` it fails instead.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};

@@ -248,9 +248,8 @@ fn admitted(daemon: &Daemon) -> Connection {
 fn a_sandbox_whose_process_dies_is_gone_and_the_others_are_not() {
     let daemon = Daemon::start();
     let first = daemon.create();
-    let victim = daemon.vm_processes();
     let second = daemon.create();
-    kill("KILL", victim[0]);
+    kill("KILL", daemon.vm_of(&first));
     let deadline = Instant::now() + PATIENCE;
     while daemon.ask("GET", &format!("/sandboxes/{first}"), None).status != 404 {
         assert!(Instant::now() < deadline, "the API still shows it");

@@ -9,7 +9,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, NO_POOL, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill, patiently};
 
 fn snapshots(daemon: &Daemon) -> Value {
     daemon.ask("GET", "/snapshots", None).json()
@@ -194,7 +194,9 @@ fn a_paused_sandbox_outlives_its_process() {
     kill("KILL", process);
     eventually("its process is gone", || daemon.vm_processes().is_empty());
     assert_eq!(daemon.state(&id), "paused");
-    let reply = daemon.act_with(&id, "resume", &json!({ "timeout": 60 }));
+    // What is left of the process is taken back first.
+    let life = json!({ "timeout": 60 });
+    let reply = patiently(|| daemon.act_with(&id, "resume", &life));
     assert_eq!(reply.status, 201, "{reply:?}");
     assert_eq!(daemon.state(&id), "running");
     daemon.snapshot(&id);

@@ -33,8 +33,7 @@ const DISK_BYTES: usize = 1 << 20;
 /// A state of the stand-in VM: its magic, and that it was stopped once.
 const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
 
-/// What a VM process is called that has no sandbox yet, and how much of a name the kernel keeps.
-const IDLE_NAME: &str = "standin-vm";
+/// How much of a name the kernel keeps.
 const NAME_BYTES: usize = 15;
 
 /// Options for a daemon that makes no VM process but for a sandbox, so that what it holds changes with
@@ -125,7 +124,8 @@ impl Daemon {
     pub fn holdings(&self) -> [usize; 4] {
         let entries = |path: &Path| std::fs::read_dir(path).expect("a directory").count();
         let groups = self.groups();
-        let of_sandbox = |names: &&Vec<(u32, String)>| names.iter().all(|(_, n)| n != IDLE_NAME);
+        // One without a process is left over from a sandbox.
+        let of_sandbox = |names: &&Vec<(u32, String)>| names.iter().all(|(_, n)| is_sandbox(n));
         [
             entries(Path::new(&format!("/proc/{}/fd", self.child.id()))),
             self.vm_processes().len(),
@@ -221,14 +221,14 @@ impl Daemon {
 
     /// Makes a snapshot and gives its id.
     pub fn snapshot(&self, id: &str) -> String {
-        let reply = self.act(id, "snapshots");
+        let reply = patiently(|| self.act(id, "snapshots"));
         assert_eq!(reply.status, 201, "{reply:?}");
         reply.json()["snapshotID"].as_str().expect("an id").to_owned()
     }
 
     /// Pauses a sandbox, which must work.
     pub fn pause(&self, id: &str) {
-        let reply = self.act(id, "pause");
+        let reply = patiently(|| self.act(id, "pause"));
         assert_eq!((reply.status, reply.body.len()), (204, 0), "{reply:?}");
     }
 
@@ -262,13 +262,10 @@ impl Daemon {
     }
 
     /// Process ids of the VMs that are a sandbox. The stand-in takes its sandbox's name once it is
-    /// one; what waits in the pool has the program's.
+    /// one; what waits in the pool, or is on its way there, has the program's.
     pub fn vm_processes(&self) -> Vec<u32> {
-        self.processes()
-            .into_iter()
-            .filter(|(_, name)| *name != IDLE_NAME)
-            .map(|(id, _)| id)
-            .collect()
+        let sandboxes = self.processes().into_iter().filter(|(_, name)| is_sandbox(name));
+        sandboxes.map(|(id, _)| id).collect()
     }
 
     /// The process that is this sandbox.
@@ -337,6 +334,25 @@ impl Drop for Daemon {
         }
         drop(std::fs::remove_dir(&self.cgroup));
         drop(std::fs::remove_dir_all(&self.directory));
+    }
+}
+
+/// Whether a process has the name of a sandbox, as far as the kernel keeps it.
+fn is_sandbox(name: &str) -> bool {
+    name.len() == NAME_BYTES && name.starts_with('i')
+}
+
+/// Asks again for as long as the answer is that another operation has the sandbox, as a client is
+/// told to: one that failed may still be letting the guest go on.
+pub fn patiently(ask: impl Fn() -> Reply) -> Reply {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let reply = ask();
+        let busy = reply.status == 409 && reply.headers.contains_key("retry-after");
+        if !busy || Instant::now() > deadline {
+            return reply;
+        }
+        thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::daemon::{Daemon, TEMPLATE, eventually};
+use crate::daemon::{Daemon, TEMPLATE, eventually, patiently};
 
 fn listed(daemon: &Daemon, query: &str) -> Vec<String> {
     let reply = daemon.ask("GET", query, None);
@@ -178,7 +178,8 @@ fn paused_and_running_sandboxes_outlive_a_daemon_that_is_killed() {
     assert_eq!(daemon.vm_of(&running), process, "it was not touched");
     let message = daemon.to_sandbox(&running, 1, "GET /").send("\r\n").reply().error(502);
     assert!(message.contains("port is not open"), "its agent answers: {message}");
-    let back = daemon.act_with(&running, "rollback", &json!({ "snapshotID": snapshot }));
+    let back = json!({ "snapshotID": snapshot });
+    let back = patiently(|| daemon.act_with(&running, "rollback", &back));
     assert_eq!(back.status, 200, "{back:?}");
     assert_eq!(daemon.act(&paused, "resume").status, 201);
     daemon.snapshot(&running);

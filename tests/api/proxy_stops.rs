@@ -7,7 +7,7 @@ use std::thread;
 use serde_json::json;
 
 use crate::client::{PATIENCE, Reply};
-use crate::daemon::{Daemon, NO_POOL, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill, patiently};
 use crate::upstream::{Upstream, gate};
 
 const CHUNKED: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -48,7 +48,8 @@ impl Server {
 }
 
 fn rollback(daemon: &Daemon, id: &str, snapshot: &str) {
-    let reply = daemon.act_with(id, "rollback", &json!({ "snapshotID": snapshot }));
+    let back = json!({ "snapshotID": snapshot });
+    let reply = patiently(|| daemon.act_with(id, "rollback", &back));
     assert_eq!(reply.status, 200, "{reply:?}");
 }
 

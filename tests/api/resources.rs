@@ -9,7 +9,7 @@ use mica_units::SandboxId;
 use serde_json::json;
 
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill};
+use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill, patiently};
 use crate::upstream::Upstream;
 
 const ROUNDS: usize = 50;
@@ -28,9 +28,11 @@ fn rounds_of_every_operation_leave_nothing() {
     rounds(ROUNDS_OF_EVERYTHING, |daemon| {
         let id = daemon.create();
         let snapshot = daemon.snapshot(&id);
-        let back = daemon.act_with(&id, "rollback", &json!({ "snapshotID": snapshot }));
+        let back = json!({ "snapshotID": snapshot });
+        let back = patiently(|| daemon.act_with(&id, "rollback", &back));
         assert_eq!(back.status, 200, "{back:?}");
-        let clones = daemon.act_with(&id, "clone", &json!({ "count": 2 }));
+        let clones = json!({ "count": 2 });
+        let clones = patiently(|| daemon.act_with(&id, "clone", &clones));
         assert_eq!(clones.status, 201, "{clones:?}");
         daemon.pause(&id);
         assert_eq!(daemon.act(&id, "resume").status, 201);

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::client::Reply;
-use crate::daemon::{Daemon, TEMPLATE};
+use crate::daemon::{Daemon, TEMPLATE, patiently};
 
 const NOBODY: &str = "i00000000000000000000";
 
@@ -102,14 +102,16 @@ fn a_snapshot_can_be_deleted_while_sandboxes_of_it_live() {
     assert_eq!((reply.status, reply.body.len()), (204, 0), "{reply:?}");
     assert!(delete(&daemon, &first).error(404).contains(&first));
     create_from(&daemon, &first).error(404);
-    daemon.act_with(&id, "rollback", &json!({ "snapshotID": first })).error(404);
+    let gone = json!({ "snapshotID": first });
+    patiently(|| daemon.act_with(&id, "rollback", &gone)).error(404);
     assert_eq!(ids(&daemon.ask("GET", "/snapshots", None)), std::slice::from_ref(&second));
     // What was made from it, and what was made after it, goes on.
     assert_eq!(daemon.state(clone), "running");
     let of_clone = daemon.snapshot(clone);
     assert_eq!(create_from(&daemon, &of_clone).status, 201);
     assert_eq!(create_from(&daemon, &second).status, 201);
-    let back = daemon.act_with(&id, "rollback", &json!({ "snapshotID": second }));
+    let back = json!({ "snapshotID": second });
+    let back = patiently(|| daemon.act_with(&id, "rollback", &back));
     assert_eq!(back.status, 200, "{back:?}");
 }
 
@@ -134,7 +136,10 @@ fn a_rollback_keeps_the_sandbox_and_goes_to_its_own_snapshots_alone() {
     let (first, second) = (daemon.snapshot(&id), daemon.snapshot(&id));
     let before = daemon.get(&id).json();
     let process = daemon.vm_of(&id);
-    let back = |to: &str| daemon.act_with(&id, "rollback", &json!({ "snapshotID": to }));
+    let back = |to: &str| {
+        let to = json!({ "snapshotID": to });
+        patiently(|| daemon.act_with(&id, "rollback", &to))
+    };
     let mut operations = std::collections::BTreeSet::new();
     // Back, further back, and forth again.
     for to in [&second, &first, &second] {

@@ -19,6 +19,13 @@ pub const fn frames_of(memory: Mebibytes) -> u32 {
 /// Most frames of one guest: 8 TiB.
 pub const FRAMES_MAX: u32 = 1 << 31;
 
+/// Bytes of so many frames, as the length of a buffer.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "4096 fits every usize")]
+pub const fn frames_len(frames: u32) -> usize {
+    (frames as usize).saturating_mul(PAGE_BYTES as usize)
+}
+
 /// A run of frames, never empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrameRun {

@@ -12,7 +12,7 @@ mod ids;
 mod limits;
 
 pub use bytes::{Gpa, Mebibytes, PAGE_BYTES};
-pub use frames::{FRAMES_MAX, FrameRun, frames_of};
+pub use frames::{FRAMES_MAX, FrameRun, frames_len, frames_of};
 pub use ids::{
     GuestPort, IdError, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId, TemplateName,
 };

@@ -32,6 +32,6 @@ mod notices;
 pub mod panics;
 mod restore;
 mod ring;
-mod state;
+pub mod state;
 mod vcpus;
 pub mod virtio;

@@ -2,7 +2,6 @@
 //!
 //! Made by `shard`, answered by the driver. Refuses to keep an answer that nobody waits for.
 
-
 use mica_numa::rt::oneshot::Sender;
 
 use super::state::{Ask, Refusal};

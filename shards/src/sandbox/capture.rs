@@ -245,8 +245,8 @@ impl Capture {
     }
 
     /// The id of what it makes.
-    pub(crate) fn id(&self) -> Option<String> {
-        self.staging.0.as_ref().map(|staging| staging.id().to_owned())
+    pub(crate) fn id(&self) -> Option<&str> {
+        self.staging.0.as_deref().map(SnapshotStaging::id)
     }
 
     /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of

@@ -46,12 +46,12 @@ pub(crate) struct Memory {
     pub(crate) captured: Vec<FrameRun>,
     /// Whether writes since the last capture can be told.
     pub(crate) tracked: bool,
-    /// Whether something was protected that no capture here knows of: by an earlier daemon, or by a
-    /// scan that failed.
-    pub(crate) doubted: bool,
     /// Whether pages come when they are touched: then one that is not there must not be read from
     /// outside.
     pub(crate) on_demand: bool,
+    /// Whether something was protected that no capture here knows of: by an earlier daemon, or by a
+    /// scan that failed.
+    pub(crate) doubted: bool,
 }
 
 impl Memory {

@@ -15,7 +15,7 @@ use mica_numa::process::RemoteMemory;
 use mica_numa::rt;
 use mica_numa::userfault::{Content, PageSource, Pager, Userfault};
 use mica_storage::{Layer, Piece};
-use mica_units::{FrameRun, PAGE_BYTES};
+use mica_units::{FrameRun, PAGE_BYTES, frames_len};
 
 use crate::shell::Held;
 
@@ -103,12 +103,12 @@ impl PageSource for Layers {
         }
         let mut next = run.first();
         for part in parts {
-            buffer.zero_to(bytes(part.run.first() - run.first()));
+            buffer.zero_to(frames_len(part.run.first() - run.first()));
             let Some(file) = self.files.get(part.layer) else {
                 return (buffer, Err(io::ErrorKind::InvalidData.into()));
             };
             let at = u64::from(part.page) * PAGE_BYTES;
-            let length = bytes(part.run.count());
+            let length = frames_len(part.run.count());
             let (back, read) = self.ring.read_exact_at(file, buffer, length, at).await;
             buffer = back;
             if let Err(error) = read {
@@ -117,12 +117,7 @@ impl PageSource for Layers {
             next = part.run.end();
         }
         debug_assert!(next <= run.end(), "a piece reaches out of the run it was cut to");
-        buffer.zero_to(bytes(run.count()));
+        buffer.zero_to(frames_len(run.count()));
         (buffer, Ok(Content::Bytes))
     }
-}
-
-/// Bytes of so many frames, of which a buffer holds a few hundred.
-fn bytes(frames: u32) -> usize {
-    frames as usize * PAGE_BYTES as usize
 }

@@ -28,11 +28,14 @@ pub(crate) struct Workshop {
 pub(crate) struct Found {
     pub(crate) image: Arc<Opened>,
     pub(crate) disk: Option<Arc<File>>,
+    /// Whether its directory is there already.
+    pub(crate) has_directory: bool,
 }
 
 impl Workshop {
-    /// Finds what `asked` stands for, and makes disk and directory of a new sandbox. `known` is what
-    /// it stood for last time.
+    /// Finds what `asked` stands for, and makes the disk of a new sandbox, if it has one: what a restore
+    /// needs. [`Workshop::settle`] does the rest while the VM process restores. `known` is what it stood
+    /// for last time.
     pub(crate) fn prepare(
         &self,
         id: &SandboxId,
@@ -40,12 +43,28 @@ impl Workshop {
         known: Option<Arc<Opened>>,
     ) -> Result<Found, Cause> {
         let image = self.find(asked, known)?;
-        let disk = self
-            .store
-            .create_sandbox(id, image.disk.as_deref())
-            .map_err(|error| cause("making its disk", &error))?;
-        self.link(id, &image.layers)?;
-        Ok(Found { image, disk: disk.map(Arc::new) })
+        let has_directory = image.disk.is_some();
+        let disk = match image.disk.as_deref() {
+            Some(disk) => self.store.create_sandbox(id, Some(disk)),
+            None => Ok(None),
+        };
+        let disk = disk.map_err(|error| cause("making its disk", &error))?.map(Arc::new);
+        Ok(Found { image, disk, has_directory })
+    }
+
+    /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record.
+    pub(crate) fn settle(
+        &self,
+        id: &SandboxId,
+        has_directory: bool,
+        layers: &[Layer],
+        record: &[u8],
+    ) -> Result<(), StorageError> {
+        if !has_directory {
+            self.store.create_sandbox(id, None)?;
+        }
+        self.store.link_lineage(id, layers)?;
+        self.store.write_record(id, record, false)
     }
 
     /// The same for a sandbox that was paused: its directory is there.
@@ -64,14 +83,7 @@ impl Workshop {
             Ok(Some(Arc::new(disk)))
         };
         let disk = reopen().map_err(|error| cause("putting its disk back", &error))?;
-        self.link(id, &image.layers)?;
-        Ok(Found { image, disk })
-    }
-
-    fn link(&self, id: &SandboxId, layers: &[Layer]) -> Result<(), Cause> {
-        self.store
-            .link_lineage(id, layers)
-            .map_err(|error| cause("linking the layers of its memory", &error))
+        Ok(Found { image, disk, has_directory: true })
     }
 
     /// What a name or an id stands for now, open.
@@ -137,6 +149,8 @@ impl Workshop {
 pub(crate) fn cause(step: &str, error: &StorageError) -> Cause {
     match error {
         StorageError::NoSpace { .. } => Cause::NoSpace,
+        // Flattened or deleted since it was found: the next try finds what it is now.
+        StorageError::LayerGone { .. } | StorageError::SnapshotGone { .. } => Cause::Busy,
         error => Cause::Failed(format!("{step}: {}", chain(error))),
     }
 }

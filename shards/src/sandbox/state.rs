@@ -176,7 +176,7 @@ pub(crate) enum Event {
     /// The agent answered.
     InitDone,
     /// It did not, or not well.
-    InitFailed(String),
+    InitFailed(Cause),
     /// The deadline of the step at hand, or the end of its time.
     TimeOver,
     /// A client asks.
@@ -404,9 +404,7 @@ fn coming_up(state: State, event: Event) -> Stepped {
             State::Restoring(Birth::Resume) | State::Initialising(Birth::Resume),
             Event::InitFailed(_) | Event::VmLost(_) | Event::Vm(_) | Event::TimeOver,
         ) => waiting::back_to_disk(),
-        (state, Event::InitFailed(why)) => {
-            end(state, Cause::Failed(format!("the agent's start: {why}")))
-        }
+        (state, Event::InitFailed(cause)) => end(state, cause),
         (state, event) => fall(state, event),
     }
 }

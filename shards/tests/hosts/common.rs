@@ -91,9 +91,6 @@ impl Bench {
 
     pub fn config(&self) -> HostConfig {
         HostConfig {
-            store_root: self.store(),
-            vm_program: self.program(),
-            cgroup_root: self.cgroup.clone(),
             cgroup_limits_required: false,
             uid_first: 30_000,
             sandboxes_max: 64,
@@ -108,6 +105,7 @@ impl Bench {
             on_demand_over_mib: 0,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 0,
+            ..HostConfig::new(self.store(), self.program(), self.cgroup.clone())
         }
     }
 
@@ -380,4 +378,13 @@ pub fn assert_memory(found: &[u8], expected: &[u8], what: &str) {
         "{what}: {} frames differ; frame, found, expected: {shown:?}",
         frames.len()
     );
+}
+
+/// Ends a VM process from outside.
+pub fn kill_process(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(errno) => panic!("cannot kill {pid:?}: {errno}"),
+    }
 }

@@ -8,6 +8,7 @@
 mod common;
 mod create;
 mod life;
+mod pausing;
 mod routing;
 mod snapshots;
 mod wait;

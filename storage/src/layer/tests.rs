@@ -314,7 +314,7 @@ fn a_footer_that_lies_is_refused() {
     for bad in [
         Footer { frames: 0, ..good },
         Footer { frames: FRAMES_MAX + 1, ..good },
-        Footer { data_pages: 65, ..good },
+        Footer { data_pages: 64 * (ROUNDS_MAX + 1) + 1, ..good },
         Footer { frames_held: 6, ..good },
         Footer { runs: u32::MAX, ..good },
     ] {

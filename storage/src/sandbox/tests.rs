@@ -92,7 +92,10 @@ fn layers_stay_while_a_sandbox_runs_on_them() {
     assert_eq!(found[1].info(), &infos[1]);
     assert_eq!(found[1].file().metadata().unwrap().ino(), all[1].file().metadata().unwrap().ino());
     assert!(store.open_lineage(&sandbox(1), &infos).is_err(), "the third was never kept");
-    assert!(store.link_lineage(&sandbox(1), &all).is_err(), "and has no name any more");
+    let gone = store.link_lineage(&sandbox(1), &all).unwrap_err();
+    assert!(matches!(gone, StorageError::LayerGone { id } if id == all[2].info().id), "{gone}");
+    let nobody = store.link_lineage(&sandbox(2), &all[..1]).unwrap_err();
+    assert!(matches!(nobody, StorageError::Io { .. }), "no such sandbox: {nobody}");
     store.link_lineage(&sandbox(1), &all[..1]).unwrap();
     assert_eq!(all[0].file().metadata().unwrap().nlink(), 1);
     assert_eq!(all[1].file().metadata().unwrap().nlink(), 0, "it was let go");

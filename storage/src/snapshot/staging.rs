@@ -130,11 +130,11 @@ impl SnapshotStaging {
     /// Gives it layers that are already written, wherever they were opened from.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when one has no name any more: whoever still needs a layer must have a
-    /// link to it.
+    /// [`StorageError::LayerGone`] when one has no name any more: whoever still needs a layer must have
+    /// a link to it.
     pub fn link_layers(&self, layers: &[Layer]) -> Result<()> {
         for layer in layers {
-            self.store.disk.link_file(layer.file(), &self.layer_path(layer.info().id))?;
+            layer.link_into(&self.store.disk, &self.dir)?;
         }
         Ok(())
     }

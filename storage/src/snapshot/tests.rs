@@ -129,7 +129,7 @@ fn a_chain_is_found_read_and_outlives_what_it_was_made_from() {
     // Open files are not affected, but nothing can be built on a layer that nobody has.
     assert!(memory_of(&open.layers) == expected);
     let staging = store.stage_snapshot(A).unwrap();
-    assert!(matches!(staging.link_layers(&layers), Err(StorageError::Io { .. })));
+    assert!(matches!(staging.link_layers(&layers), Err(StorageError::LayerGone { .. })));
 }
 
 #[test]

@@ -235,6 +235,51 @@ fn pages_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn what_is_pushed_again_counts_the_last_time() {
+    let dir = TempDir::new();
+    let path = dir.join(&id().file_name());
+    // Each round is the frames and the byte they are full of.
+    let rounds: [&[(u32, u32, u8)]; 4] =
+        [&[(0, 20, 1), (30, 10, 2)], &[], &[(5, 3, 3), (35, 10, 4)], &[(6, 1, 5), (60, 1, 6)]];
+    let mut expected = [0u8; 64];
+    let mut writer = PackedWriter::new(Slow::new(&path, None), id(), 64);
+    let info = wait(async {
+        for (number, round) in rounds.iter().enumerate() {
+            if number > 0 {
+                writer.begin_round();
+            }
+            for (first, count, byte) in *round {
+                let mut chunk = writer.reserve().await?;
+                chunk.fill(*byte);
+                writer.push(&[run(*first, *count)], chunk).await?;
+                expected[*first as usize..][..*count as usize].fill(*byte);
+            }
+        }
+        writer.finish().await
+    });
+    let info = info.unwrap();
+    assert_eq!(info.frames_held, 20 + 15 + 1);
+    let layer = Layer::open_in(dir.path(), &info).unwrap();
+    layer.verify().unwrap();
+    assert_eq!(layer.table().data_pages(), 45, "what was hidden stays in the file");
+    let mut found = [0u8; 64];
+    for extent in layer.table().extents() {
+        for n in 0..extent.run.count() {
+            let at = (extent.run.first() + n) as usize;
+            let page = u64::from(extent.page + n) * 4096;
+            layer.file().read_exact_at(&mut found[at..=at], page).unwrap();
+        }
+    }
+    assert_eq!(found, expected);
+
+    let mut writer = PackedWriter::new(Slow::new(&dir.join("again"), None), id(), 64);
+    for _ in 0..=ROUNDS_MAX {
+        writer.begin_round();
+    }
+    assert!(matches!(wait(writer.finish()), Err(StorageError::Layer { .. })), "too many rounds");
+}
+
+#[test]
 fn an_empty_layer_and_a_long_table_are_layers() {
     let dir = TempDir::new();
     let path = dir.join(&id().file_name());

@@ -110,7 +110,7 @@ impl Base {
     /// The saved table, if it is another than this one and this host can offer it.
     pub fn for_saved(&self, saved: &[CpuidLeaf]) -> Result<Option<Self>, CpuidError> {
         let here = self.leaves();
-        if here.iter().map(comparable).eq(saved.iter().map(comparable)) {
+        if here == saved {
             return Ok(None);
         }
         let find = |leaves: &[CpuidLeaf], function, index| {
@@ -158,17 +158,6 @@ impl Base {
     }
 }
 
-/// A leaf without the number of the processor that KVM read it on.
-fn comparable(leaf: &CpuidLeaf) -> CpuidLeaf {
-    let mut leaf = *leaf;
-    match leaf.function {
-        0x1 => leaf.registers[1] &= 0x00ff_ffff,
-        0x8000_001e => leaf.registers = [0; 4],
-        _ => {}
-    }
-    leaf
-}
-
 /// Bits of an APIC id that number the cores.
 fn core_bits(vcpus: VcpuCount) -> u32 {
     u32::from(vcpus.get()).next_power_of_two().trailing_zeros()
@@ -184,9 +173,12 @@ fn restrict(entry: &mut kvm_cpuid_entry2, vcpus: VcpuCount, tsc_deadline: bool) 
             if tsc_deadline {
                 entry.ecx |= ECX1_TSC_DEADLINE;
             }
-            entry.ebx = (entry.ebx & 0xff00_ffff) | (count << 16);
+            // Without the number of the processor that KVM read it on; each vCPU gets its own.
+            entry.ebx = (entry.ebx & 0x0000_ffff) | (count << 16);
             entry.edx = if count > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
         }
+        // Likewise.
+        0x8000_001e => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         // Caches: levels 1 and 2 belong to one core, level 3 to all. Subleaf type 0 ends the list.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
             let level = (entry.eax >> 5) & 0x7;

@@ -27,6 +27,9 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Writing these makes KVM write the wall clock into guest memory: an order, not a register. A guest
 /// writes it each time before it reads.
 const MSRS_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// MSRs of Hyper-V, which no guest here is offered. KVM sets up its emulation of it, with memory for
+/// each vCPU, as soon as one is touched.
+const MSRS_HYPER_V: std::ops::Range<u32> = 0x4000_0000..0x4000_0200;
 /// A frequency within this many parts of a million is the same: the guest's clock is kept right by
 /// other means. As QEMU has it.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -104,7 +107,7 @@ fn usable_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, KvmError> {
         .as_slice()
         .iter()
         .copied()
-        .filter(|index| !MSRS_WALL_CLOCK.contains(index))
+        .filter(|index| !MSRS_WALL_CLOCK.contains(index) && !MSRS_HYPER_V.contains(index))
         .collect();
     indices.sort_unstable_by_key(|index| match *index {
         MSR_TSC => (0, *index),

@@ -32,6 +32,7 @@ pub struct DeviceLoop {
     /// Duplicates of the devices' own descriptors, to wait on without their locks.
     wakes: Vec<Option<OwnedFd>>,
     gate: Arc<Gate>,
+    drain_max: Duration,
 }
 
 impl DeviceLoop {
@@ -55,7 +56,13 @@ impl DeviceLoop {
             mmio.with_wake_fd(|fd| add(fd, device << 8 | WAKE)).transpose()?;
             wakes.push(mmio.with_wake_fd(|fd| fd.try_clone_to_owned()).transpose()?);
         }
-        Ok(Self { epoll, devices, wakes, gate })
+        Ok(Self { epoll, devices, wakes, gate, drain_max: DRAIN_MAX })
+    }
+
+    /// One that waits for what is in flight for this long only.
+    #[cfg(test)]
+    pub(super) fn with_drain_max(self, drain_max: Duration) -> Self {
+        Self { drain_max, ..self }
     }
 
     /// Runs the devices whenever the gate is open, until it says stop or one of them fails. Starts
@@ -133,7 +140,7 @@ impl DeviceLoop {
 
     /// Brings what is in flight to its end.
     fn drain(&self) -> Result<(), DeviceError> {
-        let deadline = Instant::now() + DRAIN_MAX;
+        let deadline = Instant::now() + self.drain_max;
         for (mmio, wake) in self.devices.iter().zip(&self.wakes) {
             while !mmio.drain()? {
                 if Instant::now() >= deadline {

@@ -9,18 +9,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_numa::process::ProcessError;
 use mica_numa::rt::time::{self, Instant};
-use mica_numa::rt::{self, BlockingError};
+use mica_numa::rt::{self, BlockingError, oneshot};
 use mica_wire::guest::{ControlRequest, InitRequest};
 use mica_wire::vm::{Command, FdRole, RestoreConfig};
 
 use super::super::capture::{Capture, Source};
 use super::super::memory::{Memory, Place};
+use super::super::prepare::cause;
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{LIFE_MAX, Request, chain, from_now};
 use super::super::{link, paging, rollback};
 use super::keep::Keeper;
 use super::work::{Done, capture_error};
-use super::{Begun, Driver};
+use super::{Begun, Driver, Settling};
 use crate::shard::random;
 use crate::shell::Held;
 use crate::{Lifecycle, upkeep, warmth};
@@ -113,6 +114,8 @@ impl Driver {
                 None => Err("there is nothing to restore".to_owned()),
             },
         };
+        // While the VM process restores: what only the next daemon needs.
+        self.settle();
         if let Err(error) = sent {
             tracing::warn!(id = %self.sandbox.id, error, "a restore was not sent");
             self.caused.push_back(Event::VmLost("its state could not be handed over"));
@@ -187,30 +190,63 @@ impl Driver {
         let new_sandbox =
             matches!(*self.sandbox.state.borrow(), State::Initialising(Birth::Create));
         let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
-        if new_sandbox {
-            let now = SystemTime::now();
-            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+        // One that was thawed, and not restored, is only running again.
+        if self.settling.as_ref().is_none_or(|settling| settling.outcome.is_none()) {
+            self.settle();
         }
-        let record = self.record_bytes();
-        let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
+        let outcome = self.settling.as_mut().and_then(|settling| settling.outcome.take());
         let request = ControlRequest::Init(self.init_request(new_sandbox));
         self.work = Some(Box::pin(async move {
-            let recorded =
-                rt::blocking(move || record.map(|record| store.write_record(&id, &record, false)));
+            let settled = async {
+                match outcome {
+                    Some(outcome) => outcome.await,
+                    None => None,
+                }
+            };
             let told = async {
                 match has_agent {
                     true => tell_agent(&held, &request).await.map(Some),
                     false => Ok(None),
                 }
             };
-            let (recorded, told) = futures_lite::future::zip(recorded, told).await;
-            Done::Initialised(match recorded {
-                Ok(Ok(Ok(()))) => told,
-                Ok(Ok(Err(error))) => Err(format!("its record: {}", chain(&error))),
-                Ok(Err(error)) => Err(format!("its record: {error}")),
-                Err(error) => Err(format!("its record: {error}")),
+            let (settled, told) = futures_lite::future::zip(settled, told).await;
+            Done::Initialised(match settled {
+                Some(Ok(())) => {
+                    told.map_err(|why| Cause::Failed(format!("the agent's start: {why}")))
+                }
+                Some(Err(cause)) => Err(cause),
+                None => Err(Cause::Failed("its record was not written".to_owned())),
             })
         }));
+    }
+
+    /// Starts to write what the next daemon needs.
+    fn settle(&mut self) {
+        if matches!(*self.sandbox.state.borrow(), State::Restoring(Birth::Create)) {
+            let now = SystemTime::now();
+            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+        }
+        let record = self.record_bytes();
+        let (workshop, id) = (self.shard.workshop.clone(), self.sandbox.id);
+        let (layers, has_directory) = (self.memory.layers.clone(), self.has_directory);
+        self.has_directory = true;
+        let (sender, outcome) = oneshot::channel();
+        let task = rt::spawn(async move {
+            let settled = match record {
+                Ok(record) => {
+                    let settle = move || {
+                        let settled = workshop.settle(&id, has_directory, &layers, &record);
+                        settled.map_err(|error| cause("writing its record", &error))
+                    };
+                    super::work::blocking(settle).await
+                }
+                Err(error) => Err(Cause::Failed(format!("its record: {error}"))),
+            };
+            if sender.send(settled).is_err() {
+                tracing::debug!(%id, "the sandbox of this record is on its way out");
+            }
+        });
+        self.settling = Some(Settling { task, outcome: Some(outcome) });
     }
 
     fn init_request(&self, new_sandbox: bool) -> InitRequest {
@@ -316,9 +352,9 @@ impl Driver {
             self.caused.push_back(Event::CommitFailed);
             return;
         };
-        self.committing = capture.id();
-        let shard = Rc::clone(&self.shard);
+        self.committing = capture.id().map(str::to_owned);
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
+        let shard = Rc::clone(&self.shard);
         let operation = self.request.as_ref().map_or("a pause", Request::name);
         self.work = Some(Box::pin(async move {
             let keeper = Keeper { store, sandbox: id, paused };
@@ -326,11 +362,11 @@ impl Driver {
                 |id, layers, state| draft.finish(id, layers, state),
                 move |snapshot, unheard| keeper.keep(snapshot, unheard).map(Box::new),
             );
-            let committed = committed.await;
+            let committed = committed.await.map_err(|error| capture_error(&error, operation, id));
             if let Ok(made) = &committed {
                 upkeep::look_at(&shard, &made.0.id, &made.1);
             }
-            Done::Committed(committed.map_err(|error| capture_error(&error, operation, id)))
+            Done::Committed(committed)
         }));
     }
 

@@ -4,7 +4,7 @@
 //! decide: what follows from what is in `state`.
 
 mod effects;
-mod ending;
+mod ends;
 mod keep;
 mod work;
 
@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures_lite::FutureExt;
+use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
 use mica_wire::vm::{self, Command};
 
@@ -26,7 +27,7 @@ use super::memory::Memory;
 use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
-use super::state::{Event, Process, Refusal, State, Terms};
+use super::state::{Cause, Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
@@ -67,6 +68,10 @@ struct Driver {
     memory: Memory,
     /// Brings its pages in when they are touched, where they are not mapped.
     paging: Option<Paging>,
+    /// Whether its directory in the store is there.
+    has_directory: bool,
+    /// What it needs there is being made, while the VM process restores it.
+    settling: Option<Settling>,
     /// The operation at hand, and who waits for it.
     request: Option<Request>,
     /// Why it failed, until it is answered.
@@ -95,6 +100,12 @@ enum Begun {
     Beginning(mica_numa::rt::Task<Result<Capture, CaptureError>>),
     /// It is at hand.
     Here(Box<Capture>),
+}
+
+/// Links and record on their way. A task of its own: an end waits for it, before it removes them.
+struct Settling {
+    task: mica_numa::rt::Task<()>,
+    outcome: Option<oneshot::Receiver<Result<(), Cause>>>,
 }
 
 /// Lives `sandbox` to its end, or until the daemon leaves it.
@@ -127,7 +138,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
 enum Heard {
     Event(Event),
     Request(Request),
-    Done(Done),
+    Done(Box<Done>),
     Nudge,
 }
 
@@ -147,6 +158,8 @@ impl Driver {
             disk: None,
             memory: Memory::default(),
             paging: None,
+            has_directory: true,
+            settling: None,
             request: None,
             failure: None,
             capture: None,
@@ -223,7 +236,7 @@ impl Driver {
             Heard::Request(request) => Some((Event::Ask(request.kind()), Some(request))),
             Heard::Done(done) => {
                 self.work = None;
-                Some((self.take(done), None))
+                Some((self.take(*done), None))
             }
             Heard::Nudge => None,
         }
@@ -240,7 +253,7 @@ impl Driver {
         };
         let done = async {
             match &mut self.work {
-                Some(work) => Heard::Done(work.await),
+                Some(work) => Heard::Done(Box::new(work.await)),
                 None => pending().await,
             }
         };

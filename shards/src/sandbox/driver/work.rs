@@ -27,7 +27,7 @@ pub(super) enum Done {
     /// A snapshot was found, a disk made, a shell taken.
     Prepared(Result<(Found, Shell), Cause>),
     /// The agent has answered: its envd version; and the record is written.
-    Initialised(Result<Option<String>, String>),
+    Initialised(Result<Option<String>, Cause>),
     /// Memory and disk.
     Copied(Memory, Result<Copied, CaptureError>),
     /// The most of the memory.
@@ -75,13 +75,9 @@ impl Driver {
                 }
                 Event::InitDone
             }
-            Done::Initialised(Err(why)) => {
-                self.failure = self.request.as_ref().map(|request| ShardError::OperationFailed {
-                    operation: request.name(),
-                    sandbox: self.sandbox.id,
-                    reason: why.clone(),
-                });
-                Event::InitFailed(why)
+            Done::Initialised(Err(cause)) => {
+                self.failure = Some(self.error(cause.clone()));
+                Event::InitFailed(cause)
             }
             Done::Copied(memory, copied) => {
                 self.memory = memory;
@@ -129,6 +125,7 @@ impl Driver {
         self.image = Some(Arc::clone(&found.image));
         self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
         self.disk = found.disk;
+        self.has_directory = found.has_directory;
         self.memory = Memory {
             layers: found.image.layers.clone(),
             mapped: Some(found.image.pieces.clone()),

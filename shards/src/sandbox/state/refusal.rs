@@ -60,7 +60,9 @@ pub(crate) fn doing(state: &State) -> &'static str {
         | State::RollingBack(_) => "it is being rolled back",
         State::Restoring(Birth::Create) => "waiting for the VM process to restore it",
         State::Initialising(Birth::Create) => "waiting for the agent in the guest",
-        State::Adopting | State::Paused(Process::Asked) => "the daemon has just started and takes it over",
+        State::Adopting | State::Paused(Process::Asked) => {
+            "the daemon has just started and takes it over"
+        }
         State::Snapshotting(_) => "a snapshot of it is being made",
         State::Pausing(_) => "it is being paused",
         State::Paused(Process::Ending | Process::Unwanted) => "its memory is being given back",

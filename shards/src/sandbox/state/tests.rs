@@ -55,7 +55,9 @@ fn done_to_it() -> Vec<Event> {
 fn outcomes(effect: &Effect) -> Option<Vec<Event>> {
     Some(match effect {
         Effect::Prepare => vec![Event::Prepared, Event::PrepareFailed(Cause::NoSpace)],
-        Effect::Initialise => vec![Event::InitDone, Event::InitFailed("no".to_owned())],
+        Effect::Initialise => {
+            vec![Event::InitDone, Event::InitFailed(Cause::Failed("no".to_owned()))]
+        }
         Effect::Copy => vec![Event::Copied, Event::CopyFailed, Event::TooMuch],
         Effect::Precopy => vec![Event::Precopied, Event::CopyFailed],
         Effect::Replace => vec![Event::Copied, Event::CopyFailed, Event::ReplaceBroke],

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::{Blk, BlkError};
 use crate::virtio::driver::{BUFFERS, Driver, MEMORY_BYTES};
-use crate::virtio::{DeviceError, Rule};
+use crate::virtio::{DeviceError, DeviceLoop, Gate, Rule};
 
 const DISK_BYTES: usize = 1 << 20;
 const HEADER: u64 = BUFFERS;
@@ -234,6 +235,28 @@ fn nothing_of_a_request_arrives_after_a_reset() {
     assert_eq!(driver.take_used(0), None);
     assert_eq!(driver.bytes(DATA, 512), [0; 512]);
     assert_eq!(driver.bytes(STATUS, 1), [0xff]);
+}
+
+/// A disk that never answers does not hold up a freeze for ever: the VM ends, and says why.
+#[test]
+fn parking_does_not_wait_for_ever() {
+    let (read, _write) = rustix::pipe::pipe().unwrap();
+    let mut blk = Blk::of_file(disk(), false).unwrap();
+    blk.ring = crate::ring::DiskRing::new(&blk.done).unwrap();
+    blk.ring.attach(&read).unwrap();
+    let mut driver = Driver::started(Box::new(blk));
+    header(&driver, HEADER, 0, 0);
+    driver.add(0, &[(HEADER, 16)], &[(DATA, 512), (STATUS, 1)]);
+    driver.run().unwrap();
+    let gate = Arc::new(Gate::new().unwrap());
+    let device_loop = DeviceLoop::new(vec![Arc::clone(&driver.device)], Arc::clone(&gate));
+    // It starts parked, so it drains at once.
+    match device_loop.unwrap().with_drain_max(Duration::from_millis(50)).run() {
+        Err(DeviceError::Host { operation: "finish what is in flight", source, .. }) => {
+            assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -27,6 +27,7 @@ impl Driver {
     /// Ends the process of a paused sandbox.
     pub(super) fn end_process(&mut self) {
         self.events = None;
+        self.paging = None;
         let held = self.sandbox.held.borrow_mut().take();
         // Kept beside the work: who drops that has to end the process itself.
         self.ending.clone_from(&held);
@@ -76,8 +77,8 @@ impl Driver {
             self.write_record().await;
         }
         self.events = None;
-        self.paging = None;
         self.capture = None;
+        self.paging = None;
         *self.sandbox.held.borrow_mut() = None;
     }
 
@@ -93,7 +94,6 @@ impl Driver {
             self.complaint = held.process.complaint();
         }
         self.events = None;
-        self.paging = None;
         self.capture = None;
         // First the work at hand goes: what it commits from now on, it deletes itself.
         self.work = None;
@@ -104,8 +104,14 @@ impl Driver {
         let (workshop, pool) = (self.shard.workshop.clone(), Rc::clone(&self.shard.pool));
         let (id, paused_in) = (self.sandbox.id, self.paused_in.clone());
         let committing = self.committing.take();
+        let settling = self.settling.take();
+        self.paging = None;
         Box::pin(async move {
             let mut safe = true;
+            // What is still being made would be found by nobody.
+            if let Some(settling) = settling {
+                settling.task.join().await;
+            }
             if let Some(held) = held {
                 safe = pool.end(&held).await;
             }
