@@ -4,12 +4,14 @@
 //! taken, a key file that is open to others.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mica_shards::StopSignal;
+use mica_storage::Reflink;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt,
@@ -37,6 +39,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let plan = topology::planned(&config.plan)?;
     let stop = StopSignal::new().context("cannot make the stop signal")?;
     signals::stop_on_signals(stop.clone())?;
+    check_clones(&config.host.store_root)?;
     tracing::info!(
         url = format!("http://{}", config.http.listen),
         keys = %config.key_file.display(),
@@ -67,6 +70,20 @@ pub fn run(args: ServeArgs) -> Result<()> {
         bail!("{why}");
     }
     tracing::info!("stopped");
+    Ok(())
+}
+
+/// Says at start what a create and a snapshot will cost here.
+fn check_clones(store: &Path) -> Result<()> {
+    std::fs::create_dir_all(store).with_context(|| format!("cannot make {}", store.display()))?;
+    match mica_storage::reflink_support(store)? {
+        Reflink::Clones => tracing::info!(store = %store.display(), "disks are cloned"),
+        Reflink::Copies => tracing::warn!(
+            store = %store.display(),
+            "this file system does not clone files: every create and snapshot copies a disk. Use XFS \
+             or btrfs; `mica pool create` makes an XFS on a loop device"
+        ),
+    }
     Ok(())
 }
 

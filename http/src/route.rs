@@ -23,6 +23,8 @@ pub enum Version {
 pub enum Route {
     /// `GET /health`
     Health,
+    /// `GET /metrics`
+    Metrics,
     /// `POST /sandboxes`
     Create(Version),
     /// `GET /sandboxes`
@@ -89,6 +91,7 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
 fn candidates(segments: &[&str]) -> Option<Vec<(Method, Route)>> {
     Some(match segments {
         ["health"] => vec![(Method::GET, Route::Health)],
+        ["metrics"] => vec![(Method::GET, Route::Metrics)],
         ["snapshots"] => vec![(Method::GET, Route::Snapshots)],
         ["templates"] => vec![(Method::GET, Route::Templates)],
         ["templates", id] if !id.is_empty() => {
@@ -158,6 +161,7 @@ mod tests {
         let of = |action| Route::Sandbox("iabc".to_owned(), action);
         for (method, path, expected) in [
             (Method::GET, "/health", Route::Health),
+            (Method::GET, "/metrics", Route::Metrics),
             (Method::HEAD, "/health", Route::Health),
             (Method::POST, "/sandboxes", Route::Create(Version::V1)),
             (Method::POST, "/v2/sandboxes", Route::Create(Version::V2)),

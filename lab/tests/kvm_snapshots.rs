@@ -47,6 +47,36 @@ fn a_guest_goes_on_in_other_shells() {
 }
 
 #[test]
+fn a_guest_goes_on_with_its_disk_and_with_no_other() {
+    if !have_kvm() {
+        return;
+    }
+    let mut boot = waiting(1);
+    boot.disk = Some(memfd_of("disk", &[0; 8192]).unwrap());
+    let (vm, saved, layer, plan) = frozen(&boot);
+    stop(vm);
+    let clone = memfd_of("clone", &[0; 8192]).unwrap();
+    let longer = memfd_of("longer", &[0; 16384]).unwrap();
+    let good = || restore(&saved, &layer, &plan, 1);
+    let with = |disk| Restore { disk, ..good() };
+    assert_eq!(outcome(&boot.shape(), &with(Some(clone.as_fd()))), Some(Event::Started));
+    for (name, disk) in [("longer", Some(longer.as_fd())), ("none", None)] {
+        let event = outcome(&boot.shape(), &with(disk));
+        assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{name}: {event:?}");
+    }
+    // A rollback keeps the disk it has, and takes no other.
+    let (vm, saved, layer, plan) = frozen(&boot);
+    vm.send_restore(&restore(&saved, &layer, &plan, 1)).unwrap();
+    vm.expect(&Event::Started, PATIENCE).unwrap();
+    wait_for_text(&vm, "upR");
+    vm.freeze(false, PATIENCE).unwrap();
+    let another = Restore { disk: Some(clone.as_fd()), ..restore(&saved, &layer, &plan, 2) };
+    vm.send_restore(&another).unwrap();
+    let event = vm.next_event(PATIENCE).unwrap();
+    assert!(matches!(event, Some(Event::Ended(Ending::BadConfig(_)))), "{event:?}");
+}
+
+#[test]
 fn a_frozen_guest_stands_still_and_goes_on_when_thawed() {
     if !have_kvm() {
         return;

@@ -149,4 +149,6 @@ pub struct HostCounters {
     pub shells: u64,
     /// Sandboxes, paused ones included.
     pub sandboxes: u64,
+    /// Disks that were copied because the store's file system does not clone.
+    pub disk_copies: u64,
 }

@@ -64,7 +64,7 @@ impl Store {
     fn fill_disk(&self, source: &File, path: &Path) -> Result<File> {
         let file = self.disk.create_file(path)?;
         if self.disk.clone_content(source, &file, path)? == Copied::Bytes {
-            sparse::warn_no_reflink(path);
+            self.note_copy(path);
         }
         Ok(file)
     }
@@ -98,7 +98,7 @@ impl Store {
             sparse::clone_over(from, onto)
         };
         match cloned().map_err(|e| StorageError::io("roll back", path, e))? {
-            Copied::Bytes => sparse::warn_no_reflink(self.root()),
+            Copied::Bytes => self.note_copy(self.root()),
             Copied::Reflink => {}
         }
         Ok(())

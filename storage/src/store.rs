@@ -8,6 +8,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mica_units::TemplateName;
 use rustix::fs::{FlockOperation, OFlags};
@@ -35,6 +37,8 @@ pub(crate) const LOOKUP_ATTEMPTS: u32 = 16;
 pub struct Store {
     root: PathBuf,
     pub(crate) disk: Disk,
+    /// Disks that had to be copied, by all clones together.
+    copies: Arc<AtomicU64>,
 }
 
 /// Held while this process alone may write templates.
@@ -56,7 +60,7 @@ impl Store {
     pub(crate) fn open_on(root: &Path, disk: Disk) -> Result<Self> {
         fs::create_dir_all(root).map_err(|e| StorageError::io("make directory", root, e))?;
         let root = fs::canonicalize(root).map_err(|e| StorageError::io("find", root, e))?;
-        let store = Self { root, disk };
+        let store = Self { root, disk, copies: Arc::default() };
         if !store.has_marker()? {
             store.make_layout()?;
         }
@@ -67,6 +71,18 @@ impl Store {
         }
         store.remove_uncommitted_snapshots()?;
         Ok(store)
+    }
+
+    /// Disks that were copied since this store was opened, because the file system does not clone.
+    #[must_use]
+    pub fn disk_copies(&self) -> u64 {
+        self.copies.load(Ordering::Relaxed)
+    }
+
+    /// Counts a disk that had to be copied, and says it the first time.
+    pub(crate) fn note_copy(&self, path: &Path) {
+        self.copies.fetch_add(1, Ordering::Relaxed);
+        crate::sparse::warn_no_reflink(path);
     }
 
     /// The directory it is in.

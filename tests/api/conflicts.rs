@@ -25,6 +25,8 @@ impl Subject {
     fn new(daemon: &Daemon) -> Self {
         let id = daemon.create();
         let snapshot = daemon.snapshot(&id);
+        // The answer may come while the guest is still being told to go on.
+        eventually("it can be used", || !is_busy(daemon, &id));
         Self { id, snapshot }
     }
 
@@ -202,10 +204,13 @@ fn a_paused_sandbox_outlives_its_process() {
     daemon.snapshot(&id);
 }
 
-/// Waits until an operation has the sandbox: until a resume is refused for that, and not because
-/// it runs.
+/// Waits until an operation has the sandbox.
 fn busy(daemon: &Daemon, subject: &Subject) {
-    eventually("the operation has begun", || {
-        daemon.act(&subject.id, "resume").error(409).contains("busy")
-    });
+    eventually("the operation has begun", || is_busy(daemon, &subject.id));
+}
+
+/// Whether an operation has a sandbox that is not paused: a resume is refused for that then, and not
+/// because it runs.
+fn is_busy(daemon: &Daemon, id: &str) -> bool {
+    daemon.act(id, "resume").error(409).contains("busy")
 }

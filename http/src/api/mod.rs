@@ -7,6 +7,7 @@ mod create;
 mod json;
 mod life;
 mod list;
+mod metrics;
 mod operate;
 mod sandbox;
 mod show;
@@ -71,6 +72,7 @@ async fn handle(call: &mut Call<'_>, request: &Parts) -> Result<Response<Body>, 
     }
     let query = request.uri.query().unwrap_or_default();
     match route {
+        Route::Metrics => metrics::answer(call.host).await,
         Route::Health => json::answer(StatusCode::OK, &serde_json::json!({ "status": "ok" })),
         Route::Create(version) => {
             let body = call.read().await?;

@@ -135,6 +135,7 @@ impl Host {
             sum.shells += counts.shells as u64;
             sum.sandboxes += counts.sandboxes as u64;
         }
+        sum.disk_copies = self.0.shard.workshop.store.disk_copies();
         Ok(sum)
     }
 

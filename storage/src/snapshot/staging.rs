@@ -29,7 +29,7 @@ use crate::crashsafe::Disk;
 use crate::error::{Result, StorageError};
 use crate::id::is_id;
 use crate::layer::{Layer, LayerId};
-use crate::sparse::{self, Copied};
+use crate::sparse::Copied;
 use crate::store::{Store, chain};
 use crate::template::MANIFEST_FILE;
 
@@ -168,7 +168,7 @@ impl SnapshotStaging {
         let path = self.dir.join(DISK_FILE);
         let file = self.store.disk.create_file(&path)?;
         if self.store.disk.clone_content(disk, &file, &path)? == Copied::Bytes {
-            sparse::warn_no_reflink(&path);
+            self.store.note_copy(&path);
         }
         Ok(file)
     }

@@ -30,6 +30,9 @@ const MSRS_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 /// MSRs of Hyper-V, which no guest here is offered. KVM sets up its emulation of it, with memory for
 /// each vCPU, as soon as one is touched.
 const MSRS_HYPER_V: std::ops::Range<u32> = 0x4000_0000..0x4000_0200;
+/// MSRs that a guest can change and that not every kernel lists: memory types, variable, fixed and default.
+const MSRS_UNLISTED: [std::ops::RangeInclusive<u32>; 6] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x277..=0x277, 0x2ff..=0x2ff];
 /// A frequency within this many parts of a million is the same: the guest's clock is kept right by
 /// other means. As QEMU has it.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -107,6 +110,7 @@ fn usable_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, KvmError> {
         .as_slice()
         .iter()
         .copied()
+        .chain(MSRS_UNLISTED.into_iter().flatten())
         .filter(|index| !MSRS_WALL_CLOCK.contains(index) && !MSRS_HYPER_V.contains(index))
         .collect();
     indices.sort_unstable_by_key(|index| match *index {

@@ -280,11 +280,7 @@ impl Driver {
         match &*self.sandbox.state.borrow() {
             State::Running => Some(self.sandbox.deadline.get()),
             State::Paused(
-                Process::Frozen
-                | Process::None
-                | Process::Ending
-                | Process::Returning
-                | Process::Unwanted,
+                Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
             )
             | State::Cancelling(_)
             | State::Stopping(_)
