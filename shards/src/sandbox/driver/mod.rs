@@ -8,6 +8,7 @@ mod ends;
 mod keep;
 mod work;
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::future::pending;
@@ -83,7 +84,7 @@ struct Driver {
     /// The snapshot that may exist from now on, until its operation is over.
     committing: Option<String>,
     /// A process that the work at hand ends.
-    ending: Option<Rc<Held>>,
+    ending: Rc<RefCell<Option<Rc<Held>>>>,
     /// The snapshot that the operation made.
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
@@ -166,7 +167,7 @@ impl Driver {
             state_bytes: 0,
             back: None,
             committing: None,
-            ending: None,
+            ending: Rc::default(),
             made: None,
             paused_in: None,
             envd_version: None,
