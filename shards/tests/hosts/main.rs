@@ -7,6 +7,7 @@
 
 mod common;
 mod create;
+mod faults;
 mod life;
 mod pausing;
 mod routing;
