@@ -19,7 +19,7 @@ use std::time::SystemTime;
 use futures_lite::FutureExt;
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
-use mica_wire::vm::{self, Command};
+use mica_wire::vm;
 
 use super::capture::{Capture, CaptureError};
 use super::image::Opened;
@@ -207,10 +207,8 @@ impl Driver {
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
                 if let Some((held, memory)) = process {
-                    self.hold(held);
-                    self.memory = memory;
                     // It was frozen when its daemon wrote this; a resume may have begun since.
-                    self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
+                    self.adopt(held, memory).await;
                 }
             }
         }
