@@ -52,7 +52,7 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
         match Record::decode(&bytes) {
             Ok(record) => {
                 let alive = is_alive(&record, &groups);
-                if survives(store, &record, alive)? {
+                if survives(store, id, &record, alive) {
                     survivors.push(Survivor { id, record, alive });
                 } else {
                     tracing::info!(%id, "this sandbox ended with its VM process or its host");
@@ -96,11 +96,19 @@ fn is_alive(record: &Record, groups: &BTreeMap<SandboxId, Vec<u32>>) -> bool {
         && pid.is_some_and(|pid| start_ticks(pid).ok() == Some(process.start_ticks))
 }
 
-fn survives(store: &Store, record: &Record, alive: bool) -> Result<bool, StorageError> {
+fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool {
     match &record.state {
-        RecordedState::Running => Ok(alive),
+        RecordedState::Running => alive,
         RecordedState::Paused { snapshot } | RecordedState::RollingBack { snapshot } => {
-            Ok(store.find_snapshot(snapshot)?.is_some())
+            match store.find_snapshot(snapshot) {
+                Ok(found) => found.is_some(),
+                // Not a reason to run nothing at all, nor to delete what somebody may mend.
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::error!(%id, snapshot, error, "a sandbox waits in a damaged snapshot");
+                    true
+                }
+            }
         }
     }
 }

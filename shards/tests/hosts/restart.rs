@@ -208,6 +208,34 @@ fn what_has_no_record_is_removed() {
 }
 
 #[test]
+fn a_damaged_snapshot_costs_its_own_sandbox_and_not_the_host() {
+    let bench = Bench::new();
+    let mut daemon = Daemon::start(&bench, false);
+    let paused = id_of(&daemon.tell("create agent"));
+    daemon.tell(&format!("pause {paused}"));
+    let running = id_of(&daemon.tell("create agent"));
+    daemon.kill();
+    let snapshots = std::fs::read_dir(bench.store().join("snapshots")).unwrap();
+    let pause = snapshots.map(|entry| entry.unwrap().path().join("manifest")).find(|manifest| {
+        String::from_utf8_lossy(&std::fs::read(manifest).unwrap()).contains(paused.as_str())
+    });
+    let manifest = pause.unwrap();
+    let mut bytes = std::fs::read(&manifest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&manifest, bytes).unwrap();
+    let ended = bench.host_with(bench.config(), move |host| async move {
+        assert_eq!(settled(&host, running).await, Lifecycle::Running);
+        assert_eq!(host.get(paused).await.unwrap().state, Lifecycle::Paused);
+        host.kill(paused).await.unwrap();
+        host.create(request("agent")).await.unwrap();
+    });
+    ended.unwrap();
+    // What was damaged is left to be looked at.
+    assert_eq!(bench.leftovers(), Leftovers { cgroups: 0, sandboxes: 0, snapshots: 1 });
+}
+
+#[test]
 fn a_process_that_does_not_say_how_far_it_is_is_ended() {
     for mood in ["never-reports", "reports-garbage", "reports-idle"] {
         let bench = Bench::new();
