@@ -63,7 +63,7 @@ def settled(before: dict) -> None:
         return loose and all(now[k] == before[k] for k in exact)
 
     try:
-        wait_until("resources are back", clean)
+        wait_until("resources are back", clean, 60)
     except AssertionError as error:
         raise AssertionError(f"{error}: {before} before, {now} now") from error
 
