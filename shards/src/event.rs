@@ -12,7 +12,9 @@ use mica_storage::LayerId;
 use mica_units::{SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
-use crate::{ConnectError, CreateRequest, OnTimeout, SandboxInfo, ShardError, SnapshotInfo};
+use crate::{
+    ConnectError, CreateRequest, OnTimeout, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo,
+};
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
 pub(crate) const REQUESTS_MAX: usize = 1024;
@@ -50,6 +52,8 @@ pub(crate) enum Operation {
     Resume(SandboxId, Wake),
     /// Say what a sandbox was asked for with.
     RequestOf(SandboxId),
+    /// Say which process a sandbox is.
+    ProcessOf(SandboxId),
     /// Let the files of a deleted snapshot go.
     Forget(String),
     /// Say how many sandboxes it made from each template.
@@ -97,6 +101,8 @@ pub(crate) enum Reply {
     Stream(Result<OwnedFd, ConnectError>),
     /// To `RequestOf`.
     Request(Result<Box<CreateRequest>, ShardError>),
+    /// To `ProcessOf`.
+    Process(Result<SandboxProcess, ShardError>),
     /// To `Spawns`, by template id.
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.

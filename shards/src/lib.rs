@@ -42,6 +42,7 @@ pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;
 pub use types::{
-    CreateRequest, HostCounters, Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo, TemplateInfo,
+    CreateRequest, HostCounters, Lifecycle, OnTimeout, SandboxInfo, SandboxProcess, SnapshotInfo,
+    TemplateInfo,
 };
 pub use warm::{WarmError, warm};

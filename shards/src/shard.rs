@@ -21,7 +21,9 @@ use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
 use crate::upkeep::Upkeep;
-use crate::{ConnectError, CreateRequest, Host, SandboxInfo, ShardError, SnapshotInfo};
+use crate::{
+    ConnectError, CreateRequest, Host, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo,
+};
 
 /// Bytes of an access token, before they become hexadecimal.
 const TOKEN_BYTES: usize = 32;
@@ -139,6 +141,7 @@ impl Shard {
             Operation::Pause(id) => Reply::Done(self.ask(id, Request::Pause).await),
             Operation::Resume(id, wake) => Reply::Resumed(self.resume(id, wake).await),
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
+            Operation::ProcessOf(id) => Reply::Process(self.process_of(id)),
             Operation::Forget(id) => {
                 self.images.forget(&id);
                 Reply::Done(Ok(()))
@@ -243,6 +246,20 @@ impl Shard {
     fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {
         let request = self.find(id)?.request();
         request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
+    }
+
+    fn process_of(&self, id: SandboxId) -> Result<SandboxProcess, ShardError> {
+        let held = self.find(id)?.process().ok_or(ShardError::NoSuchSandbox(id))?;
+        let failed = |error: std::io::Error| ShardError::OperationFailed {
+            operation: "showing the process",
+            sandbox: id,
+            reason: error.to_string(),
+        };
+        Ok(SandboxProcess {
+            pid: held.process.pid().as_raw_nonzero().get().unsigned_abs(),
+            memory_address: held.layout.memory_address,
+            console: held.console.try_clone().map_err(failed)?,
+        })
     }
 
     async fn connect(&self, id: SandboxId) -> Result<OwnedFd, ConnectError> {

@@ -4,6 +4,7 @@
 //! counts are types of `units`.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
@@ -136,6 +137,17 @@ pub struct SnapshotInfo {
     pub template_id: String,
     /// When it was committed.
     pub created_at: SystemTime,
+}
+
+/// The VM process of a sandbox, for benchmarks and tests that look at it from outside.
+#[derive(Debug)]
+pub struct SandboxProcess {
+    /// Its number. It may end at any moment, and another process may come to have it.
+    pub pid: u32,
+    /// Where guest memory starts in its address space.
+    pub memory_address: u64,
+    /// What the guest's serial port writes to: see [`mica_wire::vm::console`].
+    pub console: OwnedFd,
 }
 
 /// Numbers of a host, all shards together.

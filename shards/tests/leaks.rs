@@ -59,7 +59,7 @@ async fn work_with(host: &Host, places: &Places, id: SandboxId, round: u32) {
         host.kill(copy.id).await.unwrap();
     }
     host.pause(id).await.unwrap();
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         // A process that dies while its sandbox waits: it is resumed from disk.
         for pid in places.pids() {
             kill(pid);

@@ -1,114 +1,71 @@
 //! The floor: what each operation of the engine costs as bare system calls, in one process, in one loop.
 //!
-//! Called by the engine benchmark, to be printed beside the real thing. The same guest, the same bytes
-//! and the same promise (what a snapshot wrote is on the device) without processes, jails, sockets,
-//! devices and state machines. Copies and writes are as large as they can be, so that the device has as
-//! much in flight as it takes. Refuses to run without `/dev/kvm` and a directory on a disk.
+//! Called by the engine benchmark, one round at a time between rounds of the real thing. The same guest, the
+//! same bytes and the same promise (what a snapshot wrote is on the device) without processes, jails,
+//! sockets, devices and state machines. Copies and writes are as large as they can be, so that the device
+//! has as much in flight as it takes. Refuses to run without `/dev/kvm` and a directory on a disk.
 //!
 //! | operation | is |
 //! |---|---|
-//! | `restore_pool_hit` | map an image over the memory slot, set two vCPUs and the chips, run to the next byte |
-//! | `restore_pool_miss` | the same, and making the shell before it |
-//! | `snapshot_*` | read the state, find the pages, copy them, write, sync, rename, sync the directory |
-//! | `snapshot_next_1mb` | the same in a chain, where write tracking finds what is new |
-//! | `rollback_7mb` | find the pages, drop them, set vCPUs and chips |
-//! | `pause` | a snapshot of what the guest itself wrote, which is next to nothing |
-//! | `resume` | run to the next byte |
-//! | `destroy` | close the vCPUs and the machine, give the memory back |
+//! | restore, of a shell made before | map an image over the memory slot, set two vCPUs and the chips, run to the next byte |
+//! | restore, of none | the same, and making the shell before it |
+//! | snapshot | read the state, find the pages, copy them, write, sync, rename, sync the directory |
+//! | snapshot in a chain | the same, where write tracking finds what is new |
+//! | rollback | find the pages, drop them, set vCPUs and chips |
+//! | resume | run to the next byte |
+//! | destroy | close the vCPUs and the machine, give the memory back |
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use mica_numa::process::{Pagemap, Process, RemoteMemory, Wanted};
 use mica_numa::userfault::Userfault;
-use mica_units::{FrameRun, Mebibytes, PAGE_BYTES, VcpuCount, frames_of};
+use mica_units::{FrameRun, Mebibytes, PAGE_BYTES, VcpuCount};
 use mica_vmm::floor::{Guest, Layer, Saved};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
 
+use super::dirt;
 use crate::tiny_guest::{Then, vmlinux};
 
-/// Frames of one piece of scattered dirt: 28 KiB, about what a guest writes together.
-const PIECE_FRAMES: u32 = 7;
 /// Bytes of state that go into a snapshot's file with the pages.
 const STATE_BYTES: usize = 16 << 10;
+/// Most frames that the guest's own code may have written between two looks.
+const OWN_FRAMES_MAX: u64 = 16;
 
 /// What to measure with.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where snapshots are written: a directory on the disk in question.
     pub directory: PathBuf,
-    /// How often each operation is measured; once more before warms up.
-    pub rounds: u32,
     /// Memory of the guest.
     pub memory: Mebibytes,
     /// Its vCPUs.
     pub vcpus: VcpuCount,
 }
 
-/// One operation, with each time it took, shortest first.
-#[derive(Clone, Debug)]
-pub struct Measured {
-    /// Its name, as in the benchmark's results.
-    pub op: &'static str,
-    /// How long.
-    pub times: Vec<Duration>,
-}
-
-impl Measured {
-    fn new(op: &'static str, mut times: Vec<Duration>) -> Self {
-        times.sort_unstable();
-        Self { op, times }
-    }
-
-    /// The time that this many of a hundred stay at or below. Zero when there are none.
-    #[must_use]
-    pub fn percentile(&self, percent: usize) -> Duration {
-        let rank = (self.times.len() * percent).div_ceil(100).max(1) - 1;
-        self.times.get(rank).copied().unwrap_or_default()
-    }
-}
-
-/// How dirty pages lie.
-#[derive(Clone, Copy, Debug)]
-enum Dirt {
-    /// In pieces, all over memory.
-    Scattered,
-    /// In one piece.
-    Dense,
-}
-
-/// Measures every operation.
-///
-/// # Errors
-/// Where the guest does not run here, or the directory cannot be written to.
-pub fn measure(config: &Config) -> Result<Vec<Measured>> {
-    let base = Base::make(config)?;
-    let mut all = base.restores(config)?;
-    for (op, mebibytes, dirt) in [
-        ("pause", 0, Dirt::Dense),
-        ("snapshot_7mb", 7, Dirt::Scattered),
-        ("snapshot_7mb_dense", 7, Dirt::Dense),
-        ("snapshot_64mb", 64, Dirt::Scattered),
-        ("snapshot_256mb", 256, Dirt::Scattered),
-    ] {
-        let [snapshot, rollback] = base.snapshots(config, op, mebibytes, dirt)?;
-        all.push(snapshot);
-        if op == "snapshot_7mb" {
-            all.push(rollback);
-        }
-    }
-    all.push(base.chain(config)?);
-    Ok(all)
-}
-
-/// A saved guest: its memory as an image, and the rest.
-struct Base {
+/// A saved guest, its memory as an image: what restores start from.
+#[derive(Debug)]
+pub struct Floor {
+    config: Config,
     image: [Layer; 1],
     saved: Saved,
+}
+
+/// The times of one life: a guest is restored, goes on, ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Life {
+    /// The restore, with a shell that was made before.
+    pub hit: Duration,
+    /// The restore, with the making of the shell.
+    pub miss: Duration,
+    /// To the guest's next byte.
+    pub resume: Duration,
+    /// Taking it down.
+    pub destroy: Duration,
 }
 
 fn shell(config: &Config) -> Result<Guest> {
@@ -134,12 +91,15 @@ fn frames_in(runs: &[FrameRun]) -> u64 {
     runs.iter().map(|run| u64::from(run.count())).sum()
 }
 
-impl Base {
+impl Floor {
     /// Boots the guest and takes it and its memory.
-    fn make(config: &Config) -> Result<Self> {
+    ///
+    /// # Errors
+    /// Where the guest does not run here.
+    pub fn make(config: Config) -> Result<Self> {
         // One byte after the other, for as long as anybody runs it.
         let kernel = memfd("kernel", &vmlinux("", Then::Flood(0)))?;
-        let mut guest = shell(config)?;
+        let mut guest = shell(&config)?;
         guest.boot(kernel)?;
         let saved = guest.save()?;
         let image = memfd("image", &[])?;
@@ -150,7 +110,7 @@ impl Base {
             image.write_all_at(&bytes, run.offset_bytes())?;
         }
         guest.destroy()?;
-        Ok(Self { image: [Layer::new(image.into())?], saved })
+        Ok(Self { config, image: [Layer::new(image.into())?], saved })
     }
 
     fn restore(&self, guest: &mut Guest) -> Result<()> {
@@ -159,104 +119,114 @@ impl Base {
         Ok(guest.run_to_byte()?)
     }
 
-    /// Restores with and without a shell made before, resumes, ends.
-    fn restores(&self, config: &Config) -> Result<Vec<Measured>> {
-        let (mut hit, mut miss, mut resume, mut destroy) = (vec![], vec![], vec![], vec![]);
-        for round in 0..=config.rounds {
-            let begun = Instant::now();
-            let mut guest = shell(config)?;
-            let made = begun.elapsed();
-            let restored = timed(|| self.restore(&mut guest))?;
-            let resumed = timed(|| Ok(guest.run_to_byte()?))?;
-            let destroyed = timed(|| Ok(guest.destroy()?))?;
-            if round > 0 {
-                hit.push(restored);
-                miss.push(made + restored);
-                resume.push(resumed);
-                destroy.push(destroyed);
-            }
-        }
-        Ok(vec![
-            Measured::new("restore_pool_hit", hit),
-            Measured::new("restore_pool_miss", miss),
-            Measured::new("resume", resume),
-            Measured::new("destroy", destroy),
-        ])
+    /// Makes a shell, restores into it, resumes, ends.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn life(&self) -> Result<Life> {
+        let begun = Instant::now();
+        let mut guest = shell(&self.config)?;
+        let made = begun.elapsed();
+        let hit = timed(|| self.restore(&mut guest))?;
+        let resume = timed(|| Ok(guest.run_to_byte()?))?;
+        let destroy = timed(|| Ok(guest.destroy()?))?;
+        Ok(Life { hit, miss: made + hit, resume, destroy })
     }
 
-    /// Snapshots of a guest that has this much dirt, each rolled back after.
-    fn snapshots(
-        &self,
-        config: &Config,
-        op: &'static str,
-        mebibytes: u32,
-        dirt: Dirt,
-    ) -> Result<[Measured; 2]> {
-        let mut guest = shell(config)?;
+    /// A guest to make snapshots of that write these runs.
+    ///
+    /// # Errors
+    /// When KVM refuses, or the directory cannot be opened.
+    pub fn guest(&self, runs: Vec<FrameRun>) -> Result<Dirtied<'_>> {
+        let mut guest = shell(&self.config)?;
         self.restore(&mut guest)?;
-        let (pagemap, memory) = (pagemap()?, memory_of(&guest)?);
-        let mut target = Target::new(config, mebibytes)?;
-        let (mut snapshots, mut rollbacks) = (vec![], vec![]);
-        let mut seed = 0;
-        for round in 0..=config.rounds {
-            seed += 1;
-            let made = make_dirty(&guest, config, mebibytes, dirt, seed)?;
-            let mut found = 0;
-            let snapshot = timed(|| {
-                guest.save()?;
-                let runs = dirty(&pagemap, memory, Wanted::Anonymous)?;
-                found = frames_in(&runs);
-                target.write(&guest, &runs)
-            })?;
-            // The guest's own few pages come to it.
-            target.remove();
-            ensure!((made..made + 16).contains(&found), "{found} dirty frames, not {made}");
-            let rollback = timed(|| {
-                guest.forget(&dirty(&pagemap, memory, Wanted::Anonymous)?)?;
-                Ok(guest.set(&self.saved)?)
-            })?;
-            let left = dirty(&pagemap, memory, Wanted::Anonymous)?;
-            ensure!(left.is_empty(), "{} dirty frames after a rollback", frames_in(&left));
-            guest.run_to_byte()?;
-            if round > 0 {
-                snapshots.push(snapshot);
-                rollbacks.push(rollback);
-            }
-        }
-        guest.destroy()?;
-        Ok([Measured::new(op, snapshots), Measured::new("rollback_7mb", rollbacks)])
+        let memory = memory_of(&guest)?;
+        let target = Target::new(&self.config.directory, frames_in(&runs) + OWN_FRAMES_MAX)?;
+        let pagemap = pagemap()?;
+        Ok(Dirtied { floor: self, guest, pagemap, memory, target, runs, tracked: None, round: 0 })
+    }
+}
+
+/// A guest that is dirtied, snapshot and rolled back, again and again.
+#[derive(Debug)]
+pub struct Dirtied<'a> {
+    floor: &'a Floor,
+    guest: Guest,
+    pagemap: Pagemap,
+    memory: RemoteMemory,
+    target: Target,
+    runs: Vec<FrameRun>,
+    /// Whether writes are tracked, so that only what is new is found.
+    tracked: Option<Userfault>,
+    round: u32,
+}
+
+impl Dirtied<'_> {
+    /// From now on finds only what was written since the snapshot before.
+    ///
+    /// # Errors
+    /// When the kernel does not track writes.
+    pub fn track(&mut self) -> Result<()> {
+        let userfault = Userfault::new(Userfault::create()?, self.memory)?;
+        userfault.track(self.memory.all().context("no memory")?)?;
+        self.tracked = Some(userfault);
+        self.find().map(drop)
     }
 
-    /// Snapshots in a chain: each holds the mebibyte that was written since the one before.
-    fn chain(&self, config: &Config) -> Result<Measured> {
-        let mut guest = shell(config)?;
-        self.restore(&mut guest)?;
-        let (pagemap, memory) = (pagemap()?, memory_of(&guest)?);
-        let userfault = Userfault::new(Userfault::create()?, memory)?;
-        userfault.track(memory.all().context("no memory")?)?;
-        let wanted = Wanted::AnonymousWritten { rearm: true };
-        make_dirty(&guest, config, 7, Dirt::Scattered, 0)?;
-        dirty(&pagemap, memory, wanted)?;
-        let mut target = Target::new(config, 1)?;
-        let mut times = vec![];
-        for round in 0..=config.rounds {
-            let made = make_dirty(&guest, config, 1, Dirt::Scattered, round)?;
-            let mut found = 0;
-            let time = timed(|| {
-                guest.save()?;
-                let runs = dirty(&pagemap, memory, wanted)?;
-                found = frames_in(&runs);
-                target.write(&guest, &runs)
-            })?;
-            target.remove();
-            ensure!((made..made + 16).contains(&found), "{found} new frames, not {made}");
-            guest.run_to_byte()?;
-            if round > 0 {
-                times.push(time);
-            }
+    fn find(&self) -> Result<Vec<FrameRun>> {
+        let wanted = match self.tracked {
+            Some(_) => Wanted::AnonymousWritten { rearm: true },
+            None => Wanted::Anonymous,
+        };
+        dirty(&self.pagemap, self.memory, wanted)
+    }
+
+    /// Dirties the runs with bytes that no round had before, and makes a snapshot.
+    ///
+    /// # Errors
+    /// When KVM or the disk refuses, or the wrong pages were found.
+    pub fn snapshot(&mut self) -> Result<Duration> {
+        self.round += 1;
+        for run in &self.runs {
+            self.guest.write(run.offset_bytes(), &dirt::bytes(*run, self.round))?;
         }
-        guest.destroy()?;
-        Ok(Measured::new("snapshot_next_1mb", times))
+        let made = frames_in(&self.runs);
+        let begun = Instant::now();
+        self.guest.save()?;
+        let runs = self.find()?;
+        self.target.write(&self.guest, &runs)?;
+        let took = begun.elapsed();
+        let found = frames_in(&runs);
+        // The guest's own few pages come to it.
+        ensure!(
+            (made..=made + OWN_FRAMES_MAX).contains(&found),
+            "{found} dirty frames, not {made}"
+        );
+        self.guest.run_to_byte()?;
+        Ok(took)
+    }
+
+    /// Puts the guest back to what it was restored from.
+    ///
+    /// # Errors
+    /// When KVM refuses, or something dirty is left.
+    pub fn rollback(&mut self) -> Result<Duration> {
+        let begun = Instant::now();
+        self.guest.forget(&dirty(&self.pagemap, self.memory, Wanted::Anonymous)?)?;
+        self.guest.set(&self.floor.saved)?;
+        let took = begun.elapsed();
+        let left = frames_in(&dirty(&self.pagemap, self.memory, Wanted::Anonymous)?);
+        ensure!(left == 0, "{left} dirty frames after a rollback");
+        self.guest.run_to_byte()?;
+        Ok(took)
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// When its memory cannot be given back.
+    pub fn end(self) -> Result<()> {
+        Ok(self.guest.destroy()?)
     }
 }
 
@@ -272,40 +242,8 @@ fn memfd(name: &str, contents: &[u8]) -> Result<File> {
     Ok(file)
 }
 
-/// Writes bytes that differ from round to round into whole frames, above what the guest uses. How many.
-fn make_dirty(
-    guest: &Guest,
-    config: &Config,
-    mebibytes: u32,
-    dirt: Dirt,
-    seed: u32,
-) -> Result<u64> {
-    const FIRST: u32 = 4096;
-    let frames = frames_of(Mebibytes::new(mebibytes));
-    let room = frames_of(config.memory).saturating_sub(FIRST);
-    ensure!(room / 2 >= frames, "the guest is too small for {mebibytes} MiB of dirt");
-    let pieces = match dirt {
-        Dirt::Scattered => frames / PIECE_FRAMES,
-        Dirt::Dense => frames.min(1),
-    };
-    let (each, apart) = match dirt {
-        Dirt::Scattered => (PIECE_FRAMES, room / pieces.max(1)),
-        Dirt::Dense => (frames, 0),
-    };
-    let mut page = vec![0u8; usize::try_from(PAGE_BYTES)?];
-    for piece in 0..pieces {
-        for frame in 0..each {
-            let frame = FIRST + piece * apart + frame;
-            page.chunks_exact_mut(4)
-                .zip(seed.wrapping_mul(frame)..)
-                .for_each(|(word, value)| word.copy_from_slice(&value.to_le_bytes()));
-            guest.write(u64::from(frame) * PAGE_BYTES, &page)?;
-        }
-    }
-    Ok(u64::from(pieces * each))
-}
-
 /// Where snapshots go, with a buffer that holds a whole one.
+#[derive(Debug)]
 struct Target {
     directory: PathBuf,
     handle: File,
@@ -315,20 +253,18 @@ struct Target {
 }
 
 impl Target {
-    fn new(config: &Config, mebibytes: u32) -> Result<Self> {
-        const PAGE: usize = 4096;
-        let pages = usize::try_from(Mebibytes::new(mebibytes).to_bytes())? + 16 * PAGE;
+    fn new(directory: &Path, frames: u64) -> Result<Self> {
+        let page = usize::try_from(PAGE_BYTES)?;
+        let pages = usize::try_from(frames * PAGE_BYTES)?;
         // Every page is touched: a server has its buffers.
-        let buffer = vec![1; pages + STATE_BYTES + PAGE];
-        let skip = buffer.as_ptr().align_offset(PAGE);
-        let directory = config.directory.clone();
-        let handle = File::open(&directory).context("open the directory")?;
-        Ok(Self { directory, handle, buffer, skip })
+        let buffer = vec![1; pages + STATE_BYTES + page];
+        let skip = buffer.as_ptr().align_offset(page);
+        let handle = File::open(directory).context("open the directory")?;
+        Ok(Self { directory: directory.to_owned(), handle, buffer, skip })
     }
 
     /// Copies runs and writes them, for good.
     fn write(&mut self, guest: &Guest, runs: &[FrameRun]) -> Result<()> {
-        let (new, name) = self.names();
         let bytes = self.buffer.get_mut(self.skip..).context("no buffer")?;
         let mut length = 0;
         for run in runs {
@@ -337,6 +273,7 @@ impl Target {
             length = end;
         }
         let bytes = bytes.get(..length + STATE_BYTES).context("no room for the state")?;
+        let (new, name) = (self.directory.join("floor.new"), self.directory.join("floor"));
         let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::DIRECT;
         let file = rustix::fs::open(&new, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?;
         let file = File::from(file);
@@ -347,27 +284,20 @@ impl Target {
         rustix::fs::fsync(self.handle.as_fd())?;
         Ok(())
     }
-
-    fn names(&self) -> (PathBuf, PathBuf) {
-        let name = |end| self.directory.join(format!("floor-{}{end}", std::process::id()));
-        (name(".new"), name(""))
-    }
-
-    /// Removes what was written: a snapshot replaces no file, so the next one must not either.
-    fn remove(&self) {
-        let (new, name) = self.names();
-        for path in [new, name] {
-            match std::fs::remove_file(&path) {
-                Ok(()) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => eprintln!("{} stays: {error}", path.display()),
-            }
-        }
-    }
 }
 
 impl Drop for Target {
     fn drop(&mut self) {
-        self.remove();
+        for name in ["floor.new", "floor"] {
+            remove(&self.directory.join(name));
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    match std::fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => eprintln!("{} stays: {error}", path.display()),
     }
 }

@@ -1,6 +1,15 @@
 //! What the engine's operations cost.
 //!
-//! Called by the engine benchmark. `floor` is the physical limit that the real figures are printed
-//! beside. Refuses to judge.
+//! Called by `mica-bench`. `place` is where it works, `operations` and `density` are what it measures at the
+//! shard, `http` at a client; `floor` is the physical limit that the figures are printed beside, and
+//! `report` prints them. Refuses to judge.
 
+pub mod density;
+pub mod dirt;
 pub mod floor;
+pub mod http;
+pub mod memory;
+pub mod operations;
+pub mod place;
+pub mod report;
+pub mod series;

@@ -2,6 +2,7 @@
 //!
 //! Called by `http` on every shard. Refuses to hold any sandbox itself.
 
+mod bench;
 mod copies;
 mod operations;
 

@@ -44,6 +44,10 @@ const _: () = assert!(CHAIN_MAX < LAYERS_MAX);
 /// Buffers of one capture that wait for the guest to go on before they are written.
 const HELD_MAX: usize = 16;
 
+/// Where fewer buffers than this are free, none is held back: they go round among all captures. So none
+/// ever waits for a buffer while it holds one that is not being written.
+const FREE_MIN: usize = 2;
+
 /// Why there is no snapshot. Nothing of it is left, and the guest can go on.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CaptureError {
@@ -67,6 +71,7 @@ pub(crate) enum CaptureError {
 /// A snapshot in the making.
 #[derive(Debug)]
 pub(crate) struct Capture {
+    ring: Rc<Ring>,
     staging: Staged,
     layer: LayerId,
     /// What the new layer will lie on.
@@ -147,6 +152,7 @@ impl Capture {
         let (staging, (layer, file), under) = rt::blocking(make).await??;
         let file = RingFile::new(Rc::clone(ring), file);
         Ok(Self {
+            ring: Rc::clone(ring),
             staging: Staged(Some(Arc::new(staging))),
             layer,
             under,
@@ -211,10 +217,11 @@ impl Capture {
         let round = std::mem::take(&mut self.round);
         let per_buffer = u32::try_from(mica_numa::io::IO_BUF_BYTES as u64 / PAGE_BYTES);
         for group in groups(&round, per_buffer.unwrap_or(1)) {
-            if self.held.len() >= HELD_MAX {
+            if self.held.len() >= HELD_MAX || self.ring.free_buffers() < FREE_MIN {
                 self.write_held().await?;
             }
             let Some(writer) = &mut self.writer else { return Ok(()) };
+            // At once, or with nothing held.
             let mut chunk = writer.reserve().await?;
             chunk.0.clear();
             place.process.process().read_frames(place.memory, &group, &mut chunk.0)?;
@@ -238,8 +245,8 @@ impl Capture {
     }
 
     /// The id of what it makes.
-    pub(crate) fn id(&self) -> Option<&str> {
-        self.staging.0.as_deref().map(SnapshotStaging::id)
+    pub(crate) fn id(&self) -> Option<String> {
+        self.staging.0.as_ref().map(|staging| staging.id().to_owned())
     }
 
     /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of

@@ -89,8 +89,7 @@ pub(crate) enum Step {
     Committing,
     /// The same, and the guest goes on.
     Finishing,
-    /// Nothing is left to do but for the guest to go on. Then whoever asked is told: the next thing
-    /// that it asks for must find the sandbox ready.
+    /// The guest is told to go on; then whoever asked is told, and finds the sandbox ready.
     Thawing(Outcome),
 }
 
@@ -470,6 +469,11 @@ impl State {
     /// Whether its end has been decided.
     pub(crate) fn is_ending(&self) -> bool {
         matches!(self, Self::Cancelling(_) | Self::Stopping(_) | Self::Gone(_))
+    }
+
+    /// Whether a guest is being brought up in a VM process.
+    pub(crate) fn is_coming_up(&self) -> bool {
+        matches!(self, Self::Starting(_) | Self::Restoring(_) | Self::Initialising(_))
     }
 
     /// Whether it will soon be running, or not be: what waits for that may.

@@ -18,7 +18,7 @@ use mica_wire::vm::{self, ControlSocket};
 
 use crate::sandbox::Events;
 
-pub(crate) use pool::{NoShell, Pool, PoolCounts, now_s};
+pub(crate) use pool::{Claim, NoShell, Pool, PoolCounts, now_s};
 pub(crate) use process::{OpenError, VmProcess, start_ticks};
 pub(crate) use spawn::{Launched, Launcher, empty_network};
 
@@ -66,4 +66,6 @@ pub(crate) struct Shell {
     pub(crate) held: Rc<Held>,
     /// What it says.
     pub(crate) events: Events,
+    /// Once it was taken out of the pool.
+    pub(crate) claim: Option<Claim>,
 }

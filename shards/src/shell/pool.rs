@@ -59,6 +59,25 @@ pub(crate) struct PoolCounts {
     pub(crate) misses: u64,
 }
 
+/// Held while the guest of a shell that was taken is coming up. Making the next shell takes more of a
+/// processor than bringing a guest up, so it waits until then.
+#[derive(Debug)]
+pub(crate) struct Claim(Rc<Pool>);
+
+impl Claim {
+    fn new(pool: &Rc<Pool>) -> Self {
+        pool.claims.set(pool.claims.get() + 1);
+        Self(Rc::clone(pool))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.claims.set(self.0.claims.get().saturating_sub(1));
+        self.0.nudge();
+    }
+}
+
 /// The pool.
 #[derive(Debug)]
 pub(crate) struct Pool {
@@ -71,6 +90,8 @@ pub(crate) struct Pool {
     building: RefCell<BTreeMap<Size, usize>>,
     demand: RefCell<Demand>,
     counts: Cell<PoolCounts>,
+    /// Guests that are coming up.
+    claims: Cell<usize>,
     closed: Cell<bool>,
     /// How often something changed, and who waits for the next time: the keeper, and who closes.
     nudges: Cell<u64>,
@@ -89,6 +110,7 @@ impl Pool {
             building: RefCell::default(),
             demand: RefCell::new(demand),
             counts: Cell::default(),
+            claims: Cell::new(0),
             closed: Cell::new(false),
             nudges: Cell::default(),
             waiting: RefCell::default(),
@@ -130,18 +152,19 @@ impl Pool {
         loop {
             let waiting = self.ready.borrow_mut().get_mut(&size).and_then(VecDeque::pop_front);
             let Some(shell) = waiting else { break };
-            self.nudge();
             if shell.held.process.is_alive() {
                 counts.hits += 1;
                 self.counts.set(counts);
-                return Ok(shell);
+                return Ok(Shell { claim: Some(Claim::new(self)), ..shell });
             }
+            self.nudge();
             tracing::warn!(name = %shell.held.name, "a shell died while it waited");
             self.bury(shell.held);
         }
         counts.misses += 1;
         self.counts.set(counts);
-        self.build(size).await
+        let claim = Claim::new(self);
+        Ok(Shell { claim: Some(claim), ..self.build(size).await? })
     }
 
     /// Makes a shell.
@@ -190,7 +213,7 @@ impl Pool {
         match built {
             Ok((layout, events)) => {
                 let held = Held { name, uid, process, control, console, exchange, layout };
-                Ok(Shell { held: Rc::new(held), events })
+                Ok(Shell { held: Rc::new(held), events, claim: None })
             }
             Err(why) => {
                 let complaint = process.complaint();
@@ -282,7 +305,12 @@ impl Pool {
         let mut missing = Vec::new();
         for (size, templates) in &*self.wanted.borrow() {
             let held = self.held(*size) + building.get(size).copied().unwrap_or(0);
-            let more = self.target(templates).saturating_sub(held).min(room);
+            let target = self.target(templates);
+            if self.claims.get() > 0 && held > target / 2 {
+                // There are enough for as long as a guest takes to come up.
+                continue;
+            }
+            let more = target.saturating_sub(held).min(room);
             missing.extend(std::iter::repeat_n(*size, more));
             room -= more;
         }

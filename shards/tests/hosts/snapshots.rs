@@ -88,7 +88,7 @@ fn a_rollback_puts_memory_disk_and_state_back() {
             tell(&host, id, "fill 5 300 77").await;
             tell(&host, id, "disk elsewhere").await;
             host.rollback(id, snapshot.clone()).await.unwrap();
-            assert_memory(&memory(&host, id).await, &expected, &format!("at {at}"));
+            assert_memory(&memory(&host, id).await, expected, &format!("at {at}"));
             assert_eq!(tell(&host, id, "register").await, number.to_string());
             assert_eq!(tell(&host, id, "disk").await, format!("time-{number}"));
             let about = read_all(&host, id, 14).await;

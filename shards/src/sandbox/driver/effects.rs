@@ -352,7 +352,7 @@ impl Driver {
             self.caused.push_back(Event::CommitFailed);
             return;
         };
-        self.committing = capture.id().map(str::to_owned);
+        self.committing = capture.id();
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let shard = Rc::clone(&self.shard);
         let operation = self.request.as_ref().map_or("a pause", Request::name);

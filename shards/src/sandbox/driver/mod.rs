@@ -31,7 +31,7 @@ use super::state::{Cause, Event, Process, Refusal, State, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
-use crate::shell::Held;
+use crate::shell::{Claim, Held};
 use crate::{OnTimeout, ShardError};
 use work::{Done, Work};
 
@@ -56,6 +56,8 @@ struct Driver {
     /// for an end, which drops it: every one of them may be dropped at any await.
     work: Option<Work>,
     events: Option<Events>,
+    /// While its guest is coming up in a shell of the pool.
+    claim: Option<Claim>,
     /// Events that effects caused; seen before all others.
     caused: VecDeque<Event>,
     /// When the step at hand has taken too long.
@@ -121,12 +123,17 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         let before = driver.sandbox.state.borrow().clone();
         let effects = driver.sandbox.state.borrow_mut().advance(terms, event);
         if *driver.sandbox.state.borrow() != before {
+            // With times of microseconds, these lines say where an operation spends them.
+            tracing::trace!(id = %driver.sandbox.id, from = ?before, to = ?driver.sandbox.state.borrow());
             driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
             driver.sandbox.tell_watchers();
         }
         driver.take_request(request, &effects);
         for effect in effects {
             driver.perform(effect).await;
+        }
+        if !driver.sandbox.state.borrow().is_coming_up() {
+            driver.claim = None;
         }
         if matches!(*driver.sandbox.state.borrow(), State::Gone(_)) {
             return;
@@ -150,6 +157,7 @@ impl Driver {
             sandbox,
             work: None,
             events: None,
+            claim: None,
             caused: VecDeque::new(),
             step_deadline,
             shape: None,

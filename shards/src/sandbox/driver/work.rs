@@ -134,6 +134,7 @@ impl Driver {
         };
         // Its events were read from its making on, and go on being.
         self.events = Some(shell.events);
+        self.claim = shell.claim;
         *self.sandbox.held.borrow_mut() = Some(Rc::clone(&shell.held));
         Event::Prepared
     }

@@ -1,0 +1,223 @@
+//! What a run found: a table for people, JSON for programs.
+//!
+//! Called by the benchmark's program at its end. Refuses to say whether the figures are good.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::density::{Idle, Left};
+use super::series::{Series, percentile};
+
+/// The row of what idle sandboxes cost, which is in bytes.
+const IDLE: &str = "idle_bytes_per_sandbox";
+
+/// Everything that was measured.
+#[derive(Debug)]
+pub struct Report<'a> {
+    /// The machine: see [`host`].
+    pub host: Value,
+    /// The times.
+    pub series: &'a [Series],
+    /// What idle sandboxes cost.
+    pub idle: Option<&'a Idle>,
+    /// What rounds left behind.
+    pub left: Option<&'a Left>,
+}
+
+fn us(times: &[std::time::Duration], percent: usize) -> f64 {
+    // A tenth of a microsecond is what the clock can tell.
+    (percentile(times, percent).as_secs_f64() * 1e7).round() / 10.0
+}
+
+impl Report<'_> {
+    /// As JSON.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let mut results: Vec<Value> = self.series.iter().map(row).collect();
+        if let Some(idle) = self.idle {
+            // In bytes, so that there are no times.
+            results.push(json!({
+                "op": IDLE, "n": idle.sandboxes, "bytes": idle.bytes_each, "p50_us": null,
+                "p95_us": null, "p99_us": null, "max_us": null, "floor_p50_us": null,
+            }));
+        }
+        json!({
+            "host": self.host,
+            "results": results,
+            IDLE: self.idle.map(|idle| idle.bytes_each),
+            "idle": self.idle,
+            "create_kill_rounds": self.left,
+        })
+    }
+
+    /// As a table.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = format!(
+            "{:<20} {:>5} {:>10} {:>10} {:>10} {:>10} {:>10} {:>7}\n",
+            "µs", "n", "p50", "p95", "p99", "max", "floor p50", "ratio"
+        );
+        for Series { op, times, floor } in self.series {
+            let [p50, p95, p99, max] = [50, 95, 99, 100].map(|percent| us(times, percent));
+            let least = us(floor, 50);
+            let ratio = if least > 0.0 { format!("{:.2}", p50 / least) } else { "-".to_owned() };
+            let n = times.len();
+            let line = format!(
+                "{op:<20} {n:>5} {p50:>10.1} {p95:>10.1} {p99:>10.1} {max:>10.1} {least:>10.1} {ratio:>7}\n"
+            );
+            text.push_str(&line);
+        }
+        if let Some(idle) = self.idle {
+            text.push_str(&memory(idle));
+        }
+        if let Some(left) = self.left {
+            let Left { rounds, process_bytes, machine_bytes, counts } = left;
+            let kib = |bytes: i64| bytes / 1024;
+            let line = format!(
+                "\nafter {rounds} rounds of create and kill: {counts:?} as before, this process {:+} KiB, \
+                 the machine {:+} KiB\n",
+                kib(*process_bytes),
+                kib(*machine_bytes)
+            );
+            text.push_str(&line);
+        }
+        text
+    }
+}
+
+fn row(series: &Series) -> Value {
+    let Series { op, times, floor } = series;
+    json!({
+        "op": op,
+        "n": times.len(),
+        "p50_us": us(times, 50),
+        "p95_us": us(times, 95),
+        "p99_us": us(times, 99),
+        "max_us": us(times, 100),
+        "floor_p50_us": us(floor, 50),
+    })
+}
+
+fn memory(idle: &Idle) -> String {
+    let Idle { sandboxes, available_bytes_each, bytes_each, .. } = idle;
+    let kib = |bytes: i64| bytes / 1024;
+    let mut text = format!(
+        "\n{IDLE}: {bytes_each} ({} KiB) over {sandboxes} of them; {} KiB of MemAvailable as it is, \
+         {} KiB with the pool\n",
+        kib(*bytes_each),
+        kib(*available_bytes_each),
+        kib(idle.bytes_each_with_pool),
+    );
+    let machine = &idle.machine_each;
+    let process = &idle.process_each;
+    for (name, bytes) in [
+        ("anonymous", machine.anonymous),
+        ("shared (memfds)", machine.shared),
+        ("slab", machine.slab),
+        ("slab, reclaimable", machine.slab_reclaimable),
+        ("page tables", machine.page_tables),
+        ("KVM's page tables", machine.second_page_tables),
+        ("kernel stacks", machine.stacks),
+        ("per processor", machine.per_cpu),
+        ("by range", machine.vmalloc),
+    ] {
+        line(&mut text, "machine", name, bytes);
+    }
+    for (name, bytes) in [
+        ("guest, own", process.guest_own),
+        ("guest, template", process.guest_shared),
+        ("heap and stacks", process.private),
+        ("program", process.program),
+        ("memfds", process.memfds),
+        ("page tables", process.page_tables),
+    ] {
+        line(&mut text, "process", name, i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+    text
+}
+
+fn line(text: &mut String, of: &str, name: &str, bytes: i64) {
+    if writeln!(text, "  {of} {name:<20} {:>8} KiB", bytes / 1024).is_err() {
+        unreachable!("a string takes what is written to it");
+    }
+}
+
+/// The machine, for the reader of figures. `store` is where the file system is.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn host(store: &Path) -> Result<Value> {
+    let line = |path: &str, name: &str| -> Result<Option<String>> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+        let found = text.lines().find_map(|line| line.strip_prefix(name));
+        Ok(found.map(|rest| rest.trim_start_matches([':', '\t', ' ']).trim().to_owned()))
+    };
+    let memory = line("/proc/meminfo", "MemTotal")?.unwrap_or_default();
+    let memory: u64 = memory.split(' ').next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
+    Ok(json!({
+        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+        "cpu": line("/proc/cpuinfo", "model name")?,
+        "cores": std::thread::available_parallelism()?.get(),
+        "memory_bytes": memory * 1024,
+        "filesystem": filesystem(store)?,
+        "commit": commit(),
+    }))
+}
+
+/// Kind and device of the file system that holds `path`.
+fn filesystem(path: &Path) -> Result<String> {
+    let path = std::fs::canonicalize(path)?;
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    let holds = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let (device, point, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        path.starts_with(point).then(|| (point.len(), format!("{kind} on {device}")))
+    });
+    // The longest is the innermost, and of two in one place the last lies on top.
+    let innermost = holds.max_by_key(|(length, _)| *length);
+    Ok(innermost.map(|(_, text)| text).unwrap_or_default())
+}
+
+/// The commit of the source that the working directory is in, where there is one.
+fn commit() -> Option<String> {
+    let described = Command::new("git").args(["describe", "--always", "--dirty"]).output().ok()?;
+    let text = String::from_utf8(described.stdout).ok()?;
+    (described.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn report(series: &[Series]) -> Report<'_> {
+        Report { host: json!({}), series, idle: None, left: None }
+    }
+
+    #[test]
+    fn rows_have_what_programs_read() {
+        let us = Duration::from_micros;
+        let series =
+            [Series { op: "pause", times: vec![us(30), us(10), us(20)], floor: vec![us(5)] }];
+        let json = report(&series).json();
+        let expected = json!({"op": "pause", "n": 3, "p50_us": 20.0, "p95_us": 30.0,
+            "p99_us": 30.0, "max_us": 30.0, "floor_p50_us": 5.0});
+        assert_eq!(json["results"], json!([expected]));
+        let table = report(&series).table();
+        assert!(table.lines().nth(1).is_some_and(|line| line.ends_with("   4.00")), "{table}");
+    }
+
+    #[test]
+    fn the_machine_is_described() {
+        let host = host(Path::new("/")).unwrap();
+        assert!(host["kernel"].as_str().is_some_and(|kernel| kernel.contains('.')));
+        assert!(host["cores"].as_u64().is_some_and(|cores| cores > 0));
+        assert!(host["memory_bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 20));
+        assert!(host["filesystem"].as_str().is_some_and(|text| text.contains(" on ")));
+    }
+}
