@@ -132,7 +132,7 @@ impl Memory {
 }
 
 /// `under` with `over` laid on it; both in order.
-fn overlay(under: &[Piece], over: Vec<Piece>) -> Vec<Piece> {
+pub(crate) fn overlay(under: &[Piece], over: Vec<Piece>) -> Vec<Piece> {
     let mut left = Vec::new();
     for piece in under {
         let from = over.partition_point(|new| new.run.end() <= piece.run.first());

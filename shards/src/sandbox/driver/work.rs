@@ -131,7 +131,7 @@ impl Driver {
         self.has_directory = found.has_directory;
         self.memory = Memory {
             layers: found.image.layers.clone(),
-            mapped: Some(found.image.pieces.clone()),
+            mapped: Some(found.image.mapped.clone()),
             mapped_layers: found.image.layers.clone(),
             ..Memory::default()
         };
