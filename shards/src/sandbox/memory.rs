@@ -45,7 +45,8 @@ pub(crate) struct Memory {
     pub(crate) uncommitted: Vec<FrameRun>,
     /// Of those, what the capture at hand has copied while the guest ran.
     pub(crate) captured: Vec<FrameRun>,
-    /// Whether writes since the last capture can be told.
+    /// Whether writes since the last capture can be told: all of the memory is registered for it, as it
+    /// is mapped now.
     pub(crate) tracked: bool,
     /// Whether pages come when they are touched: then one that is not there must not be read from
     /// outside.
@@ -115,6 +116,8 @@ impl Memory {
     pub(crate) fn went_back(&mut self, plan: &[Entry], target_layers: &[Layer]) {
         self.layers = target_layers.to_vec();
         self.uncommitted.clear();
+        // What was mapped anew is not registered.
+        self.tracked = false;
         let Some(mapped) = self.mapped.take() else { return };
         let mut new = Vec::new();
         for entry in plan {
@@ -327,6 +330,13 @@ mod tests {
         assert_eq!(parts, [piece(5, 5, 0, 5), piece(10, 5, 0, 10), piece(15, 10, 0, 15)]);
         assert_eq!(mapped_at(&mapped, 12), Some((1, 2)));
         assert_eq!(mapped_at(&mapped, 100), None);
+    }
+
+    #[test]
+    fn what_a_rollback_maps_anew_is_not_registered() {
+        let mut memory = Memory { tracked: true, on_demand: true, ..Memory::default() };
+        memory.went_back(&[], &[]);
+        assert!(!memory.tracked);
     }
 
     #[test]

@@ -177,7 +177,6 @@ impl Driver {
             plan_bytes: plan.len() as u64,
             state_bytes: state.len() as u64,
             generation,
-            on_demand: false,
             fds: roles,
         };
         let sent = link::send(&held.control, &Command::Restore(config), &fds).await;
@@ -299,7 +298,7 @@ impl Driver {
             let begin = async move { Capture::begin(&store, &ring, layers, frames).await };
             self.capture = Some(Begun::Beginning(rt::spawn(begin)));
         }
-        self.command(&Command::Freeze { track: false }, &[]).await;
+        self.command(&Command::Freeze, &[]).await;
     }
 
     pub(super) fn frames(&self) -> u32 {
@@ -388,6 +387,7 @@ impl Driver {
         self.work = Some(Box::pin(async move {
             let back = match (record, place(&held, frames)) {
                 (Ok(record), Some(place)) => {
+                    track(&held, frames, &mut memory);
                     let job = rollback::Job { workshop, id, snapshot, record, disk };
                     rollback::replace(job, place, &mut memory).await
                 }
@@ -399,8 +399,9 @@ impl Driver {
     }
 }
 
-/// Sees to it that writes can be told, where the kernel can do that. What was mapped since the last
-/// time has to be registered again.
+/// Sees to it that writes can be told, where the kernel can do that: while the guest is frozen, before
+/// anyone looks for what it changed. What was mapped since the last time, by a rollback, is registered
+/// again here, and all that was written to it before that counts as written.
 fn track(held: &Held, frames: u32, memory: &mut Memory) {
     let registered = paging::track(held, frames);
     if let Err(error) = &registered {

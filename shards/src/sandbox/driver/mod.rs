@@ -242,7 +242,7 @@ impl Driver {
         let heard = self.hear().await;
         match heard {
             Heard::Event(event) => {
-                if let Event::Vm(vm::Event::Frozen { state_bytes, .. }) = event {
+                if let Event::Vm(vm::Event::Frozen { state_bytes }) = event {
                     self.state_bytes = state_bytes;
                 }
                 Some((event, None))
