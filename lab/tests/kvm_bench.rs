@@ -3,12 +3,13 @@
 //! Run by `cargo test`. Needs root, `/dev/kvm`, and the daemon beside the benchmark's program or in
 //! `$MICA_BIN_DIR`. Refuses to judge the figures: on a busy machine they mean nothing.
 
-mod common;
+#[path = "common/kvm.rs"]
+mod kvm;
 
 use std::path::PathBuf;
 use std::process::Command;
 
-use common::have_kvm;
+use kvm::have_kvm;
 use mica_lab::one_vm::find_mica_vm;
 use serde_json::Value;
 

@@ -2,29 +2,18 @@
 //!
 //! Called by `tests/kvm_*.rs`. Refuses to skip silently.
 
+mod kvm;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mica_lab::one_vm::{Boot, OneVm, find_mica_vm};
 use mica_wire::vm::Event;
 
+pub use kvm::have_kvm;
+
 /// Long enough for a busy two-core machine; every wait in the tests is for an event.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Whether the tests can run. Says so when they cannot.
-pub fn have_kvm() -> bool {
-    let usable = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    match usable {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("REQUIRE_KVM").is_some_and(|value| value == "1") => {
-            panic!("REQUIRE_KVM=1, but /dev/kvm cannot be opened: {error}")
-        }
-        Err(error) => {
-            eprintln!("SKIPPED: /dev/kvm cannot be opened: {error}");
-            false
-        }
-    }
-}
 
 /// A user id that no other VM of this test process has.
 pub fn fresh_id() -> u32 {
