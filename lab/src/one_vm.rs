@@ -94,21 +94,10 @@ pub struct Restore<'a> {
     pub state: Vec<u8>,
     /// The new generation id.
     pub generation: [u8; 16],
-    /// Whether pages that the plan leaves out are served from outside.
-    pub on_demand: bool,
     /// The root disk; never for a rollback.
     pub disk: Option<BorrowedFd<'a>>,
     /// The layers that the plan names.
     pub layers: Vec<BorrowedFd<'a>>,
-}
-
-/// What a freeze gives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Saved {
-    /// The state.
-    pub state: Vec<u8>,
-    /// Whether writes from now on can be told.
-    pub tracked: bool,
 }
 
 /// A memfd with these contents.
@@ -270,7 +259,6 @@ impl OneVm {
             plan_bytes,
             state_bytes: restore.state.len() as u64,
             generation: restore.generation,
-            on_demand: restore.on_demand,
             fds: roles,
         };
         self.send(&Command::Restore(config), &fds)
@@ -280,15 +268,15 @@ impl OneVm {
     ///
     /// # Errors
     /// When the VM ended instead, or nothing came for `patience`.
-    pub fn freeze(&self, track: bool, patience: Duration) -> Result<Saved> {
-        self.send(&Command::Freeze { track }, &[])?;
+    pub fn freeze(&self, patience: Duration) -> Result<Vec<u8>> {
+        self.send(&Command::Freeze, &[])?;
         loop {
             match self.next_event(patience)? {
-                Some(Event::Frozen { state_bytes, tracked }) => {
+                Some(Event::Frozen { state_bytes }) => {
                     let exchange = self.exchange.as_ref().context("nothing was built")?;
                     let mut state = vec![0; usize::try_from(state_bytes)?];
                     exchange.read_exact_at(&mut state, 0)?;
-                    return Ok(Saved { state, tracked });
+                    return Ok(state);
                 }
                 // What the guest did just before.
                 Some(Event::ConsoleStarted | Event::Doorbell) => {}

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use common::{PATIENCE, fresh_id, have_kvm, start};
 use guests::{FRAMES, UNUSED, frozen, plan_of, restore, run, shell, stop, wait_for_text, waiting};
-use mica_lab::one_vm::{OneVm, Restore, Saved, Shape, find_mica_vm, memfd_of};
+use mica_lab::one_vm::{OneVm, Restore, Shape, find_mica_vm, memfd_of};
 use mica_lab::tiny_guest::GENERATION_ID;
 use mica_units::PAGE_BYTES;
 use mica_vmm::state::VmState;
@@ -69,7 +69,7 @@ fn a_guest_goes_on_with_its_disk_and_with_no_other() {
     vm.send_restore(&restore(&saved, &layer, &plan, 1)).unwrap();
     vm.expect(&Event::Started, PATIENCE).unwrap();
     wait_for_text(&vm, "upR");
-    vm.freeze(false, PATIENCE).unwrap();
+    vm.freeze(PATIENCE).unwrap();
     let another = Restore { disk: Some(clone.as_fd()), ..restore(&saved, &layer, &plan, 2) };
     vm.send_restore(&another).unwrap();
     let event = vm.next_event(PATIENCE).unwrap();
@@ -91,15 +91,15 @@ fn a_frozen_guest_stands_still_and_goes_on_when_thawed() {
         assert_eq!(vm.console_text(), &text[..text.len() - 1]);
         vm.thaw(PATIENCE).unwrap();
         wait_for_text(&vm, text);
-        let again = vm.freeze(false, PATIENCE).unwrap();
-        assert_ne!(again.state, first.state, "its registers have changed");
+        let again = vm.freeze(PATIENCE).unwrap();
+        assert_ne!(again, first, "its registers have changed");
     }
     stop(vm);
 }
 
 /// The guest's clock in seconds, and its time stamp counter in the same.
-fn clocks(saved: &Saved) -> (f64, f64) {
-    let state = VmState::decode(&saved.state).unwrap();
+fn clocks(saved: &[u8]) -> (f64, f64) {
+    let state = VmState::decode(saved).unwrap();
     let vcpu = &state.vcpus[0];
     let tsc = vcpu.msrs.iter().find(|msr| msr.index == 0x10).unwrap().value;
     let seconds = Duration::from_nanos(state.machine.clock_ns).as_secs_f64();
@@ -117,7 +117,7 @@ fn the_guests_clocks_stand_still_while_it_does() {
     let boot = waiting(2);
     let (vm, first, layer, plan) = frozen(&boot);
     let before = clocks(&first);
-    let check = |saved: &Saved, what: &str| {
+    let check = |saved: &[u8], what: &str| {
         let after = clocks(saved);
         assert!((0.0..RUN).contains(&(after.0 - before.0)), "{what}: {before:?} {after:?}");
         // Under PVM a guest reads the host's counter, and nobody can set that.
@@ -127,16 +127,16 @@ fn the_guests_clocks_stand_still_while_it_does() {
     };
     std::thread::sleep(PAUSE);
     vm.thaw(PATIENCE).unwrap();
-    check(&vm.freeze(false, PATIENCE).unwrap(), "a thaw");
+    check(&vm.freeze(PATIENCE).unwrap(), "a thaw");
     std::thread::sleep(PAUSE);
     vm.send_restore(&restore(&first, &layer, &plan, 1)).unwrap();
     vm.expect(&Event::Started, PATIENCE).unwrap();
-    check(&vm.freeze(false, PATIENCE).unwrap(), "a rollback");
+    check(&vm.freeze(PATIENCE).unwrap(), "a rollback");
     stop(vm);
     let vm = shell(&boot.shape());
     vm.send_restore(&restore(&first, &layer, &plan, 1)).unwrap();
     vm.expect(&Event::Started, PATIENCE).unwrap();
-    check(&vm.freeze(false, PATIENCE).unwrap(), "a restore");
+    check(&vm.freeze(PATIENCE).unwrap(), "a restore");
     stop(vm);
 }
 
@@ -152,8 +152,8 @@ fn what_is_saved_is_what_was_restored() {
     // The id that the guest knows already, so that it goes on waiting where it is.
     vm.send_restore(&restore(&first, &layer, &plan, 0)).unwrap();
     vm.expect(&Event::Started, PATIENCE).unwrap();
-    let again = vm.freeze(false, PATIENCE).unwrap();
-    let [first, again] = [first, again].map(|saved| VmState::decode(&saved.state).unwrap());
+    let again = vm.freeze(PATIENCE).unwrap();
+    let [first, again] = [first, again].map(|saved| VmState::decode(&saved).unwrap());
     assert!(first.cpuid == again.cpuid && first.devices == again.devices);
     assert!(first.machine.chips[..2] == again.machine.chips[..2]);
     for (number, (first, again)) in first.vcpus.iter().zip(&again.vcpus).enumerate() {
@@ -186,7 +186,7 @@ fn nonsense_in_a_good_state_harms_the_guest_at_most() {
     let boot = waiting(2);
     let (vm, saved, layer, plan) = frozen(&boot);
     stop(vm);
-    let good = VmState::decode(&saved.state).unwrap();
+    let good = VmState::decode(&saved).unwrap();
     let mut seed = 1u64;
     let mut random = move |bound: usize| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -213,12 +213,12 @@ fn nonsense_in_a_good_state_harms_the_guest_at_most() {
         let msr = random(state.vcpus[0].msrs.len());
         state.vcpus[0].msrs[msr].value ^= u64::from(round % 3 == 0) << random(64);
         let vm = shell(&boot.shape());
-        let saved = Saved { state: state.encode().unwrap(), tracked: false };
+        let saved = state.encode().unwrap();
         vm.send_restore(&restore(&saved, &layer, &plan, 1)).unwrap();
         match vm.next_event(PATIENCE).unwrap() {
             Some(Event::Started) => {
                 // It runs, or ends in whatever way a guest can.
-                let frozen = vm.send(&Command::Freeze { track: false }, &[]);
+                let frozen = vm.send(&Command::Freeze, &[]);
                 let stopped = vm.send(&Command::Stop, &[]);
                 let mut ended = None;
                 while let Some(event) = vm.next_event(PATIENCE).unwrap() {
@@ -269,7 +269,7 @@ fn a_rollback_puts_registers_and_memory_back_and_keeps_the_process() {
         vm.send_restore(&restore(&saved, &layer, &plan, generation)).unwrap();
         vm.expect(&Event::Started, PATIENCE).unwrap();
         wait_for_text(&vm, &format!("up{}", "R".repeat(usize::from(generation))));
-        vm.freeze(false, PATIENCE).unwrap();
+        vm.freeze(PATIENCE).unwrap();
         let after = vm.frames(0, FRAMES).unwrap();
         let differs: Vec<_> = (0..FRAMES as usize)
             .filter(|frame| before[frame * 4096..][..4096] != after[frame * 4096..][..4096])
@@ -301,9 +301,9 @@ fn what_is_no_state_or_no_plan_is_a_bad_configuration() {
     stop(vm);
     let good = || restore(&saved, &layer, &plan, 1);
     assert_eq!(outcome(&boot.shape(), &good()), Some(Event::Started));
-    let mut other_version = saved.state.clone();
+    let mut other_version = saved.clone();
     other_version[8] += 1;
-    let mut damaged = saved.state.clone();
+    let mut damaged = saved.clone();
     *damaged.last_mut().unwrap() ^= 1;
     let outside = plan_of(&[(run(FRAMES, 1), Source::Zero)]);
     let behind = plan_of(&[(run(0, 2), Source::Map { layer: 0, page: FRAMES - 1 })]);
@@ -351,14 +351,14 @@ fn the_vm_outlives_its_shard_and_the_next_one_takes_it_over() {
     let status = Event::Status { nonce: 77, phase: Phase::Running, shell: Some(shell) };
     vm.expect(&status, PATIENCE).unwrap();
     // It can be told everything, and the console and the exchange are where they were said to be.
-    let saved = vm.freeze(false, PATIENCE).unwrap();
+    let saved = vm.freeze(PATIENCE).unwrap();
     vm.send(&Command::Report { nonce: 78 }, &[]).unwrap();
     let status = Event::Status { nonce: 78, phase: Phase::Frozen, shell: Some(shell) };
     vm.expect(&status, PATIENCE).unwrap();
     let exchange = std::fs::File::from(vm.descriptor(shell.exchange_fd).unwrap());
-    let mut state = vec![0; saved.state.len()];
+    let mut state = vec![0; saved.len()];
     exchange.read_exact_at(&mut state, 0).unwrap();
-    assert!(state == saved.state);
+    assert!(state == saved);
     let console = std::fs::File::from(vm.descriptor(shell.console_fd).unwrap());
     let mut text = [0; 10];
     console.read_exact_at(&mut text, 0).unwrap();
@@ -398,7 +398,7 @@ fn commands_out_of_turn_are_refused() {
             other => panic!("{other:?}"),
         }
     };
-    for command in [Command::Freeze { track: false }, Command::Thaw] {
+    for command in [Command::Freeze, Command::Thaw] {
         let vm = shell(&boot.shape());
         vm.send(&command, &[]).unwrap();
         refused(vm);

@@ -15,11 +15,11 @@ use std::rc::Rc;
 
 use common::{PATIENCE, have_kvm, start};
 use guests::{FRAMES, UNUSED, frozen, plan_of, restore, run, shell, stop, wait_for_text, waiting};
-use mica_lab::one_vm::{OneVm, Restore};
+use mica_lab::one_vm::OneVm;
 use mica_lab::tiny_guest::GENERATION_ID;
 use mica_numa::io::{IoBuf, Ring, RingConfig};
 use mica_numa::plan::VcpuCores;
-use mica_numa::process::{Process, RemoteMemory, Wanted};
+use mica_numa::process::{Process, ProcessError, RemoteMemory, Wanted};
 use mica_numa::rt;
 use mica_numa::seat::run_all;
 use mica_numa::userfault::{Content, PageSource, Pager, Userfault};
@@ -43,6 +43,19 @@ fn written(vm: &OneVm) -> Vec<FrameRun> {
     process.pagemap().unwrap().scan(memory, all, wanted, FRAMES).unwrap().runs
 }
 
+/// The userfaultfd of a VM, taken as a shard takes it, and all of its memory.
+fn userfault(vm: &OneVm) -> (Userfault, FrameRun) {
+    let (process, memory) = remote(vm);
+    let fd = process.getfd(vm.shell().unwrap().userfault_fd.unwrap()).unwrap();
+    (Userfault::new(fd, memory).unwrap(), memory.all().unwrap())
+}
+
+/// Registers memory for the tracking of writes.
+fn track(vm: &OneVm) {
+    let (userfault, all) = userfault(vm);
+    userfault.track(all).expect("this kernel cannot tell writes");
+}
+
 fn write(vm: &OneVm, frame: u32) {
     let at = vm.shell().unwrap().memory_address + u64::from(frame) * PAGE_BYTES;
     vm.memory().unwrap().write_all_at(&[9; 8], at + 100).unwrap();
@@ -55,7 +68,8 @@ fn what_was_written_since_the_last_look_is_found_exactly() {
     }
     let vm = start(&waiting(2));
     vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
-    assert!(vm.freeze(true, PATIENCE).unwrap().tracked, "this kernel cannot tell writes");
+    vm.freeze(PATIENCE).unwrap();
+    track(&vm);
     assert!(!written(&vm).is_empty(), "all that the boot wrote");
     assert_eq!(written(&vm), [], "nothing since");
     let id = u32::try_from(GENERATION_ID / PAGE_BYTES).unwrap();
@@ -66,14 +80,17 @@ fn what_was_written_since_the_last_look_is_found_exactly() {
         let at = vm.shell().unwrap().memory_address + GENERATION_ID;
         vm.memory().unwrap().write_all_at(&[u8::try_from(round).unwrap() + 1], at).unwrap();
         wait_for_text(&vm, &format!("up{}", "R".repeat(round + 1)));
-        assert!(vm.freeze(true, PATIENCE).unwrap().tracked);
+        vm.freeze(PATIENCE).unwrap();
+        // Again, as before each capture; what is protected stays so.
+        track(&vm);
         let expected: Vec<_> = [id].iter().chain(frames).map(|frame| run(*frame, 1)).collect();
         assert_eq!(written(&vm), expected, "round {round}");
     }
     stop(vm);
 }
 
-/// A rollback maps parts of memory anew, and what is mapped anew is tracked too.
+/// A rollback maps parts of memory anew: they are registered again, and what was written to them before
+/// that is found too.
 #[test]
 fn tracking_goes_on_over_a_rollback() {
     if !have_kvm() {
@@ -81,8 +98,8 @@ fn tracking_goes_on_over_a_rollback() {
     }
     let (vm, _, layer, whole) = frozen(&waiting(1));
     vm.thaw(PATIENCE).unwrap();
-    let saved = vm.freeze(true, PATIENCE).unwrap();
-    assert!(saved.tracked);
+    let saved = vm.freeze(PATIENCE).unwrap();
+    track(&vm);
     written(&vm);
     let id = u32::try_from(GENERATION_ID / PAGE_BYTES).unwrap();
     let some = plan_of(&[
@@ -95,7 +112,13 @@ fn tracking_goes_on_over_a_rollback() {
         vm.send_restore(&restore(&saved, &layer, plan, generation)).unwrap();
         vm.expect(&Event::Started, PATIENCE).unwrap();
         wait_for_text(&vm, &format!("up{}", "R".repeat(round + 1)));
-        assert!(vm.freeze(true, PATIENCE).unwrap().tracked);
+        vm.freeze(PATIENCE).unwrap();
+        let (process, memory) = remote(&vm);
+        let wanted = Wanted::AnonymousWritten { rearm: false };
+        let all = memory.all().unwrap();
+        let forgotten = process.pagemap().unwrap().scan(memory, all, wanted, FRAMES);
+        assert!(matches!(forgotten, Err(ProcessError::NotTracked)), "round {round}: {forgotten:?}");
+        track(&vm);
         // The new generation id is the only thing that was written; a shadow page table is not ours.
         assert_eq!(written(&vm), [run(id, 1)], "round {round}");
         for frame in [UNUSED, UNUSED + 2, UNUSED + 5] {
@@ -147,9 +170,8 @@ fn pages_that_the_plan_leaves_out_come_when_they_are_touched() {
         let memory = old.frames(0, FRAMES).unwrap();
         stop(old);
         let vm = shell(&boot.shape());
-        let (process, remote) = remote(&vm);
-        let fd = process.getfd(vm.shell().unwrap().userfault_fd.unwrap()).unwrap();
-        let userfault = Userfault::new(fd, remote).unwrap();
+        let (userfault, all) = userfault(&vm);
+        userfault.catch_missing(all, false).unwrap();
         let ring = Ring::attach(RingConfig { buffers: 4 }).unwrap();
         let served = Rc::new(Cell::new(0));
         let copy = Copy { memory, served: Rc::clone(&served) };
@@ -161,13 +183,12 @@ fn pages_that_the_plan_leaves_out_come_when_they_are_touched() {
         let vm = rt::blocking(move || {
             // Nothing is there: neither the code, nor the place of the generation id, which the VM
             // process writes itself.
-            let restore = Restore { on_demand: true, ..restore(&saved, &layer, &[], 5) };
-            vm.send_restore(&restore).unwrap();
+            vm.send_restore(&restore(&saved, &layer, &[], 5)).unwrap();
             vm.expect(&Event::Started, PATIENCE).unwrap();
             vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
             wait_for_text(&vm, "R");
             // It can be frozen while nearly everything is still missing.
-            vm.freeze(false, PATIENCE).unwrap();
+            vm.freeze(PATIENCE).unwrap();
             vm.thaw(PATIENCE).unwrap();
             vm
         })

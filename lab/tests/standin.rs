@@ -94,17 +94,14 @@ impl Shard {
             plan_bytes,
             state_bytes: u64::try_from(state.len()).expect("a length"),
             generation: [7; 16],
-            on_demand: false,
             fds: roles.to_vec(),
         };
         self.say(&Command::Restore(config), &fds)
     }
 
     fn freeze(&self) -> Vec<u8> {
-        let event = self.say(&Command::Freeze { track: true }, &[]);
-        let Event::Frozen { state_bytes, tracked: false } = event else {
-            panic!("{event:?} instead of a stop")
-        };
+        let event = self.say(&Command::Freeze, &[]);
+        let Event::Frozen { state_bytes } = event else { panic!("{event:?} instead of a stop") };
         let mut state = vec![0; usize::try_from(state_bytes).expect("a length")];
         self.exchange.read_exact_at(&mut state, 0).expect("the state");
         state
@@ -241,11 +238,9 @@ fn plans_and_states_out_of_form_end_it() {
 
 #[test]
 fn what_is_out_of_turn_ends_it() {
-    for command in [
-        Command::Freeze { track: false },
-        Command::Thaw,
-        Command::OpenStream { vsock_port: GATEWAY_PORT },
-    ] {
+    for command in
+        [Command::Freeze, Command::Thaw, Command::OpenStream { vsock_port: GATEWAY_PORT }]
+    {
         let shard = Shard::build();
         let event = shard.say(&command, &[]);
         assert!(matches!(event, Event::Ended(Ending::Internal(_))), "{command:?}: {event:?}");

@@ -99,13 +99,12 @@ impl Machine {
         inner.freezes += 1;
         let state = encode(inner.register, inner.freezes);
         exchange.write_all_at(&state, 0).unwrap();
-        Event::Frozen { state_bytes: state.len() as u64, tracked: false }
+        Event::Frozen { state_bytes: state.len() as u64 }
     }
 
     pub fn restore(&self, config: &RestoreConfig, fds: Vec<OwnedFd>, exchange: &File) {
         let mut inner = self.lock();
         assert_eq!(config.fds.len(), fds.len());
-        assert!(!config.on_demand, "nobody asks for that yet");
         assert_ne!(config.generation, [0; 16]);
         let mut layers = Vec::new();
         for (role, fd) in config.fds.iter().zip(fds) {

@@ -162,7 +162,7 @@ impl Vm {
                 Command::Boot(_) => panic!("a shard boots nothing"),
                 Command::Restore(config) => self.restore(&config, fds),
                 Command::OpenStream { vsock_port } => self.open_stream(vsock_port, fds),
-                Command::Freeze { track } => self.freeze(track),
+                Command::Freeze => self.freeze(),
                 Command::Thaw => self.thaw(),
                 Command::Report { nonce } => self.report(nonce),
                 Command::Stop => self.end(Ending::Asked),
@@ -228,25 +228,18 @@ impl Vm {
         }
     }
 
-    fn freeze(&self, track: bool) {
+    fn freeze(&self) {
         match &*self.mood.now() {
             "never-freezes" => return,
             "dies-at-freeze" => exit(1),
             "ends-at-freeze" => self.end(Ending::TripleFault),
             _ => {}
         }
-        assert!(!track, "tracking is the shard's");
         let frozen = self.machine.freeze(&self.exchange);
         let frozen = match (&*self.mood.now(), frozen) {
-            ("state-too-long", Event::Frozen { tracked, .. }) => {
-                Event::Frozen { state_bytes: 3 << 20, tracked }
-            }
-            ("state-longer-than-the-exchange", Event::Frozen { tracked, .. }) => {
-                Event::Frozen { state_bytes: u64::MAX, tracked }
-            }
-            ("state-empty", Event::Frozen { tracked, .. }) => {
-                Event::Frozen { state_bytes: 0, tracked }
-            }
+            ("state-too-long", _) => Event::Frozen { state_bytes: 3 << 20 },
+            ("state-longer-than-the-exchange", _) => Event::Frozen { state_bytes: u64::MAX },
+            ("state-empty", _) => Event::Frozen { state_bytes: 0 },
             (_, frozen) => frozen,
         };
         self.say(&frozen);

@@ -160,10 +160,10 @@ async fn warm_up(
         told.map_err(|_| guest("its services did not start in time", ""))?
             .map_err(|error| guest(format!("its services did not start: {error}"), ""))?;
     }
-    command(&shell, &Command::Freeze { track: false }, &[]).await?;
+    command(&shell, &Command::Freeze, &[]).await?;
     let frozen =
         wait(&mut shell, deadline, "its freeze", |event| matches!(event, vm::Event::Frozen { .. }));
-    let vm::Event::Frozen { state_bytes, .. } = frozen.await? else {
+    let vm::Event::Frozen { state_bytes } = frozen.await? else {
         return Err(guest("it broke its protocol", ""));
     };
     let state =

@@ -66,7 +66,7 @@ async fn work_with(host: &Host, places: &Places, id: SandboxId, round: u32) {
         }
         eventually("its process is taken back", async || places.cgroups().is_empty()).await;
     }
-    // Its process may be being taken back still.
+    // A process that was just being made for it may have died with the others.
     eventually("it goes on", async || host.resume(id, LIFE, None).await.is_ok()).await;
     assert!(host.delete_snapshot(&snapshot).await.unwrap());
 }

@@ -124,6 +124,7 @@ fn map(bytes: usize, protection: i32) -> Outcome {
 fn carry_out(attempt: &str, pid: usize) -> Option<Outcome> {
     const PAGE: usize = 4096;
     const KVM_CREATE_VM: usize = 0xae01;
+    const UFFDIO_REGISTER: usize = 0xc020_aa00;
     const NEW_USER: i32 = libc::CLONE_NEWUSER;
     const ADDRESS: [u16; 8] = [2, 80, 10, 0, 0, 0, 0, 0];
     static PARAMETERS: [u64; 15] = [0; 15];
@@ -176,6 +177,11 @@ fn carry_out(attempt: &str, pid: usize) -> Option<Outcome> {
         "map-more" => map(1 << 42, libc::PROT_READ | libc::PROT_WRITE),
         "new-vm" => (3..100)
             .map(|fd| call(libc::SYS_ioctl, [fd, KVM_CREATE_VM]))
+            .find(Result::is_ok)
+            .unwrap_or(Err(libc::EBADF)),
+        // With each descriptor until one is the userfaultfd; the filter ends it at the first.
+        "register-memory" => (3..100)
+            .map(|fd| call(libc::SYS_ioctl, [fd, UFFDIO_REGISTER, zeros]))
             .find(Result::is_ok)
             .unwrap_or(Err(libc::EBADF)),
         "userfault" => call(libc::SYS_userfaultfd, [0; 3]),

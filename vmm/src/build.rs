@@ -139,7 +139,7 @@ pub struct Shell {
     pub generation: Generation,
     /// Plans and states.
     pub exchange: Exchange,
-    /// Tells writes, and has pages served.
+    /// For the shard: tells writes, and has pages served.
     pub userfault: Option<Userfault>,
     /// What the other threads tell.
     pub notices: Arc<Notices>,
@@ -159,7 +159,7 @@ impl Shell {
             spare_fd: self.spare.as_raw_fd(),
             exchange_fd: self.exchange.fd(),
             console_fd: self.bus.console().fd(),
-            userfault_fd: self.userfault.as_ref().map(|userfault| userfault.fd().as_raw_fd()),
+            userfault_fd: self.userfault.as_ref().map(Userfault::fd),
         }
     }
 

@@ -18,7 +18,7 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::build::{self, Shell, causes};
-use crate::freeze::{self, FreezeError, Frozen, Saved};
+use crate::freeze::{self, FreezeError, Frozen};
 use crate::jail::seccomp::{self, Doors, SeccompError, ThreadKind};
 use crate::notices::Notices;
 use crate::restore;
@@ -208,7 +208,7 @@ impl<'a> Control<'a> {
             Command::Report { nonce } => return self.report(nonce),
             Command::OpenStream { vsock_port } => return self.open_stream(vsock_port, fds),
             Command::Build(_) | Command::Boot(_) | Command::Restore(_) => {}
-            Command::Freeze { .. } | Command::Thaw => {}
+            Command::Freeze | Command::Thaw => {}
         }
         // An error on the way must not leave half a stage behind.
         let stage = std::mem::replace(&mut self.stage, Stage::Over);
@@ -221,7 +221,7 @@ impl<'a> Control<'a> {
             (Command::Restore(config), Stage::Frozen(shell, _)) => {
                 self.restore(shell, &config, fds, true)?
             }
-            (Command::Freeze { track }, Stage::Running(shell, _)) => self.freeze(shell, track)?,
+            (Command::Freeze, Stage::Running(shell, _)) => self.freeze(shell)?,
             (Command::Thaw, Stage::Frozen(shell, frozen)) => self.thaw(shell, &frozen)?,
             (command, stage) => {
                 self.stage = stage;
@@ -292,11 +292,10 @@ impl<'a> Control<'a> {
         .map(|(shell, ())| Stage::Running(shell, Pulse::new()))
     }
 
-    fn freeze(&self, shell: Shell, track: bool) -> Result<Stage, Ending> {
+    fn freeze(&self, shell: Shell) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
-            let (frozen, saved) = freeze::freeze(shell, track).map_err(FreezeError::ending)?;
-            let Saved { state_bytes, tracked } = saved;
-            self.tell(&Event::Frozen { state_bytes, tracked })?;
+            let (frozen, state_bytes) = freeze::freeze(shell).map_err(FreezeError::ending)?;
+            self.tell(&Event::Frozen { state_bytes })?;
             Ok(frozen)
         })
         .map(|(shell, frozen)| Stage::Frozen(shell, frozen))
@@ -341,7 +340,7 @@ fn out_of_turn(command: &Command, phase: Phase) -> String {
         Command::Boot(_) => "a boot",
         Command::Restore(_) => "a restore",
         Command::OpenStream { .. } => "a stream",
-        Command::Freeze { .. } => "a freeze",
+        Command::Freeze => "a freeze",
         Command::Thaw => "a thaw",
         Command::Report { .. } => "a question",
         Command::Stop => "a stop",

@@ -45,9 +45,6 @@ pub enum FreezeError {
     /// The state does not fit where it belongs.
     #[error("the state cannot be handed over: {0}")]
     HandOver(String),
-    /// The kernel does not track writes.
-    #[error("tracking of writes failed")]
-    Track(#[source] rustix::io::Errno),
 }
 
 impl FreezeError {
@@ -75,20 +72,11 @@ pub struct Frozen {
     tscs: Vec<Tsc>,
 }
 
-/// What a freeze left in the exchange.
-#[derive(Clone, Copy, Debug)]
-pub struct Saved {
-    /// Length of the state.
-    pub state_bytes: u64,
-    /// Whether writes from now on can be told.
-    pub tracked: bool,
-}
-
-/// Freezes a running VM.
+/// Freezes a running VM, and gives the length of the state that it left in the exchange.
 ///
 /// # Errors
 /// See [`FreezeError`]. The VM must end then.
-pub fn freeze(shell: &mut Shell, track: bool) -> Result<(Frozen, Saved), FreezeError> {
+pub fn freeze(shell: &Shell) -> Result<(Frozen, u64), FreezeError> {
     shell.gate.park()?;
     shell.vcpus.leave()?;
     shell.vcpus.done()?;
@@ -102,13 +90,9 @@ pub fn freeze(shell: &mut Shell, track: bool) -> Result<(Frozen, Saved), FreezeE
     let state = save(shell)?;
     let bytes = state.encode()?;
     shell.exchange.write(&bytes).map_err(|error| FreezeError::HandOver(error.to_string()))?;
-    let tracked = match &mut shell.userfault {
-        Some(userfault) if track => userfault.track(&shell.memory).map_err(FreezeError::Track)?,
-        _ => false,
-    };
     let tscs = state.vcpus.iter().map(Tsc::of).collect();
     let frozen = Frozen { since, clock_ns: state.machine.clock_ns, tscs };
-    Ok((frozen, Saved { state_bytes: bytes.len() as u64, tracked }))
+    Ok((frozen, bytes.len() as u64))
 }
 
 /// Everything of a VM of which no thread runs.

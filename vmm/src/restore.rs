@@ -15,7 +15,6 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use mica_units::FrameRun;
 use mica_wire::vm::plan::{self, Entry, PlanError};
 use mica_wire::vm::{BootConfig, Ending, FdRole, RestoreConfig};
 use vm_memory::GuestMemoryError;
@@ -89,9 +88,6 @@ pub enum StartError {
     /// Nor could the guest be told.
     #[error("raising the line of the generation id failed")]
     Notify(#[source] std::io::Error),
-    /// Pages are to be served from outside, and cannot be.
-    #[error("pages cannot be served on demand")]
-    OnDemand(#[source] rustix::io::Errno),
 }
 
 impl StartError {
@@ -126,8 +122,7 @@ impl StartError {
             | Self::Serial(_)
             | Self::Device(_)
             | Self::Generation(_)
-            | Self::Notify(_)
-            | Self::OnDemand(_) => false,
+            | Self::Notify(_) => false,
         };
         if configured { Ending::BadConfig(words) } else { Ending::Internal(words) }
     }
@@ -178,7 +173,6 @@ pub fn restore(
         attach_disk(shell, disk, false)?;
     }
     shell.memory.apply(&plan, &layers)?;
-    prepare_faults(shell, &plan, config.on_demand)?;
 
     let VmState { vcpus, machine, serial, devices, .. } = state;
     shell.vcpus.restore(vcpus, cpuid.as_ref())?;
@@ -245,48 +239,9 @@ fn attach_disk(shell: &Shell, disk: Option<OwnedFd>, read_only: bool) -> Result<
     }
 }
 
-/// Sees to it that faults go where they belong: mappings that were replaced have forgotten.
-fn prepare_faults(shell: &mut Shell, plan: &[Entry], on_demand: bool) -> Result<(), StartError> {
-    let refused = StartError::OnDemand;
-    match &mut shell.userfault {
-        Some(userfault) if on_demand => {
-            userfault.serve(&shell.memory, gaps(plan, shell.memory.frames())).map_err(refused)
-        }
-        Some(userfault) => userfault.register_again(&shell.memory).map_err(refused),
-        None if on_demand => Err(refused(rustix::io::Errno::NOSYS)),
-        None => Ok(()),
-    }
-}
-
-/// The runs that a plan leaves out. Its entries may lie over one another.
-fn gaps(plan: &[Entry], frames: u32) -> Vec<FrameRun> {
-    let mut runs: Vec<FrameRun> = plan.iter().map(|entry| entry.run).collect();
-    runs.sort_unstable();
-    let mut gaps = Vec::new();
-    let mut at = 0;
-    for run in runs {
-        gaps.extend(FrameRun::new(at, run.first().saturating_sub(at)));
-        at = at.max(run.end());
-    }
-    gaps.extend(FrameRun::new(at, frames.saturating_sub(at)));
-    gaps
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mica_wire::vm::plan::Source;
-
-    #[test]
-    fn gaps_are_what_the_plan_leaves_out() {
-        let run = |first, count| FrameRun::new(first, count).unwrap();
-        let entry = |first, count| Entry { run: run(first, count), source: Source::Zero };
-        assert_eq!(gaps(&[], 10), [run(0, 10)]);
-        assert_eq!(gaps(&[entry(0, 10)], 10), []);
-        let plan = [entry(8, 1), entry(2, 3), entry(2, 1), entry(4, 2)];
-        assert_eq!(gaps(&plan, 10), [run(0, 2), run(6, 2), run(9, 1)]);
-        assert_eq!(gaps(&[entry(0, 10), entry(3, 1)], 10), []);
-    }
 
     #[test]
     fn what_kvm_calls_invalid_is_the_states_fault() {

@@ -56,6 +56,7 @@ const FORBIDDEN: &[&str] = &[
     "map-code",
     "make-code",
     "new-vm",
+    "register-memory",
     "userfault",
     "bpf",
     "key",

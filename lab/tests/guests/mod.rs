@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use mica_lab::one_vm::{Boot, OneVm, Restore, Saved, Shape, find_mica_vm, memfd_of};
+use mica_lab::one_vm::{Boot, OneVm, Restore, Shape, find_mica_vm, memfd_of};
 use mica_lab::tiny_guest::{Then, vmlinux};
 use mica_units::FrameRun;
 use mica_wire::vm::plan::{self, Entry, Source};
@@ -63,11 +63,11 @@ pub fn wait_for_text(vm: &OneVm, text: &str) {
 }
 
 /// A frozen guest that has said `up`, and what it takes to go on from there.
-pub fn frozen(boot: &Boot) -> (OneVm, Saved, OwnedFd, Vec<u8>) {
+pub fn frozen(boot: &Boot) -> (OneVm, Vec<u8>, OwnedFd, Vec<u8>) {
     let vm = start(boot);
     vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
     wait_for_text(&vm, "up");
-    let saved = vm.freeze(false, PATIENCE).unwrap();
+    let saved = vm.freeze(PATIENCE).unwrap();
     let (layer, plan) = layer_of(&vm);
     (vm, saved, layer, plan)
 }
@@ -80,10 +80,10 @@ pub fn stop(vm: OneVm) {
 }
 
 /// What goes on from a saved state and a layer.
-pub fn restore<'a>(saved: &Saved, layer: &'a OwnedFd, plan: &[u8], generation: u8) -> Restore<'a> {
+pub fn restore<'a>(saved: &[u8], layer: &'a OwnedFd, plan: &[u8], generation: u8) -> Restore<'a> {
     Restore {
         plan: plan.to_vec(),
-        state: saved.state.clone(),
+        state: saved.to_vec(),
         generation: [generation; 16],
         layers: vec![layer.as_fd()],
         ..Restore::default()

@@ -16,6 +16,7 @@ use mica_storage::{
 use mica_units::{FrameRun, frames_of};
 use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
+use super::memory::overlay;
 use crate::shell::Size;
 
 /// Names whose snapshots one shard keeps open.
@@ -37,6 +38,8 @@ pub(crate) struct Opened {
     pub(crate) disk: Option<Arc<File>>,
     /// What its memory consists of.
     pub(crate) pieces: Vec<Piece>,
+    /// What of that a shell maps. The rest lies copied over it.
+    pub(crate) mapped: Vec<Piece>,
     /// The plan for a shell.
     pub(crate) plan: Vec<u8>,
     /// What guests of it touch first, where that is known.
@@ -56,6 +59,7 @@ impl Opened {
         let manifest = snapshot.manifest().clone();
         let pieces = pieces_of(&layers, frames_of(manifest.memory));
         let entries = lay_out(&pieces, frames_of(manifest.memory));
+        let mapped = mapped_by(&entries);
         let plan = plan::encode(&entries)?;
         let working_set = snapshot.working_set();
         Ok(Self {
@@ -64,6 +68,7 @@ impl Opened {
             layers,
             disk,
             pieces,
+            mapped,
             plan,
             working_set,
             replica: OnceLock::new(),
@@ -109,15 +114,36 @@ fn lay_out(pieces: &[Piece], frames: u32) -> Vec<Entry> {
         entries.push(Entry { run, source: Source::Map { layer: 0, page: 0 } });
     }
     let over = pieces.iter().filter(|piece| !(flat_base && is_base(piece)));
-    let many = pieces.len() > MAPPINGS_MAX;
     entries.extend(over.filter_map(|piece| {
         let layer = u8::try_from(piece.layer).ok()?;
-        let small = many && piece.run.count() < SMALL_RUN_PAGES;
-        let page = piece.page;
-        let source = if small { Source::Copy { layer, page } } else { Source::Map { layer, page } };
-        Some(Entry { run: piece.run, source })
+        Some(Entry { run: piece.run, source: Source::Map { layer, page: piece.page } })
     }));
+    spare_mappings(0, &mut entries);
     entries
+}
+
+/// What a plan of [`lay_out`] maps: a base, and over it what is in order.
+fn mapped_by(entries: &[Entry]) -> Vec<Piece> {
+    let mut maps = entries.iter().filter_map(|entry| match entry.source {
+        Source::Map { layer, page } => Some(Piece { run: entry.run, layer: layer.into(), page }),
+        _ => None,
+    });
+    let first: Vec<Piece> = maps.next().into_iter().collect();
+    overlay(&first, maps.collect())
+}
+
+/// Where these and the mappings that are there are too many, small runs are copied.
+pub(crate) fn spare_mappings(there: usize, entries: &mut [Entry]) {
+    if there + entries.len() <= MAPPINGS_MAX {
+        return;
+    }
+    for entry in entries {
+        if let Source::Map { layer, page } = entry.source
+            && entry.run.count() < SMALL_RUN_PAGES
+        {
+            entry.source = Source::Copy { layer, page };
+        }
+    }
 }
 
 /// The images of one shard by what clients asked for, the last used ones at the end.
@@ -183,5 +209,15 @@ mod tests {
         assert_eq!(copies, 5000);
         let last = entries.last().unwrap();
         assert_eq!(last.source, Source::Map { layer: 1, page: 5000 });
+    }
+
+    #[test]
+    fn what_is_copied_is_not_taken_for_what_is_mapped() {
+        let base = |first, count| piece(first, count, 0, first);
+        let few = [base(0, 4), piece(4, 1, 1, 7), base(5, 5)];
+        assert_eq!(mapped_by(&lay_out(&few, 10)), few);
+        let many: Vec<Piece> =
+            (0..5000).flat_map(|n| [base(4 * n, 3), piece(4 * n + 3, 1, 1, n)]).collect();
+        assert_eq!(mapped_by(&lay_out(&many, 20_000)), [base(0, 20_000)]);
     }
 }

@@ -14,6 +14,7 @@ use mica_units::FrameRun;
 use mica_wire::vm;
 use mica_wire::vm::plan::{Entry, Source};
 
+use super::image::spare_mappings;
 use crate::shell::VmProcess;
 
 /// Where a guest's memory is.
@@ -44,7 +45,8 @@ pub(crate) struct Memory {
     pub(crate) uncommitted: Vec<FrameRun>,
     /// Of those, what the capture at hand has copied while the guest ran.
     pub(crate) captured: Vec<FrameRun>,
-    /// Whether writes since the last capture can be told.
+    /// Whether writes since the last capture can be told: all of the memory is registered for it, as it
+    /// is mapped now.
     pub(crate) tracked: bool,
     /// Whether pages come when they are touched: then one that is not there must not be read from
     /// outside.
@@ -114,6 +116,8 @@ impl Memory {
     pub(crate) fn went_back(&mut self, plan: &[Entry], target_layers: &[Layer]) {
         self.layers = target_layers.to_vec();
         self.uncommitted.clear();
+        // What was mapped anew is not registered.
+        self.tracked = false;
         let Some(mapped) = self.mapped.take() else { return };
         let mut new = Vec::new();
         for entry in plan {
@@ -131,7 +135,7 @@ impl Memory {
 }
 
 /// `under` with `over` laid on it; both in order.
-fn overlay(under: &[Piece], over: Vec<Piece>) -> Vec<Piece> {
+pub(crate) fn overlay(under: &[Piece], over: Vec<Piece>) -> Vec<Piece> {
     let mut left = Vec::new();
     for piece in under {
         let from = over.partition_point(|new| new.run.end() <= piece.run.first());
@@ -231,7 +235,8 @@ pub(crate) fn difference(a: &[Layer], b: &[Layer]) -> Vec<FrameRun> {
 }
 
 /// The plan that puts `differing` back to `target`: where that is what is mapped already, only what was
-/// written over it goes. Layers in the plan count in `target_layers`.
+/// written over it goes. Layers in the plan count in `target_layers`. Beside many mappings small runs are
+/// copied, as at a restore: a process may have only so many.
 pub(crate) fn plan_back(
     memory: &Memory,
     target: &[Piece],
@@ -252,6 +257,7 @@ pub(crate) fn plan_back(
             entries.push(Entry { run: part.run, source });
         }
     }
+    spare_mappings(mapped.len(), &mut entries);
     entries
 }
 
@@ -324,6 +330,13 @@ mod tests {
         assert_eq!(parts, [piece(5, 5, 0, 5), piece(10, 5, 0, 10), piece(15, 10, 0, 15)]);
         assert_eq!(mapped_at(&mapped, 12), Some((1, 2)));
         assert_eq!(mapped_at(&mapped, 100), None);
+    }
+
+    #[test]
+    fn what_a_rollback_maps_anew_is_not_registered() {
+        let mut memory = Memory { tracked: true, on_demand: true, ..Memory::default() };
+        memory.went_back(&[], &[]);
+        assert!(!memory.tracked);
     }
 
     #[test]

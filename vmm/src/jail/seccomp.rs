@@ -221,17 +221,16 @@ const KVM_VCPU: &[u32] = &[
     0x9000_aecf, // KVM_GET_XSAVE2
 ];
 
-/// Requests of the control thread once there is a guest: KVM's for interrupt chips and clock, and the
-/// userfaultfd's for memory that was mapped anew.
+/// Requests of the control thread once there is a guest: KVM's for interrupt chips and clock. None of the
+/// userfaultfd's: whoever registers memory can have the shard wait for it when it reads that memory.
 const CONTROL_REQUESTS: &[u32] = &[
     0xc208_ae62, // KVM_GET_IRQCHIP
     0x8208_ae63, // KVM_SET_IRQCHIP
     0x4030_ae7b, // KVM_SET_CLOCK
     0x8030_ae7c, // KVM_GET_CLOCK
-    0xc020_aa00, // UFFDIO_REGISTER
 ];
 
-/// Requests that build a VM.
+/// Requests that build a VM, and the one that makes the userfaultfd ready for the shard.
 const KVM_SETUP: &[u32] = &[
     0xc018_aa3f, // UFFDIO_API
     0xae00,      // KVM_GET_API_VERSION
@@ -393,6 +392,17 @@ mod tests {
                 assert!(!rules.contains_key(&call), "{kind:?} {call}");
             }
         }
+    }
+
+    #[test]
+    fn nobody_registers_memory_with_the_userfaultfd() {
+        // The type of its requests is 0xaa; only UFFDIO_API is on a list, and only on Setup's.
+        let of_userfaultfd = |requests: &[u32]| -> Vec<u32> {
+            requests.iter().copied().filter(|request| request >> 8 & 0xff == 0xaa).collect()
+        };
+        assert_eq!(of_userfaultfd(KVM_SETUP), [0xc018_aa3f_u32]);
+        assert!(of_userfaultfd(KVM_VCPU).is_empty());
+        assert!(of_userfaultfd(CONTROL_REQUESTS).is_empty());
     }
 
     /// Names the kind whose filter this process, started by the test below, dies by.

@@ -170,8 +170,6 @@ pub struct RestoreConfig {
     pub state_bytes: u64,
     /// The new generation id of the guest: written to VMGENID, and the guest is notified.
     pub generation: [u8; 16],
-    /// Pages that the plan leaves out are asked for through the userfaultfd (a shell only).
-    pub on_demand: bool,
     /// What each descriptor beside the frame is: `Disk` at most once (never in a frozen VM, which
     /// keeps its disk; its content was replaced), then layers.
     pub fds: Vec<FdRole>,
@@ -193,11 +191,7 @@ pub enum Command {
         vsock_port: u32,
     },
     /// Stop the vCPUs and drain the devices, and put the state into the exchange.
-    Freeze {
-        /// Also see to it that writes from now on can be told: register guest memory for
-        /// asynchronous write protection, once.
-        track: bool,
-    },
+    Freeze,
     /// Go on where [`Command::Freeze`] stopped.
     Thaw,
     /// Say where you are.
@@ -243,8 +237,6 @@ pub enum Event {
     Frozen {
         /// Its length.
         state_bytes: u64,
-        /// Whether writes from now on can be told by their write protection.
-        tracked: bool,
     },
     /// The vCPUs run again, after `Thaw`.
     Thawed,

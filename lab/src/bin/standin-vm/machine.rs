@@ -79,7 +79,7 @@ impl Machine {
                 self.open_stream(vsock_port, fds)?;
                 vec![]
             }
-            Command::Freeze { .. } => vec![self.freeze()?],
+            Command::Freeze => vec![self.freeze()?],
             Command::Thaw => {
                 ensure!(self.phase == Phase::Frozen, "Thaw while {:?}", self.phase);
                 self.run();
@@ -168,7 +168,7 @@ impl Machine {
         self.mark()?;
         let state = encode_state(self.stops);
         self.built()?.exchange.write_all_at(&state, 0).context("the exchange")?;
-        Ok(Event::Frozen { state_bytes: u64::try_from(state.len())?, tracked: false })
+        Ok(Event::Frozen { state_bytes: u64::try_from(state.len())? })
     }
 
     fn run(&mut self) {

@@ -67,7 +67,7 @@ impl Hang {
         match self {
             Self::Build => matches!(command, Command::Build(_)),
             Self::Restore => matches!(command, Command::Restore(_)),
-            Self::Freeze => matches!(command, Command::Freeze { .. }),
+            Self::Freeze => matches!(command, Command::Freeze),
             Self::Thaw => matches!(command, Command::Thaw),
         }
     }

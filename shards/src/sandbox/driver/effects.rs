@@ -47,7 +47,7 @@ impl Driver {
                 self.sandbox.show(Lifecycle::Paused);
                 self.sandbox.paused_at.set(Some(Instant::now()));
             }
-            Effect::ShowResumed => self.show_resumed(),
+            Effect::ShowResumed => self.show_resumed().await,
             Effect::Answer => self.answer(),
             Effect::AnswerFailure => self.answer_failure(),
             // Answered where the request is at hand.
@@ -177,7 +177,6 @@ impl Driver {
             plan_bytes: plan.len() as u64,
             state_bytes: state.len() as u64,
             generation,
-            on_demand: false,
             fds: roles,
         };
         let sent = link::send(&held.control, &Command::Restore(config), &fds).await;
@@ -226,7 +225,11 @@ impl Driver {
             let now = SystemTime::now();
             self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
         }
-        let record = self.record_bytes();
+        // One that was paused is so until it runs.
+        let record = match self.paused_in {
+            Some(_) => Ok(None),
+            None => self.record_bytes().map(Some),
+        };
         let (workshop, id) = (self.shard.workshop.clone(), self.sandbox.id);
         let (layers, has_directory) = (self.memory.layers.clone(), self.has_directory);
         self.has_directory = true;
@@ -235,7 +238,8 @@ impl Driver {
             let settled = match record {
                 Ok(record) => {
                     let settle = move || {
-                        let settled = workshop.settle(&id, has_directory, &layers, &record);
+                        let settled =
+                            workshop.settle(&id, has_directory, &layers, record.as_deref());
                         settled.map_err(|error| cause("writing its record", &error))
                     };
                     super::work::blocking(settle).await
@@ -294,7 +298,7 @@ impl Driver {
             let begin = async move { Capture::begin(&store, &ring, layers, frames).await };
             self.capture = Some(Begun::Beginning(rt::spawn(begin)));
         }
-        self.command(&Command::Freeze { track: false }, &[]).await;
+        self.command(&Command::Freeze, &[]).await;
     }
 
     pub(super) fn frames(&self) -> u32 {
@@ -383,6 +387,7 @@ impl Driver {
         self.work = Some(Box::pin(async move {
             let back = match (record, place(&held, frames)) {
                 (Ok(record), Some(place)) => {
+                    track(&held, frames, &mut memory);
                     let job = rollback::Job { workshop, id, snapshot, record, disk };
                     rollback::replace(job, place, &mut memory).await
                 }
@@ -394,8 +399,9 @@ impl Driver {
     }
 }
 
-/// Sees to it that writes can be told, where the kernel can do that. What was mapped since the last
-/// time has to be registered again.
+/// Sees to it that writes can be told, where the kernel can do that: while the guest is frozen, before
+/// anyone looks for what it changed. What was mapped since the last time, by a rollback, is registered
+/// again here, and all that was written to it before that counts as written.
 fn track(held: &Held, frames: u32, memory: &mut Memory) {
     let registered = paging::track(held, frames);
     if let Err(error) = &registered {

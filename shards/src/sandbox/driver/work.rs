@@ -96,6 +96,12 @@ impl Driver {
             Done::Committed(Ok(made)) => {
                 self.committing = None;
                 let (manifest, layers) = *made;
+                let stays = |old: &mica_storage::Layer| {
+                    layers.iter().any(|new| new.info().id == old.info().id)
+                };
+                // The record of a pause is written already.
+                self.record_is_old |= manifest.kind == mica_storage::SnapshotKind::Snapshot
+                    && !self.memory.layers.iter().all(stays);
                 self.memory.committed(layers);
                 self.made = Some(manifest);
                 Event::Committed
@@ -125,7 +131,7 @@ impl Driver {
         self.has_directory = found.has_directory;
         self.memory = Memory {
             layers: found.image.layers.clone(),
-            mapped: Some(found.image.pieces.clone()),
+            mapped: Some(found.image.mapped.clone()),
             mapped_layers: found.image.layers.clone(),
             ..Memory::default()
         };
