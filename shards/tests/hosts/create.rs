@@ -58,7 +58,6 @@ fn every_failing_step_is_named() {
         ("second-built", "protocol"),
         ("eof-at-restore", "closed its control socket"),
         ("bad-restore", "no such state"),
-        ("starts-twice", "protocol"),
         ("panics", "reset"),
         ("init-refused", "nothing listens"),
         ("init-error", "no disk here"),
@@ -77,6 +76,9 @@ fn the_end_of_the_console_comes_with_the_error() {
     assert_eq!(tail, "hello from the console\nKernel panic - not syncing: no init found\n");
 }
 
+/// Longer than a busy machine takes for a step, and short.
+const DEADLINE: Duration = Duration::from_millis(1500);
+
 #[test]
 fn a_step_that_takes_too_long_is_given_up_where_it_was() {
     for (mood, expected) in [
@@ -86,10 +88,10 @@ fn a_step_that_takes_too_long_is_given_up_where_it_was() {
         ("never-starts", "restore it"),
         ("init-silent", "agent in the guest"),
     ] {
-        match failure(mood, Duration::from_millis(400)) {
+        match failure(mood, DEADLINE) {
             ShardError::BootTimedOut { step, deadline, .. } => {
                 assert!(step.contains(expected), "{mood}: {step}");
-                assert_eq!(deadline, Duration::from_millis(400));
+                assert_eq!(deadline, DEADLINE);
             }
             // The making of a process has a deadline of its own that may come first.
             ShardError::BootFailed { reason, .. } if expected == "its process" => {

@@ -61,7 +61,7 @@ fn a_vm_process_that_breaks_off_an_operation_takes_its_sandbox_and_nothing_else(
     ];
     let bench = Bench::new();
     let places = bench.clone();
-    let config = HostConfig { boot_deadline: Duration::from_millis(700), ..bench.config() };
+    let config = HostConfig { boot_deadline: Duration::from_millis(1500), ..bench.config() };
     let ended = bench.host_with(config, move |host| async move {
         let bystander = host.create(request("agent")).await.unwrap().id;
         for (mood, wishes) in moods {

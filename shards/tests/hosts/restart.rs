@@ -246,7 +246,7 @@ fn a_process_that_does_not_say_how_far_it_is_is_ended() {
         daemon.kill();
         bench.set_mood(mood);
         let places = bench.clone();
-        let config = HostConfig { boot_deadline: Duration::from_millis(700), ..bench.config() };
+        let config = HostConfig { boot_deadline: Duration::from_millis(1500), ..bench.config() };
         let ended = bench.host_with(config, move |host| async move {
             eventually("that one is gone", async || host.get(running).await.is_err()).await;
             // The other is on disk, whatever its process says.

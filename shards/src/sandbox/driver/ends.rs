@@ -21,6 +21,9 @@ use crate::{Lifecycle, ShardError, console};
 /// Between two tries to find room on the blocking threads.
 const BLOCKING_RETRY: Duration = Duration::from_millis(50);
 
+/// Times that files are tried to be removed again.
+const TAKE_BACK_TRIES: u32 = 20;
+
 /// How long the daemon's end waits for what is being written just then.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -119,6 +122,7 @@ impl Driver {
             if let Some(held) = held {
                 safe = pool.end(&held).await;
             }
+            let mut tries = 0;
             loop {
                 let (workshop, paused_in) = (workshop.clone(), paused_in.clone());
                 let committing = committing.clone();
@@ -131,6 +135,12 @@ impl Driver {
                         tracing::error!(%id, %error, "cannot take back a sandbox");
                         safe = false;
                         break;
+                    }
+                    // A thread may still be writing what the work that was dropped had begun.
+                    Ok(Err(error)) if tries < TAKE_BACK_TRIES => {
+                        tries += 1;
+                        tracing::debug!(%id, error = chain(&error), "taking it back again");
+                        time::sleep(BLOCKING_RETRY).await;
                     }
                     Ok(Err(error)) => {
                         let error = chain(&error);
