@@ -360,7 +360,9 @@ impl Driver {
             let keeper = Keeper { store, sandbox: id, paused };
             let committed = capture.commit(
                 |id, layers, state| draft.finish(id, layers, state),
-                move |snapshot, unheard| keeper.keep(snapshot, unheard).map(Box::new),
+                move |snapshot, layers, unheard| {
+                    keeper.keep(snapshot, layers, unheard).map(Box::new)
+                },
             );
             let committed = committed.await.map_err(|error| capture_error(&error, operation, id));
             if let Ok(made) = &committed {

@@ -13,7 +13,7 @@ use mica_storage::{
 use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
 use mica_wire::vm::{self, Command};
 
-use super::super::capture::CaptureError;
+use super::super::capture::{CaptureError, Opened};
 use super::super::image::pieces_of;
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
@@ -106,12 +106,13 @@ impl Keeper {
     pub(super) fn keep(
         self,
         snapshot: Snapshot,
+        layers: Opened,
         unheard: &dyn Fn() -> bool,
     ) -> Result<(SnapshotManifest, Vec<Layer>), CaptureError> {
         let Self { store, sandbox, paused } = self;
         let manifest = snapshot.manifest().clone();
         let kept = || -> Result<Vec<Layer>, CaptureError> {
-            let layers = snapshot.open_layers()?;
+            let layers = layers?;
             store.link_lineage(&sandbox, &layers)?;
             if unheard() {
                 return Err(StorageError::SnapshotGone { id: manifest.id.clone() }.into());
