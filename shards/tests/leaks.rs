@@ -66,7 +66,8 @@ async fn work_with(host: &Host, places: &Places, id: SandboxId, round: u32) {
         }
         eventually("its process is taken back", async || places.cgroups().is_empty()).await;
     }
-    host.resume(id, LIFE, None).await.unwrap();
+    // A process that was just being made for it may have died with the others.
+    eventually("it goes on", async || host.resume(id, LIFE, None).await.is_ok()).await;
     assert!(host.delete_snapshot(&snapshot).await.unwrap());
 }
 

@@ -104,23 +104,40 @@ impl Store {
         Ok(())
     }
 
-    /// Makes `layers` the layers that the sandbox keeps, and lets go of all others it had.
+    /// Makes the sandbox keep `layers` beside those it has.
     ///
     /// # Errors
     /// [`StorageError::LayerGone`] when one has no name any more, as when its snapshot was flattened
     /// since it was opened: open the snapshot again then. Others when the file system fails.
-    pub fn link_lineage(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
+    pub fn link_layers(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
         let dir = self.sandbox_dir(sandbox);
-        let had: BTreeSet<LayerId> =
-            entries(&dir)?.iter().filter_map(|entry| LayerId::from_file_name(entry)).collect();
-        let wanted: BTreeSet<LayerId> = layers.iter().map(|layer| layer.info().id).collect();
+        let had = kept_layers(&dir)?;
         for layer in layers.iter().filter(|layer| !had.contains(&layer.info().id)) {
             layer.link_into(&self.disk, &dir)?;
         }
-        for id in had.difference(&wanted) {
+        Ok(())
+    }
+
+    /// Lets go of all layers that the sandbox keeps but `layers`. Its record must not name others by now.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    pub fn keep_only_layers(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
+        let dir = self.sandbox_dir(sandbox);
+        let wanted: BTreeSet<LayerId> = layers.iter().map(|layer| layer.info().id).collect();
+        for id in kept_layers(&dir)?.difference(&wanted) {
             self.disk.remove_file_if_there(&dir.join(id.file_name()))?;
         }
         Ok(())
+    }
+
+    /// Makes `layers` the layers that the sandbox keeps, and lets go of all others it had.
+    ///
+    /// # Errors
+    /// As [`Store::link_layers`].
+    pub fn link_lineage(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
+        self.link_layers(sandbox, layers)?;
+        self.keep_only_layers(sandbox, layers)
     }
 
     /// Opens layers that a sandbox keeps: for the next daemon, which has their descriptions from the
@@ -214,6 +231,11 @@ impl Store {
     fn sandbox_dir(&self, sandbox: &SandboxId) -> PathBuf {
         self.root().join(SANDBOXES_DIR).join(sandbox.as_str())
     }
+}
+
+/// The layers that a directory keeps.
+fn kept_layers(dir: &Path) -> Result<BTreeSet<LayerId>> {
+    Ok(entries(dir)?.iter().filter_map(|entry| LayerId::from_file_name(entry)).collect())
 }
 
 #[cfg(test)]

@@ -231,7 +231,8 @@ pub(crate) fn difference(a: &[Layer], b: &[Layer]) -> Vec<FrameRun> {
 }
 
 /// The plan that puts `differing` back to `target`: where that is what is mapped already, only what was
-/// written over it goes. Layers in the plan count in `target_layers`.
+/// written over it goes. Layers in the plan count in `target_layers`. Beside many mappings small runs are
+/// copied, as at a restore: a process may have only so many.
 pub(crate) fn plan_back(
     memory: &Memory,
     target: &[Piece],
@@ -252,6 +253,7 @@ pub(crate) fn plan_back(
             entries.push(Entry { run: part.run, source });
         }
     }
+    spare_mappings(mapped.len(), &mut entries);
     entries
 }
 

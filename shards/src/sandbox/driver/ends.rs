@@ -13,6 +13,7 @@ use mica_numa::rt::{self, BlockingError};
 use super::super::chain;
 use super::super::state::{Cause, State};
 use super::Driver;
+use super::keep::Links;
 use super::work::Done;
 use crate::shell::Held;
 use crate::{Lifecycle, ShardError, console};
@@ -45,7 +46,7 @@ impl Driver {
             // The record names the process, and one of a resume that was given up, or of half a
             // rollback, says worse.
             if let Some((snapshot, record)) = record {
-                let write = move || match record(&snapshot) {
+                let write = move || match record(&snapshot, None) {
                     Ok(record) => store.write_record(&id, &record, true).map_err(|e| chain(&e)),
                     Err(error) => Err(chain(&error)),
                 };
@@ -74,7 +75,7 @@ impl Driver {
         } else if self.sandbox.info().is_some_and(|info| info.state == Lifecycle::Running)
             && self.request.is_none()
         {
-            self.write_record().await;
+            self.write_record(Links::Stay).await;
         }
         self.events = None;
         self.capture = None;

@@ -27,12 +27,13 @@ use super::memory::Memory;
 use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
-use super::state::{Cause, Event, Process, Refusal, State, Terms};
+use super::state::{Cause, Event, Process, Refusal, State, Step, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
 use crate::shell::{Claim, Held};
 use crate::{OnTimeout, ShardError};
+use keep::Links;
 use work::{Done, Work};
 
 /// How a driver begins.
@@ -72,6 +73,8 @@ struct Driver {
     paging: Option<Paging>,
     /// Whether its directory in the store is there.
     has_directory: bool,
+    /// Whether it names layers that the sandbox lies on no more.
+    record_is_old: bool,
     /// What it needs there is being made, while the VM process restores it.
     settling: Option<Settling>,
     /// The operation at hand, and who waits for it.
@@ -132,6 +135,9 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         for effect in effects {
             driver.perform(effect).await;
         }
+        if std::mem::take(&mut driver.record_is_old) && driver.runs() {
+            driver.write_record(Links::AsRecorded).await;
+        }
         if !driver.sandbox.state.borrow().is_coming_up() {
             driver.claim = None;
         }
@@ -167,6 +173,7 @@ impl Driver {
             memory: Memory::default(),
             paging: None,
             has_directory: true,
+            record_is_old: false,
             settling: None,
             request: None,
             failure: None,
@@ -283,13 +290,16 @@ impl Driver {
         told.or(done).or(said).or(over).await
     }
 
-    /// When the state at hand is over: a life for one that runs, none for one that waits or ends.
+    /// When the state at hand is over: a life for one that runs, none for one that waits or ends, and none
+    /// where the guest is well and only the device is slow.
     fn deadline(&self) -> Option<Instant> {
         match &*self.sandbox.state.borrow() {
             State::Running => Some(self.sandbox.deadline.get()),
             State::Paused(
                 Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
             )
+            | State::Snapshotting(Step::Precopying | Step::Copying | Step::Finishing)
+            | State::Pausing(Step::Precopying | Step::Copying | Step::Committing)
             | State::Cancelling(_)
             | State::Stopping(_)
             | State::Gone(_) => None,

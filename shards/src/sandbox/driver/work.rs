@@ -96,6 +96,12 @@ impl Driver {
             Done::Committed(Ok(made)) => {
                 self.committing = None;
                 let (manifest, layers) = *made;
+                let stays = |old: &mica_storage::Layer| {
+                    layers.iter().any(|new| new.info().id == old.info().id)
+                };
+                // The record of a pause is written already.
+                self.record_is_old |= manifest.kind == mica_storage::SnapshotKind::Snapshot
+                    && !self.memory.layers.iter().all(stays);
                 self.memory.committed(layers);
                 self.made = Some(manifest);
                 Event::Committed
