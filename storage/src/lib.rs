@@ -38,6 +38,7 @@ mod simulation;
 mod snapshot;
 mod sparse;
 mod staging;
+mod stamp;
 mod store;
 mod template;
 #[cfg(test)]
@@ -65,6 +66,7 @@ pub use snapshot::{
     SnapshotStaging, SyncJob, Synced,
 };
 pub use staging::{Staging, TemplateSpec};
+pub use stamp::Stamp;
 pub use store::Store;
 pub use template::{Part, Template};
 pub use working_set::{PREFETCH_FRAMES, WORKING_SET_RUNS_MAX, prefetch_plan};

@@ -290,7 +290,7 @@ impl Capture {
     pub(crate) async fn commit<T: Send + 'static>(
         mut self,
         describe: impl FnOnce(String, Vec<LayerInfo>, Vec<u8>) -> SnapshotManifest,
-        keep: impl FnOnce(Snapshot, Opened, &dyn Fn() -> bool) -> Result<T, CaptureError>
+        keep: impl FnOnce(Snapshot, OpenedLayers, &dyn Fn() -> bool) -> Result<T, CaptureError>
         + Send
         + 'static,
     ) -> Result<T, CaptureError> {
@@ -338,7 +338,7 @@ impl Capture {
 }
 
 /// The layers of what was committed, if they could be opened.
-pub(crate) type Opened = Result<Vec<Layer>, StorageError>;
+pub(crate) type OpenedLayers = Result<Vec<Layer>, StorageError>;
 
 /// Prepares a snapshot and makes durable what it takes, all at once: the file system brings it to the
 /// device together.
