@@ -53,7 +53,7 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
         match Record::decode(&bytes) {
             Ok(record) => {
                 let alive = is_alive(&record, &groups);
-                if survives(store, &record, alive)? {
+                if survives(store, id, &record, alive) {
                     survivors.push(Survivor { id, record, alive });
                 } else {
                     tracing::info!(%id, "this sandbox ended with its VM process or its host");
@@ -98,15 +98,18 @@ fn is_alive(record: &Record, groups: &BTreeMap<SandboxId, Vec<u32>>) -> bool {
         && pid.is_some_and(|pid| start_ticks(pid).ok() == Some(process.start_ticks))
 }
 
-fn survives(store: &Store, record: &Record, alive: bool) -> Result<bool, StorageError> {
+fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool {
     match &record.state {
-        RecordedState::Running => Ok(alive),
+        RecordedState::Running => alive,
         RecordedState::Paused { snapshot } | RecordedState::RollingBack { snapshot } => {
             match store.find_snapshot(snapshot) {
-                Ok(found) => Ok(found.is_some()),
-                // One damaged file stops nobody else, and its sandbox says so when it is resumed.
-                Err(StorageError::Manifest { .. }) => Ok(true),
-                Err(error) => Err(error),
+                Ok(found) => found.is_some(),
+                // Not a reason to run nothing at all, nor to delete what somebody may mend.
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::error!(%id, snapshot, error, "a sandbox waits in a damaged snapshot");
+                    true
+                }
             }
         }
     }

@@ -19,10 +19,13 @@ use mica_units::SandboxId;
 
 use crate::error::{Result, StorageError};
 use crate::layer::{Layer, LayerId, LayerInfo};
-use crate::snapshot::{DISK_FILE, RECORD_BYTES_MAX};
+use crate::snapshot::DISK_FILE;
 use crate::sparse::{self, Copied};
 use crate::store::{SANDBOXES_DIR, Store, chain, entries};
 use crate::template::{Template, open_read};
+
+/// The longest record of a sandbox: its environment and labels are in it, as long as a client may send.
+pub const SANDBOX_RECORD_BYTES_MAX: usize = 4 << 20;
 
 const RECORD_FILE: &str = "record";
 const RECORD_NEW: &str = "record.new";
@@ -153,10 +156,10 @@ impl Store {
     /// Replaces a sandbox's record, at once and whole. With `durable` it outlives a power cut.
     ///
     /// # Errors
-    /// When it is longer than [`RECORD_BYTES_MAX`], or the file system fails; the old one stays then.
+    /// When it is longer than [`SANDBOX_RECORD_BYTES_MAX`], or the file system fails; the old one stays then.
     pub fn write_record(&self, sandbox: &SandboxId, record: &[u8], durable: bool) -> Result<()> {
-        if record.len() > RECORD_BYTES_MAX {
-            let what = format!("longer than {RECORD_BYTES_MAX} bytes");
+        if record.len() > SANDBOX_RECORD_BYTES_MAX {
+            let what = format!("longer than {SANDBOX_RECORD_BYTES_MAX} bytes");
             let source = crate::manifest::field("record", what);
             return Err(StorageError::Describe { source });
         }
@@ -187,7 +190,7 @@ impl Store {
                 Err(error) => return Err(StorageError::io("open", &path, error)),
             };
             let mut bytes = Vec::new();
-            file.take(RECORD_BYTES_MAX as u64)
+            file.take(SANDBOX_RECORD_BYTES_MAX as u64)
                 .read_to_end(&mut bytes)
                 .map_err(|e| StorageError::io("read", &path, e))?;
             records.push((sandbox, bytes));

@@ -102,6 +102,22 @@ impl Daemon {
         daemon
     }
 
+    /// The holdings once they are `wanted`, or stay the same for a moment: the daemon sees closed
+    /// connections a moment after they close.
+    pub fn settled(&self, wanted: Option<[usize; 4]>) -> [usize; 4] {
+        let deadline = Instant::now() + PATIENCE;
+        let mut last = self.holdings();
+        loop {
+            thread::sleep(Duration::from_millis(200));
+            let now = self.holdings();
+            let done = wanted.map_or(now == last, |wanted| now == wanted);
+            if done || Instant::now() > deadline {
+                return now;
+            }
+            last = now;
+        }
+    }
+
     /// Kills the daemon outright.
     pub fn crash(&mut self) {
         self.child.kill().expect("kill");

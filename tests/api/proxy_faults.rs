@@ -39,7 +39,7 @@ fn a_stopped_vm_process_holds_up_nobody_else_and_dies_when_told() {
     let other = daemon.create();
     let mut waits = daemon.connect();
     assert_eq!(waits.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);
-    let before = daemon.holdings()[0];
+    let before = daemon.settled(None)[0];
     waits.send(format!(
         "GET /health HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}\r\ne2b-sandbox-port: 49983\r\n\r\n"
     ));

@@ -162,7 +162,7 @@ fn streams_stay_open_over_a_snapshot_and_requests_wait_for_its_end() {
     let snapshot = daemon.begin("POST", &format!("/sandboxes/{id}/snapshots"), None);
     eventually("the snapshot has begun", || daemon.act(&id, "resume").error(409).contains("busy"));
     let late = Server::start();
-    let before = daemon.holdings()[0];
+    let before = daemon.settled(None)[0];
     let waiting = send(&daemon, &id, late.port, "GET /late", "\r\n");
     eventually("its stream is open", || daemon.holdings()[0] > before);
     open();

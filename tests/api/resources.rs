@@ -2,13 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU16;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use mica_units::SandboxId;
 use serde_json::json;
 
-use crate::client::PATIENCE;
 use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill, patiently};
 use crate::upstream::Upstream;
 
@@ -59,13 +56,13 @@ fn rounds(count: usize, round: impl Fn(&Daemon) -> String) {
     }
     let full = || daemon.processes().len() == 2;
     eventually("the pool is full", full);
-    let before = settled(&daemon, None);
+    let before = daemon.settled(None);
     assert_eq!(before[1..], [0, 0, 0], "processes, cgroups, sandbox directories");
     for _ in 0..count {
         round(&daemon);
     }
     eventually("the pool is full again", full);
-    let after = settled(&daemon, Some(before));
+    let after = daemon.settled(Some(before));
     assert_eq!(after, before, "open files, processes, cgroups, sandbox directories");
     assert_eq!(daemon.snapshots_kept(), 1, "the template's own, and no other");
 }
@@ -82,22 +79,6 @@ fn round(daemon: &Daemon) -> String {
     server.join();
     assert_eq!(daemon.delete(&id).status, 204);
     id
-}
-
-/// The holdings once they are `wanted`, or stay the same for a moment: the daemon sees closed
-/// connections a moment after they close.
-fn settled(daemon: &Daemon, wanted: Option<[usize; 4]>) -> [usize; 4] {
-    let deadline = Instant::now() + PATIENCE;
-    let mut last = daemon.holdings();
-    loop {
-        thread::sleep(Duration::from_millis(200));
-        let now = daemon.holdings();
-        let done = wanted.map_or(now == last, |wanted| now == wanted);
-        if done || Instant::now() > deadline {
-            return now;
-        }
-        last = now;
-    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ use mica_units::FrameRun;
 use mica_wire::vm;
 use mica_wire::vm::plan::{Entry, Source};
 
+use super::image::spare_mappings;
 use crate::shell::VmProcess;
 
 /// Where a guest's memory is.

@@ -93,7 +93,9 @@ pub(crate) struct Pool {
     /// Guests that are coming up.
     claims: Cell<usize>,
     closed: Cell<bool>,
-    nudge: RefCell<(bool, Option<Waker>)>,
+    /// How often something changed, and who waits for the next time: the keeper, and who closes.
+    nudges: Cell<u64>,
+    waiting: RefCell<Vec<Waker>>,
 }
 
 impl Pool {
@@ -110,7 +112,8 @@ impl Pool {
             counts: Cell::default(),
             claims: Cell::new(0),
             closed: Cell::new(false),
-            nudge: RefCell::default(),
+            nudges: Cell::default(),
+            waiting: RefCell::default(),
         }
     }
 
@@ -274,6 +277,7 @@ impl Pool {
 
     /// Keeps as many shells as demand wants, until it is closed. Runs on the shard as its own task.
     pub(crate) async fn keep(self: Rc<Self>) {
+        let mut seen = 0;
         while !self.closed.get() {
             let missing = self.missing();
             for size in &missing {
@@ -285,7 +289,7 @@ impl Pool {
                 self.let_one_go();
             }
             // A nudge, or the next look at the hour: both lead to the top.
-            match time::timeout(REVIEW_EVERY, self.nudged()).await {
+            match time::timeout(REVIEW_EVERY, self.nudged(&mut seen)).await {
                 Ok(()) | Err(time::Elapsed) => {}
             }
         }
@@ -362,26 +366,30 @@ impl Pool {
         for end in ends {
             end.join().await;
         }
+        let mut seen = 0;
         while self.building.borrow().values().any(|building| *building > 0) {
-            self.nudged().await;
+            self.nudged(&mut seen).await;
         }
     }
 
     fn nudge(&self) {
-        let mut nudge = self.nudge.borrow_mut();
-        nudge.0 = true;
-        if let Some(waker) = nudge.1.take() {
+        self.nudges.set(self.nudges.get().wrapping_add(1));
+        for waker in std::mem::take(&mut *self.waiting.borrow_mut()) {
             waker.wake();
         }
     }
 
-    async fn nudged(&self) {
+    /// Waits until there were other nudges than `seen`, and counts them as seen.
+    async fn nudged(&self, seen: &mut u64) {
         poll_fn(|cx| {
-            let mut nudge = self.nudge.borrow_mut();
-            if std::mem::take(&mut nudge.0) {
+            let nudges = self.nudges.get();
+            if nudges != *seen {
+                *seen = nudges;
                 return Poll::Ready(());
             }
-            nudge.1 = Some(cx.waker().clone());
+            let mut waiting = self.waiting.borrow_mut();
+            waiting.retain(|waker| !waker.will_wake(cx.waker()));
+            waiting.push(cx.waker().clone());
             Poll::Pending
         })
         .await;

@@ -30,8 +30,9 @@ impl Driver {
         self.events = None;
         self.paging = None;
         let held = self.sandbox.held.borrow_mut().take();
-        // Kept beside the work: who drops that has to end the process itself.
-        self.ending.clone_from(&held);
+        // Kept beside the work until it has ended: who drops that has to end the process itself.
+        let ending = Rc::clone(&self.ending);
+        ending.borrow_mut().clone_from(&held);
         let pool = Rc::clone(&self.shard.pool);
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let record = self.paused_in.clone().zip(self.paused_record());
@@ -39,6 +40,7 @@ impl Driver {
         self.work = Some(Box::pin(async move {
             if let Some(held) = held {
                 pool.end(&held).await;
+                ending.borrow_mut().take();
             }
             if let Some(before) = before {
                 before.await;
@@ -85,7 +87,8 @@ impl Driver {
 
     pub(super) fn clean_up(&mut self) {
         *self.sandbox.info.borrow_mut() = None;
-        let held = self.sandbox.held.borrow_mut().take().or(self.ending.take());
+        let ending = self.ending.borrow_mut().take();
+        let held = self.sandbox.held.borrow_mut().take().or(ending);
         if let Some(held) = &held {
             let bytes = self.shard.workshop.config.console_bytes;
             self.console_tail = console::tail(&held.console, bytes).unwrap_or_else(|error| {

@@ -297,7 +297,8 @@ impl Driver {
         }
     }
 
-    /// Takes over a process that runs, and asks it how far it is.
+    /// Takes over a process that runs or is frozen, with its disk and its memory, and asks it how far it
+    /// is.
     pub(super) async fn adopt(&mut self, held: Rc<Held>, memory: Memory) {
         self.memory = memory;
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);

@@ -8,6 +8,7 @@ mod ends;
 mod keep;
 mod work;
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::future::pending;
@@ -18,7 +19,7 @@ use std::time::SystemTime;
 use futures_lite::FutureExt;
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
-use mica_wire::vm::{self, Command};
+use mica_wire::vm;
 
 use super::capture::{Capture, CaptureError};
 use super::image::Opened;
@@ -88,7 +89,7 @@ struct Driver {
     /// The snapshot that may exist from now on, until its operation is over.
     committing: Option<String>,
     /// A process that the work at hand ends.
-    ending: Option<Rc<Held>>,
+    ending: Rc<RefCell<Option<Rc<Held>>>>,
     /// The snapshot that the operation made.
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
@@ -181,7 +182,7 @@ impl Driver {
             state_bytes: 0,
             back: None,
             committing: None,
-            ending: None,
+            ending: Rc::default(),
             made: None,
             paused_in: None,
             envd_version: None,
@@ -213,10 +214,8 @@ impl Driver {
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
                 if let Some((held, memory)) = process {
-                    self.hold(held);
-                    self.memory = memory;
                     // It was frozen when its daemon wrote this; a resume may have begun since.
-                    self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
+                    self.adopt(held, memory).await;
                 }
             }
         }

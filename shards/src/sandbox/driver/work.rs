@@ -118,10 +118,7 @@ impl Driver {
                 self.memory = memory;
                 self.take_replaced(back)
             }
-            Done::ProcessEnded => {
-                self.ending = None;
-                Event::ProcessEnded
-            }
+            Done::ProcessEnded => Event::ProcessEnded,
             Done::TakenBack { safe } => {
                 self.safe = safe;
                 Event::CleanedUp
