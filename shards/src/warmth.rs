@@ -42,10 +42,10 @@ pub(crate) async fn bring_in_all(shard: Rc<Shard>, templates: Vec<String>) {
     for template in templates {
         let (workshop, id) = (shard.workshop.clone(), template.clone());
         match rt::blocking(move || workshop.find(&id, None)).await {
-            Ok(Ok(image)) => {
+            Ok(Ok((image, stamp))) => {
                 // Clients ask by name or by id.
-                shard.images.keep(&template, &image);
-                shard.images.keep(image.manifest.template_name.as_str(), &image);
+                shard.images.keep(&template, &image, stamp);
+                shard.images.keep(image.manifest.template_name.as_str(), &image, None);
                 bring_in(&shard, &image);
             }
             Ok(Err(cause)) => tracing::warn!(template, ?cause, "a template cannot be opened"),

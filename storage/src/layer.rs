@@ -179,7 +179,41 @@ pub struct Layer {
     checksums: Arc<[u32]>,
 }
 
+/// A layer that was just written, as its writer knows it.
+#[derive(Clone, Debug)]
+pub struct Written {
+    pub(crate) info: LayerInfo,
+    pub(crate) frames: u32,
+    pub(crate) table: RunTable,
+    pub(crate) checksums: Vec<u32>,
+}
+
+impl Written {
+    /// What it is.
+    #[must_use]
+    pub const fn info(&self) -> &LayerInfo {
+        &self.info
+    }
+}
+
 impl Layer {
+    /// Opens a layer in `dir` whose tables need not be read, because its writer has them.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or has another length.
+    pub(crate) fn open_written(dir: &Path, written: Written) -> Result<Self> {
+        let Written { info, frames, table, checksums } = written;
+        let path = dir.join(info.id.file_name());
+        let file = open_read(&path).map_err(|e| StorageError::io("open", &path, e))?;
+        let found = file.metadata().map_err(|e| StorageError::io("look at", &path, e))?.len();
+        if found != info.file_bytes {
+            let source = format::mismatch("length", found, info.file_bytes);
+            return Err(StorageError::Layer { path, source });
+        }
+        let (file, table) = (Arc::new(file), Arc::new(table));
+        Ok(Self { info, frames, file, table, checksums: checksums.into() })
+    }
+
     /// Opens the layer in `dir` that `info` describes.
     ///
     /// # Errors

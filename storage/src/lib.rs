@@ -38,6 +38,7 @@ mod simulation;
 mod snapshot;
 mod sparse;
 mod staging;
+mod stamp;
 mod store;
 mod template;
 #[cfg(test)]
@@ -50,8 +51,8 @@ pub use error::{Result, StorageError};
 pub use flatten::{FlattenLimits, FlattenStep, Flattened, Shape};
 pub use layer::{
     CHUNK_BYTES, CHUNK_PAGES, COALESCE_GAP, Extent, LAYERS_MAX, Layer, LayerError, LayerId,
-    LayerIdError, LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, coalesce, groups, merge,
-    restrict,
+    LayerIdError, LayerInfo, LayerKind, Piece, RUNS_MAX, RunTable, Written, coalesce, groups,
+    merge, restrict,
 };
 pub use manifest::{
     MANIFEST_BYTES_MAX, Manifest, ManifestError, PartInfo, ReadyWhen, TEMPLATE_ID_CHARS,
@@ -66,9 +67,11 @@ pub use snapshot::{
     SnapshotStaging, SyncJob, Synced,
 };
 pub use staging::{Staging, TemplateSpec};
+pub use stamp::Stamp;
 pub use store::Store;
 pub use template::{Part, Template};
 pub use working_set::{PREFETCH_FRAMES, WORKING_SET_RUNS_MAX, prefetch_plan};
 pub use writer::{
-    Aligned, BlockingFile, FlatWriter, LayerFile, PackedWriter, Pending, ROUNDS_MAX, run_blocking,
+    Aligned, BlockingFile, Closing, FlatWriter, LayerFile, PackedWriter, Pending, ROUNDS_MAX,
+    run_blocking,
 };

@@ -34,7 +34,7 @@ pub use staging::{SnapshotStaging, SyncJob, Synced};
 
 use crate::error::{Result, StorageError};
 use crate::id::is_id;
-use crate::layer::Layer;
+use crate::layer::{Layer, LayerInfo, Written};
 use crate::store::{LOOKUP_ATTEMPTS, Store, chain, entries, mismatch};
 use crate::template::{MANIFEST_FILE, open_read};
 use crate::working_set::WORKING_SET_FILE;
@@ -84,6 +84,26 @@ impl Snapshot {
             .iter()
             .map(|info| Layer::open_in(&self.dir, info).map_err(|error| self.gone(error)))
             .collect()
+    }
+
+    /// As [`Self::open_layers`], right after it was made: on layers that are open already, and with one
+    /// that was written for it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_layers_on(&self, under: &[Layer], new: Option<Written>) -> Result<Vec<Layer>> {
+        let mut new = new;
+        let open = |info: &LayerInfo| {
+            if let Some(known) = under.iter().find(|layer| layer.info() == info) {
+                return Ok(known.clone());
+            }
+            match new.take_if(|new| new.info() == info) {
+                Some(written) => Layer::open_written(&self.dir, written),
+                None => Layer::open_in(&self.dir, info),
+            }
+            .map_err(|error| self.gone(error))
+        };
+        self.manifest.layers.iter().map(open).collect()
     }
 
     /// Its disk, read-only, where it has one.

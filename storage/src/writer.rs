@@ -14,6 +14,9 @@
 //!       writer.push(&group, chunk).await                 checksum, then the write is under way
 //!   info = writer.finish().await                         tables, footer, all writes, one sync
 //! ```
+//! `begin_allocate` and `has_room` are for who has something to do while room is made, `close` and
+//! [`Closing::complete`] for who has something to do between the last write's start and the sync.
+//!
 //! Pages lie in the file in the order of the pushes, and groups may come in any order. The shard may
 //! hold filled buffers back and push them once the guest runs again. How many writes are in flight is
 //! bounded by how many buffers [`LayerFile::reserve`] gives out. When `finish` has returned, the
@@ -26,9 +29,11 @@ mod tests;
 
 use std::fmt;
 use std::future::Future;
+use std::future::poll_fn;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::task::Poll;
 
 use mica_units::{FrameRun, PAGE_BYTES};
 
@@ -39,7 +44,7 @@ pub use blocking::{Aligned, BlockingFile, run_blocking};
 use crate::error::{Result, StorageError};
 use crate::layer::{
     CHUNK_BYTES, COALESCE_GAP, Extent, Footer, LayerError, LayerId, LayerInfo, LayerKind, PAGE,
-    RunTable, coalesce, data_pages_max, merge, tail,
+    RunTable, Written, coalesce, data_pages_max, merge, tail,
 };
 use crate::sparse::is_zero;
 use queue::Queue;
@@ -81,6 +86,8 @@ pub trait LayerFile {
 struct Output<F: LayerFile> {
     file: F,
     queue: Queue,
+    /// Room that is being made. No write is started before it is there.
+    making_room: Option<Pending<()>>,
     footer: Footer,
     /// For messages: the file's name in whatever directory it is.
     path: PathBuf,
@@ -90,7 +97,13 @@ impl<F: LayerFile> Output<F> {
     fn new(file: F, kind: LayerKind, id: LayerId, frames: u32) -> Self {
         let footer =
             Footer { kind, id, frames, frames_held: 0, data_pages: 0, runs: 0, tables_crc: 0 };
-        Self { file, queue: Queue::default(), footer, path: PathBuf::from(id.file_name()) }
+        Self {
+            file,
+            queue: Queue::default(),
+            making_room: None,
+            footer,
+            path: PathBuf::from(id.file_name()),
+        }
     }
 
     fn failed(&self, operation: &'static str) -> impl FnOnce(io::Error) -> StorageError {
@@ -98,8 +111,19 @@ impl<F: LayerFile> Output<F> {
         move |error| StorageError::io(operation, &path, error)
     }
 
-    async fn allocate(&mut self, bytes: u64) -> Result<()> {
-        self.file.allocate(bytes).await.map_err(self.failed("make room for"))
+    /// Waits until there is room.
+    async fn room(&mut self) -> Result<()> {
+        let Some(making_room) = self.making_room.take() else { return Ok(()) };
+        making_room.await.map_err(self.failed("make room for"))
+    }
+
+    /// Whether there is room.
+    async fn has_room(&mut self) -> Result<bool> {
+        let Some(making_room) = &mut self.making_room else { return Ok(true) };
+        let made = poll_fn(|cx| Poll::Ready(making_room.as_mut().poll(cx))).await;
+        let Poll::Ready(made) = made else { return Ok(false) };
+        self.making_room = None;
+        made.map(|()| true).map_err(self.failed("make room for"))
     }
 
     async fn reserve(&mut self) -> Result<F::Chunk> {
@@ -108,6 +132,7 @@ impl<F: LayerFile> Output<F> {
     }
 
     async fn write(&mut self, chunk: F::Chunk, len: usize, offset: u64) -> Result<()> {
+        self.room().await?;
         let write = self.file.write_at(chunk, len, offset);
         self.queue.start(write).await.map_err(self.failed("write"))
     }
@@ -126,27 +151,66 @@ impl<F: LayerFile> Output<F> {
         Ok(())
     }
 
-    /// Writes what follows the pages, waits for all writes, and syncs.
-    async fn finish(
+    /// Starts to write what follows the pages.
+    async fn close(
         mut self,
-        table: &RunTable,
-        checksums: &[u32],
+        table: RunTable,
+        checksums: Vec<u32>,
         allocated: Option<u64>,
-    ) -> Result<LayerInfo> {
-        let (footer, bytes) = tail(self.footer, table, checksums);
+    ) -> Result<Closing<F>> {
+        let (footer, bytes) = tail(self.footer, &table, &checksums);
         self.write_bytes(&bytes, footer.data_bytes()).await?;
-        self.queue.all().await.map_err(self.failed("write"))?;
         let file_bytes = footer.file_bytes();
-        if allocated.is_some_and(|allocated| allocated > file_bytes) {
-            self.file.set_len(file_bytes).await.map_err(self.failed("cut"))?;
-        }
-        self.file.sync().await.map_err(self.failed("sync"))?;
-        let Footer { id, kind, frames_held, .. } = footer;
-        Ok(LayerInfo { id, kind, frames_held, file_bytes })
+        let Footer { id, kind, frames, frames_held, .. } = footer;
+        let info = LayerInfo { id, kind, frames_held, file_bytes };
+        let written = Written { info, frames, table, checksums };
+        Ok(Closing { output: self, written, allocated })
     }
 
     fn refuse(&self, why: &'static str) -> StorageError {
         StorageError::Layer { path: self.path.clone(), source: LayerError::Runs(why) }
+    }
+}
+
+/// A layer of which every write is under way, and what it will be.
+pub struct Closing<F: LayerFile> {
+    output: Output<F>,
+    written: Written,
+    allocated: Option<u64>,
+}
+
+impl<F: LayerFile> Closing<F> {
+    /// What it will be.
+    #[must_use]
+    pub const fn written(&self) -> &Written {
+        &self.written
+    }
+
+    /// Whether the file is as long already as it will be.
+    #[must_use]
+    pub fn has_its_length(&self) -> bool {
+        self.allocated == Some(self.written.info.file_bytes)
+    }
+
+    /// Waits for every write, and makes the file durable.
+    ///
+    /// # Errors
+    /// When a step failed. The layer is lost then.
+    pub async fn complete(self) -> Result<Written> {
+        let Self { mut output, written, allocated } = self;
+        output.queue.all().await.map_err(output.failed("write"))?;
+        let file_bytes = written.info.file_bytes;
+        if allocated.is_some_and(|allocated| allocated > file_bytes) {
+            output.file.set_len(file_bytes).await.map_err(output.failed("cut"))?;
+        }
+        output.file.sync().await.map_err(output.failed("sync"))?;
+        Ok(written)
+    }
+}
+
+impl<F: LayerFile> fmt::Debug for Closing<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Closing").field("written", &self.written).finish_non_exhaustive()
     }
 }
 
@@ -181,11 +245,32 @@ impl<F: LayerFile> PackedWriter<F> {
     /// # Errors
     /// [`StorageError::NoSpace`] when it is not there.
     pub async fn allocate(&mut self, pages: u32, runs: u32) -> Result<()> {
+        self.begin_allocate(pages, runs);
+        self.output.room().await
+    }
+
+    /// As [`Self::allocate`], without waiting: the first push does, and says what it came to.
+    pub fn begin_allocate(&mut self, pages: u32, runs: u32) {
         let sized = Footer { data_pages: pages, runs, ..self.output.footer };
         let bytes = sized.file_bytes();
-        self.output.allocate(bytes).await?;
+        self.output.making_room = Some(self.output.file.allocate(bytes));
         self.allocated = Some(bytes);
-        Ok(())
+    }
+
+    /// Whether the room that was asked for is there, so that a push does not wait. Starts to make it.
+    ///
+    /// # Errors
+    /// [`StorageError::NoSpace`] when it will not be there.
+    pub async fn has_room(&mut self) -> Result<bool> {
+        self.output.has_room().await
+    }
+
+    /// Writes that are not done.
+    ///
+    /// # Errors
+    /// When one failed. The layer is lost then.
+    pub async fn in_flight(&mut self) -> Result<usize> {
+        self.output.queue.in_flight().await.map_err(self.output.failed("write"))
     }
 
     /// From now on frames may be pushed again: the last time counts. For a guest that runs while most
@@ -238,14 +323,22 @@ impl<F: LayerFile> PackedWriter<F> {
     ///
     /// # Errors
     /// When runs of one round overlap or a step failed. The layer is lost then.
-    pub async fn finish(mut self) -> Result<LayerInfo> {
+    pub async fn finish(self) -> Result<LayerInfo> {
+        Ok(self.close().await?.complete().await?.info)
+    }
+
+    /// Starts to write the tables. Every write is under way then, and what the layer will be is known.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub async fn close(mut self) -> Result<Closing<F>> {
         self.begin_round();
         let table = self
             .table()
             .map_err(|source| StorageError::Layer { path: self.output.path.clone(), source })?;
         self.output.footer.frames_held = table.frames();
         let checksums = self.checksums.finish();
-        self.output.finish(&table, &checksums, self.allocated).await
+        self.output.close(table, checksums, self.allocated).await
     }
 
     /// The runs of all rounds, the last ones over the others.
@@ -356,7 +449,7 @@ impl<F: LayerFile> FlatWriter<F> {
         let table = RunTable::flat(frames)
             .map_err(|source| StorageError::Layer { path: path.to_path_buf(), source })?;
         let checksums = self.checksums.finish();
-        self.output.finish(&table, &checksums, None).await
+        Ok(self.output.close(table, checksums, None).await?.complete().await?.info)
     }
 }
 

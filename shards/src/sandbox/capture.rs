@@ -6,22 +6,25 @@
 //! that to copy it says so, and the most is copied while the guest runs.
 //!
 //! ```text
-//!   freeze ─▶ copy: scan ─▶ clone disk ∥ pages into buffers ─▶ thaw ─▶ commit: write, sync, rename
+//!   freeze ─▶ copy: scan ─▶ clone disk ∥ make room ∥ pages into buffers, the first ones written
+//!          ─▶ thaw ─▶ commit: write the rest ∥ write and sync the manifest ─▶ rename
 //!                │ too much, and writes can be told
 //!                └─▶ thaw ─▶ precopy: pages into the file ─▶ freeze ─▶ copy what changed since
 //! ```
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use futures_lite::future::zip;
 use mica_numa::io::Ring;
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{
     COALESCE_GAP, LAYERS_MAX, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot,
-    SnapshotManifest, SnapshotStaging, StorageError, Store, coalesce, groups,
+    SnapshotManifest, SnapshotStaging, StorageError, Store, SyncJob, Synced, coalesce, groups,
 };
 use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
@@ -43,6 +46,10 @@ const _: () = assert!(CHAIN_MAX < LAYERS_MAX);
 
 /// Buffers of one capture that wait for the guest to go on before they are written.
 const HELD_MAX: usize = 16;
+
+/// Writes that are under way while the guest stands still. They keep the device busy; each costs the
+/// checksum of its bytes before, which for all others is worked out once the guest goes on.
+const AHEAD_MAX: usize = 2;
 
 /// Where fewer buffers than this are free, none is held back: they go round among all captures. So none
 /// ever waits for a buffer while it holds one that is not being written.
@@ -79,7 +86,7 @@ pub(crate) struct Capture {
     /// Frames that are captured whether they changed or not: the chain they were in ends.
     folded: Vec<FrameRun>,
     writer: Option<PackedWriter<RingFile>>,
-    held: Vec<(Vec<FrameRun>, Chunk)>,
+    held: VecDeque<(Vec<FrameRun>, Chunk)>,
     state: Vec<u8>,
     /// Everything that was found changed, over all rounds.
     found: Vec<FrameRun>,
@@ -158,7 +165,7 @@ impl Capture {
             under,
             folded,
             writer: Some(PackedWriter::new(file, layer, frames)),
-            held: Vec::new(),
+            held: VecDeque::new(),
             state: Vec::new(),
             found: Vec::new(),
             round: Vec::new(),
@@ -189,6 +196,7 @@ impl Capture {
         let cloning = source
             .disk
             .map(|disk| rt::spawn(rt::blocking(move || staging.clone_disk(&disk).map(drop))));
+        self.begin_allocate();
         self.read_pages(source.place).await?;
         if let Some(cloning) = cloning {
             cloning.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??;
@@ -204,6 +212,7 @@ impl Capture {
         memory: &mut Memory,
     ) -> Result<Self, CaptureError> {
         self.precopies += 1;
+        self.begin_allocate();
         self.read_pages(place).await?;
         self.write_held().await?;
         if let Some(writer) = &mut self.writer {
@@ -225,8 +234,10 @@ impl Capture {
             let mut chunk = writer.reserve().await?;
             chunk.0.clear();
             place.process.process().read_frames(place.memory, &group, &mut chunk.0)?;
-            self.held.push((group, chunk));
-            // Others have their turn after each MiB.
+            self.held.push_back((group, chunk));
+            self.write_ahead().await?;
+            // Others have their turn after each MiB, and the ring its own: it gives the kernel what was
+            // started.
             rt::yield_now().await;
         }
         Ok(())
@@ -237,8 +248,31 @@ impl Capture {
         if self.held.is_empty() {
             return Ok(());
         }
-        allocate(writer, &self.found, &mut self.allocated).await?;
         for (runs, chunk) in self.held.drain(..) {
+            writer.push(&runs, chunk).await?;
+        }
+        Ok(())
+    }
+
+    /// Starts to make room for all that was found, once: whether it fits is known before any of it is
+    /// written. The guest does not wait for it.
+    fn begin_allocate(&mut self) {
+        let Some(writer) = &mut self.writer else { return };
+        if self.found.is_empty() || std::mem::replace(&mut self.allocated, true) {
+            return;
+        }
+        let count = u32::try_from(pages(&self.found)).unwrap_or(u32::MAX);
+        let runs = u32::try_from(self.found.len()).unwrap_or(u32::MAX);
+        writer.begin_allocate(count, runs);
+    }
+
+    /// Starts a write where the device has too little to do.
+    async fn write_ahead(&mut self) -> Result<(), CaptureError> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        if writer.has_room().await?
+            && writer.in_flight().await? < AHEAD_MAX
+            && let Some((runs, chunk)) = self.held.pop_front()
+        {
             writer.push(&runs, chunk).await?;
         }
         Ok(())
@@ -250,40 +284,43 @@ impl Capture {
     }
 
     /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of
-    /// the new layer, if there is one, and the state. `keep` is given what was committed, on the same
-    /// blocking thread, and can ask whether this future was dropped meanwhile: then nobody will know
-    /// of the snapshot.
+    /// the new layer, if there is one, and the state. `keep` is given what was committed and its layers,
+    /// on the same blocking thread, and can ask whether this future was dropped meanwhile: then nobody
+    /// will know of the snapshot.
     pub(crate) async fn commit<T: Send + 'static>(
         mut self,
         describe: impl FnOnce(String, Vec<LayerInfo>, Vec<u8>) -> SnapshotManifest,
-        keep: impl FnOnce(Snapshot, &dyn Fn() -> bool) -> Result<T, CaptureError> + Send + 'static,
+        keep: impl FnOnce(Snapshot, OpenedLayers, &dyn Fn() -> bool) -> Result<T, CaptureError>
+        + Send
+        + 'static,
     ) -> Result<T, CaptureError> {
         self.write_held().await?;
         let Self { mut staging, layer, under, writer, state, found, .. } = self;
-        let info = match writer {
-            Some(writer) if !found.is_empty() => Some(writer.finish().await?),
+        let closing = match writer {
+            Some(writer) if !found.is_empty() => Some(writer.close().await?),
             // Nothing was written: the layers below say it all.
             _ => None,
         };
         let shared = staging.share()?;
-        let id = shared.id().to_owned();
+        let info = closing.as_ref().map(|closing| *closing.written().info());
         let layers = under.iter().map(|layer| *layer.info()).chain(info).collect();
-        let manifest = describe(id, layers, state);
+        let manifest = describe(shared.id().to_owned(), layers, state);
         let preparing = Arc::clone(&shared);
-        let jobs = rt::blocking(move || {
+        let prepare = move || {
             if info.is_none() {
                 preparing.remove_layer(layer)?;
             }
             preparing.prepare(&manifest).map(|jobs| (jobs, manifest))
-        });
-        let (jobs, manifest) = jobs.await??;
-        // All at once: the file system brings them to the device together.
-        let jobs: Vec<_> =
-            jobs.into_iter().map(|job| rt::spawn(rt::blocking(move || job.run()))).collect();
-        let mut synced = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
-        }
+        };
+        let (written, (manifest, synced)) = match closing {
+            // Everything is in the directory, and as long as it will be.
+            Some(closing) if closing.has_its_length() => {
+                let (written, prepared) = zip(closing.complete(), sync(prepare)).await;
+                (Some(written?), prepared?)
+            }
+            Some(closing) => (Some(closing.complete().await?), sync(prepare).await?),
+            None => (None, sync(prepare).await?),
+        };
         drop(shared);
         let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
         // Lives as long as this future.
@@ -291,12 +328,31 @@ impl Capture {
         let hearing = Arc::downgrade(&heard);
         let commit = move || {
             let snapshot = whole.commit(manifest, synced)?;
-            keep(snapshot, &|| hearing.strong_count() == 0)
+            let layers = snapshot.open_layers_on(&under, written);
+            keep(snapshot, layers, &|| hearing.strong_count() == 0)
         };
         let kept = rt::blocking(commit).await;
         drop(heard);
         kept?
     }
+}
+
+/// The layers of what was committed, if they could be opened.
+pub(crate) type OpenedLayers = Result<Vec<Layer>, StorageError>;
+
+/// Prepares a snapshot and makes durable what it takes, all at once: the file system brings it to the
+/// device together.
+async fn sync(
+    prepare: impl FnOnce() -> Result<(Vec<SyncJob>, SnapshotManifest), StorageError> + Send + 'static,
+) -> Result<(SnapshotManifest, Vec<Synced>), CaptureError> {
+    let (jobs, manifest) = rt::blocking(prepare).await??;
+    let jobs: Vec<_> =
+        jobs.into_iter().map(|job| rt::spawn(rt::blocking(move || job.run()))).collect();
+    let mut synced = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        synced.push(job.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??);
+    }
+    Ok((manifest, synced))
 }
 
 /// What the next layer lies on. A chain that has grown long ends here: the base stays, and what the
@@ -308,20 +364,6 @@ fn fold(mut layers: Vec<Layer>) -> (Vec<Layer>, Vec<FrameRun>) {
     let folded = difference(&layers, &layers[..1]);
     layers.truncate(1);
     (layers, folded)
-}
-
-/// Makes room for all that was found, once: whether it fits is then known before it is written.
-async fn allocate(
-    writer: &mut PackedWriter<RingFile>,
-    found: &[FrameRun],
-    allocated: &mut bool,
-) -> Result<(), CaptureError> {
-    if std::mem::replace(allocated, true) {
-        return Ok(());
-    }
-    let count = u32::try_from(pages(found)).unwrap_or(u32::MAX);
-    let runs = u32::try_from(found.len()).unwrap_or(u32::MAX);
-    Ok(writer.allocate(count, runs).await?)
 }
 
 /// Takes the state out of the exchange, once: the process may write it again at any time.

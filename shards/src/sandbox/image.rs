@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use mica_storage::{
-    Layer, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotKind, SnapshotManifest, merge,
+    Layer, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotKind, SnapshotManifest, Stamp, merge,
 };
 use mica_units::{FrameRun, frames_of};
 use mica_wire::vm::plan::{self, Entry, PlanError, Source};
@@ -146,37 +146,56 @@ pub(crate) fn spare_mappings(there: usize, entries: &mut [Entry]) {
     }
 }
 
+/// An image under the name that it was asked for by.
+#[derive(Debug)]
+struct Kept {
+    name: String,
+    image: Arc<Opened>,
+    /// Tells that the name still stands for it.
+    stamp: Option<Stamp>,
+}
+
 /// The images of one shard by what clients asked for, the last used ones at the end.
 #[derive(Debug, Default)]
-pub(crate) struct Images(RefCell<Vec<(String, Arc<Opened>)>>);
+pub(crate) struct Images(RefCell<Vec<Kept>>);
 
 impl Images {
     /// What was last found for this name or id. The store has to say whether it still is.
     pub(crate) fn get(&self, asked: &str) -> Option<Arc<Opened>> {
         let mut images = self.0.borrow_mut();
-        let at = images.iter().position(|(name, _)| name == asked)?;
-        let entry = images.remove(at);
-        let image = Arc::clone(&entry.1);
-        images.push(entry);
+        let at = images.iter().position(|kept| kept.name == asked)?;
+        let kept = images.remove(at);
+        let image = Arc::clone(&kept.image);
+        images.push(kept);
         Some(image)
     }
 
+    /// The same, where the store need not be asked: nothing has changed since. Does not wait for a
+    /// device.
+    pub(crate) fn get_unchanged(&self, asked: &str) -> Option<Arc<Opened>> {
+        let images = self.0.borrow();
+        let kept = images.iter().find(|kept| kept.name == asked)?;
+        let holds = kept.stamp.as_ref().is_some_and(Stamp::holds);
+        drop(images);
+        if holds { self.get(asked) } else { None }
+    }
+
     /// Keeps what was found. What a paused sandbox waits in is started from once.
-    pub(crate) fn keep(&self, asked: &str, image: &Arc<Opened>) {
+    pub(crate) fn keep(&self, asked: &str, image: &Arc<Opened>, stamp: Option<Stamp>) {
         if image.manifest.kind == SnapshotKind::Pause {
             return;
         }
         let mut images = self.0.borrow_mut();
-        images.retain(|(name, _)| name != asked);
+        images.retain(|kept| kept.name != asked);
         if images.len() >= IMAGES_MAX {
             images.remove(0);
         }
-        images.push((asked.to_owned(), Arc::clone(image)));
+        images.push(Kept { name: asked.to_owned(), image: Arc::clone(image), stamp });
     }
 
     /// Lets a deleted snapshot go: its files take room on the disk as long as they are open.
     pub(crate) fn forget(&self, id: &str) {
-        self.0.borrow_mut().retain(|(_, image)| image.manifest.id != id);
+        self.0.borrow_mut().retain(|kept| kept.image.manifest.id != id);
     }
 }
 

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use mica_storage::{Layer, SnapshotKind, StorageError, Store};
+use mica_storage::{Layer, SnapshotKind, Stamp, StorageError, Store};
 use mica_units::SandboxId;
 
 use super::chain;
@@ -27,9 +27,19 @@ pub(crate) struct Workshop {
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) image: Arc<Opened>,
+    /// Tells that what was asked for still stands for it.
+    pub(crate) stamp: Option<Stamp>,
     pub(crate) disk: Option<Arc<File>>,
     /// Whether its directory is there already.
     pub(crate) has_directory: bool,
+}
+
+impl Found {
+    /// Of an image that needs nothing made: one without a disk.
+    pub(crate) fn without_disk(image: Arc<Opened>) -> Option<Self> {
+        let made = Self { image, stamp: None, disk: None, has_directory: false };
+        made.image.disk.is_none().then_some(made)
+    }
 }
 
 impl Workshop {
@@ -42,14 +52,14 @@ impl Workshop {
         asked: &str,
         known: Option<Arc<Opened>>,
     ) -> Result<Found, Cause> {
-        let image = self.find(asked, known)?;
+        let (image, stamp) = self.find(asked, known)?;
         let has_directory = image.disk.is_some();
         let disk = match image.disk.as_deref() {
             Some(disk) => self.store.create_sandbox(id, Some(disk)),
             None => Ok(None),
         };
         let disk = disk.map_err(|error| cause("making its disk", &error))?.map(Arc::new);
-        Ok(Found { image, disk, has_directory })
+        Ok(Found { image, stamp, disk, has_directory })
     }
 
     /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record where that
@@ -76,7 +86,7 @@ impl Workshop {
         snapshot: &str,
         known: Option<Arc<Opened>>,
     ) -> Result<Found, Cause> {
-        let image = self.find(snapshot, known)?;
+        let (image, stamp) = self.find(snapshot, known)?;
         let reopen = || -> Result<Option<Arc<File>>, StorageError> {
             let Some(disk) = self.store.open_sandbox_disk(id)? else { return Ok(None) };
             if let Some(from) = &image.disk {
@@ -85,15 +95,18 @@ impl Workshop {
             Ok(Some(Arc::new(disk)))
         };
         let disk = reopen().map_err(|error| cause("putting its disk back", &error))?;
-        Ok(Found { image, disk, has_directory: true })
+        Ok(Found { image, stamp, disk, has_directory: true })
     }
 
-    /// What a name or an id stands for now, open.
+    /// What a name or an id stands for now, open, and what tells for how long.
     pub(crate) fn find(
         &self,
         asked: &str,
         known: Option<Arc<Opened>>,
-    ) -> Result<Arc<Opened>, Cause> {
+    ) -> Result<(Arc<Opened>, Option<Stamp>), Cause> {
+        // Before it is looked up: a change meanwhile shows.
+        let stamp =
+            self.store.stamp(asked).map_err(|error| cause("finding the snapshot", &error))?;
         let found = self.store.find_snapshot(asked);
         let found = found.map_err(|error| cause("finding the snapshot", &error))?;
         let Some(snapshot) = found else { return Err(self.missing(asked)) };
@@ -102,13 +115,14 @@ impl Workshop {
             // Flattening changes what it consists of, never what it says.
             && known.manifest.layers == snapshot.manifest().layers
         {
-            return Ok(known);
+            return Ok((known, stamp));
         }
         let opened = self.store.open_snapshot(asked);
         let opened = opened.map_err(|error| cause("opening the snapshot", &error))?;
         let Some(opened) = opened else { return Err(self.missing(asked)) };
         let image = Opened::new(opened);
-        image.map(Arc::new).map_err(|error| Cause::Failed(format!("its memory: {error}")))
+        let image = image.map_err(|error| Cause::Failed(format!("its memory: {error}")))?;
+        Ok((Arc::new(image), stamp))
     }
 
     fn missing(&self, asked: &str) -> Cause {

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use futures_lite::future::zip;
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{Layer, SnapshotKind, StorageError};
@@ -87,6 +88,8 @@ pub(crate) struct Job {
     pub(crate) workshop: Workshop,
     pub(crate) id: SandboxId,
     pub(crate) snapshot: String,
+    /// What that was when it was made, or last used.
+    pub(crate) known: Option<Arc<Opened>>,
     /// The record that says where the sandbox is going.
     pub(crate) record: Vec<u8>,
     pub(crate) disk: Option<Arc<File>>,
@@ -98,11 +101,12 @@ pub(crate) async fn replace(
     place: Place<'_>,
     memory: &mut Memory,
 ) -> Result<Back, BackError> {
-    let Job { workshop, id, snapshot, record, disk } = job;
+    let Job { workshop, id, snapshot, known, record, disk } = job;
     let finder = workshop.clone();
-    let image = rt::blocking(move || find(&finder, &id, &snapshot)).await??;
+    let finding = rt::blocking(move || find(&finder, &id, &snapshot, known));
     // Only looked at: what is found stays written, should this come to nothing.
-    let changed = memory.changed(place, false).await?;
+    let (image, changed) = zip(finding, memory.changed(place, false)).await;
+    let (image, changed) = (image??, changed?);
     let shown = memory.shown_from_below(place, &image.pieces, &image.layers).await?;
     let differing = union(&changed, &difference(&memory.layers, &image.layers));
     let differing = union(&differing, &shown);
@@ -142,19 +146,24 @@ impl Turn {
     }
 }
 
-fn find(workshop: &Workshop, id: &SandboxId, snapshot: &str) -> Result<Arc<Opened>, BackError> {
+fn find(
+    workshop: &Workshop,
+    id: &SandboxId,
+    snapshot: &str,
+    known: Option<Arc<Opened>>,
+) -> Result<Arc<Opened>, BackError> {
     let missing = || BackError::Missing(snapshot.to_owned());
-    let found = workshop.store.find_snapshot(snapshot)?.ok_or_else(missing)?;
-    let manifest = found.manifest();
+    let image = match workshop.find(snapshot, known) {
+        Ok((image, _)) => image,
+        Err(Cause::NoSuchTemplate | Cause::NotWarm) => return Err(missing()),
+        Err(cause) => return Err(BackError::Other(format!("{cause:?}"))),
+    };
+    let manifest = &image.manifest;
     if manifest.kind != SnapshotKind::Snapshot || manifest.id != snapshot {
         return Err(missing());
     }
     if manifest.sandbox != Some(*id) {
         return Err(BackError::Foreign(snapshot.to_owned()));
     }
-    match workshop.find(snapshot, None) {
-        Ok(image) => Ok(image),
-        Err(Cause::NoSuchTemplate | Cause::NotWarm) => Err(missing()),
-        Err(cause) => Err(BackError::Other(format!("{cause:?}"))),
-    }
+    Ok(image)
 }

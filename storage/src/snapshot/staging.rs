@@ -7,7 +7,8 @@
 //! ```text
 //!   stage_snapshot(id)                directory made
 //!   link_layers, create_layer, clone_disk       names and data, nothing synced
-//!   PackedWriter::finish              the new layer's content is on the device
+//!   PackedWriter::finish              the new layer's content is on the device; where its file is as
+//!                                     long already as it will be, this may be done beside the syncs
 //!   prepare(manifest)                 manifest.new written: now every name is there
 //!     ├─ sync manifest.new ─┐
 //!     ├─ sync disk          │         at the same time, on whatever threads
@@ -186,7 +187,8 @@ impl SnapshotStaging {
     }
 
     /// Writes the manifest beside where it will be, and says what has to be made durable. Everything
-    /// else must be in the snapshot already: layers linked or finished, the disk cloned.
+    /// else must be in the snapshot already: layers linked or finished, or as long as they will be and
+    /// being written; the disk cloned.
     ///
     /// # Errors
     /// When the manifest is out of its bounds, is of another snapshot, or names what is not there.

@@ -50,6 +50,16 @@ impl Queue {
         .await
     }
 
+    /// Writes that are not done.
+    pub(super) async fn in_flight(&mut self) -> io::Result<usize> {
+        poll_fn(|cx| {
+            self.poll(cx);
+            Poll::Ready(self.outcome())
+        })
+        .await?;
+        Ok(self.writes.len())
+    }
+
     /// Waits for something else, and drives the writes meanwhile.
     pub(super) async fn race<T>(&mut self, mut other: Pending<T>) -> io::Result<T> {
         poll_fn(|cx| {

@@ -15,7 +15,7 @@ use mica_wire::vm::{Command, FdRole, RestoreConfig};
 
 use super::super::capture::{Capture, Source};
 use super::super::memory::{Memory, Place};
-use super::super::prepare::cause;
+use super::super::prepare::{Found, cause};
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{LIFE_MAX, Request, chain, from_now};
 use super::super::{link, paging, rollback};
@@ -67,17 +67,27 @@ impl Driver {
             paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
         let sandbox = Rc::clone(&self.sandbox);
         self.work = Some(Box::pin(async move {
-            let known = shard.images.get(&asked);
-            let name = asked.clone();
-            let make = move || match paused_in {
-                Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known),
-                None => workshop.prepare(&id, &name, known),
+            let unchanged = match paused_in {
+                None => shard.images.get_unchanged(&asked).and_then(Found::without_disk),
+                Some(_) => None,
             };
-            let found = match super::work::blocking(make).await {
-                Ok(found) => found,
-                Err(cause) => return Done::Prepared(Err(cause)),
+            let found = match unchanged {
+                Some(found) => found,
+                None => {
+                    let known = shard.images.get(&asked);
+                    let name = asked.clone();
+                    let make = move || match paused_in {
+                        Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known),
+                        None => workshop.prepare(&id, &name, known),
+                    };
+                    let mut found = match super::work::blocking(make).await {
+                        Ok(found) => found,
+                        Err(cause) => return Done::Prepared(Err(cause)),
+                    };
+                    shard.images.keep(&asked, &found.image, found.stamp.take());
+                    found
+                }
             };
-            shard.images.keep(&asked, &found.image);
             warmth::bring_in(&shard, &found.image);
             // It may have waited longer than its client did.
             if sandbox.is_ending() {
@@ -364,11 +374,13 @@ impl Driver {
             let keeper = Keeper { store, sandbox: id, paused };
             let committed = capture.commit(
                 |id, layers, state| draft.finish(id, layers, state),
-                move |snapshot, unheard| keeper.keep(snapshot, unheard).map(Box::new),
+                move |snapshot, layers, unheard| {
+                    keeper.keep(snapshot, layers, unheard).map(Box::new)
+                },
             );
             let committed = committed.await.map_err(|error| capture_error(&error, operation, id));
             if let Ok(made) = &committed {
-                upkeep::look_at(&shard, &made.0.id, &made.1);
+                upkeep::look_at(&shard, &made.manifest.id, &made.layers);
             }
             Done::Committed(committed)
         }));
@@ -382,13 +394,14 @@ impl Driver {
         let (workshop, id, snapshot) =
             (self.shard.workshop.clone(), self.sandbox.id, snapshot.clone());
         let record = self.rolling_back_record(&snapshot);
+        let known = self.shard.images.get(&snapshot);
         let mut memory = std::mem::take(&mut self.memory);
         let (frames, disk) = (self.frames(), self.disk.clone());
         self.work = Some(Box::pin(async move {
             let back = match (record, place(&held, frames)) {
                 (Ok(record), Some(place)) => {
                     track(&held, frames, &mut memory);
-                    let job = rollback::Job { workshop, id, snapshot, record, disk };
+                    let job = rollback::Job { workshop, id, snapshot, known, record, disk };
                     rollback::replace(job, place, &mut memory).await
                 }
                 (Err(error), _) => Err(rollback::BackError::Other(error.to_string())),

@@ -3,17 +3,20 @@
 //! Called by the driver. Refuses to answer before what is told is written.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_numa::rt;
 use mica_numa::rt::time::Instant;
 use mica_storage::{
-    Layer, LayerInfo, ReadyWhen, Snapshot, SnapshotKind, SnapshotManifest, StorageError, Store,
+    Layer, LayerInfo, OpenSnapshot, ReadyWhen, Snapshot, SnapshotKind, SnapshotManifest,
+    StorageError, Store,
 };
 use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
 use mica_wire::vm::{self, Command};
 
-use super::super::capture::CaptureError;
+use super::super::capture::{CaptureError, OpenedLayers};
+use super::super::image::Opened;
 use super::super::image::pieces_of;
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
@@ -102,6 +105,25 @@ pub(super) enum Links {
     AsRecorded,
 }
 
+/// A snapshot that was committed.
+#[derive(Debug)]
+pub(super) struct Committed {
+    pub(super) manifest: SnapshotManifest,
+    pub(super) layers: Vec<Layer>,
+    /// For whoever starts from it or goes back to it.
+    pub(super) image: Option<Arc<Opened>>,
+}
+
+/// A new snapshot as an image, while all of it is at hand. Whoever needs one that is not there opens it.
+fn opened(snapshot: &Snapshot, layers: &[Layer]) -> Option<Arc<Opened>> {
+    if snapshot.manifest().kind != SnapshotKind::Snapshot {
+        return None;
+    }
+    let disk = snapshot.open_disk().ok()?.map(Arc::new);
+    let open = OpenSnapshot { snapshot: snapshot.clone(), layers: layers.to_vec(), disk };
+    Opened::new(open).ok().map(Arc::new)
+}
+
 /// Makes what a committed snapshot means for its sandbox last.
 pub(super) struct Keeper {
     pub(super) store: Store,
@@ -117,12 +139,13 @@ impl Keeper {
     pub(super) fn keep(
         self,
         snapshot: Snapshot,
+        layers: OpenedLayers,
         unheard: &dyn Fn() -> bool,
-    ) -> Result<(SnapshotManifest, Vec<Layer>), CaptureError> {
+    ) -> Result<Committed, CaptureError> {
         let Self { store, sandbox, paused } = self;
         let manifest = snapshot.manifest().clone();
         let kept = || -> Result<Vec<Layer>, CaptureError> {
-            let layers = snapshot.open_layers()?;
+            let layers = layers?;
             store.link_layers(&sandbox, &layers)?;
             if unheard() {
                 return Err(StorageError::SnapshotGone { id: manifest.id.clone() }.into());
@@ -142,7 +165,8 @@ impl Keeper {
                 tracing::error!(id, error, "a snapshot of nobody's stays");
             }
         })?;
-        Ok((manifest, layers))
+        let image = opened(&snapshot, &layers);
+        Ok(Committed { manifest, layers, image })
     }
 }
 

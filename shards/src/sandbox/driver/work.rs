@@ -9,7 +9,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mica_numa::rt::{self, BlockingError};
-use mica_storage::SnapshotManifest;
 
 use super::super::capture::{Capture, CaptureError, Copied};
 use super::super::memory::Memory;
@@ -17,7 +16,7 @@ use super::super::prepare::Found;
 use super::super::rollback::{Back, BackError};
 use super::super::state::{Cause, Event};
 use super::super::{Request, chain};
-use super::keep::Shape;
+use super::keep::{Committed, Shape};
 use super::{Begun, Driver};
 use crate::ShardError;
 use crate::shell::Shell;
@@ -33,7 +32,7 @@ pub(super) enum Done {
     /// The most of the memory.
     Precopied(Memory, Result<Capture, CaptureError>),
     /// It exists, and what its layers are.
-    Committed(Result<Box<(SnapshotManifest, Vec<mica_storage::Layer>)>, ShardError>),
+    Committed(Result<Box<Committed>, ShardError>),
     /// What a rollback has to do.
     Replaced(Memory, Result<Back, BackError>),
     /// The process of a paused sandbox is gone.
@@ -95,7 +94,10 @@ impl Driver {
             }
             Done::Committed(Ok(made)) => {
                 self.committing = None;
-                let (manifest, layers) = *made;
+                let Committed { manifest, layers, image } = *made;
+                if let Some(image) = image {
+                    self.shard.images.keep(&manifest.id, &image, None);
+                }
                 let stays = |old: &mica_storage::Layer| {
                     layers.iter().any(|new| new.info().id == old.info().id)
                 };
