@@ -122,6 +122,9 @@ impl Daemon {
     pub fn crash(&mut self) {
         self.child.kill().expect("kill");
         self.child.wait().expect("its end");
+        // Sockets of a ring outlive a killed process for a moment, and would take connections that
+        // nobody serves.
+        eventually("nobody listens", || TcpStream::connect(self.address).is_err());
     }
 
     /// Starts it again on what it left.
