@@ -48,18 +48,20 @@ pub(crate) enum RecoveryError {
 pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>, RecoveryError> {
     let groups: BTreeMap<SandboxId, Vec<u32>> = cgroups.children()?.into_iter().collect();
     let mut survivors = Vec::new();
+    let mut unreadable = BTreeSet::new();
     for (id, bytes) in store.records()? {
         match Record::decode(&bytes) {
             Ok(record) => {
                 let alive = is_alive(&record, &groups);
-                if survives(store, &record, alive)? {
+                if survives(store, id, &record, alive) {
                     survivors.push(Survivor { id, record, alive });
                 } else {
                     tracing::info!(%id, "this sandbox ended with its VM process or its host");
                 }
             }
             Err(error) => {
-                tracing::error!(%id, error = chain(&error), "a sandbox without a record is removed");
+                tracing::error!(%id, error = chain(&error), "the record of a sandbox cannot be read");
+                unreadable.insert(id);
             }
         }
     }
@@ -75,9 +77,9 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
     let rubbish: Vec<SandboxId> =
         groups.keys().filter(|name| !kept.contains(name.as_str())).copied().collect();
     cgroups.sweep(&rubbish)?;
-    let ids: BTreeSet<SandboxId> = survivors.iter().map(|survivor| survivor.id).collect();
+    let (snapshots, paused) = remove_pauses(store, &survivors, &unreadable)?;
+    let ids = survivors.iter().map(|survivor| survivor.id).chain(paused).collect();
     let removed = store.sweep_sandboxes_but(&ids)?;
-    let snapshots = remove_pauses(store, &survivors)?;
     if !rubbish.is_empty() || removed + snapshots > 0 {
         let killed = rubbish.len();
         tracing::info!(killed, removed, snapshots, "removed what an earlier run left");
@@ -96,29 +98,48 @@ fn is_alive(record: &Record, groups: &BTreeMap<SandboxId, Vec<u32>>) -> bool {
         && pid.is_some_and(|pid| start_ticks(pid).ok() == Some(process.start_ticks))
 }
 
-fn survives(store: &Store, record: &Record, alive: bool) -> Result<bool, StorageError> {
+fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool {
     match &record.state {
-        RecordedState::Running => Ok(alive),
+        RecordedState::Running => alive,
         RecordedState::Paused { snapshot } | RecordedState::RollingBack { snapshot } => {
-            Ok(store.find_snapshot(snapshot)?.is_some())
+            match store.find_snapshot(snapshot) {
+                Ok(found) => found.is_some(),
+                // Not a reason to run nothing at all, nor to delete what somebody may mend.
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::error!(%id, snapshot, error, "a sandbox waits in a damaged snapshot");
+                    true
+                }
+            }
         }
     }
 }
 
-/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since.
-fn remove_pauses(store: &Store, survivors: &[Survivor]) -> Result<usize, StorageError> {
+/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since. How many,
+/// and whose could not be told, because their record is unreadable: a client's data is not removed for that.
+fn remove_pauses(
+    store: &Store,
+    survivors: &[Survivor],
+    unreadable: &BTreeSet<SandboxId>,
+) -> Result<(usize, BTreeSet<SandboxId>), StorageError> {
     let waited_in = |survivor: &Survivor| match &survivor.record.state {
         RecordedState::Paused { snapshot } => Some(snapshot.clone()),
         _ => None,
     };
     let used: BTreeSet<String> = survivors.iter().filter_map(waited_in).collect();
-    let mut removed = 0;
+    let (mut removed, mut paused) = (0, BTreeSet::new());
     for snapshot in store.snapshots()? {
         let manifest = snapshot.manifest();
-        if manifest.kind == SnapshotKind::Pause && !used.contains(&manifest.id) {
-            store.delete_snapshot(&manifest.id)?;
-            removed += 1;
+        if manifest.kind != SnapshotKind::Pause || used.contains(&manifest.id) {
+            continue;
         }
+        if let Some(id) = manifest.sandbox.filter(|id| unreadable.contains(id)) {
+            tracing::error!(%id, snapshot = manifest.id, "what may be a paused sandbox is kept on disk");
+            paused.insert(id);
+            continue;
+        }
+        store.delete_snapshot(&manifest.id)?;
+        removed += 1;
     }
-    Ok(removed)
+    Ok((removed, paused))
 }

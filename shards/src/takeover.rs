@@ -4,6 +4,7 @@
 //! everything the daemon held; what is told there is as hostile as everything from a VM process.
 //! Refuses to give up a paused sandbox because of its process: then it is resumed from disk.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -107,7 +108,8 @@ fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {
     };
     let name = recorded.name.parse().map_err(|_| TakeoverError::Record)?;
     let control = ControlSocket::from_fd(control);
-    Ok(Held { name, uid: recorded.uid, process, control, console, exchange, layout })
+    let (uid, taken_back) = (recorded.uid, Cell::new(false));
+    Ok(Held { name, uid, process, control, console, exchange, layout, taken_back })
 }
 
 fn identity(record: &Record) -> Identity {

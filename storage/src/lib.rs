@@ -60,6 +60,7 @@ pub use pool::{
     COW_EXTENT_BYTES, POOL_BYTES_MIN, Pool, PoolCreated, PoolError, PoolInfo, Reflink, pools,
     reflink_support,
 };
+pub use sandbox::SANDBOX_RECORD_BYTES_MAX;
 pub use snapshot::{
     OpenSnapshot, RECORD_BYTES_MAX, STATE_BYTES_MAX, Snapshot, SnapshotKind, SnapshotManifest,
     SnapshotStaging, SyncJob, Synced,

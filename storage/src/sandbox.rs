@@ -19,10 +19,13 @@ use mica_units::SandboxId;
 
 use crate::error::{Result, StorageError};
 use crate::layer::{Layer, LayerId, LayerInfo};
-use crate::snapshot::{DISK_FILE, RECORD_BYTES_MAX};
+use crate::snapshot::DISK_FILE;
 use crate::sparse::{self, Copied};
 use crate::store::{SANDBOXES_DIR, Store, chain, entries};
 use crate::template::{Template, open_read};
+
+/// The longest record of a sandbox: its environment and labels are in it, as long as a client may send.
+pub const SANDBOX_RECORD_BYTES_MAX: usize = 4 << 20;
 
 const RECORD_FILE: &str = "record";
 const RECORD_NEW: &str = "record.new";
@@ -104,23 +107,40 @@ impl Store {
         Ok(())
     }
 
-    /// Makes `layers` the layers that the sandbox keeps, and lets go of all others it had.
+    /// Makes the sandbox keep `layers` beside those it has.
     ///
     /// # Errors
     /// [`StorageError::LayerGone`] when one has no name any more, as when its snapshot was flattened
     /// since it was opened: open the snapshot again then. Others when the file system fails.
-    pub fn link_lineage(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
+    pub fn link_layers(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
         let dir = self.sandbox_dir(sandbox);
-        let had: BTreeSet<LayerId> =
-            entries(&dir)?.iter().filter_map(|entry| LayerId::from_file_name(entry)).collect();
-        let wanted: BTreeSet<LayerId> = layers.iter().map(|layer| layer.info().id).collect();
+        let had = kept_layers(&dir)?;
         for layer in layers.iter().filter(|layer| !had.contains(&layer.info().id)) {
             layer.link_into(&self.disk, &dir)?;
         }
-        for id in had.difference(&wanted) {
+        Ok(())
+    }
+
+    /// Lets go of all layers that the sandbox keeps but `layers`. Its record must not name others by now.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    pub fn keep_only_layers(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
+        let dir = self.sandbox_dir(sandbox);
+        let wanted: BTreeSet<LayerId> = layers.iter().map(|layer| layer.info().id).collect();
+        for id in kept_layers(&dir)?.difference(&wanted) {
             self.disk.remove_file_if_there(&dir.join(id.file_name()))?;
         }
         Ok(())
+    }
+
+    /// Makes `layers` the layers that the sandbox keeps, and lets go of all others it had.
+    ///
+    /// # Errors
+    /// As [`Store::link_layers`].
+    pub fn link_lineage(&self, sandbox: &SandboxId, layers: &[Layer]) -> Result<()> {
+        self.link_layers(sandbox, layers)?;
+        self.keep_only_layers(sandbox, layers)
     }
 
     /// Opens layers that a sandbox keeps: for the next daemon, which has their descriptions from the
@@ -136,10 +156,10 @@ impl Store {
     /// Replaces a sandbox's record, at once and whole. With `durable` it outlives a power cut.
     ///
     /// # Errors
-    /// When it is longer than [`RECORD_BYTES_MAX`], or the file system fails; the old one stays then.
+    /// When it is longer than [`SANDBOX_RECORD_BYTES_MAX`], or the file system fails; the old one stays then.
     pub fn write_record(&self, sandbox: &SandboxId, record: &[u8], durable: bool) -> Result<()> {
-        if record.len() > RECORD_BYTES_MAX {
-            let what = format!("longer than {RECORD_BYTES_MAX} bytes");
+        if record.len() > SANDBOX_RECORD_BYTES_MAX {
+            let what = format!("longer than {SANDBOX_RECORD_BYTES_MAX} bytes");
             let source = crate::manifest::field("record", what);
             return Err(StorageError::Describe { source });
         }
@@ -170,7 +190,7 @@ impl Store {
                 Err(error) => return Err(StorageError::io("open", &path, error)),
             };
             let mut bytes = Vec::new();
-            file.take(RECORD_BYTES_MAX as u64)
+            file.take(SANDBOX_RECORD_BYTES_MAX as u64)
                 .read_to_end(&mut bytes)
                 .map_err(|e| StorageError::io("read", &path, e))?;
             records.push((sandbox, bytes));
@@ -214,6 +234,11 @@ impl Store {
     fn sandbox_dir(&self, sandbox: &SandboxId) -> PathBuf {
         self.root().join(SANDBOXES_DIR).join(sandbox.as_str())
     }
+}
+
+/// The layers that a directory keeps.
+fn kept_layers(dir: &Path) -> Result<BTreeSet<LayerId>> {
+    Ok(entries(dir)?.iter().filter_map(|entry| LayerId::from_file_name(entry)).collect())
 }
 
 #[cfg(test)]

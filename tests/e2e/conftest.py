@@ -102,8 +102,8 @@ def template_folder(name: str) -> str:
 
 
 def template_variant(name: str, kernel: bytes = b"", vcpus: int = 1, memory_mib: int = 512) -> str:
-    """Registers the template `base` under another name, with other sizes or another kernel. The
-    disk is a reflink, so this costs nothing."""
+    """Registers the template `base` under another name, with other sizes or another kernel, and warms
+    it up. The disk is a reflink; the boot is what this costs."""
     base = template_folder("base")
     if name in templates():
         lab(f"mica template delete {name}")
@@ -112,7 +112,8 @@ def template_variant(name: str, kernel: bytes = b"", vcpus: int = 1, memory_mib:
         lab(f"cat > {image}", stdin=kernel)
     lab(
         f"mica template add --name {name} --kernel {image} --initramfs {base}/initramfs "
-        f"--disk {base}/disk --ready agent --vcpus {vcpus} --memory {memory_mib}"
+        f"--disk {base}/disk --ready agent --vcpus {vcpus} --memory {memory_mib}",
+        timeout_s=PATIENCE_S,
     )
     if kernel:
         lab(f"rm {image}")
@@ -124,17 +125,41 @@ def variant():
     made = []
 
     def make_variant(name, **options):
-        made.append(template_variant(name, **options))
-        return name
+        made.append(name)
+        return template_variant(name, **options)
 
     yield make_variant
     for name in made:
-        lab(f"mica template delete {name}")
+        if name in templates():
+            lab(f"mica template delete {name}")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def tiny_base():
-    """`base` on one vCPU and little memory: quick to boot many times."""
-    template_variant("tiny-base", vcpus=1, memory_mib=256)
-    yield
-    lab("mica template delete tiny-base")
+@pytest.fixture(scope="session")
+def tiny():
+    """`base` on one vCPU and little memory. It stays in the lab for the files after this one, under
+    a name that says which `base` it was made from."""
+    known = templates()
+    name = f"tiny-{known['base']['templateId']}"
+    for other in known:
+        if other.startswith("tiny-") and other != name:
+            lab(f"mica template delete {other}")
+    # A template without its running snapshot is one whose first boot was cut off.
+    warm = f"test -e /var/lib/mica/snapshots/{known.get(name, {}).get('templateId')}/manifest && echo warm || true"
+    if name not in known or not lab(warm):
+        template_variant(name, vcpus=1, memory_mib=256)
+    # From its first create on the daemon keeps processes of this size ready: so it does at every
+    # count of a test.
+    make(name).kill(request_timeout=PATIENCE_S)
+    return name
+
+
+def run(sandbox: Sandbox, command: str, **options) -> str:
+    """What a command in the sandbox printed."""
+    return sandbox.commands.run(
+        command, timeout=PATIENCE_S, request_timeout=PATIENCE_S, **options
+    ).stdout
+
+
+def connect(sandbox_id: str) -> Sandbox:
+    """The SDK's object for a sandbox that was made by a raw request. Wakes it if it is paused."""
+    return Sandbox.connect(sandbox_id, timeout=3600, request_timeout=PATIENCE_S)

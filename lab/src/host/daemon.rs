@@ -25,6 +25,10 @@ const STOP_MAX: Duration = Duration::from_secs(45);
 /// the machine is busy.
 const BOOT_DEADLINE_S: u32 = 300;
 
+/// VM processes that each of its shards holds ready for each size: making one takes part of a second
+/// here. As many at every time, so that who counts processes knows what to expect.
+const POOL: &str = "2";
+
 /// The daemon's command line inside the host.
 pub fn command_line() -> Vec<String> {
     [
@@ -38,6 +42,10 @@ pub fn command_line() -> Vec<String> {
         &format!("{TOOLS}/api-key"),
         "--boot-deadline",
         &BOOT_DEADLINE_S.to_string(),
+        "--pool-min",
+        POOL,
+        "--pool-max",
+        POOL,
     ]
     .map(ToString::to_string)
     .to_vec()

@@ -109,15 +109,26 @@ fn lay_out(pieces: &[Piece], frames: u32) -> Vec<Entry> {
         entries.push(Entry { run, source: Source::Map { layer: 0, page: 0 } });
     }
     let over = pieces.iter().filter(|piece| !(flat_base && is_base(piece)));
-    let many = pieces.len() > MAPPINGS_MAX;
     entries.extend(over.filter_map(|piece| {
         let layer = u8::try_from(piece.layer).ok()?;
-        let small = many && piece.run.count() < SMALL_RUN_PAGES;
-        let page = piece.page;
-        let source = if small { Source::Copy { layer, page } } else { Source::Map { layer, page } };
-        Some(Entry { run: piece.run, source })
+        Some(Entry { run: piece.run, source: Source::Map { layer, page: piece.page } })
     }));
+    spare_mappings(0, &mut entries);
     entries
+}
+
+/// Where these and the mappings that are there are too many, small runs are copied.
+pub(crate) fn spare_mappings(there: usize, entries: &mut [Entry]) {
+    if there + entries.len() <= MAPPINGS_MAX {
+        return;
+    }
+    for entry in entries {
+        if let Source::Map { layer, page } = entry.source
+            && entry.run.count() < SMALL_RUN_PAGES
+        {
+            entry.source = Source::Copy { layer, page };
+        }
+    }
 }
 
 /// The images of one shard by what clients asked for, the last used ones at the end.

@@ -14,6 +14,7 @@ use mica_units::FrameRun;
 use mica_wire::vm;
 use mica_wire::vm::plan::{Entry, Source};
 
+use super::image::spare_mappings;
 use crate::shell::VmProcess;
 
 /// Where a guest's memory is.
@@ -231,7 +232,8 @@ pub(crate) fn difference(a: &[Layer], b: &[Layer]) -> Vec<FrameRun> {
 }
 
 /// The plan that puts `differing` back to `target`: where that is what is mapped already, only what was
-/// written over it goes. Layers in the plan count in `target_layers`.
+/// written over it goes. Layers in the plan count in `target_layers`. Beside many mappings small runs are
+/// copied, as at a restore: a process may have only so many.
 pub(crate) fn plan_back(
     memory: &Memory,
     target: &[Piece],
@@ -252,6 +254,7 @@ pub(crate) fn plan_back(
             entries.push(Entry { run: part.run, source });
         }
     }
+    spare_mappings(mapped.len(), &mut entries);
     entries
 }
 

@@ -52,17 +52,19 @@ impl Workshop {
         Ok(Found { image, disk, has_directory })
     }
 
-    /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record.
+    /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record where that
+    /// is not there.
     pub(crate) fn settle(
         &self,
         id: &SandboxId,
         has_directory: bool,
         layers: &[Layer],
-        record: &[u8],
+        record: Option<&[u8]>,
     ) -> Result<(), StorageError> {
         if !has_directory {
             self.store.create_sandbox(id, None)?;
         }
+        let Some(record) = record else { return self.store.link_layers(id, layers) };
         self.store.link_lineage(id, layers)?;
         self.store.write_record(id, record, false)
     }

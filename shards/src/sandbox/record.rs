@@ -12,16 +12,13 @@
 
 use std::collections::BTreeMap;
 
-use mica_storage::LayerInfo;
+use mica_storage::{LayerInfo, SANDBOX_RECORD_BYTES_MAX};
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
 const MAGIC: [u8; 4] = *b"MSBX";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
-
-/// Longest record: environment and labels are bounded by the body of a create.
-const RECORD_BYTES_MAX: usize = 4 << 20;
 
 /// The process of a sandbox.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
@@ -108,7 +105,7 @@ impl Record {
             bytes.extend_from_slice(&word.to_le_bytes());
         }
         bytes.extend_from_slice(&archive);
-        if bytes.len() > RECORD_BYTES_MAX { Err(RecordError::Header) } else { Ok(bytes) }
+        if bytes.len() > SANDBOX_RECORD_BYTES_MAX { Err(RecordError::Header) } else { Ok(bytes) }
     }
 
     /// Reads [`Record::encode`] back.
@@ -121,7 +118,7 @@ impl Record {
         };
         let length = usize::try_from(word(8)).unwrap_or(usize::MAX);
         let in_form = header[..4] == MAGIC && word(4) == VERSION && length == archive.len();
-        if !in_form || bytes.len() > RECORD_BYTES_MAX {
+        if !in_form || bytes.len() > SANDBOX_RECORD_BYTES_MAX {
             return Err(RecordError::Header);
         }
         if crc32c::crc32c(archive) != word(12) {

@@ -68,7 +68,10 @@ impl BackError {
             Self::Foreign(snapshot) => ShardError::ForeignSnapshot { snapshot, sandbox },
             Self::Storage(StorageError::NoSpace { .. }) => ShardError::NoSpace,
             // Not `NoSpace`, which says that nothing was changed.
-            Self::Blocking(rt::BlockingError::Full) => ShardError::Busy,
+            Self::Blocking(rt::BlockingError::Full)
+            | Self::Storage(StorageError::LayerGone { .. } | StorageError::SnapshotGone { .. }) => {
+                ShardError::Busy
+            }
             error => ShardError::OperationFailed {
                 operation: "a rollback",
                 sandbox,

@@ -9,6 +9,7 @@ mod pool;
 mod process;
 mod spawn;
 
+use std::cell::Cell;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -57,6 +58,8 @@ pub(crate) struct Held {
     pub(crate) exchange: OwnedFd,
     /// What it said of itself.
     pub(crate) layout: vm::Shell,
+    /// Whether it has ended, and its uid was given back: once.
+    pub(crate) taken_back: Cell<bool>,
 }
 
 /// A VM process that waits for a guest.

@@ -212,7 +212,16 @@ impl Pool {
         let Launched { name, uid, process, control, console, exchange, .. } = launched;
         match built {
             Ok((layout, events)) => {
-                let held = Held { name, uid, process, control, console, exchange, layout };
+                let held = Held {
+                    name,
+                    uid,
+                    process,
+                    control,
+                    console,
+                    exchange,
+                    layout,
+                    taken_back: Cell::new(false),
+                };
                 Ok(Shell { held: Rc::new(held), events, claim: None })
             }
             Err(why) => {
@@ -233,7 +242,13 @@ impl Pool {
 
     /// The same, and waits until nothing of it is left. Whether its uid can be used again.
     pub(crate) async fn end(&self, held: &Held) -> bool {
-        self.end_process(held.name, held.uid, &held.process).await
+        // Who was dropped while he waited for this may be followed by another.
+        if held.taken_back.get() {
+            return true;
+        }
+        let safe = self.end_process(held.name, held.uid, &held.process).await;
+        held.taken_back.set(safe);
+        safe
     }
 
     async fn end_process(&self, name: SandboxId, uid: u32, process: &VmProcess) -> bool {

@@ -56,12 +56,15 @@ pub struct Places {
 }
 
 /// The same, removed with it.
-pub struct Bench(Places);
+pub struct Bench {
+    places: Places,
+    has_mount: bool,
+}
 
 impl std::ops::Deref for Bench {
     type Target = Places;
     fn deref(&self) -> &Places {
-        &self.0
+        &self.places
     }
 }
 
@@ -69,18 +72,35 @@ impl Bench {
     /// A store with the templates `agent` and `console`, both with a running snapshot, and `cold`
     /// without one.
     pub fn new() -> Self {
+        let bench = Self::empty();
+        bench.fill_store();
+        bench
+    }
+
+    fn empty() -> Self {
         let name = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let root = std::env::temp_dir().join(format!("mica-shards-test-{name}"));
         fs::create_dir(&root).unwrap();
         let cgroup = cgroup_mount().join(format!("mica-test-{name}"));
-        let bench = Self(Places { root, cgroup });
-        bench.fill_store();
+        let bench = Self { places: Places { root, cgroup }, has_mount: false };
         bench.set_mood("good");
         bench
     }
 
+    /// The same, with the store on a file system of its own of so many MiB.
+    pub fn on_small_disk(mib: u32) -> Self {
+        let mut bench = Self::empty();
+        fs::create_dir(bench.store()).unwrap();
+        let size = std::ffi::CString::new(format!("size={mib}m")).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", bench.store(), "tmpfs", flags, size.as_c_str()).unwrap();
+        bench.has_mount = true;
+        bench.fill_store();
+        bench
+    }
+
     /// Makes templates in the store, which may be on a file system of its own by now.
-    pub fn fill_store(&self) {
+    fn fill_store(&self) {
         let store = Store::open(&self.store()).unwrap();
         for (name, ready) in [("agent", ReadyWhen::Agent), ("console", ReadyWhen::Console)] {
             let id = add_template(&store, name, ready);
@@ -214,6 +234,12 @@ pub struct Leftovers {
 
 impl Drop for Bench {
     fn drop(&mut self) {
+        if self.has_mount {
+            let flags = rustix::mount::UnmountFlags::empty();
+            if let Err(errno) = rustix::mount::unmount(self.store(), flags) {
+                eprintln!("{} stays mounted: {errno}", self.store().display());
+            }
+        }
         for path in [&self.root, &self.cgroup] {
             let removed =
                 if path == &self.cgroup { fs::remove_dir(path) } else { fs::remove_dir_all(path) };
@@ -378,4 +404,13 @@ pub fn assert_memory(found: &[u8], expected: &[u8], what: &str) {
         "{what}: {} frames differ; frame, found, expected: {shown:?}",
         frames.len()
     );
+}
+
+/// Ends a VM process from outside.
+pub fn kill_process(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(errno) => panic!("cannot kill {pid:?}: {errno}"),
+    }
 }

@@ -229,3 +229,21 @@ fn sockets(pid: &str) -> std::collections::BTreeSet<String> {
     let names = names.map(|name| name.to_string_lossy().into_owned());
     names.filter(|name| name.starts_with("socket:")).collect()
 }
+
+#[test]
+fn as_much_environment_as_an_agent_takes_is_kept() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let mut wish = request("agent");
+        wish.env_vars.insert("LONG".to_owned(), "x".repeat(150 << 10));
+        let id = host.create(wish).await.unwrap().id;
+        assert!(read_all(&host, id, 14).await.contains(&"x".repeat(150 << 10)));
+        host.pause(id).await.unwrap();
+        host.resume(id, Duration::from_secs(60), None).await.unwrap();
+        // What is more than an agent takes is refused, and says so.
+        let mut wish = request("agent");
+        wish.env_vars.insert("LONG".to_owned(), "x".repeat(300 << 10));
+        let error = host.create(wish).await.unwrap_err();
+        assert!(error.to_string().contains("env_vars"), "{error}");
+    });
+}

@@ -7,7 +7,13 @@
 
 mod common;
 mod create;
+mod daemon;
+mod faults;
+mod history;
 mod life;
+mod pausing;
+mod pool;
+mod restart;
 mod routing;
 mod snapshots;
 mod wait;

@@ -116,7 +116,7 @@ fn records_are_replaced_and_found_by_the_next_daemon() {
     std::fs::write(dir.join("sandboxes").join(sandbox(1).as_str()).join("record.new"), "x")
         .unwrap();
     store.write_record(&sandbox(1), b"one, longer", true).unwrap();
-    let too_long = vec![0; RECORD_BYTES_MAX + 1];
+    let too_long = vec![0; SANDBOX_RECORD_BYTES_MAX + 1];
     assert!(store.write_record(&sandbox(1), &too_long, false).is_err());
     assert!(store.write_record(&sandbox(9), b"nobody", false).is_err());
     drop(store);

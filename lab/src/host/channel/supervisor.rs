@@ -3,13 +3,14 @@
 //! Used by the exec channel's server only. One thread owns the child process. A daemon that ends
 //! by itself is started again after `RESTART_PAUSE`, as a service manager would; one that ends
 //! `QUICK_ENDS_MAX` times in a row without having run for `STEADY` is given up, so that a broken
-//! build does not spin for ever.
+//! build does not spin for ever. A daemon that was killed did not end by itself, and does not count.
 
 use anyhow::{Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 /// Where the daemon's output goes, inside the host.
 pub const DAEMON_LOG: &str = "/var/log/mica.log";
 
-const RESTART_PAUSE: Duration = Duration::from_secs(1);
+const RESTART_PAUSE: Duration = Duration::from_millis(200);
 const STEADY: Duration = Duration::from_secs(10);
 const QUICK_ENDS_MAX: u32 = 5;
 /// A daemon that drains gracefully gets this long before SIGKILL.
@@ -169,15 +170,16 @@ fn keep(shared: &Shared, log: &str) {
         let argv = inner.wanted.clone().unwrap_or_default();
         drop(inner);
         let started = Instant::now();
-        let ended = match spawn(&argv, log) {
+        let (ended, killed) = match spawn(&argv, log) {
             Ok(child) => watch(shared, child),
-            Err(error) => format!("cannot start {}: {error}", argv.join(" ")),
+            Err(error) => (format!("cannot start {}: {error}", argv.join(" ")), false),
         };
         eprintln!("mica-lab inside: daemon: {ended}");
+        let quick = started.elapsed() < STEADY && !killed;
         let mut inner = shared.lock();
         inner.pid = None;
         inner.last = Some(ended);
-        inner.quick_ends = if started.elapsed() < STEADY { inner.quick_ends + 1 } else { 0 };
+        inner.quick_ends = if quick { inner.quick_ends + 1 } else { 0 };
         if inner.quick_ends >= QUICK_ENDS_MAX {
             inner.wanted = None;
         }
@@ -202,8 +204,9 @@ fn spawn(argv: &[String], log: &str) -> io::Result<Child> {
         .spawn()
 }
 
-/// Waits without reaping first, so that the pid stays ours until the lock is held.
-fn watch(shared: &Shared, mut child: Child) -> String {
+/// Waits without reaping first, so that the pid stays ours until the lock is held. How it ended, and
+/// whether somebody killed it.
+fn watch(shared: &Shared, mut child: Child) -> (String, bool) {
     let mut inner = shared.lock();
     inner.pid = Some(child.id());
     inner.starts += 1;
@@ -221,8 +224,8 @@ fn watch(shared: &Shared, mut child: Child) -> String {
     let mut inner = shared.lock();
     inner.pid = None;
     match child.wait() {
-        Ok(status) => status.to_string(),
-        Err(error) => format!("lost track of it: {error}"),
+        Ok(status) => (status.to_string(), status.signal() == Some(Signal::KILL.as_raw())),
+        Err(error) => (format!("lost track of it: {error}"), false),
     }
 }
 
@@ -243,13 +246,28 @@ mod tests {
         let it = supervisor();
         assert_eq!(it.status(), Status::NeverStarted);
         it.restart(argv(&["/bin/sleep", "1000"])).unwrap();
-        let Status::Runs { pid, starts: 1 } = it.status() else { panic!("{}", it.status()) };
-        kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL).unwrap();
-        let again = |inner: &Inner| inner.starts == 2 && inner.pid.is_some();
-        assert!(it.shared.wait(Duration::from_secs(10), again));
+        // More often than a broken one is started: a killed one is not given up.
+        for start in 1..=QUICK_ENDS_MAX + 2 {
+            let Status::Runs { pid, starts } = it.status() else { panic!("{}", it.status()) };
+            assert_eq!(starts, start);
+            let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+            kill_process(pid, Signal::KILL).unwrap();
+            let again = |inner: &Inner| inner.starts == start + 1 && inner.pid.is_some();
+            assert!(it.shared.wait(Duration::from_secs(10), again));
+        }
         it.stop().unwrap();
         assert!(!it.status().runs());
         assert!(it.status().to_string().contains("signal: 15"), "{}", it.status());
+    }
+
+    #[test]
+    fn one_that_ends_by_itself_at_once_is_given_up() {
+        let it = supervisor();
+        it.restart(argv(&["/bin/sh", "-c", "sleep 0.1; exit 1"])).unwrap();
+        let given_up = |inner: &Inner| inner.wanted.is_none();
+        assert!(it.shared.wait(Duration::from_secs(30), given_up));
+        assert_eq!(it.shared.lock().starts, QUICK_ENDS_MAX);
+        assert!(it.status().to_string().contains("exit status: 1"), "{}", it.status());
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl Driver {
                 self.sandbox.show(Lifecycle::Paused);
                 self.sandbox.paused_at.set(Some(Instant::now()));
             }
-            Effect::ShowResumed => self.show_resumed(),
+            Effect::ShowResumed => self.show_resumed().await,
             Effect::Answer => self.answer(),
             Effect::AnswerFailure => self.answer_failure(),
             // Answered where the request is at hand.
@@ -226,7 +226,11 @@ impl Driver {
             let now = SystemTime::now();
             self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
         }
-        let record = self.record_bytes();
+        // One that was paused is so until it runs.
+        let record = match self.paused_in {
+            Some(_) => Ok(None),
+            None => self.record_bytes().map(Some),
+        };
         let (workshop, id) = (self.shard.workshop.clone(), self.sandbox.id);
         let (layers, has_directory) = (self.memory.layers.clone(), self.has_directory);
         self.has_directory = true;
@@ -235,7 +239,8 @@ impl Driver {
             let settled = match record {
                 Ok(record) => {
                     let settle = move || {
-                        let settled = workshop.settle(&id, has_directory, &layers, &record);
+                        let settled =
+                            workshop.settle(&id, has_directory, &layers, record.as_deref());
                         settled.map_err(|error| cause("writing its record", &error))
                     };
                     super::work::blocking(settle).await

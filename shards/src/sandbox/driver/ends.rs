@@ -13,6 +13,7 @@ use mica_numa::rt::{self, BlockingError};
 use super::super::chain;
 use super::super::state::{Cause, State};
 use super::Driver;
+use super::keep::Links;
 use super::work::Done;
 use crate::shell::Held;
 use crate::{Lifecycle, ShardError, console};
@@ -29,8 +30,9 @@ impl Driver {
         self.events = None;
         self.paging = None;
         let held = self.sandbox.held.borrow_mut().take();
-        // Kept beside the work: who drops that has to end the process itself.
-        self.ending.clone_from(&held);
+        // Kept beside the work until it has ended: who drops that has to end the process itself.
+        let ending = Rc::clone(&self.ending);
+        ending.borrow_mut().clone_from(&held);
         let pool = Rc::clone(&self.shard.pool);
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let record = self.paused_in.clone().zip(self.paused_record());
@@ -38,6 +40,7 @@ impl Driver {
         self.work = Some(Box::pin(async move {
             if let Some(held) = held {
                 pool.end(&held).await;
+                ending.borrow_mut().take();
             }
             if let Some(before) = before {
                 before.await;
@@ -45,7 +48,7 @@ impl Driver {
             // The record names the process, and one of a resume that was given up, or of half a
             // rollback, says worse.
             if let Some((snapshot, record)) = record {
-                let write = move || match record(&snapshot) {
+                let write = move || match record(&snapshot, None) {
                     Ok(record) => store.write_record(&id, &record, true).map_err(|e| chain(&e)),
                     Err(error) => Err(chain(&error)),
                 };
@@ -74,7 +77,7 @@ impl Driver {
         } else if self.sandbox.info().is_some_and(|info| info.state == Lifecycle::Running)
             && self.request.is_none()
         {
-            self.write_record().await;
+            self.write_record(Links::Stay).await;
         }
         self.events = None;
         self.capture = None;
@@ -84,7 +87,8 @@ impl Driver {
 
     pub(super) fn clean_up(&mut self) {
         *self.sandbox.info.borrow_mut() = None;
-        let held = self.sandbox.held.borrow_mut().take().or(self.ending.take());
+        let ending = self.ending.borrow_mut().take();
+        let held = self.sandbox.held.borrow_mut().take().or(ending);
         if let Some(held) = &held {
             let bytes = self.shard.workshop.config.console_bytes;
             self.console_tail = console::tail(&held.console, bytes).unwrap_or_else(|error| {

@@ -89,8 +89,18 @@ impl Draft {
     }
 }
 
-/// Makes the record of a paused sandbox of the snapshot's id.
-pub(super) type PausedRecord = Box<dyn FnOnce(&str) -> Result<Vec<u8>, RecordError> + Send>;
+/// Makes the record of a paused sandbox of the snapshot's id, and of its layers where those are new.
+pub(super) type PausedRecord =
+    Box<dyn FnOnce(&str, Option<Vec<LayerInfo>>) -> Result<Vec<u8>, RecordError> + Send>;
+
+/// What becomes of links to layers that a record does not name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Links {
+    /// They stay: a capture may just have made them.
+    Stay,
+    /// They go.
+    AsRecorded,
+}
 
 /// Makes what a committed snapshot means for its sandbox last.
 pub(super) struct Keeper {
@@ -102,7 +112,8 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// Links the layers, and writes the record of a pause. Where that fails, or nobody waits for it any
-    /// more, the snapshot goes again. Blocks.
+    /// more, the snapshot goes again. The layers before stay: the record of a sandbox that runs names
+    /// them. Blocks.
     pub(super) fn keep(
         self,
         snapshot: Snapshot,
@@ -112,12 +123,13 @@ impl Keeper {
         let manifest = snapshot.manifest().clone();
         let kept = || -> Result<Vec<Layer>, CaptureError> {
             let layers = snapshot.open_layers()?;
-            store.link_lineage(&sandbox, &layers)?;
+            store.link_layers(&sandbox, &layers)?;
             if unheard() {
                 return Err(StorageError::SnapshotGone { id: manifest.id.clone() }.into());
             }
             if let Some(paused) = paused {
-                let record = paused(&manifest.id).map_err(|error| {
+                let infos = layers.iter().map(|layer| *layer.info()).collect();
+                let record = paused(&manifest.id, Some(infos)).map_err(|error| {
                     CaptureError::State(format!("its record: {}", chain(&error)))
                 })?;
                 store.write_record(&sandbox, &record, true)?;
@@ -211,7 +223,8 @@ impl Driver {
 
     pub(super) fn paused_record(&self) -> Option<PausedRecord> {
         let mut record = self.record(RecordedState::Running).ok()?;
-        Some(Box::new(move |snapshot| {
+        Some(Box::new(move |snapshot, layers| {
+            record.layers = layers.unwrap_or(record.layers);
             record.state = RecordedState::Paused { snapshot: snapshot.to_owned() };
             record.encode()
         }))
@@ -260,7 +273,8 @@ impl Driver {
         }
     }
 
-    /// Takes over a process that runs, and asks it how far it is.
+    /// Takes over a process that runs or is frozen, with its disk and its memory, and asks it how far it
+    /// is.
     pub(super) async fn adopt(&mut self, held: Rc<Held>, memory: Memory) {
         self.memory = memory;
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
@@ -295,29 +309,47 @@ impl Driver {
 
     /// Writes the record again where it matters: the end of its time was moved.
     pub(super) async fn keep_record(&mut self) {
-        let running = matches!(
-            *self.sandbox.state.borrow(),
-            super::State::Running | super::State::Snapshotting(_)
-        );
-        if running {
-            self.write_record().await;
+        if self.runs() {
+            self.write_record(Links::Stay).await;
         }
     }
 
-    pub(super) async fn write_record(&mut self) {
-        let Ok(record) = self.record_bytes() else { return };
+    /// Whether it is recorded as one that runs.
+    pub(super) fn runs(&self) -> bool {
+        let state = self.sandbox.state.borrow();
+        matches!(*state, super::State::Running | super::State::Snapshotting(_))
+    }
+
+    /// Writes the record of it as it runs. Whether it is written.
+    pub(super) async fn write_record(&mut self, links: Links) -> bool {
+        let Ok(record) = self.record_bytes() else { return false };
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
-        let written = rt::blocking(move || store.write_record(&id, &record, false)).await;
+        let layers = self.memory.layers.clone();
+        let write = move || {
+            store.write_record(&id, &record, false)?;
+            if links == Links::AsRecorded
+                && let Err(error) = store.keep_only_layers(&id, &layers)
+            {
+                tracing::warn!(%id, error = chain(&error), "layers that nothing names take room");
+            }
+            Ok::<(), StorageError>(())
+        };
+        let written = rt::blocking(write).await;
         if !matches!(written, Ok(Ok(()))) {
             tracing::warn!(%id, ?written, "a record was not written; a new daemon sees the old one");
+            return false;
         }
+        true
     }
 
-    pub(super) fn show_resumed(&mut self) {
+    pub(super) async fn show_resumed(&mut self) {
+        // Until it runs it is what it was: whatever dies on the way, it is paused and on disk. Where the
+        // record cannot be written it stays on disk too.
+        let written = self.paused_in.is_none() || self.write_record(Links::AsRecorded).await;
         self.sandbox.show(Lifecycle::Running);
         self.sandbox.paused_at.set(None);
         // Its memory lies on the layers of that snapshot by links of its own.
-        if let Some(snapshot) = self.paused_in.take() {
+        if let Some(snapshot) = self.paused_in.take().filter(|_| written) {
             let workshop = self.shard.workshop.clone();
             rt::spawn(async move {
                 let name = snapshot.clone();

@@ -8,6 +8,7 @@ mod ends;
 mod keep;
 mod work;
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::future::pending;
@@ -18,7 +19,7 @@ use std::time::SystemTime;
 use futures_lite::FutureExt;
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
-use mica_wire::vm::{self, Command};
+use mica_wire::vm;
 
 use super::capture::{Capture, CaptureError};
 use super::image::Opened;
@@ -27,12 +28,13 @@ use super::memory::Memory;
 use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
-use super::state::{Cause, Event, Process, Refusal, State, Terms};
+use super::state::{Cause, Event, Process, Refusal, State, Step, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
 use crate::shard::Shard;
 use crate::shell::{Claim, Held};
 use crate::{OnTimeout, ShardError};
+use keep::Links;
 use work::{Done, Work};
 
 /// How a driver begins.
@@ -72,6 +74,8 @@ struct Driver {
     paging: Option<Paging>,
     /// Whether its directory in the store is there.
     has_directory: bool,
+    /// Whether it names layers that the sandbox lies on no more.
+    record_is_old: bool,
     /// What it needs there is being made, while the VM process restores it.
     settling: Option<Settling>,
     /// The operation at hand, and who waits for it.
@@ -85,7 +89,7 @@ struct Driver {
     /// The snapshot that may exist from now on, until its operation is over.
     committing: Option<String>,
     /// A process that the work at hand ends.
-    ending: Option<Rc<Held>>,
+    ending: Rc<RefCell<Option<Rc<Held>>>>,
     /// The snapshot that the operation made.
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
@@ -132,6 +136,9 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         for effect in effects {
             driver.perform(effect).await;
         }
+        if std::mem::take(&mut driver.record_is_old) && driver.runs() {
+            driver.write_record(Links::AsRecorded).await;
+        }
         if !driver.sandbox.state.borrow().is_coming_up() {
             driver.claim = None;
         }
@@ -167,6 +174,7 @@ impl Driver {
             memory: Memory::default(),
             paging: None,
             has_directory: true,
+            record_is_old: false,
             settling: None,
             request: None,
             failure: None,
@@ -174,7 +182,7 @@ impl Driver {
             state_bytes: 0,
             back: None,
             committing: None,
-            ending: None,
+            ending: Rc::default(),
             made: None,
             paused_in: None,
             envd_version: None,
@@ -206,10 +214,8 @@ impl Driver {
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
                 if let Some((held, memory)) = process {
-                    self.hold(held);
-                    self.memory = memory;
                     // It was frozen when its daemon wrote this; a resume may have begun since.
-                    self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
+                    self.adopt(held, memory).await;
                 }
             }
         }
@@ -283,13 +289,16 @@ impl Driver {
         told.or(done).or(said).or(over).await
     }
 
-    /// When the state at hand is over: a life for one that runs, none for one that waits or ends.
+    /// When the state at hand is over: a life for one that runs, none for one that waits or ends, and none
+    /// where the guest is well and only the device is slow.
     fn deadline(&self) -> Option<Instant> {
         match &*self.sandbox.state.borrow() {
             State::Running => Some(self.sandbox.deadline.get()),
             State::Paused(
                 Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
             )
+            | State::Snapshotting(Step::Precopying | Step::Copying | Step::Finishing)
+            | State::Pausing(Step::Precopying | Step::Copying | Step::Committing)
             | State::Cancelling(_)
             | State::Stopping(_)
             | State::Gone(_) => None,

@@ -96,6 +96,12 @@ impl Driver {
             Done::Committed(Ok(made)) => {
                 self.committing = None;
                 let (manifest, layers) = *made;
+                let stays = |old: &mica_storage::Layer| {
+                    layers.iter().any(|new| new.info().id == old.info().id)
+                };
+                // The record of a pause is written already.
+                self.record_is_old |= manifest.kind == mica_storage::SnapshotKind::Snapshot
+                    && !self.memory.layers.iter().all(stays);
                 self.memory.committed(layers);
                 self.made = Some(manifest);
                 Event::Committed
@@ -110,10 +116,7 @@ impl Driver {
                 self.memory = memory;
                 self.take_replaced(back)
             }
-            Done::ProcessEnded => {
-                self.ending = None;
-                Event::ProcessEnded
-            }
+            Done::ProcessEnded => Event::ProcessEnded,
             Done::TakenBack { safe } => {
                 self.safe = safe;
                 Event::CleanedUp

@@ -30,6 +30,8 @@ pub(super) fn paused(process: Process, event: Event) -> Stepped {
         (process, Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell)) => stay(at(process)),
         (Process::Asked | Process::Frozen, Event::VmLost(_) | Event::Vm(_))
         | (Process::Asked, Event::TimeOver) => (at(Process::Ending), vec![Effect::EndProcess]),
+        // Whoever waits is told; the process may still take its time.
+        (Process::Returning, Event::TimeOver) => (at(Process::Ending), vec![Effect::AnswerFailure]),
         (Process::Thawing, Event::VmLost(_) | Event::Vm(_) | Event::TimeOver) => back_to_disk(),
         (process, _) => stay(at(process)),
     }
