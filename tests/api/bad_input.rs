@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::client::{Connection, PATIENCE, Reply};
-use crate::daemon::{Daemon, TEMPLATE, kill};
+use crate::daemon::{Daemon, kill};
+use crate::template::TEMPLATE;
 
 fn post(daemon: &Daemon, path: &str, body: &str) -> Reply {
     let head = format!(

@@ -9,7 +9,8 @@ use mica_units::SandboxId;
 use serde_json::{Value, json};
 
 use crate::client::PATIENCE;
-use crate::daemon::{Daemon, MEMORY, TEMPLATE};
+use crate::daemon::Daemon;
+use crate::template::{MEMORY, TEMPLATE};
 
 #[test]
 fn health_is_open_to_everyone_and_nothing_else_is() {

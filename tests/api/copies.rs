@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::daemon::{Daemon, TEMPLATE, eventually};
+use crate::daemon::{Daemon, eventually};
+use crate::template::TEMPLATE;
 
 const NOBODY: &str = "i00000000000000000000";
 

@@ -3,7 +3,6 @@
 //! Called by every test: each has its own daemon, so that none sees another's sandboxes. Refuses to
 //! leave anything behind, also when the test fails.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -12,26 +11,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use mica_storage::{
-    BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
-    run_blocking,
-};
-use mica_units::{Mebibytes, TemplateName, VcpuCount, frames_of};
 use serde_json::{Value, json};
 
 use crate::client::{Connection, PATIENCE, Reply};
-
-/// The name of the only template.
-pub const TEMPLATE: &str = "base";
-
-/// Memory and disk of its sandboxes: enough for the stand-in, and quickly made.
-pub const MEMORY: Mebibytes = Mebibytes::new(16);
-const DISK_BYTES: usize = 1 << 20;
-
-/// A state of the stand-in VM: its magic, and that it was stopped once.
-const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
+use crate::template::{TEMPLATE, make_template};
 
 /// How much of a name the kernel keeps.
 const NAME_BYTES: usize = 15;
@@ -122,6 +107,9 @@ impl Daemon {
     pub fn crash(&mut self) {
         self.child.kill().expect("kill");
         self.child.wait().expect("its end");
+        // Sockets of a ring outlive a killed process for a moment, and would take connections that
+        // nobody serves.
+        eventually("nobody listens", || TcpStream::connect(self.address).is_err());
     }
 
     /// Starts it again on what it left.
@@ -389,55 +377,6 @@ pub fn kill(signal: &str, process: u32) {
 
 fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
-}
-
-/// A template as a build leaves it: its files, and the snapshot that its sandboxes start from, with
-/// a state that the stand-in takes for its own.
-fn make_template(directory: &Path) {
-    let store = Store::open(&directory.join("store")).expect("a store");
-    let (kernel, disk) = (directory.join("kernel"), directory.join("disk"));
-    std::fs::write(&kernel, b"not a kernel: the stand-in VM does not look").expect("a file");
-    std::fs::write(&disk, vec![0x5a; DISK_BYTES]).expect("a file");
-    let name: TemplateName = TEMPLATE.parse().expect("a name");
-    let staging = store.stage(&name, false).expect("a stage");
-    staging.copy_part(Part::Kernel, &kernel).expect("the kernel");
-    staging.copy_part(Part::Disk, &disk).expect("the disk");
-    let spec = TemplateSpec {
-        name: name.clone(),
-        vcpus: VcpuCount::new(2).expect("a count"),
-        memory: MEMORY,
-        cmdline: "console=ttyS0".to_owned(),
-        envd_version: mica_wire::guest::ENVD_VERSION.to_owned(),
-        ready: ReadyWhen::Agent,
-        inputs_hash: String::new(),
-    };
-    let id = staging.commit(&spec).expect("a template").manifest().id.clone();
-
-    let staging = store.stage_snapshot(&id).expect("a stage");
-    let (layer, file) = staging.create_layer().expect("a layer");
-    let base = FlatWriter::new(BlockingFile::new(file), layer, frames_of(MEMORY));
-    let base = run_blocking(base.finish()).expect("a layer");
-    staging.clone_disk(&File::open(&disk).expect("the disk")).expect("a disk");
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time");
-    let manifest = SnapshotManifest {
-        id: id.clone(),
-        kind: SnapshotKind::Template,
-        name: None,
-        template_id: id,
-        template_name: name,
-        parent: None,
-        sandbox: None,
-        created_unix_ms: u64::try_from(since.as_millis()).expect("a time"),
-        vcpus: spec.vcpus,
-        memory: spec.memory,
-        envd_version: spec.envd_version,
-        ready: spec.ready,
-        layers: vec![base],
-        disk_bytes: u64::try_from(DISK_BYTES).expect("a length"),
-        state: STANDIN_STATE.to_vec(),
-        record: Vec::new(),
-    };
-    staging.seal(manifest).expect("a snapshot");
 }
 
 /// The daemon passes a VM program no options of ours, so a script adds them.

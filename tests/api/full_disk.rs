@@ -6,7 +6,8 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::daemon::{Daemon, TEMPLATE, patiently};
+use crate::daemon::{Daemon, patiently};
+use crate::template::TEMPLATE;
 
 /// A small file system, for as long as this lives.
 struct SmallDisk(PathBuf);

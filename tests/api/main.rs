@@ -25,4 +25,5 @@ mod proxy_stops;
 mod proxy_streaming;
 mod resources;
 mod snapshots;
+mod template;
 mod upstream;

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::daemon::{Daemon, TEMPLATE, eventually, patiently};
+use crate::daemon::{Daemon, eventually, patiently};
+use crate::template::TEMPLATE;
 
 fn listed(daemon: &Daemon, query: &str) -> Vec<String> {
     let reply = daemon.ask("GET", query, None);

@@ -6,7 +6,8 @@ use std::num::NonZeroU16;
 use mica_units::SandboxId;
 use serde_json::json;
 
-use crate::daemon::{Daemon, NO_POOL, TEMPLATE, eventually, kill, patiently};
+use crate::daemon::{Daemon, NO_POOL, eventually, kill, patiently};
+use crate::template::TEMPLATE;
 use crate::upstream::Upstream;
 
 const ROUNDS: usize = 50;

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::client::Reply;
-use crate::daemon::{Daemon, TEMPLATE, patiently};
+use crate::daemon::{Daemon, patiently};
+use crate::template::TEMPLATE;
 
 const NOBODY: &str = "i00000000000000000000";
 
