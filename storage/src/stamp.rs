@@ -146,11 +146,11 @@ mod tests {
     fn a_name_that_comes_to_mean_another_template_shows() {
         let dir = TempDir::new();
         let store = Store::open(dir.path()).unwrap();
-        let template = put(&store, "base", 1);
+        let template = put(&store, "base", 1, false).unwrap();
         base(&store, &template.manifest().id, &image(1), None);
         let (by_name, by_id) = (settled(&store, "base"), settled(&store, &template.manifest().id));
         assert!(by_name.holds() && by_id.holds());
-        put(&store, "other", 2);
+        put(&store, "other", 2, false).unwrap();
         assert!(!by_name.holds(), "that cannot be told from a change of its own");
         assert!(by_id.holds());
     }
