@@ -102,6 +102,8 @@ fn a_shell_that_died_is_replaced_and_nobody_gets_it() {
         is_full(&host).await;
         let dead = places.pids();
         dead.iter().for_each(|pid| kill_process(*pid));
+        let are_gone = || places.pids().iter().all(|pid| !dead.contains(pid));
+        eventually("they are dead", async || are_gone()).await;
         // Every create finds dead ones, or new ones; none gets a dead one.
         for _ in 0..8 {
             host.create(request("agent")).await.unwrap();
