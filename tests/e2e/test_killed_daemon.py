@@ -24,17 +24,31 @@ BOXES_PER_CLIENT = 2
 SNAPSHOTS_PER_CLIENT = 4
 VM_KILLS = 6
 
-# Between a daemon that answers and its end, in seconds; and how often the next one is not even waited
-# for, so that it dies while it takes over.
-LIFE_S = (0.0, 2.0)
+# How many answers a daemon gives before it dies, and how much longer it lives then: so that the load
+# gets somewhere on a slow machine, and the instant still is anywhere in an operation.
+ANSWERS = (0, 8)
+LONGER_S = (0.0, 0.7)
+LIFE_MAX_S = 20
+
+# How often the next one is not even waited for, so that it dies while it takes over.
 AT_ONCE = 0.15
 
-# Keeps a word in its memory, and tells it. `told` is written whole for each question.
+# Keeps a word in its memory, and tells it.
 KEEPER = """
 rm -f /tmp/ask /tmp/told; mkfifo /tmp/ask /tmp/told
 setsid sh -c 'exec 3<>/tmp/ask; while read -r verb value <&3; do
   [ "$verb" = set ] && word=$value; echo "$word" > /tmp/told; done' >/dev/null 2>&1 </dev/null &
 """
+
+# Words start with a number that grows. A command whose client was cut off may still run in the guest,
+# later than the one that followed it: it takes its turn, and changes nothing any more.
+TAKE_TURN = "exec 9>/tmp/turn; flock 9; "
+WRITE = TAKE_TURN + """
+new={word}; old=$(cat ~/word 2>/dev/null || echo 0)
+if [ "${{new%%-*}}" -gt "${{old%%-*}}" ]; then
+  echo $new > ~/word; echo set $new > /tmp/ask; cat /tmp/told
+fi"""
+READ = TAKE_TURN + "cat ~/word; echo get > /tmp/ask; cat /tmp/told"
 
 
 class Unknown(Exception):
@@ -65,6 +79,7 @@ class Box:
 
     def __init__(self, sandbox: Sandbox, word: str):
         self.sandbox, self.word, self.paused = sandbox, word, False
+        self.history: list[str] = []
 
     @property
     def id(self) -> str:
@@ -81,6 +96,7 @@ class World:
         self.boxes: set[str] = set()
         self.forgotten: set[str] = set()
         self.counts: dict[str, int] = {}
+        self.answers = 0
         self.vm_kills = 0
         self.over = threading.Event()
         self.failures: list[str] = []
@@ -88,6 +104,10 @@ class World:
     def count(self, what: str) -> None:
         with self.lock:
             self.counts[what] = self.counts.get(what, 0) + 1
+
+    def answered(self) -> None:
+        with self.lock:
+            self.answers += 1
 
     def forget(self, what: str) -> None:
         """Before it is asked to go: from now on it may be there or not."""
@@ -114,22 +134,17 @@ class World:
 
 
 def read(sandbox: Sandbox) -> str:
-    """The word, from the file and from memory. A question that a dead daemon's client asked may still
-    be waiting in the guest, and take the answer: then it is asked again."""
-    for _ in range(20):
-        answer = run(sandbox, "cat ~/word; echo get > /tmp/ask; timeout 20 cat /tmp/told").split()
-        if len(answer) == 2:
-            if answer[0] != answer[1]:
-                raise Lost(f"{sandbox.sandbox_id}: on disk {answer[0]}, in memory {answer[1]}")
-            return answer[0]
-    raise Lost(f"{sandbox.sandbox_id}: its process does not answer")
+    """The word, from the file and from memory."""
+    disk, memory = run(sandbox, READ).split()
+    if disk != memory:
+        raise Lost(f"{sandbox.sandbox_id}: on disk {disk}, in memory {memory}")
+    return disk
 
 
 def write(sandbox: Sandbox, word: str) -> None:
-    told = ""
-    while told != word:
-        command = f"echo {word} > ~/word; echo set {word} > /tmp/ask; timeout 20 cat /tmp/told"
-        told = run(sandbox, command).strip()
+    told = run(sandbox, WRITE.format(word=word)).strip()
+    if told != word:
+        raise Lost(f"{sandbox.sandbox_id} was told {word}, and says {told!r}")
 
 
 class Client(threading.Thread):
@@ -139,6 +154,7 @@ class Client(threading.Thread):
         super().__init__(daemon=True)
         self.world, self.random = world, random.Random(seed)
         self.boxes: list[Box] = []
+        self.written = 0
         # By id: whose they are, and their word.
         self.snapshots: dict[str, tuple[str, str]] = {}
 
@@ -159,19 +175,28 @@ class Client(threading.Thread):
         else:
             names = ["write", "snapshot", "rollback", "pause", "kill", "kill_vm", "check"]
             what = self.random.choices(names, [4, 5, 4, 3, 1, 1, 2])[0]
-        getattr(self, what)(box)
+        box.history.append(f"{time.monotonic():.2f} {what} at {box.word}")
+        try:
+            getattr(self, what)(box)
+        except Lost as error:
+            raise Lost(f"{error}\n" + "\n".join(box.history[-20:])) from error
+        box.history.append(f"{time.monotonic():.2f}   then {box.word}, paused {box.paused}")
         self.world.count(what)
+        self.world.answered()
 
     # Requests. Each ends with the client knowing what is true, however it went.
 
     def word(self) -> str:
-        return f"w{self.random.getrandbits(48):012x}"
+        self.written += 1
+        return f"{self.written}-{self.random.getrandbits(48):012x}"
 
     def again(self, doing):
         """Repeats what may be repeated until a daemon lives long enough."""
         while True:
             try:
-                return doing()
+                done = doing()
+                self.world.answered()
+                return done
             except Lost:
                 raise
             except Exception as error:  # the SDK has many names for a connection that broke
@@ -214,6 +239,7 @@ class Client(threading.Thread):
     def write(self, box: Box) -> None:
         def new_word() -> str:
             word = self.word()
+            box.history.append(f"{time.monotonic():.2f}   write {word}")
             write(box.sandbox, word)
             return word
 
@@ -332,7 +358,10 @@ def killer(world: World, seed: int) -> None:
     there each time that one answers."""
     draw = random.Random(seed)
     for number in range(KILLS):
-        if world.over.wait(draw.uniform(*LIFE_S)):
+        enough, end = world.answers + draw.randint(*ANSWERS), time.monotonic() + LIFE_MAX_S
+        while world.answers < enough and time.monotonic() < end and not world.over.wait(0.01):
+            pass
+        if world.over.wait(draw.uniform(*LONGER_S)):
             return
         lab("kill -9 $(pgrep -of '[m]ica serve')")
         world.count("kill of the daemon")
@@ -378,7 +407,9 @@ def test_a_hundred_kills(tiny):
         for client in clients:
             client.join(timeout=PATIENCE_S)
     print(f"{time.monotonic() - begun:.0f} s; {dict(sorted(world.counts.items()))}")
-    assert not world.failures, "\n".join(world.failures)
+    for failure in world.failures:
+        print(failure)
+    assert not world.failures, f"{len(world.failures)} clients saw what must not be"
     assert not any(client.is_alive() for client in clients)
     assert world.counts["kill of the daemon"] == KILLS
 
