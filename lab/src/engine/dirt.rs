@@ -15,8 +15,9 @@ use rustix::process::Pid;
 const PIECE_FRAMES: u32 = 7;
 /// Where dirt begins: 16 MiB, far above what the guest uses.
 const FIRST_FRAME: u32 = 4096;
-/// So much later begins what lies beside.
+/// So much later begins what lies beside, and apart.
 const BESIDE_FRAMES: u32 = 100;
+const APART_FRAMES: u32 = 1000;
 
 /// How dirty pages lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub enum Dirt {
     Scattered,
     /// The same, elsewhere: what is written after a first 7 MiB of scattered dirt.
     Beside,
+    /// The same, in a third place.
+    Apart,
     /// In one piece.
     Dense,
 }
@@ -39,14 +42,21 @@ pub fn runs(memory: Mebibytes, amount: Mebibytes, dirt: Dirt) -> Result<Vec<Fram
     ensure!(room / 2 >= frames, "a guest of {memory} is too small for {amount} of dirt");
     let pieces = match dirt {
         Dirt::Dense => frames.min(1),
-        Dirt::Scattered | Dirt::Beside => frames.div_ceil(PIECE_FRAMES),
+        Dirt::Scattered | Dirt::Beside | Dirt::Apart => frames.div_ceil(PIECE_FRAMES),
     };
     let apart = room / pieces.max(1);
-    let first = if dirt == Dirt::Beside { FIRST_FRAME + BESIDE_FRAMES } else { FIRST_FRAME };
+    let first = FIRST_FRAME
+        + match dirt {
+            Dirt::Scattered | Dirt::Dense => 0,
+            Dirt::Beside => BESIDE_FRAMES,
+            Dirt::Apart => APART_FRAMES,
+        };
     let run = |piece: u32| {
         let count = match dirt {
             Dirt::Dense => frames,
-            Dirt::Scattered | Dirt::Beside => PIECE_FRAMES.min(frames - piece * PIECE_FRAMES),
+            Dirt::Scattered | Dirt::Beside | Dirt::Apart => {
+                PIECE_FRAMES.min(frames - piece * PIECE_FRAMES)
+            }
         };
         FrameRun::new(first + piece * apart, count).context("a run without frames")
     };
@@ -98,17 +108,20 @@ impl Outside {
         Ok(())
     }
 
-    /// Checks that every run holds the bytes of this round.
+    /// Checks that every run holds the bytes of this round; of none, that nothing was ever written.
     ///
     /// # Errors
     /// When one does not.
-    pub fn check(&self, runs: &[FrameRun], round: u32) -> Result<()> {
+    pub fn check(&self, runs: &[FrameRun], round: Option<u32>) -> Result<()> {
         let mut found = vec![0; usize::try_from(PAGE_BYTES)?];
         for run in runs {
             // The first page of each: the others were written and moved with it.
             self.file.read_exact_at(&mut found, self.address + run.offset_bytes())?;
-            let same = bytes(*run, round).get(..found.len()) == Some(&found[..]);
-            ensure!(same, "{run:?} does not hold what was written in round {round}");
+            let same = match round {
+                Some(round) => bytes(*run, round).get(..found.len()) == Some(&found[..]),
+                None => found.iter().all(|byte| *byte == 0),
+            };
+            ensure!(same, "{run:?} does not hold what was written in round {round:?}");
         }
         Ok(())
     }
@@ -139,9 +152,11 @@ mod tests {
         let memory = Mebibytes::new(2048);
         let first = runs(memory, Mebibytes::new(7), Dirt::Scattered).unwrap();
         let more = runs(memory, Mebibytes::new(1), Dirt::Beside).unwrap();
+        let third = runs(memory, Mebibytes::new(7), Dirt::Apart).unwrap();
         let apart = |a: &FrameRun, b: &FrameRun| a.end() <= b.first() || b.end() <= a.first();
-        assert!(more.iter().all(|a| first.iter().all(|b| apart(a, b))));
-        assert!(more.last().unwrap().end() <= frames_of(memory));
+        assert!(more.iter().all(|a| first.iter().chain(&third).all(|b| apart(a, b))));
+        assert!(third.iter().all(|a| first.iter().all(|b| apart(a, b))));
+        assert!(third.last().unwrap().end() <= frames_of(memory));
     }
 
     #[test]

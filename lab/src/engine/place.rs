@@ -184,6 +184,9 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Drop for Places {
     fn drop(&mut self) {
+        if let Err(error) = end_what_is_left(&self.cgroup) {
+            eprintln!("mica-bench: VM processes may be left: {error:#}");
+        }
         for (what, removed) in [
             (&self.root, fs::remove_dir_all(&self.root)),
             (&self.cgroup, fs::remove_dir(&self.cgroup)),
@@ -195,6 +198,25 @@ impl Drop for Places {
             }
         }
     }
+}
+
+/// VM processes outlive a host that panicked, for the next one to take over. There is none here.
+fn end_what_is_left(cgroup: &Path) -> Result<()> {
+    let entries = match fs::read_dir(cgroup) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    let groups: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    for group in groups.iter().filter(|path| path.is_dir()) {
+        fs::write(group.join("cgroup.kill"), "1")?;
+        let begun = std::time::Instant::now();
+        while let Err(error) = fs::remove_dir(group) {
+            ensure!(begun.elapsed() < PATIENCE, "{} stays: {error}", group.display());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    Ok(())
 }
 
 /// Where cgroup v2 is mounted: not always `/sys/fs/cgroup`.
