@@ -11,10 +11,6 @@ use mica_units::{ShardCount, ShardId};
 use crate::Topology;
 use crate::topology::{Core, Node};
 
-/// Cores of a node below which vCPUs share those of the shards. On a single core the threads of one VM
-/// wait for one another, and for the files that are made for it, while the shard's core has nothing to do.
-const VCPU_CORES_MIN: usize = 2;
-
 /// How many shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shards {
@@ -142,7 +138,7 @@ pub fn plan(topology: &Topology, config: &PlanConfig) -> Result<Plan, PlanError>
             })?;
             seats.push(ShardSeat { shard, core: core.cpu(), node: node.index });
         }
-        let shared_with_shards = cores.len() - count < VCPU_CORES_MIN;
+        let shared_with_shards = count == cores.len();
         let for_vcpus = if shared_with_shards { cores } else { &cores[count..] };
         let cpus = for_vcpus.iter().flat_map(Core::threads).copied().collect();
         vcpus.push(VcpuCores { node: node.index, cpus, shared_with_shards });
@@ -272,14 +268,6 @@ mod tests {
         assert_eq!(plan.seats.len(), 1);
         assert!(plan.vcpus[0].shared_with_shards);
         assert_eq!(plan.vcpus[0].cpus, [0, 1]);
-    }
-
-    #[test]
-    fn a_single_core_is_not_enough_for_vcpus() {
-        let plan = plan(&machine(&[2, 3], 1), &config(Shards::PerNode(1), 0)).unwrap();
-        let expected = "node 0\n  shard 0    core 0\n  vcpus      cores 0-1  (shared with shards)\n\
-                        node 1\n  shard 1    core 2\n  vcpus      cores 3-4\n";
-        assert_eq!(plan.to_string(), expected);
     }
 
     #[test]
