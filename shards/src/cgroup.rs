@@ -30,6 +30,10 @@ const CPU_WEIGHT_PER_VCPU: u32 = 100;
 /// How long killed processes may take to disappear.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(20);
 
+/// How long a lock may be held by what a killed daemon leaves, and the time between two tries.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
 /// Controllers that limits need, then those that are only nice to have.
 const REQUIRED: [&str; 2] = ["memory", "pids"];
 const OPTIONAL: [&str; 1] = ["cpu"];
@@ -82,6 +86,20 @@ pub(crate) enum CgroupError {
     },
 }
 
+/// Takes the lock. A process that a killed daemon was just starting has its descriptors until it becomes
+/// another program, so a lock that is held is tried again for a moment.
+fn lock_alone(lock: &OwnedFd) -> rustix::io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            other => return other,
+        }
+    }
+}
+
 /// The cgroup under which every VM process has its own. Clones are the same.
 #[derive(Clone, Debug)]
 pub(crate) struct Cgroups(Arc<Root>);
@@ -114,8 +132,7 @@ impl Cgroups {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let lock = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|errno| io("open", path)(errno.into()))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| CgroupError::InUse(path.to_owned()))?;
+        lock_alone(&lock).map_err(|_| CgroupError::InUse(path.to_owned()))?;
         let mut controllers = Vec::new();
         for controller in REQUIRED.into_iter().chain(OPTIONAL) {
             let enabled = enable(parent, controller).and_then(|()| enable(path, controller));
