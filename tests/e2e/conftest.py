@@ -147,9 +147,10 @@ def tiny():
     warm = f"test -e /var/lib/mica/snapshots/{known.get(name, {}).get('templateId')}/manifest && echo warm || true"
     if name not in known or not lab(warm):
         template_variant(name, vcpus=1, memory_mib=256)
-    # From its first create on the daemon keeps processes of this size ready: so it does at every
-    # count of a test.
-    make(name).kill(request_timeout=PATIENCE_S)
+    # From its first create on a shard keeps processes of this size ready: so that every shard does at
+    # every count of a test, each gets a share of these.
+    for sandbox in [make(name) for _ in range(12)]:
+        sandbox.kill(request_timeout=PATIENCE_S)
     return name
 
 
