@@ -122,9 +122,11 @@ def test_the_wall_clock_is_the_hosts(clones):
             lambda c=clone: command(c.sandbox, "date +%s.%N"),
             lambda c=clone: cell(c.sandbox, "import time; print(time.time())"),
         ):
-            # The guest reads its clock between the two readings of its host's.
+            # The guest reads its clock between the two readings of its host's. It is late by what the
+            # agent took to hear the time: seconds, where a guest is emulated on a busy machine. What
+            # was never told the time is late by the age of the snapshot.
             before, told, after = host(), float(guest()), host()
-            assert before - 2 <= told <= after + 2, (before, told, after)
+            assert before - 10 <= told <= after + 2, (before, told, after)
 
 
 def test_a_process_of_one_is_not_in_the_other(clones):

@@ -204,7 +204,7 @@ impl Driver {
             self.settle();
         }
         let outcome = self.settling.as_mut().and_then(|settling| settling.outcome.take());
-        let request = ControlRequest::Init(self.init_request(new_sandbox));
+        let request = self.init_request(new_sandbox);
         self.work = Some(Box::pin(async move {
             let settled = async {
                 match outcome {
@@ -265,14 +265,13 @@ impl Driver {
 
     fn init_request(&self, new_sandbox: bool) -> InitRequest {
         let identity = &self.sandbox.identity;
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         InitRequest {
             sandbox_id: self.sandbox.id.to_string(),
             template_id: self.shape.as_ref().map(|s| s.template_id.clone()).unwrap_or_default(),
             machine_id: identity.machine_id.clone(),
             access_token: identity.access_token.clone(),
             env_vars: identity.request.env_vars.clone(),
-            wall_clock_unix_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
+            wall_clock_unix_ns: unix_ns(),
             new_sandbox,
         }
     }
@@ -441,11 +440,18 @@ fn write_exchange(held: &Held, bytes: &[u8], at: u64) -> Result<(), String> {
     Ok(())
 }
 
+fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// Connections of the time before a restore are reset first; one that is made meanwhile may be, too.
-async fn tell_agent(held: &Held, request: &ControlRequest) -> Result<String, String> {
+/// Each try tells the time of that try.
+async fn tell_agent(held: &Held, request: &InitRequest) -> Result<String, String> {
     let mut last = String::new();
     for _ in 0..AGENT_TRIES {
-        match link::tell_agent(&held.control, request).await {
+        let request = InitRequest { wall_clock_unix_ns: unix_ns(), ..request.clone() };
+        match link::tell_agent(&held.control, &ControlRequest::Init(request)).await {
             Err(error) if error.is_broken() => last = error.to_string(),
             other => return other.map_err(|error| error.to_string()),
         }
