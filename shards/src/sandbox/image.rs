@@ -10,10 +10,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
+use mica_numa::memfd::extents;
 use mica_storage::{
-    Layer, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotKind, SnapshotManifest, Stamp, merge,
+    Layer, LayerKind, OpenSnapshot, Piece, RunTable, Snapshot, SnapshotKind, SnapshotManifest,
+    Stamp, merge,
 };
-use mica_units::{FrameRun, frames_of};
+use mica_units::{FrameRun, Mebibytes, PAGE_BYTES, frames_of};
 use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
 use super::memory::overlay;
@@ -25,6 +27,9 @@ const IMAGES_MAX: usize = 64;
 /// Above so many mappings, small runs are copied instead: each mapping costs the kernel a structure
 /// and every fault a longer search, and a process may have 65,530.
 const MAPPINGS_MAX: usize = 4096;
+
+/// Holes below this many pages are mapped with what is around them.
+const SMALL_HOLE_PAGES: u32 = 64;
 
 /// Runs below this many pages count as small.
 const SMALL_RUN_PAGES: u32 = 16;
@@ -38,7 +43,7 @@ pub(crate) struct Opened {
     pub(crate) disk: Option<Arc<File>>,
     /// What its memory consists of.
     pub(crate) pieces: Vec<Piece>,
-    /// What of that a shell maps. The rest lies copied over it.
+    /// What of that a shell maps, or shows the same as if it did. The rest lies copied over it.
     pub(crate) mapped: Vec<Piece>,
     /// The plan for a shell.
     pub(crate) plan: Vec<u8>,
@@ -60,7 +65,8 @@ impl Opened {
         let pieces = pieces_of(&layers, frames_of(manifest.memory));
         let entries = lay_out(&pieces, frames_of(manifest.memory));
         let mapped = mapped_by(&entries);
-        let plan = plan::encode(&entries)?;
+        let plan =
+            plan::encode(&without_holes(entries, &data_of(layers.first(), manifest.memory)))?;
         let working_set = snapshot.working_set();
         Ok(Self {
             snapshot,
@@ -120,6 +126,43 @@ fn lay_out(pieces: &[Piece], frames: u32) -> Vec<Entry> {
     }));
     spare_mappings(0, &mut entries);
     entries
+}
+
+/// The runs of a flat base that hold something. Empty where that cannot be told.
+fn data_of(base: Option<&Layer>, memory: Mebibytes) -> Vec<FrameRun> {
+    let bytes = u64::from(frames_of(memory)) * PAGE_BYTES;
+    let flat = base.filter(|base| base.info().kind == LayerKind::Flat);
+    let extents = flat.map(|base| extents(base.file(), bytes)).transpose().unwrap_or_default();
+    let mut runs: Vec<FrameRun> = Vec::new();
+    for extent in extents.unwrap_or_default() {
+        let (Ok(first), Ok(end)) = (
+            u32::try_from(extent.offset / PAGE_BYTES),
+            u32::try_from((extent.offset + extent.bytes).div_ceil(PAGE_BYTES)),
+        ) else {
+            return Vec::new();
+        };
+        match runs.last_mut().filter(|last| first.saturating_sub(last.end()) < SMALL_HOLE_PAGES) {
+            Some(last) => *last = FrameRun::new(last.first(), end - last.first()).unwrap_or(*last),
+            None => runs.extend(FrameRun::new(first, end.saturating_sub(first))),
+        }
+    }
+    runs
+}
+
+/// A plan whose base is mapped only where it holds something: what it lies on is zero, too. A page of a hole
+/// is one more page of the file's once a guest touches it, and it is the guest that pays for both.
+fn without_holes(entries: Vec<Entry>, data: &[FrameRun]) -> Vec<Entry> {
+    let Some((base, over)) = entries.split_first() else { return entries };
+    let whole = Source::Map { layer: 0, page: 0 };
+    if base.source != whole || base.run.first() != 0 || data.is_empty() {
+        return entries;
+    }
+    if data.len() + over.len() > MAPPINGS_MAX {
+        return entries;
+    }
+    let map =
+        |run: &FrameRun| Entry { run: *run, source: Source::Map { layer: 0, page: run.first() } };
+    data.iter().map(map).chain(over.iter().copied()).collect()
 }
 
 /// What a plan of [`lay_out`] maps: a base, and over it what is in order.
@@ -228,6 +271,19 @@ mod tests {
         assert_eq!(copies, 5000);
         let last = entries.last().unwrap();
         assert_eq!(last.source, Source::Map { layer: 1, page: 5000 });
+    }
+
+    #[test]
+    fn holes_of_a_base_are_not_mapped() {
+        let map = |first: u32, count: u32, layer: u8, page: u32| Entry {
+            run: FrameRun::new(first, count).unwrap(),
+            source: Source::Map { layer, page },
+        };
+        let data = [FrameRun::new(3, 4).unwrap(), FrameRun::new(90, 10).unwrap()];
+        let planned = without_holes(vec![map(0, 100, 0, 0), map(50, 1, 1, 9)], &data);
+        assert_eq!(planned, [map(3, 4, 0, 3), map(90, 10, 0, 90), map(50, 1, 1, 9)]);
+        let packed = vec![map(4, 2, 0, 0), map(50, 1, 1, 9)];
+        assert_eq!(without_holes(packed.clone(), &data), packed);
     }
 
     #[test]
