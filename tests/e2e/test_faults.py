@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import PATIENCE_S, api, lab, make, run, wait_until
 from inside import (
+    CGROUPS,
     STORE,
     at_rest,
     end_daemon,
@@ -129,7 +130,7 @@ def test_a_vm_process_cannot_have_more_than_its_limit(tiny):
         group = group_of(victim.sandbox_id)
         now = int(lab(f"cat {group}/memory.current"))
         # The kill is counted where it outlives the sandbox: in the group above.
-        kills = f"sed -n 's/^oom_group_kill //p' {group}/../memory.events"
+        kills = f"sed -n 's/^oom_group_kill //p' {CGROUPS}/memory.events"
         killed_before = int(lab(kills))
         lab(f"echo {now + (16 << 20)} > {group}/memory.max")
         victim.files.write("/tmp/eater.py", EATER, **SLOW)
