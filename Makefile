@@ -12,12 +12,13 @@ HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http mica-ben
 STATIC_PROGRAMS := mica-vm mica-guest
 CARGO := cargo
 
-.PHONY: help packages build demo test check unit lab-test bench bench-lab bench-smoke clean
+.PHONY: help packages build demo test check unit lab-test lab-endurance bench bench-lab bench-smoke clean
 
 help:
 	@echo 'make demo         bring up a host, build the template, run examples/hello.py'
 	@echo 'make test         format, lints, unit, tidy, KVM and end-to-end tests'
 	@echo 'make build        the programs, into $(OUT)/'
+	@echo 'make lab-endurance  kills of the daemon under load, power cuts: long'
 	@echo 'make bench        what every operation of the engine costs here, beside its floor'
 	@echo 'make bench-lab    the same through HTTP, with Linux guests in the lab, beside a cold boot'
 	@echo 'make bench-smoke  cold boot and HTTP figures of this machine'
@@ -60,6 +61,10 @@ lab-test: build
 bench:
 	@$(MAKE) --no-print-directory build PROFILE=release OUT=target/bench
 	target/bench/mica bench engine --json target/bench/engine.json
+
+# The daemon killed a hundred times under load, and power that is cut: long, and not part of `make test`.
+lab-endurance: build
+	@tools/lab-test $(OUT) endurance
 
 bench-lab: build
 	@tools/bench-lab $(OUT) $(OUT)/bench-lab.json
