@@ -243,12 +243,14 @@ impl Host {
     fn preferred_shards(&self) -> Result<Vec<ShardId>, ShardError> {
         let load = |shard: ShardId| self.0.shard.loads[shard].load(Ordering::Relaxed);
         let mut shards: Vec<ShardId> = self.0.addresses.iter().map(|(shard, _)| shard).collect();
-        shards.sort_by_key(|shard| load(*shard));
-        let mut drawn = [0u8; 4];
+        let mut drawn = [0u8; 6];
         random(&mut drawn)?;
-        let [a, b, c, d] = drawn;
+        let [a, b, c, d, e, f] = drawn;
         let count = shards.len();
         let place = |low, high| usize::from(u16::from_le_bytes([low, high])) % count;
+        // So that of equals it is not always the first: sorting keeps their order.
+        shards.rotate_left(place(e, f));
+        shards.sort_by_key(|shard| load(*shard));
         // Sorted by load, so the lower place is the less loaded of the two.
         shards[..=place(a, b).min(place(c, d))].rotate_right(1);
         Ok(shards)
