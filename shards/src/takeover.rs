@@ -66,28 +66,41 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
     shard.begin(sandbox, start);
 }
 
+/// Takes hold of the process of a sandbox. One that cannot be held is ended: it may have died since it
+/// was looked for, and nobody else will find its cgroup.
 async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<Held>, Memory)> {
-    let (store, process) = (shard.workshop.store.clone(), record.process.clone()?);
+    let process = record.process.clone()?;
+    match open(shard, id, record, process.clone()).await {
+        Ok(found) => Some(found),
+        Err(why) => {
+            tracing::error!(%id, why, "a VM process cannot be taken over; it is ended");
+            // Its name is that of a cgroup which was found.
+            if let Ok(name) = process.name.parse() {
+                let pool = Rc::clone(&shard.pool);
+                rt::spawn(async move { pool.take_back(name, process.uid).await }).detach();
+            }
+            None
+        }
+    }
+}
+
+async fn open(
+    shard: &Rc<Shard>,
+    id: SandboxId,
+    record: &Record,
+    process: RecordedProcess,
+) -> Result<(Rc<Held>, Memory), String> {
+    let store = shard.workshop.store.clone();
     let infos = record.layers.clone();
     let opened = rt::blocking(move || -> Result<(Held, Vec<Layer>), TakeoverError> {
         let layers = store.open_lineage(&id, &infos)?;
         Ok((held(&process)?, layers))
     });
-    match opened.await {
-        Ok(Ok((held, layers))) => {
-            let on_demand = record.on_demand;
-            let memory = Memory { layers, on_demand, doubted: true, ..Memory::default() };
-            Some((Rc::new(held), memory))
-        }
-        Ok(Err(error)) => {
-            tracing::error!(%id, error = chain(&error), "a VM process cannot be taken over");
-            None
-        }
-        Err(error) => {
-            tracing::error!(%id, %error, "a VM process cannot be taken over");
-            None
-        }
-    }
+    let (held, layers) =
+        opened.await.map_err(|error| error.to_string())?.map_err(|error| chain(&error))?;
+    let on_demand = record.on_demand;
+    let memory = Memory { layers, on_demand, doubted: true, ..Memory::default() };
+    Ok((Rc::new(held), memory))
 }
 
 fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {

@@ -253,6 +253,12 @@ impl Pool {
 
     async fn end_process(&self, name: SandboxId, uid: u32, process: &VmProcess) -> bool {
         process.end(&name).await;
+        self.take_back(name, uid).await
+    }
+
+    /// Kills what is left of a process that nobody holds, and takes its cgroup and uid back. Whether
+    /// its uid can be used again.
+    pub(crate) async fn take_back(&self, name: SandboxId, uid: u32) -> bool {
         loop {
             let launcher = self.launcher.clone();
             match rt::blocking(move || launcher.take_back(&name)).await {

@@ -4,6 +4,7 @@
 //! The first daemon is a process of its own, so that killing it does not kill the test; the next one is a
 //! host in the test.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use mica_shards::{Host, HostConfig, Lifecycle, RunError};
@@ -165,6 +166,38 @@ fn paused_ones_wait_for_the_next_daemon_with_their_process_and_without() {
             host.kill(id).await.unwrap();
         }
         // A process of a resume that failed is buried beside the path.
+        let nothing = Leftovers::default();
+        eventually("nothing is left", async || places.leftovers() == nothing).await;
+    });
+}
+
+#[test]
+fn a_process_that_cannot_be_taken_over_is_ended() {
+    let bench = Bench::new();
+    let mut daemon = Daemon::start(&bench, false);
+    let paused = write(&mut daemon);
+    daemon.tell(&format!("pause {}", paused.id));
+    let running = id_of(&daemon.tell("create agent"));
+    daemon.kill();
+    for id in [paused.id, running] {
+        let directory = bench.store().join("sandboxes").join(id.as_str());
+        let names = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+        let is_layer =
+            |path: &PathBuf| path.file_name().unwrap().as_encoded_bytes().starts_with(b"memory.");
+        let layers: Vec<PathBuf> = names.filter(is_layer).collect();
+        assert!(!layers.is_empty(), "{id} keeps its layers");
+        layers.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    }
+    let places = bench.clone();
+    bench.host("good", move |host| async move {
+        let Written { id, snapshot, now, .. } = paused;
+        eventually("their processes are gone", async || places.cgroups().is_empty()).await;
+        assert!(host.get(running).await.is_err());
+        // What it is resumed from is on disk.
+        eventually("it goes on", async || host.resume(id, LIFE, None).await.is_ok()).await;
+        is_at(&host, id, &now, "22", "now").await;
+        host.kill(id).await.unwrap();
+        host.delete_snapshot(&snapshot).await.unwrap();
         let nothing = Leftovers::default();
         eventually("nothing is left", async || places.leftovers() == nothing).await;
     });
