@@ -20,6 +20,8 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter,
 };
 
+use crate::memory::PIDFD_SELF;
+
 /// Which list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {
@@ -298,6 +300,9 @@ fn rules(kind: ThreadKind) -> Compiled<Rules> {
     let fcntls = fcntls.into_iter().map(|op| argument(1, SeccompCmpOp::Eq, op.cast_unsigned()));
     rules.insert(libc::SYS_fcntl, fcntls.collect::<Compiled<_>>()?);
     rules.insert(libc::SYS_mmap, vec![never_executable()?]);
+    if matches!(kind, ThreadKind::Setup | ThreadKind::Control) {
+        rules.insert(libc::SYS_process_madvise, vec![forget_own_memory()?]);
+    }
     if kind == ThreadKind::Control {
         let registrations = RING_REGISTRATIONS.map(|op| argument(1, SeccompCmpOp::Eq, op));
         let registrations = registrations.into_iter().collect::<Compiled<_>>()?;
@@ -326,6 +331,16 @@ fn argument(index: u8, op: SeccompCmpOp, value: u32) -> Compiled<SeccompRule> {
 
 fn ioctl(request: u32) -> Compiled<SeccompRule> {
     argument(1, SeccompCmpOp::Eq, request)
+}
+
+/// `process_madvise` of this process alone, and only what `madvise` may do to guest memory.
+fn forget_own_memory() -> Compiled<SeccompRule> {
+    let length = SeccompCmpArgLen::Dword;
+    let is = |index, value: i32| {
+        let value = u64::from(value.cast_unsigned());
+        SeccompCondition::new(index, length.clone(), SeccompCmpOp::Eq, value)
+    };
+    SeccompRule::new(vec![is(0, PIDFD_SELF)?, is(3, libc::MADV_DONTNEED)?])
 }
 
 /// `mmap` and `mprotect` take the protection as their third argument.
@@ -391,6 +406,18 @@ mod tests {
             for call in [libc::SYS_clone, libc::SYS_clone3, libc::SYS_io_uring_setup] {
                 assert!(!rules.contains_key(&call), "{kind:?} {call}");
             }
+        }
+    }
+
+    #[test]
+    fn only_the_control_thread_forgets_many_runs_and_only_its_own() {
+        for kind in [ThreadKind::Vcpu, ThreadKind::Devices] {
+            assert!(!rules(kind).unwrap().contains_key(&libc::SYS_process_madvise), "{kind:?}");
+        }
+        // Rules allow what any of them does, and a list without rules allows everything.
+        for kind in [ThreadKind::Setup, ThreadKind::Control] {
+            let own = vec![forget_own_memory().unwrap()];
+            assert_eq!(rules(kind).unwrap()[&libc::SYS_process_madvise], own, "{kind:?}");
         }
     }
 

@@ -16,6 +16,7 @@
 
 #![expect(unsafe_code, reason = "mapping files over a reserved range; each block argues why")]
 
+mod forget;
 mod plan;
 mod userfault;
 
@@ -30,6 +31,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMm
 
 use crate::layout::{MEMORY_MIN, memory_spans};
 
+pub use forget::PIDFD_SELF;
 pub use plan::{ApplyError, Layer, LayerError};
 pub use userfault::Userfault;
 

@@ -10,8 +10,9 @@ use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::plan::{Entry, Source};
 use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, madvise, mmap, mmap_anonymous};
+use rustix::mm::{MapFlags, mmap, mmap_anonymous};
 
+use super::forget::forget;
 use super::{Memory, PROTECTION};
 
 /// Most pieces of one `preadv`, a limit of the kernel's.
@@ -84,7 +85,7 @@ impl Memory {
                 return Err(ApplyError::Outside(index));
             }
         }
-        let mut copies = Vec::new();
+        let (mut copies, mut forgotten) = (Vec::new(), Vec::new());
         let mut rest = plan.iter().copied().peekable();
         while let Some(mut entry) = rest.next() {
             while let Some(longer) = rest.peek().and_then(|next| joined(entry, *next)) {
@@ -100,10 +101,17 @@ impl Memory {
                 self.copy_all(&copies, layers)?;
                 copies.clear();
             }
+            if entry.source == Source::Drop {
+                forgotten.push(self.piece(entry.run, "dropping what was written to")?);
+                if rest.peek().is_some_and(|next| next.source == Source::Drop) {
+                    continue;
+                }
+                forget(&mut forgotten).map_err(os("dropping what was written to"))?;
+                forgotten.clear();
+            }
             match entry.source {
-                Source::Copy { .. } => {}
+                Source::Copy { .. } | Source::Drop => {}
                 Source::Map { layer, page } => self.map(entry.run, layer, page, layers)?,
-                Source::Drop => self.forget(entry.run)?,
                 Source::Zero => self.zero(entry.run)?,
             }
         }
@@ -153,11 +161,9 @@ impl Memory {
         Ok(())
     }
 
-    fn forget(&self, run: FrameRun) -> Result<(), ApplyError> {
-        let failed = os("dropping what was written to");
-        let (start, bytes) = self.place(run).map_err(&failed)?;
-        // SAFETY: the range is within guest memory, which stays mapped; only its content changes.
-        unsafe { madvise(start, bytes, Advice::LinuxDontNeed) }.map_err(failed)
+    fn piece(&self, run: FrameRun, why: &'static str) -> Result<libc::iovec, ApplyError> {
+        let (start, bytes) = self.place(run).map_err(os(why))?;
+        Ok(libc::iovec { iov_base: start, iov_len: bytes })
     }
 
     /// Reads runs whose pages follow one another in their layer.
@@ -167,8 +173,7 @@ impl Memory {
         let file = layers.get(usize::from(layer)).ok_or_else(|| failed(Errno::BADF))?;
         let mut pieces = Vec::with_capacity(together.len());
         for (_, _, run) in together {
-            let (start, bytes) = self.place(*run).map_err(&failed)?;
-            pieces.push(libc::iovec { iov_base: start, iov_len: bytes });
+            pieces.push(self.piece(*run, "copying a layer into")?);
         }
         let mut offset = u64::from(page) * PAGE_BYTES;
         let mut pieces = &mut pieces[..];
@@ -200,8 +205,8 @@ fn joined(first: Entry, second: Entry) -> Option<Entry> {
     Some(Entry { run, ..first })
 }
 
-/// The pieces that are left when `read` bytes of them have been filled.
-fn after(pieces: &mut [libc::iovec], read: usize) -> &mut [libc::iovec] {
+/// The pieces that are left when `read` bytes of them are done.
+pub(super) fn after(pieces: &mut [libc::iovec], read: usize) -> &mut [libc::iovec] {
     let mut left = read;
     let mut full = 0;
     for piece in pieces.iter_mut() {
@@ -228,7 +233,7 @@ fn preadv(file: &OwnedFd, pieces: &[libc::iovec], offset: u64) -> Result<usize, 
     })
 }
 
-fn last_error() -> Errno {
+pub(super) fn last_error() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
