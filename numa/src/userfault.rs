@@ -198,6 +198,11 @@ fn fault_address(event: &[u8]) -> Option<u64> {
     is_fault.then_some(address)
 }
 
+/// A page of zeroes.
+const ZEROES: [u8; 4096] = [0; 4096];
+
+const _: () = assert!(ZEROES.len() as u64 == PAGE_BYTES);
+
 /// What a run of frames holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
@@ -285,6 +290,8 @@ impl<S: PageSource + 'static> Pager<S> {
                 }
             }
             self.take_failure()?;
+            // A process that discards what it was given faults for ever; others have their turn.
+            crate::rt::yield_now().await;
         }
     }
 
@@ -347,9 +354,10 @@ impl<S: PageSource + 'static> Pager<S> {
     async fn fault(self: &Rc<Self>, frame: u32) -> io::Result<()> {
         if self.is_there(frame) {
             // It came while the fault was on its way here, or the process has discarded the page since
-            // and gets a new one. Either way nobody waits any more.
-            let page = FrameRun::new(frame, 1).ok_or(io::ErrorKind::InvalidInput)?;
-            return gone_is_fine(self.userfault.put_zeroes(page));
+            // and gets a new one, which counts as written. Either way nobody waits any more. Copied: where
+            // the discarded page was protected, the kernel keeps a mark of that, over which it puts a
+            // copied page but no zero page.
+            return gone_is_fine(self.userfault.put(frame, &ZEROES, 0));
         }
         self.load(frame / NEIGHBOURS).await;
         Ok(())

@@ -17,7 +17,9 @@ use mica_units::{GuestPort, SandboxId};
 const LIFE: Duration = Duration::from_secs(3600);
 
 pub fn run(options: &[&str]) {
-    let [store, cgroup, program, keep] = options else { panic!("not four of {options:?}") };
+    let [store, cgroup, program, keep, on_demand_over_mib] = options else {
+        panic!("not five of {options:?}")
+    };
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
     let plan = plan(&topology::read().unwrap(), &wish).unwrap();
     let config = HostConfig {
@@ -32,7 +34,7 @@ pub fn run(options: &[&str]) {
         capture_budget_mib: 4,
         io_buffers: 8,
         replica_budget_mib: 0,
-        on_demand_over_mib: 0,
+        on_demand_over_mib: on_demand_over_mib.parse().unwrap(),
         flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
         ..HostConfig::new(PathBuf::from(store), PathBuf::from(program), PathBuf::from(cgroup))

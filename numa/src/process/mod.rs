@@ -140,6 +140,16 @@ impl Process {
         Self { pid, pidfd }
     }
 
+    /// The same process once more, for another thread.
+    ///
+    /// # Errors
+    /// When this process has no descriptor left.
+    pub fn try_clone(&self) -> Result<Self, ProcessError> {
+        let pidfd = self.pidfd.try_clone();
+        let pidfd = pidfd.map_err(|source| ProcessError::of("duplicate a pidfd", source))?;
+        Ok(Self { pid: self.pid, pidfd })
+    }
+
     /// Its number.
     #[must_use]
     pub fn pid(&self) -> Pid {
@@ -185,6 +195,31 @@ impl Process {
     ) -> Result<(), ProcessError> {
         let ranges: Option<Vec<_>> = runs.iter().map(|run| memory.range(*run)).collect();
         self.read(&ranges.ok_or(ProcessError::Range)?, buffer)
+    }
+
+    /// The same as bytes of this process's own, for a thread that may wait: where pages come on demand,
+    /// reading one waits for whoever brings them.
+    ///
+    /// # Errors
+    /// As [`Self::read_frames`].
+    pub fn copy_frames(
+        &self,
+        memory: RemoteMemory,
+        runs: &[FrameRun],
+    ) -> Result<Vec<u8>, ProcessError> {
+        let ranges: Option<Vec<_>> = runs.iter().map(|run| memory.range(*run)).collect();
+        let ranges = ranges.ok_or(ProcessError::Range)?;
+        let bytes = ranges.iter().try_fold(0u64, |sum, range| sum.checked_add(range.bytes));
+        let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
+        let mut copy = vec![0; bytes.ok_or(ProcessError::Range)?];
+        let pid = self.pid.as_raw_nonzero().get();
+        let mut done = 0;
+        self.transfer(&ranges, |ranges, bytes| {
+            let copied = sys::process_vm_readv(pid, &mut copy[done..done + bytes], ranges)?;
+            done += copied;
+            Ok(copied)
+        })?;
+        Ok(copy)
     }
 
     /// As [`Self::read_frames`], for any ranges.

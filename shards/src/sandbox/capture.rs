@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use futures_lite::future::zip;
-use mica_numa::io::Ring;
+use mica_numa::io::{IoBuf, Ring};
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{
@@ -94,6 +94,8 @@ pub(crate) struct Capture {
     round: Vec<FrameRun>,
     precopies: u32,
     allocated: bool,
+    /// Whether the guest's pages come when they are touched.
+    on_demand: bool,
 }
 
 /// The directory. Thrown away on a blocking thread: that removes files.
@@ -171,6 +173,7 @@ impl Capture {
             round: Vec::new(),
             precopies: 0,
             allocated: false,
+            on_demand: false,
         })
     }
 
@@ -182,8 +185,9 @@ impl Capture {
     ) -> Result<Copied, CaptureError> {
         let dirty = memory.changed(source.place, true).await?;
         let dirty = union(&dirty, &std::mem::take(&mut self.folded));
-        // A page that is missing would be waited for, by the one who is to bring it.
+        // What is missing is not brought in for the sake of longer runs.
         let gap = if memory.on_demand { 0 } else { COALESCE_GAP };
+        self.on_demand = memory.on_demand;
         self.round = coalesce(&dirty, gap);
         self.found = union(&self.found, &self.round);
         let too_much = pages(&self.round) > source.budget_pages;
@@ -233,7 +237,13 @@ impl Capture {
             // At once, or with nothing held.
             let mut chunk = writer.reserve().await?;
             chunk.0.clear();
-            place.process.process().read_frames(place.memory, &group, &mut chunk.0)?;
+            let group = match self.on_demand {
+                true => read_on_demand(place, group, &mut chunk.0).await?,
+                false => {
+                    place.process.process().read_frames(place.memory, &group, &mut chunk.0)?;
+                    group
+                }
+            };
             self.held.push_back((group, chunk));
             self.write_ahead().await?;
             // Others have their turn after each MiB, and the ring its own: it gives the kernel what was
@@ -334,6 +344,22 @@ impl Capture {
         let kept = rt::blocking(commit).await;
         drop(heard);
         kept?
+    }
+}
+
+/// Copies a group of a guest whose pages come on demand. It may have given back what was just found there;
+/// then reading waits for this shard to bring it, and the shard must not be what waits.
+async fn read_on_demand(
+    place: Place<'_>,
+    group: Vec<FrameRun>,
+    buffer: &mut IoBuf,
+) -> Result<Vec<FrameRun>, CaptureError> {
+    let (process, memory) = (place.process.process().try_clone()?, place.memory);
+    let copy = move || process.copy_frames(memory, &group).map(|bytes| (bytes, group));
+    let (bytes, group) = rt::blocking(copy).await??;
+    match buffer.put(&bytes) == bytes.len() {
+        true => Ok(group),
+        false => Err(ProcessError::Range.into()),
     }
 }
 

@@ -116,8 +116,10 @@ impl Memory {
     pub(crate) fn went_back(&mut self, plan: &[Entry], target_layers: &[Layer]) {
         self.layers = target_layers.to_vec();
         self.uncommitted.clear();
-        // What was mapped anew is not registered.
+        // What was mapped anew is not registered. Nothing is missing any more: what the guest did not have
+        // is mapped, as for any other.
         self.tracked = false;
+        self.on_demand = false;
         let Some(mapped) = self.mapped.take() else { return };
         let mut new = Vec::new();
         for entry in plan {

@@ -84,6 +84,13 @@ pub(crate) fn track(held: &Held, frames: u32) -> io::Result<()> {
     userfault.track(all)
 }
 
+/// Ends paging for a frozen guest, all of whose memory is about to be mapped: nobody waits for what is
+/// missing from now on.
+pub(crate) fn end(held: &Held, frames: u32) -> io::Result<()> {
+    let (userfault, all) = take_userfault(held, frames)?;
+    userfault.release(all)
+}
+
 fn take_userfault(held: &Held, frames: u32) -> io::Result<(Userfault, FrameRun)> {
     let number = held.layout.userfault_fd.ok_or(io::ErrorKind::Unsupported)?;
     let fd = held.process.descriptor(number).map_err(io::Error::other)?;

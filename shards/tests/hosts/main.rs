@@ -11,6 +11,7 @@ mod daemon;
 mod faults;
 mod history;
 mod life;
+mod on_demand;
 mod pausing;
 mod pool;
 mod restart;

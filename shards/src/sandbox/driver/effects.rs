@@ -115,9 +115,13 @@ impl Driver {
         let sent = match self.back.take() {
             Some(back) => {
                 let image = std::sync::Arc::clone(&back.image);
+                let ended = self.end_paging();
                 self.memory.went_back(&back.entries, &image.layers);
                 self.image = Some(std::sync::Arc::clone(&image));
-                self.restore(&image, &back.plan, false).await
+                match ended {
+                    Ok(()) => self.restore(&image, &back.plan, false).await,
+                    Err(error) => Err(format!("its memory on demand: {error}")),
+                }
             }
             None => match self.image.clone() {
                 Some(image) => self.restore_image(&image).await,
@@ -141,6 +145,15 @@ impl Driver {
         }
         self.page(&held, &image.layers, &image.pieces, image.working_set.clone())?;
         self.restore(image, &[], true).await
+    }
+
+    /// A rollback maps what the guest does not have, so nothing is brought in any more. Before the VM
+    /// process maps: a range can only be given up while all of it is anonymous.
+    fn end_paging(&mut self) -> std::io::Result<()> {
+        match (self.paging.take(), self.held()) {
+            (Some(_), Some(held)) => paging::end(&held, self.frames()),
+            _ => Ok(()),
+        }
     }
 
     /// Begins to bring pages in when they are touched.
