@@ -42,8 +42,8 @@ pub(crate) enum Operation {
     SetTimeout(SandboxId, Duration),
     /// Make a stream to its gateway.
     Connect(SandboxId),
-    /// Make a snapshot of it, under this name.
-    Snapshot(SandboxId, Option<String>),
+    /// Make a snapshot of it.
+    Snapshot(SandboxId, Purpose),
     /// Put it back to this snapshot of its own.
     Rollback(SandboxId, String),
     /// Pause it.
@@ -62,6 +62,15 @@ pub(crate) enum Operation {
     Counts,
     /// Give the node's copy of this snapshot's base layer.
     Replica(String, LayerId),
+}
+
+/// What a snapshot is made for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A client's use, under this name.
+    Client(Option<String>),
+    /// Copies of the sandbox, and nothing after them.
+    Copies,
 }
 
 /// How a paused sandbox is to go on.

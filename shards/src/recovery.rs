@@ -77,7 +77,7 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
     let rubbish: Vec<SandboxId> =
         groups.keys().filter(|name| !kept.contains(name.as_str())).copied().collect();
     cgroups.sweep(&rubbish)?;
-    let (snapshots, paused) = remove_pauses(store, &survivors, &unreadable)?;
+    let (snapshots, paused) = remove_passing(store, &survivors, &unreadable)?;
     let ids = survivors.iter().map(|survivor| survivor.id).chain(paused).collect();
     let removed = store.sweep_sandboxes_but(&ids)?;
     if !rubbish.is_empty() || removed + snapshots > 0 {
@@ -115,9 +115,9 @@ fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool 
     }
 }
 
-/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since. How many,
-/// and whose could not be told, because their record is unreadable: a client's data is not removed for that.
-fn remove_pauses(
+/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since; and what
+/// copies were started from. How many, and whose could not be told, because their record is unreadable: a client's data is not removed for that.
+fn remove_passing(
     store: &Store,
     survivors: &[Survivor],
     unreadable: &BTreeSet<SandboxId>,
@@ -130,10 +130,14 @@ fn remove_pauses(
     let (mut removed, mut paused) = (0, BTreeSet::new());
     for snapshot in store.snapshots()? {
         let manifest = snapshot.manifest();
-        if manifest.kind != SnapshotKind::Pause || used.contains(&manifest.id) {
-            continue;
+        match manifest.kind {
+            SnapshotKind::Template | SnapshotKind::Snapshot => continue,
+            SnapshotKind::Pause if used.contains(&manifest.id) => continue,
+            // The copies are there, or nobody has heard of them.
+            SnapshotKind::Pause | SnapshotKind::Copies => {}
         }
-        if let Some(id) = manifest.sandbox.filter(|id| unreadable.contains(id)) {
+        let is_pause = manifest.kind == SnapshotKind::Pause;
+        if let Some(id) = manifest.sandbox.filter(|id| is_pause && unreadable.contains(id)) {
             tracing::error!(%id, snapshot = manifest.id, "what may be a paused sandbox is kept on disk");
             paused.insert(id);
             continue;

@@ -16,7 +16,7 @@ use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
 
-use crate::event::{Counts, Operation, Reply, Spawned, Wake};
+use crate::event::{Counts, Operation, Purpose, Reply, Spawned, Wake};
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
@@ -134,7 +134,7 @@ impl Shard {
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
             Operation::Connect(id) => Reply::Stream(self.connect(id).await),
-            Operation::Snapshot(id, name) => Reply::Snapshot(self.snapshot(id, name).await),
+            Operation::Snapshot(id, purpose) => Reply::Snapshot(self.snapshot(id, purpose).await),
             Operation::Rollback(id, to) => {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
             }
@@ -226,9 +226,9 @@ impl Shard {
     async fn snapshot(
         &self,
         id: SandboxId,
-        name: Option<String>,
+        purpose: Purpose,
     ) -> Result<Box<SnapshotInfo>, ShardError> {
-        self.ask(id, |sender| Request::Snapshot(name, sender)).await
+        self.ask(id, |sender| Request::Snapshot(purpose, sender)).await
     }
 
     async fn resume(

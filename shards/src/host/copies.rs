@@ -1,7 +1,7 @@
 //! Sandboxes made from one that runs: clones, which come up whole or not at all, and forks.
 //!
-//! Called by `http` through [`Host`]. All copies of one request share one snapshot, which is gone when
-//! the answer comes. Refuses to leave anything of a request whose client goes away: a task of its own
+//! Called by `http` through [`Host`]. All copies of one request share one snapshot, which no list shows
+//! and which goes when they are there; the next start removes one that was left. Refuses to leave anything of a request whose client goes away: a task of its own
 //! carries it out, and takes back what was made unless the answer is taken.
 
 use std::cell::RefCell;
@@ -9,15 +9,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures_lite::FutureExt;
-use mica_numa::rt::{self, Task, oneshot};
+use mica_numa::rt::{self, Task, oneshot, time};
+use mica_storage::SnapshotKind;
 use mica_units::SandboxId;
 
 use super::{Host, out_of_form};
-use crate::event::{Operation, Reply};
+use crate::event::{Operation, Purpose, Reply};
 use crate::{CreateRequest, SandboxInfo, ShardError};
 
 /// Most sandboxes of one clone or fork.
 pub const CLONES_MAX: usize = 1000;
+
+/// Between two tries to find room on the blocking threads.
+const BUSY_RETRY: Duration = Duration::from_millis(50);
 
 /// What became of each copy.
 type Copies = Vec<Result<SandboxInfo, ShardError>>;
@@ -116,7 +120,7 @@ impl Host {
             Reply::Request(result) => *result?,
             other => return Err(out_of_form(&other)),
         };
-        let snapshot = self.snapshot(source, None).await?.id;
+        let snapshot = self.snapshot_for(source, Purpose::Copies).await?.id;
         request.template.clone_from(&snapshot);
         request.timeout = timeout.unwrap_or(request.timeout);
         let create = async { Ok(self.create_all(count.min(CLONES_MAX), &request, made).await) };
@@ -125,10 +129,9 @@ impl Host {
             Err(ShardError::ShuttingDown)
         };
         let copies = create.or(unwanted).await;
-        // They hold the layers by links of their own.
-        if let Err(error) = self.delete_snapshot(&snapshot).await {
-            tracing::warn!(snapshot, %error, "the snapshot of a clone is left behind");
-        }
+        // They hold the layers by links of their own. Nobody waits for a device to forget it.
+        let host = self.clone();
+        rt::spawn(async move { host.delete_passing(&snapshot).await }).detach();
         let copies = copies?;
         let failure = copies.iter().find_map(|copy| copy.as_ref().err());
         match failure.filter(|_| whole) {
@@ -138,6 +141,20 @@ impl Host {
                 Err(failure)
             }
             None => Ok(copies),
+        }
+    }
+
+    /// Deletes what copies were started from.
+    async fn delete_passing(&self, snapshot: &str) {
+        loop {
+            match self.delete_if(snapshot, SnapshotKind::Copies).await {
+                Ok(_) => return,
+                Err(ShardError::Busy) => time::sleep(BUSY_RETRY).await,
+                Err(error) => {
+                    tracing::error!(snapshot, %error, "a snapshot of nobody's stays until the next start");
+                    return;
+                }
+            }
         }
     }
 

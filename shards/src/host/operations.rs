@@ -13,7 +13,7 @@ use mica_storage::{LayerId, SnapshotKind, SnapshotManifest, StorageError, Templa
 use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
-use crate::event::{IfRunning, Operation, Reply, Spawned, Wake};
+use crate::event::{IfRunning, Operation, Purpose, Reply, Spawned, Wake};
 use crate::{HostCounters, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
 
 impl Host {
@@ -26,7 +26,15 @@ impl Host {
         id: SandboxId,
         name: Option<String>,
     ) -> Result<SnapshotInfo, ShardError> {
-        match self.ask(self.owner(id), Operation::Snapshot(id, name)).await? {
+        self.snapshot_for(id, Purpose::Client(name)).await
+    }
+
+    pub(super) async fn snapshot_for(
+        &self,
+        id: SandboxId,
+        purpose: Purpose,
+    ) -> Result<SnapshotInfo, ShardError> {
+        match self.ask(self.owner(id), Operation::Snapshot(id, purpose)).await? {
             Reply::Snapshot(result) => result.map(|info| *info),
             other => Err(out_of_form(&other)),
         }
@@ -107,9 +115,13 @@ impl Host {
     /// # Errors
     /// See [`ShardError`].
     pub async fn delete_snapshot(&self, id: &str) -> Result<bool, ShardError> {
+        self.delete_if(id, SnapshotKind::Snapshot).await
+    }
+
+    pub(super) async fn delete_if(&self, id: &str, kind: SnapshotKind) -> Result<bool, ShardError> {
         let (store, asked) = (self.0.shard.workshop.store.clone(), id.to_owned());
         let delete = move || match store.find_snapshot(&asked)? {
-            Some(snapshot) if snapshot.manifest().kind == SnapshotKind::Snapshot => {
+            Some(snapshot) if snapshot.manifest().kind == kind => {
                 store.delete_snapshot(&snapshot.manifest().id)
             }
             _ => Ok(false),

@@ -5,7 +5,7 @@
 use mica_numa::rt::oneshot::Sender;
 
 use super::state::{Ask, Refusal};
-use crate::event::Wake;
+use crate::event::{Purpose, Wake};
 use crate::{SandboxInfo, ShardError, SnapshotInfo};
 
 /// The answer to a resume: the sandbox, and whether it was paused.
@@ -14,8 +14,8 @@ pub(crate) type Resumed = Result<(Box<SandboxInfo>, bool), ShardError>;
 /// One request.
 #[derive(Debug)]
 pub(crate) enum Request {
-    /// A snapshot, with its name.
-    Snapshot(Option<String>, Sender<Result<Box<SnapshotInfo>, ShardError>>),
+    /// A snapshot.
+    Snapshot(Purpose, Sender<Result<Box<SnapshotInfo>, ShardError>>),
     /// To go back to a snapshot.
     Rollback(String, Sender<Result<(), ShardError>>),
     /// To be paused.

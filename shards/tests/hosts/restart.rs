@@ -368,7 +368,7 @@ async fn look_after(host: &Host, places: &Places, cut: Cut, written: &Written, w
     }
     for left in host.snapshots(None).await.unwrap() {
         if left.id != *snapshot {
-            assert!(matches!(cut, Cut::Snapshot | Cut::Clone), "{what}: {left:?}");
+            assert_eq!(cut, Cut::Snapshot, "{what}: {left:?}");
             let copy = host.create(request(&left.id)).await.unwrap().id;
             assert_memory(&memory(host, copy).await, now, what);
             host.kill(copy).await.unwrap();

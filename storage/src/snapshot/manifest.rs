@@ -40,6 +40,8 @@ pub enum SnapshotKind {
     Snapshot,
     /// A paused sandbox.
     Pause,
+    /// What copies of a sandbox start from; of no use once they are there.
+    Copies,
 }
 
 /// What a snapshot is. Immutable once committed, but for its layers: flattening puts others in their

@@ -23,6 +23,7 @@ use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
 use super::super::state::Event;
 use super::super::{Request, chain, from_now, paging};
 use super::Driver;
+use crate::event::Purpose;
 use crate::host::snapshot_info;
 use crate::shell::Held;
 use crate::{Lifecycle, OnTimeout, SandboxInfo, ShardError};
@@ -116,7 +117,7 @@ pub(super) struct Committed {
 
 /// A new snapshot as an image, while all of it is at hand. Whoever needs one that is not there opens it.
 fn opened(snapshot: &Snapshot, layers: &[Layer]) -> Option<Arc<Opened>> {
-    if snapshot.manifest().kind != SnapshotKind::Snapshot {
+    if snapshot.manifest().kind == SnapshotKind::Pause {
         return None;
     }
     let disk = snapshot.open_disk().ok()?.map(Arc::new);
@@ -178,14 +179,17 @@ fn unix_ms(at: SystemTime) -> u64 {
 impl Driver {
     pub(super) fn manifest_draft(&self, pausing: bool) -> Option<Draft> {
         let shape = self.shape.clone()?;
-        let name = match &self.request {
-            Some(Request::Snapshot(name, _)) => name.clone(),
-            _ => None,
+        let (kind, name) = match &self.request {
+            _ if pausing => (SnapshotKind::Pause, None),
+            Some(Request::Snapshot(Purpose::Client(name), _)) => {
+                (SnapshotKind::Snapshot, name.clone())
+            }
+            _ => (SnapshotKind::Copies, None),
         };
         let manifest = SnapshotManifest {
             // The staging draws it.
             id: String::new(),
-            kind: if pausing { SnapshotKind::Pause } else { SnapshotKind::Snapshot },
+            kind,
             name,
             template_id: shape.template_id,
             template_name: shape.template_name,

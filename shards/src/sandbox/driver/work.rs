@@ -102,7 +102,7 @@ impl Driver {
                     layers.iter().any(|new| new.info().id == old.info().id)
                 };
                 // The record of a pause is written already.
-                self.record_is_old |= manifest.kind == mica_storage::SnapshotKind::Snapshot
+                self.record_is_old |= manifest.kind != mica_storage::SnapshotKind::Pause
                     && !self.memory.layers.iter().all(stays);
                 self.memory.committed(layers);
                 self.made = Some(manifest);
