@@ -95,6 +95,9 @@ fn text(text: &'static std::ffi::CStr) -> usize {
     text.as_ptr() as usize
 }
 
+/// This process, as a pidfd: `PIDFD_SELF`.
+const OWN: usize = usize::MAX - 9_999;
+
 fn number(value: c_long) -> usize {
     value.cast_unsigned().try_into().unwrap_or(0)
 }
@@ -146,6 +149,13 @@ fn carry_out(attempt: &str, pid: usize) -> Option<Outcome> {
         "ptrace" => call(libc::SYS_ptrace, [number(16), pid]),
         "read-memory" => call(libc::SYS_process_vm_readv, [pid, piece, 1, piece, 1]),
         "write-memory" => call(libc::SYS_process_vm_writev, [pid, piece, 1, piece, 1]),
+        // Of whatever descriptor is 3, and of itself with another advice than to forget.
+        "advise-other" => {
+            call(libc::SYS_process_madvise, [3, piece, 1, number(libc::MADV_DONTNEED.into())])
+        }
+        "advise-more" => {
+            call(libc::SYS_process_madvise, [OWN, piece, 1, number(libc::MADV_COLD.into())])
+        }
         "ring" => call(libc::SYS_io_uring_setup, [4, zeros]),
         // Registers no files, with each descriptor until one is a ring.
         "widen-ring" => (3..100)

@@ -40,6 +40,8 @@ const FORBIDDEN: &[&str] = &[
     "ptrace",
     "read-memory",
     "write-memory",
+    "advise-other",
+    "advise-more",
     "ring",
     "widen-ring",
     "fork",
@@ -145,6 +147,7 @@ impl Prisoner {
             disk: true,
             console_bytes: 4096,
             exchange_bytes: EXCHANGE_BYTES,
+            log_writes: false,
             fds: vec![FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare],
         };
         // A spare that nobody uses: our own end has to be the last, so that its closing is seen.
