@@ -109,6 +109,9 @@ pub struct ServeArgs {
     /// 0: none.
     #[arg(long, value_name = "MIB", default_value_t = 0)]
     on_demand_over_mib: u32,
+    /// Have VM processes tell what was written to memory, also where the kernel shows it (6.7 and newer).
+    #[arg(long)]
+    log_writes: bool,
     /// Layers of a snapshot above which it is flattened in the background.
     #[arg(long, value_name = "N", default_value_t = FlattenLimits::default().layers_max)]
     flatten_layers: usize,
@@ -186,6 +189,7 @@ impl ServeArgs {
             io_buffers: self.io_buffers,
             replica_budget_mib: self.replica_budget_mib,
             on_demand_over_mib: self.on_demand_over_mib,
+            log_writes: self.log_writes,
             flatten: FlattenLimits {
                 layers_max: self.flatten_layers,
                 runs_max: self.flatten_runs,

@@ -35,6 +35,8 @@ pub struct Shape {
     pub disk: bool,
     /// Length of the console memfd.
     pub console_bytes: u64,
+    /// Whether the VM process tells what was written to memory.
+    pub log_writes: bool,
 }
 
 /// What to boot.
@@ -81,6 +83,7 @@ impl Boot {
             memory_mib: self.memory_mib,
             disk: self.disk.is_some(),
             console_bytes: self.console_bytes,
+            log_writes: false,
         }
     }
 }
@@ -187,6 +190,7 @@ impl OneVm {
             disk: shape.disk,
             console_bytes: shape.console_bytes,
             exchange_bytes: EXCHANGE_BYTES,
+            log_writes: shape.log_writes,
             fds: vec![FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare],
         };
         let fds = [kvm.as_fd(), console.as_fd(), exchange.as_fd(), self.socket.as_fd()];
@@ -269,14 +273,26 @@ impl OneVm {
     /// # Errors
     /// When the VM ended instead, or nothing came for `patience`.
     pub fn freeze(&self, patience: Duration) -> Result<Vec<u8>> {
+        Ok(self.freeze_with_log(patience)?.0)
+    }
+
+    /// The same, with the log of what was written to memory.
+    ///
+    /// # Errors
+    /// See [`OneVm::freeze`].
+    pub fn freeze_with_log(&self, patience: Duration) -> Result<(Vec<u8>, Vec<u8>)> {
         self.send(&Command::Freeze, &[])?;
         loop {
             match self.next_event(patience)? {
-                Some(Event::Frozen { state_bytes }) => {
+                Some(Event::Frozen { state_bytes, log_bytes }) => {
                     let exchange = self.exchange.as_ref().context("nothing was built")?;
-                    let mut state = vec![0; usize::try_from(state_bytes)?];
-                    exchange.read_exact_at(&mut state, 0)?;
-                    return Ok(state);
+                    let part = |bytes: u64, at: u64| -> Result<Vec<u8>> {
+                        let mut part = vec![0; usize::try_from(bytes)?];
+                        exchange.read_exact_at(&mut part, at)?;
+                        Ok(part)
+                    };
+                    let log_at = state_bytes.next_multiple_of(PAGE_BYTES);
+                    return Ok((part(state_bytes, 0)?, part(log_bytes, log_at)?));
                 }
                 // What the guest did just before.
                 Some(Event::ConsoleStarted | Event::Doorbell) => {}

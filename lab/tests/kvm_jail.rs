@@ -274,6 +274,7 @@ fn a_wrong_build_command_is_a_bad_configuration() {
         disk: false,
         console_bytes: 4096,
         exchange_bytes: 4096,
+        log_writes: false,
         fds: vec![FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare],
     };
     let fds = [kvm.as_fd(), console.as_fd(), exchange.as_fd(), spare.as_fd()];
@@ -323,7 +324,13 @@ fn a_wrong_boot_command_is_a_bad_configuration() {
     ] {
         let mut vm = OneVm::spawn(&find_mica_vm().unwrap(), fresh_id()).unwrap();
         vm.expect(&Event::Jailed, PATIENCE).unwrap();
-        let shape = Shape { vcpus: 1, memory_mib: 16, disk: shell_disk, console_bytes: 4096 };
+        let shape = Shape {
+            vcpus: 1,
+            memory_mib: 16,
+            disk: shell_disk,
+            console_bytes: 4096,
+            log_writes: false,
+        };
         vm.build(&shape, PATIENCE).unwrap();
         vm.send(&Command::Boot(config), fds).unwrap();
         let event = vm.next_event(PATIENCE).unwrap();

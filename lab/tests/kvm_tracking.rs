@@ -14,9 +14,11 @@ use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
 use common::{PATIENCE, have_kvm, start};
-use guests::{FRAMES, UNUSED, frozen, plan_of, restore, run, shell, stop, wait_for_text, waiting};
-use mica_lab::one_vm::OneVm;
-use mica_lab::tiny_guest::GENERATION_ID;
+use guests::{
+    FRAMES, MEMORY_MIB, UNUSED, frozen, plan_of, restore, run, shell, stop, wait_for_text, waiting,
+};
+use mica_lab::one_vm::{Boot, OneVm, Shape};
+use mica_lab::tiny_guest::{GENERATION_ID, SCRATCH, Then, vmlinux};
 use mica_numa::io::{IoBuf, Ring, RingConfig};
 use mica_numa::plan::VcpuCores;
 use mica_numa::process::{Process, ProcessError, RemoteMemory, Wanted};
@@ -127,6 +129,59 @@ fn tracking_goes_on_over_a_rollback() {
         let expected = [UNUSED, UNUSED + 2, UNUSED + 5].map(|frame| run(frame, 1));
         assert_eq!(written(&vm), expected, "round {round}");
     }
+    stop(vm);
+}
+
+/// The frames whose bits are set.
+fn frames_in(log: &[u8]) -> Vec<u32> {
+    assert_eq!(log.len() as u64, u64::from(FRAMES / 8), "a bit for each frame");
+    (0..FRAMES).filter(|frame| log[*frame as usize / 8] >> (frame % 8) & 1 == 1).collect()
+}
+
+/// For kernels that cannot tell writes from outside: the VM process tells what its guest wrote, what KVM
+/// wrote for it, and what the VM process did itself, since the last freeze.
+#[test]
+fn a_shell_that_logs_tells_every_write_since_the_last_freeze() {
+    if !have_kvm() {
+        return;
+    }
+    const TOUCHED: u32 = 300;
+    let mut boot = Boot::of_image(&vmlinux("up", Then::TouchPages(TOUCHED))).unwrap();
+    boot.memory_mib = MEMORY_MIB;
+    let shape = Shape { log_writes: true, ..boot.shape() };
+    let vm = shell(&shape);
+    vm.send_boot(&boot).unwrap();
+    vm.expect(&Event::Started, PATIENCE).unwrap();
+    wait_for_text(&vm, "up.");
+    let (_, log) = vm.freeze_with_log(PATIENCE).unwrap();
+    let scratch = u32::try_from(SCRATCH / PAGE_BYTES).unwrap();
+    let found = frames_in(&log);
+    let missed: Vec<u32> = (scratch..scratch + TOUCHED).filter(|f| !found.contains(f)).collect();
+    assert!(missed.is_empty(), "the guest's own writes: {missed:?}");
+    assert!(!found.contains(&(scratch + TOUCHED)), "and none that it did not do");
+    vm.thaw(PATIENCE).unwrap();
+    let since = frames_in(&vm.freeze_with_log(PATIENCE).unwrap().1);
+    assert!(since.is_empty(), "nothing since: {since:?}");
+    stop(vm);
+
+    // The place of the generation id is written by the VM process alone.
+    let boot = waiting(1);
+    let (old, saved, layer, plan) = frozen(&boot);
+    stop(old);
+    let vm = shell(&Shape { log_writes: true, ..boot.shape() });
+    for generation in 1..4 {
+        vm.send_restore(&restore(&saved, &layer, &plan, generation)).unwrap();
+        vm.expect(&Event::Started, PATIENCE).unwrap();
+        wait_for_text(&vm, &"R".repeat(usize::from(generation)));
+        let (_, log) = vm.freeze_with_log(PATIENCE).unwrap();
+        assert_eq!(frames_in(&log), [u32::try_from(GENERATION_ID / PAGE_BYTES).unwrap()]);
+    }
+    stop(vm);
+    let vm = shell(&boot.shape());
+    vm.send_restore(&restore(&saved, &layer, &plan, 9)).unwrap();
+    vm.expect(&Event::Started, PATIENCE).unwrap();
+    let (_, log) = vm.freeze_with_log(PATIENCE).unwrap();
+    assert!(log.is_empty(), "none where nobody asked for it");
     stop(vm);
 }
 

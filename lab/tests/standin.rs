@@ -63,6 +63,7 @@ impl Shard {
             disk: true,
             console_bytes: 65_536,
             exchange_bytes: EXCHANGE_BYTES,
+            log_writes: false,
             fds: vec![FdRole::Spare, FdRole::Console, FdRole::Exchange],
         };
         let fds = [spare.as_fd(), console.as_fd(), exchange.as_fd()];
@@ -101,7 +102,9 @@ impl Shard {
 
     fn freeze(&self) -> Vec<u8> {
         let event = self.say(&Command::Freeze, &[]);
-        let Event::Frozen { state_bytes } = event else { panic!("{event:?} instead of a stop") };
+        let Event::Frozen { state_bytes, .. } = event else {
+            panic!("{event:?} instead of a stop")
+        };
         let mut state = vec![0; usize::try_from(state_bytes).expect("a length")];
         self.exchange.read_exact_at(&mut state, 0).expect("the state");
         state

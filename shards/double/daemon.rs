@@ -17,8 +17,8 @@ use mica_units::{GuestPort, SandboxId};
 const LIFE: Duration = Duration::from_secs(3600);
 
 pub fn run(options: &[&str]) {
-    let [store, cgroup, program, keep, on_demand_over_mib] = options else {
-        panic!("not five of {options:?}")
+    let [store, cgroup, program, keep, on_demand_over_mib, writes] = options else {
+        panic!("not six of {options:?}")
     };
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
     let plan = plan(&topology::read().unwrap(), &wish).unwrap();
@@ -35,6 +35,7 @@ pub fn run(options: &[&str]) {
         io_buffers: 8,
         replica_budget_mib: 0,
         on_demand_over_mib: on_demand_over_mib.parse().unwrap(),
+        log_writes: *writes == "log",
         flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
         ..HostConfig::new(PathBuf::from(store), PathBuf::from(program), PathBuf::from(cgroup))

@@ -41,10 +41,12 @@ pub struct Inner {
     disk: Option<File>,
     pub register: u64,
     freezes: u64,
+    /// Frames that the guest wrote since the last freeze, a bit each, for a shard that asks for it.
+    log: Option<Vec<u8>>,
 }
 
 impl Machine {
-    pub fn new(size: Mebibytes) -> Arc<Self> {
+    pub fn new(size: Mebibytes, log_writes: bool) -> Arc<Self> {
         let under = memfd_create("double", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&under, size.to_bytes()).unwrap();
         let memory = Mapping::private(&under, size.to_bytes()).unwrap();
@@ -57,6 +59,7 @@ impl Machine {
             disk: None,
             register: 0,
             freezes: 0,
+            log: log_writes.then(|| vec![0; frames.div_ceil(8) as usize]),
         };
         Arc::new(Self { inner: Mutex::new(inner), moved: Condvar::new(), address })
     }
@@ -99,7 +102,13 @@ impl Machine {
         inner.freezes += 1;
         let state = encode(inner.register, inner.freezes);
         exchange.write_all_at(&state, 0).unwrap();
-        Event::Frozen { state_bytes: state.len() as u64 }
+        let log_bytes = inner.log.as_mut().map_or(0, |log| {
+            let at = (state.len() as u64).next_multiple_of(PAGE_BYTES);
+            exchange.write_all_at(log, at).unwrap();
+            log.fill(0);
+            log.len() as u64
+        });
+        Event::Frozen { state_bytes: state.len() as u64, log_bytes }
     }
 
     pub fn restore(&self, config: &RestoreConfig, fds: Vec<OwnedFd>, exchange: &File) {
@@ -161,6 +170,9 @@ impl Inner {
     pub fn fill(&mut self, run: FrameRun, byte: u8) {
         for frame in run.first()..run.end() {
             self.memory.write(u64::from(frame) * PAGE_BYTES, &[byte; PAGE]).unwrap();
+            if let Some(log) = &mut self.log {
+                log[frame as usize / 8] |= 1 << (frame % 8);
+            }
         }
     }
 

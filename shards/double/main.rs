@@ -116,7 +116,7 @@ impl Vm {
             _ => {}
         }
         let [spare, console, exchange] = shell_fds(&config, fds);
-        let machine = Machine::new(config.memory());
+        let machine = Machine::new(config.memory(), config.log_writes);
         // Without it nobody can tell writes apart. The shard registers the memory, from outside.
         let userfault = (!mood.is("untracked")).then(Userfault::create).and_then(Result::ok);
         let shell = Shell {
@@ -237,9 +237,17 @@ impl Vm {
         }
         let frozen = self.machine.freeze(&self.exchange);
         let frozen = match (&*self.mood.now(), frozen) {
-            ("state-too-long", _) => Event::Frozen { state_bytes: 3 << 20 },
-            ("state-longer-than-the-exchange", _) => Event::Frozen { state_bytes: u64::MAX },
-            ("state-empty", _) => Event::Frozen { state_bytes: 0 },
+            ("log-too-long", Event::Frozen { state_bytes, .. }) => {
+                Event::Frozen { state_bytes, log_bytes: u64::MAX }
+            }
+            ("log-too-short", Event::Frozen { state_bytes, log_bytes }) => {
+                Event::Frozen { state_bytes, log_bytes: log_bytes / 2 }
+            }
+            ("state-too-long", _) => Event::Frozen { state_bytes: 3 << 20, log_bytes: 0 },
+            ("state-longer-than-the-exchange", _) => {
+                Event::Frozen { state_bytes: u64::MAX, log_bytes: 0 }
+            }
+            ("state-empty", _) => Event::Frozen { state_bytes: 0, log_bytes: 0 },
             (_, frozen) => frozen,
         };
         self.say(&frozen);

@@ -63,6 +63,9 @@ pub struct HostConfig {
     /// Images whose memory takes more than so many MiB of files are not mapped: their pages come when
     /// a guest touches them. 0: none.
     pub on_demand_over_mib: u32,
+    /// Whether VM processes tell what was written to memory also where the kernel shows it (6.7 and newer):
+    /// to compare the two.
+    pub log_writes: bool,
     /// When a snapshot's chain of layers is made shorter.
     pub flatten: FlattenLimits,
     /// Memory of each node that is to stay free: below it, frozen processes of paused sandboxes go, the
@@ -96,6 +99,7 @@ impl HostConfig {
             io_buffers: 32,
             replica_budget_mib: 4096,
             on_demand_over_mib: 0,
+            log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 1024,
         }
@@ -168,6 +172,7 @@ mod tests {
             io_buffers: 8,
             replica_budget_mib: 0,
             on_demand_over_mib: 0,
+            log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
         };

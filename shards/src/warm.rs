@@ -163,7 +163,7 @@ async fn warm_up(
     command(&shell, &Command::Freeze, &[]).await?;
     let frozen =
         wait(&mut shell, deadline, "its freeze", |event| matches!(event, vm::Event::Frozen { .. }));
-    let vm::Event::Frozen { state_bytes } = frozen.await? else {
+    let vm::Event::Frozen { state_bytes, .. } = frozen.await? else {
         return Err(guest("it broke its protocol", ""));
     };
     let state =

@@ -79,6 +79,7 @@ pub fn run(store: &Path, name: &str, args: &WarmArgs) -> Result<()> {
         io_buffers: 32,
         replica_budget_mib: 0,
         on_demand_over_mib: 0,
+        log_writes: false,
         flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
     };

@@ -193,7 +193,7 @@ pub fn build(
     let allowed = [FdRole::Kvm, FdRole::Console, FdRole::Exchange, FdRole::Spare];
     let mut fds = Descriptors::sort(&config.fds, fds, &allowed)?;
     let vcpu_count = config.vcpu_count()?;
-    let memory = Memory::reserve(config.memory())?;
+    let memory = Memory::reserve_with(config.memory(), config.log_writes)?;
     limits::allow_address_space(config.memory())?;
     let exchange = Exchange::new(fds.required(FdRole::Exchange)?, config.exchange_bytes)?;
     let console_fd = fds.required(FdRole::Console)?;

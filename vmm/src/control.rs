@@ -18,7 +18,7 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::build::{self, Shell, causes};
-use crate::freeze::{self, FreezeError, Frozen};
+use crate::freeze::{self, FreezeError, Frozen, Left};
 use crate::jail::seccomp::{self, Doors, SeccompError, ThreadKind};
 use crate::notices::Notices;
 use crate::restore;
@@ -294,8 +294,9 @@ impl<'a> Control<'a> {
 
     fn freeze(&self, shell: Shell) -> Result<Stage, Ending> {
         stopping(shell, |shell| {
-            let (frozen, state_bytes) = freeze::freeze(shell).map_err(FreezeError::ending)?;
-            self.tell(&Event::Frozen { state_bytes })?;
+            let (frozen, left) = freeze::freeze(shell).map_err(FreezeError::ending)?;
+            let Left { state_bytes, log_bytes } = left;
+            self.tell(&Event::Frozen { state_bytes, log_bytes })?;
             Ok(frozen)
         })
         .map(|(shell, frozen)| Stage::Frozen(shell, frozen))

@@ -54,7 +54,8 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::{Bytes, FileOffset, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{Bytes, FileOffset, GuestRegionMmap};
 
     use super::*;
 
@@ -67,13 +68,17 @@ mod tests {
         let fd = rustix::fs::memfd_create("layer", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.write_all_at(&[7; BYTES], 0).unwrap();
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let layer =
-            MmapRegion::build(Some(FileOffset::new(file, 0)), BYTES, protection, libc::MAP_PRIVATE);
-        let layer = GuestRegionMmap::new(layer.unwrap(), GuestAddress(0)).unwrap();
-        let anonymous = MmapRegion::new(BYTES).unwrap();
+        let region = || {
+            MmapRegionBuilder::new_with_bitmap(BYTES, None)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE)
+        };
+        let layer = region().with_file_offset(FileOffset::new(file, 0)).build().unwrap();
+        let layer = GuestRegionMmap::new(layer, GuestAddress(0)).unwrap();
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let anonymous = region().with_mmap_flags(flags).build().unwrap();
         let anonymous = GuestRegionMmap::new(anonymous, GuestAddress(HIGH)).unwrap();
-        let memory = GuestMemoryMmap::from_regions(vec![layer, anonymous]).unwrap();
+        let memory = GuestRam::from_regions(vec![layer, anonymous]).unwrap();
         for start in [0, HIGH] {
             memory.write_slice(&[9; BYTES], GuestAddress(start)).unwrap();
         }

@@ -101,8 +101,17 @@ impl Exchange {
     /// # Errors
     /// When it is longer than the exchange.
     pub fn write(&self, part: &[u8]) -> Result<(), OutsideExchange> {
-        let outside = OutsideExchange { offset: 0, bytes: part.len() as u64 };
-        self.map.as_volatile_slice().write_slice(part, 0).map_err(|_| outside)
+        self.write_at(part, 0)
+    }
+
+    /// Puts a part behind another.
+    ///
+    /// # Errors
+    /// When it does not lie in the exchange.
+    pub fn write_at(&self, part: &[u8], offset: u64) -> Result<(), OutsideExchange> {
+        let outside = OutsideExchange { offset, bytes: part.len() as u64 };
+        let at = usize::try_from(offset).map_err(|_| outside)?;
+        self.map.as_volatile_slice().write_slice(part, at).map_err(|_| outside)
     }
 }
 
@@ -142,6 +151,7 @@ mod tests {
             assert!(exchange.read(offset, bytes).is_err(), "{offset} {bytes}");
         }
         assert!(exchange.write(&[0; 4097]).is_err());
+        assert!(exchange.write_at(&[0; 2], 4095).is_err());
         assert_eq!(exchange.read(PAGE_BYTES, 0).unwrap(), []);
     }
 }

@@ -12,9 +12,10 @@
 
 use std::time::{Duration, Instant};
 
-use mica_wire::vm::Ending;
+use mica_wire::vm::{EXCHANGE_PART_BYTES_MAX, Ending};
 
 use crate::build::{Shell, causes};
+use crate::exchange::{Exchange, OutsideExchange};
 use crate::kvm::{KvmError, Tsc};
 use crate::state::{StateError, VmState};
 use crate::vcpus::{PATIENCE, ThreadError};
@@ -72,11 +73,20 @@ pub struct Frozen {
     tscs: Vec<Tsc>,
 }
 
-/// Freezes a running VM, and gives the length of the state that it left in the exchange.
+/// What a freeze left in the exchange: a state, and behind it a log. Their lengths.
+#[derive(Clone, Copy, Debug)]
+pub struct Left {
+    /// Of the state.
+    pub state_bytes: u64,
+    /// Of the log; 0 where there is none.
+    pub log_bytes: u64,
+}
+
+/// Freezes a running VM, and says what it left in the exchange.
 ///
 /// # Errors
 /// See [`FreezeError`]. The VM must end then.
-pub fn freeze(shell: &Shell) -> Result<(Frozen, u64), FreezeError> {
+pub fn freeze(shell: &Shell) -> Result<(Frozen, Left), FreezeError> {
     shell.gate.park()?;
     shell.vcpus.leave()?;
     shell.vcpus.done()?;
@@ -88,11 +98,29 @@ pub fn freeze(shell: &Shell) -> Result<(Frozen, u64), FreezeError> {
     parked?;
     let since = Instant::now();
     let state = save(shell)?;
-    let bytes = state.encode()?;
-    shell.exchange.write(&bytes).map_err(|error| FreezeError::HandOver(error.to_string()))?;
+    let left = hand_over(shell, &state)?;
     let tscs = state.vcpus.iter().map(Tsc::of).collect();
     let frozen = Frozen { since, clock_ns: state.machine.clock_ns, tscs };
-    Ok((frozen, bytes.len() as u64))
+    Ok((frozen, left))
+}
+
+/// Puts a state into the exchange, and what was written to memory.
+fn hand_over(shell: &Shell, state: &VmState) -> Result<Left, FreezeError> {
+    let outside = |error: OutsideExchange| FreezeError::HandOver(error.to_string());
+    let bytes = state.encode()?;
+    shell.exchange.write(&bytes).map_err(outside)?;
+    let state_bytes = bytes.len() as u64;
+    let Some(by_devices) = shell.memory.take_written() else {
+        return Ok(Left { state_bytes, log_bytes: 0 });
+    };
+    let by_guest = shell.held.take_written()?;
+    let both = by_guest.iter().zip(by_devices).map(|(guest, devices)| guest | devices);
+    let log: Vec<u8> = both.flat_map(u64::to_le_bytes).collect();
+    if log.len() as u64 > EXCHANGE_PART_BYTES_MAX {
+        return Ok(Left { state_bytes, log_bytes: 0 });
+    }
+    shell.exchange.write_at(&log, Exchange::behind(state_bytes)).map_err(outside)?;
+    Ok(Left { state_bytes, log_bytes: log.len() as u64 })
 }
 
 /// Everything of a VM of which no thread runs.
@@ -115,9 +143,9 @@ fn save(shell: &Shell) -> Result<VmState, FreezeError> {
 /// # Errors
 /// See [`FreezeError`]. The shell is of no use then.
 pub fn rehearse(shell: &Shell) -> Result<(), FreezeError> {
-    let bytes = save(shell)?.encode()?;
-    shell.exchange.write(&bytes).map_err(|error| FreezeError::HandOver(error.to_string()))?;
-    let state = VmState::decode(&bytes)?;
+    let state = save(shell)?;
+    hand_over(shell, &state)?;
+    let state = VmState::decode(&state.encode()?)?;
     shell.vcpus.restore(state.vcpus, None)?;
     shell.vcpus.done()?;
     shell.held.restore_chips(&state.machine)?;

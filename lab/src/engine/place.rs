@@ -141,6 +141,7 @@ impl Places {
             io_buffers: 32,
             replica_budget_mib: 1024,
             on_demand_over_mib: 0,
+            log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
         }

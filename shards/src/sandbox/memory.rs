@@ -51,6 +51,10 @@ pub(crate) struct Memory {
     /// Whether pages come when they are touched: then one that is not there must not be read from
     /// outside.
     pub(crate) on_demand: bool,
+    /// Whether the process tells what was written, when it is frozen. Then nothing is protected.
+    pub(crate) logs: bool,
+    /// What it said was written since the layers; `None` when it has not told of all that time.
+    pub(crate) logged: Option<Vec<FrameRun>>,
     /// Whether something was protected that no capture here knows of: by an earlier daemon, or by a
     /// scan that failed.
     pub(crate) doubted: bool,
@@ -79,7 +83,14 @@ impl Memory {
         }
         let found = match found {
             Some(written) => written,
-            None => pagemap.scan_all(place.memory, Wanted::Anonymous).await?,
+            None => {
+                let anonymous = pagemap.scan_all(place.memory, Wanted::Anonymous).await?;
+                match &self.logged {
+                    // What was written and given back since is not the guest's own any more.
+                    Some(logged) if self.logs => without(&anonymous, &without(&anonymous, logged)),
+                    _ => anonymous,
+                }
+            }
         };
         if protect && self.tracked {
             self.doubted = false;
@@ -93,6 +104,12 @@ impl Memory {
 }
 
 impl Memory {
+    /// Takes note of what the process said when it was frozen; it starts anew with that.
+    pub(crate) fn told(&mut self, log: Option<Vec<FrameRun>>) {
+        self.logs = log.is_some();
+        self.logged = self.logged.take().zip(log).map(|(before, new)| union(&before, &new));
+    }
+
     /// What was found is in a file, of a capture that is not committed.
     pub(crate) fn precopied(&mut self) {
         self.captured = union(&self.captured, &self.uncommitted);
@@ -110,12 +127,15 @@ impl Memory {
         self.layers = layers;
         self.captured.clear();
         self.uncommitted.clear();
+        // The log goes on from the freeze that this was captured at.
+        self.logged = Some(Vec::new());
     }
 
     /// Takes note of a rollback that was carried out by `plan`.
     pub(crate) fn went_back(&mut self, plan: &[Entry], target_layers: &[Layer]) {
         self.layers = target_layers.to_vec();
         self.uncommitted.clear();
+        self.logged = Some(Vec::new());
         // What was mapped anew is not registered. Nothing is missing any more: what the guest did not have
         // is mapped, as for any other.
         self.tracked = false;

@@ -8,6 +8,7 @@ mod capture;
 mod driver;
 mod image;
 mod link;
+mod log;
 mod memory;
 mod paging;
 mod prepare;

@@ -112,6 +112,7 @@ impl Launcher {
             disk: size.disk,
             console_bytes,
             exchange_bytes: EXCHANGE_BYTES,
+            log_writes: self.config.log_writes || !process.pagemap().can_track_writes(),
             fds: roles,
         };
         Ok(Launched { name, uid, process, control: near, console, exchange, build, build_fds })

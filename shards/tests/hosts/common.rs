@@ -123,6 +123,7 @@ impl Bench {
             io_buffers: 8,
             replica_budget_mib: 0,
             on_demand_over_mib: 0,
+            log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 0,
             ..HostConfig::new(self.store(), self.program(), self.cgroup.clone())

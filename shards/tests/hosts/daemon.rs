@@ -17,16 +17,23 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one; with `keep`, running sandboxes outlive it also when it is told to stop.
     pub fn start(places: &Places, keep: bool) -> Self {
-        Self::start_with(places, keep, 0)
+        Self::start_with(places, keep, 0, false)
     }
 
-    /// The same, where images of more than so many MiB are restored on demand.
-    pub fn start_with(places: &Places, keep: bool, on_demand_over_mib: u32) -> Self {
+    /// The same, where images of more than so many MiB are restored on demand, or VM processes tell what
+    /// was written.
+    pub fn start_with(
+        places: &Places,
+        keep: bool,
+        on_demand_over_mib: u32,
+        log_writes: bool,
+    ) -> Self {
         let mut child = Command::new(DOUBLE)
             .arg("daemon")
             .args([places.store(), places.cgroup.clone(), places.program()])
             .arg(if keep { "keep" } else { "end" })
             .arg(on_demand_over_mib.to_string())
+            .arg(if log_writes { "log" } else { "scan" })
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

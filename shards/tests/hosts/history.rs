@@ -51,6 +51,21 @@ fn any_deed() -> impl Strategy<Value = Deed> {
     ]
 }
 
+/// How a shard learns what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ToldBy {
+    /// By the kernel, from outside.
+    Scan,
+    /// By the VM process.
+    Log,
+    /// Not at all.
+    Nobody,
+}
+
+fn any_way() -> impl Strategy<Value = ToldBy> {
+    prop_oneof![2 => Just(ToldBy::Scan), 2 => Just(ToldBy::Log), 1 => Just(ToldBy::Nobody)]
+}
+
 /// What the guest should be.
 #[derive(Clone, Debug)]
 struct Model {
@@ -141,17 +156,18 @@ impl History {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { max_shrink_iters: 40, ..ProptestConfig::with_cases(6) })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 40, ..ProptestConfig::with_cases(9) })]
 
     #[test]
     fn a_sandbox_is_always_what_its_history_made_it(
-        deeds in prop::collection::vec(any_deed(), 10..40), tracked in any::<bool>(),
+        deeds in prop::collection::vec(any_deed(), 10..40), told_by in any_way(),
         capture_budget_mib in 1u32..6,
     ) {
         let bench = Bench::new();
-        bench.set_mood(if tracked { "good" } else { "untracked" });
+        bench.set_mood(if told_by == ToldBy::Scan { "good" } else { "untracked" });
         let places = bench.clone();
-        let config = HostConfig { capture_budget_mib, ..bench.config() };
+        let log_writes = told_by == ToldBy::Log;
+        let config = HostConfig { capture_budget_mib, log_writes, ..bench.config() };
         let ended = bench.host_with(config, move |host| async move {
             let id = host.create(request("agent")).await.unwrap().id;
             let memory = base_memory().into_iter().map(Some).collect();

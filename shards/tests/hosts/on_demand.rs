@@ -110,7 +110,7 @@ fn one_goes_back_with_most_of_its_memory_missing() {
 fn the_next_daemon_brings_in_what_is_missing() {
     for goes_back in [false, true] {
         let bench = Bench::new();
-        let mut daemon = Daemon::start_with(&bench, false, OVER_MIB);
+        let mut daemon = Daemon::start_with(&bench, false, OVER_MIB, false);
         let first = daemon.tell("create agent");
         daemon.tell(&format!("tell {first} fill 200 1000 7"));
         let snapshot = daemon.tell(&format!("snapshot {first}"));
@@ -124,7 +124,7 @@ fn the_next_daemon_brings_in_what_is_missing() {
         }
         daemon.kill();
         let expected = filled(filled(base_memory(), 200, 1000, 7), 10, 40, 3);
-        let mut daemon = Daemon::start_with(&bench, false, OVER_MIB);
+        let mut daemon = Daemon::start_with(&bench, false, OVER_MIB, false);
         let look = format!("tell {id} look 0 4096");
         assert_memory(&bytes(&daemon.tell(&look)), &expected, "after the takeover");
         daemon.tell(&format!("tell {id} fill 400 50 6"));

@@ -106,8 +106,14 @@ fn running_sandboxes_are_taken_over_as_they_are() {
 
 #[test]
 fn they_are_taken_over_again_and_again() {
+    for log_writes in [false, true] {
+        again_and_again(log_writes);
+    }
+}
+
+fn again_and_again(log_writes: bool) {
     let bench = Bench::new();
-    let mut daemon = Daemon::start(&bench, true);
+    let mut daemon = Daemon::start_with(&bench, true, 0, log_writes);
     let Written { id, snapshot, now, .. } = write(&mut daemon);
     for round in 0..3 {
         // Killed, or stopped by an operator who wants them to go on.
@@ -116,7 +122,7 @@ fn they_are_taken_over_again_and_again() {
         } else {
             daemon.stop()
         }
-        daemon = Daemon::start(&bench, true);
+        daemon = Daemon::start_with(&bench, true, 0, log_writes);
         let look = format!("tell {id} look 0 4096");
         assert_memory(&bytes(&daemon.tell(&look)), &now, "after a takeover");
         let later = daemon.tell(&format!("snapshot {id}"));

@@ -170,6 +170,73 @@ fn a_rollback_goes_to_ones_own_snapshots_only() {
     });
 }
 
+/// The layers of a snapshot: their inodes and lengths.
+fn layers(store: &std::path::Path, snapshot: &str) -> std::collections::BTreeMap<u64, u64> {
+    use std::os::unix::fs::MetadataExt;
+    let files = std::fs::read_dir(store.join("snapshots").join(snapshot)).unwrap();
+    let is_layer =
+        |file: &std::fs::DirEntry| file.file_name().to_string_lossy().starts_with("memory.");
+    let stats = files.map(Result::unwrap).filter(is_layer).map(|file| file.metadata().unwrap());
+    stats.map(|stat| (stat.ino(), stat.len())).collect()
+}
+
+#[test]
+fn the_next_snapshot_holds_only_what_was_written_since_whoever_tells() {
+    for (mood, log_writes) in [("good", false), ("untracked", true)] {
+        let bench = Bench::new();
+        bench.set_mood(mood);
+        let store = bench.store();
+        let config = HostConfig { log_writes, capture_budget_mib: 16, ..bench.config() };
+        let ended = bench.host_with(config, move |host| async move {
+            let id = host.create(request("agent")).await.unwrap().id;
+            tell(&host, id, "fill 200 2000 3").await;
+            let first = host.snapshot(id, None).await.unwrap().id;
+            tell(&host, id, "fill 500 20 4").await;
+            let second = host.snapshot(id, None).await.unwrap().id;
+            let (before, after) = (layers(&store, &first), layers(&store, &second));
+            assert!(before.values().any(|bytes| *bytes >= 2000 * 4096), "{mood}: {before:?}");
+            let new: Vec<u64> =
+                after.iter().filter(|(id, _)| !before.contains_key(id)).map(|(_, b)| *b).collect();
+            assert!(new.len() == 1 && new[0] < 60 * 4096, "{mood}: {new:?}");
+            let copy = host.create(request(&second)).await.unwrap().id;
+            let expected = filled(filled(base_memory(), 200, 2000, 3), 500, 20, 4);
+            assert_memory(&memory(&host, copy).await, &expected, mood);
+            // After a rollback the log starts anew.
+            host.rollback(id, first.clone()).await.unwrap();
+            tell(&host, id, "fill 700 30 5").await;
+            let third = host.snapshot(id, None).await.unwrap().id;
+            let copy = host.create(request(&third)).await.unwrap().id;
+            let expected = filled(filled(base_memory(), 200, 2000, 3), 700, 30, 5);
+            assert_memory(&memory(&host, copy).await, &expected, mood);
+        });
+        ended.unwrap();
+    }
+}
+
+#[test]
+fn a_log_that_cannot_be_is_no_log() {
+    let bench = Bench::new();
+    let places = bench.clone();
+    bench.set_mood("untracked");
+    let config = HostConfig { log_writes: true, ..bench.config() };
+    let ended = bench.host_with(config, move |host| async move {
+        let id = host.create(request("agent")).await.unwrap().id;
+        let mut expected = base_memory();
+        for (byte, mood) in [(1, "good"), (2, "log-too-long"), (3, "log-too-short"), (4, "good")] {
+            places.set_mood(mood);
+            let first = usize::from(byte) * 100;
+            tell(&host, id, &format!("fill {first} 150 {byte}")).await;
+            expected = filled(expected, first, 150, byte);
+            let snapshot = host.snapshot(id, None).await.unwrap().id;
+            places.set_mood("good");
+            let copy = host.create(request(&snapshot)).await.unwrap().id;
+            assert_memory(&memory(&host, copy).await, &expected, mood);
+            host.kill(copy).await.unwrap();
+        }
+    });
+    ended.unwrap();
+}
+
 #[test]
 fn a_guest_that_writes_all_the_time_is_copied_as_it_was_at_one_moment() {
     for mood in ["good", "untracked"] {

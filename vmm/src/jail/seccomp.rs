@@ -223,9 +223,10 @@ const KVM_VCPU: &[u32] = &[
     0x9000_aecf, // KVM_GET_XSAVE2
 ];
 
-/// Requests of the control thread once there is a guest: KVM's for interrupt chips and clock. None of the
+/// Requests of the control thread once there is a guest: KVM's for interrupt chips, clock and log. None of the
 /// userfaultfd's: whoever registers memory can have the shard wait for it when it reads that memory.
 const CONTROL_REQUESTS: &[u32] = &[
+    0x4010_ae42, // KVM_GET_DIRTY_LOG
     0xc208_ae62, // KVM_GET_IRQCHIP
     0x8208_ae63, // KVM_SET_IRQCHIP
     0x4030_ae7b, // KVM_SET_CLOCK

@@ -15,7 +15,7 @@ mod vcpu;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mica_units::{Gpa, VcpuCount};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -85,7 +85,7 @@ pub struct Machine {
     shape: Shape,
     cpuid: Cpuid,
     // KVM reads and writes this memory for as long as the VM lives. Declared last, dropped last.
-    _memory: GuestMemory,
+    memory: GuestMemory,
 }
 
 impl Machine {
@@ -113,7 +113,7 @@ impl Machine {
             .collect::<Result<Vec<_>, KvmError>>()?;
         let boot_vcpu = vcpus.first().ok_or(KvmError::Missing(Cap::NrVcpus))?;
         let shape = Shape::probe(&kvm, &vm, boot_vcpu)?;
-        Ok(Self { vm, vcpus, shape, cpuid, _memory: memory.clone() })
+        Ok(Self { vm, vcpus, shape, cpuid, memory: memory.clone() })
     }
 
     /// Makes KVM signal `event` when the guest writes `value` (32 bits) at `address`, without an exit.
@@ -138,11 +138,11 @@ impl Machine {
     /// it open in the kernel, and [`Held`] keeps the memory mapped.
     #[must_use]
     pub fn split(self) -> (Held, Vec<Vcpu>) {
-        let Self { vm, vcpus, shape, cpuid, _memory } = self;
+        let Self { vm, vcpus, shape, cpuid, memory } = self;
         let shape = Arc::new(shape);
         let vcpu = |(index, fd)| Vcpu::new(index, fd, Arc::clone(&shape));
         let vcpus = (0u8..).zip(vcpus).map(vcpu).collect();
-        (Held { vm, cpuid, _memory }, vcpus)
+        (Held { vm, cpuid, memory }, vcpus)
     }
 }
 
@@ -152,7 +152,7 @@ impl Machine {
 pub struct Held {
     vm: VmFd,
     cpuid: Cpuid,
-    _memory: GuestMemory,
+    memory: GuestMemory,
 }
 
 impl Held {
@@ -174,6 +174,22 @@ impl Held {
     /// The vCPUs have this table now.
     pub fn set_cpuid(&mut self, cpuid: Cpuid) {
         self.cpuid = cpuid;
+    }
+
+    /// Takes what the guest wrote to memory since the last time, or KVM for it: a bit for each frame, in
+    /// order (`Documentation/virt/kvm/api.rst`, 4.8). No vCPU runs. Only of memory with a log.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn take_written(&self) -> Result<Vec<u64>, KvmError> {
+        let mut words = Vec::new();
+        for (slot, region) in (0u32..).zip(self.memory.iter()) {
+            let bytes =
+                usize::try_from(region.len()).map_err(|_| KvmError::Missing(Cap::UserMemory))?;
+            let part = self.vm.get_dirty_log(slot, bytes).map_err(failed("read the dirty log"))?;
+            words.extend(part);
+        }
+        Ok(words)
     }
 
     /// Reads the interrupt chips and the clock. No vCPU runs.
@@ -229,7 +245,7 @@ fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
             .map_err(|_| KvmError::Unmapped(Gpa::new(start.raw_value())))?;
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if region.bitmap().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: start.raw_value(),
             memory_size: region.len(),
             userspace_addr: host as u64,

@@ -21,12 +21,14 @@ mod plan;
 mod userfault;
 
 use std::ffi::c_void;
+use std::num::NonZeroUsize;
 use std::ptr::null_mut;
 
 use mica_units::{FRAMES_MAX, FrameRun, Mebibytes, frames_of};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-use vm_memory::mmap::MmapRegionError;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::layout::{MEMORY_MIN, memory_spans};
@@ -35,8 +37,14 @@ pub use forget::PIDFD_SELF;
 pub use plan::{ApplyError, Layer, LayerError};
 pub use userfault::Userfault;
 
-/// Memory of one guest as the boot code and the devices see it.
-pub type GuestMemory = GuestMemoryMmap<()>;
+/// Memory of one guest as the boot code and the devices see it. With a log, it notes which pages they
+/// write.
+pub type GuestMemory = GuestMemoryMmap<Option<AtomicBitmap>>;
+
+/// What a page of the log stands for.
+const LOG_PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+const _: () = assert!(LOG_PAGE.get() as u64 == mica_units::PAGE_BYTES);
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +82,14 @@ impl Memory {
     /// # Errors
     /// See [`MemoryError`].
     pub fn reserve(memory: Mebibytes) -> Result<Self, MemoryError> {
+        Self::reserve_with(memory, false)
+    }
+
+    /// The same; with `log`, what the devices write is noted.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn reserve_with(memory: Mebibytes, log: bool) -> Result<Self, MemoryError> {
         if memory < MEMORY_MIN {
             return Err(MemoryError::TooSmall(memory));
         }
@@ -87,7 +103,7 @@ impl Memory {
         // SAFETY: a null hint without MAP_FIXED makes a new mapping and touches no other.
         let start = unsafe { mmap_anonymous(null_mut(), bytes, PROTECTION, flags) }
             .map_err(|source| MemoryError::Reserve { size: memory, source })?;
-        Ok(Self { guest: cut(start.cast(), memory)?, frames })
+        Ok(Self { guest: cut(start.cast(), memory, log)?, frames })
     }
 
     /// The guest's view.
@@ -122,6 +138,17 @@ impl Memory {
         Ok(())
     }
 
+    /// Takes what the devices wrote since the last time, a bit for each frame, in order; none without a
+    /// log. Nothing writes meanwhile.
+    #[must_use]
+    pub fn take_written(&self) -> Option<Vec<u64>> {
+        let mut words = Vec::new();
+        for region in self.guest.iter() {
+            words.extend(MmapRegion::bitmap(region).as_ref()?.get_and_reset());
+        }
+        Some(words)
+    }
+
     fn start(&self) -> *mut u8 {
         // There is always a first region, at 0.
         self.guest.get_host_address(GuestAddress(0)).unwrap_or(null_mut())
@@ -142,17 +169,19 @@ impl Memory {
 const PROTECTION: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
 /// The guest's view of a reservation that starts at `start`.
-fn cut(start: *mut u8, memory: Mebibytes) -> Result<GuestMemory, MemoryError> {
+fn cut(start: *mut u8, memory: Mebibytes, log: bool) -> Result<GuestMemory, MemoryError> {
     let mut regions = Vec::with_capacity(2);
     let mut offset = 0;
     for span in memory_spans(memory) {
         let bytes = usize::try_from(span.bytes).map_err(|_| MemoryError::TooLarge(memory))?;
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        let written = log.then(|| AtomicBitmap::new(bytes, LOG_PAGE));
+        let builder = MmapRegionBuilder::new_with_bitmap(bytes, written)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE);
         // SAFETY: the spans add up to the reservation, so this piece is within it, and the reservation
         // is never given up. The region does not own it and will not unmap it.
-        let region =
-            unsafe { MmapRegion::build_raw(start.wrapping_add(offset), bytes, protection, flags) }
-                .map_err(MemoryError::Cut)?;
+        let builder = unsafe { builder.with_raw_mmap_pointer(start.wrapping_add(offset)) };
+        let region = builder.build().map_err(MemoryError::Cut)?;
         offset += bytes;
         let region = GuestRegionMmap::new(region, GuestAddress(span.start.raw()));
         regions.push(region.ok_or(MemoryError::TooLarge(memory))?);

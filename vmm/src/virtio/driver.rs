@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 
 use super::{DeviceError, Event, GuestRam, MmioDevice, Progress, Ready, VirtioDevice};
 
@@ -51,8 +52,11 @@ impl Ring {
 impl Driver {
     /// Puts `device` behind the transport and touches nothing yet.
     pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let ranges = [(GuestAddress(0), MEMORY_BYTES)];
-        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
+        let region = MmapRegionBuilder::new_with_bitmap(MEMORY_BYTES, None)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        let region = region.build().unwrap();
+        let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+        let memory = Arc::new(GuestRam::from_regions(vec![region]).unwrap());
         let line = Event::new().unwrap();
         let twin = line.try_clone().unwrap();
         let device = MmioDevice::new(device, Arc::clone(&memory), twin).unwrap();

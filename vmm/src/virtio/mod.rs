@@ -62,7 +62,7 @@ pub use vsock::{ConnectError, Connector, Vsock};
 
 /// Guest memory as the devices see it. No Rust reference ever points into it: every access is a
 /// bounds-checked volatile copy by the `vm-memory` crate.
-pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+pub type GuestRam = crate::memory::GuestMemory;
 
 /// Which device, with its number in the virtio specification (1.2, section 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

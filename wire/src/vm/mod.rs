@@ -115,6 +115,10 @@ pub struct ShellConfig {
     pub console_bytes: u64,
     /// Length of the exchange.
     pub exchange_bytes: u64,
+    /// Whether the VM process is to tell what was written to guest memory: see [`Event::Frozen`]. It makes
+    /// the guest's first write to each page after a freeze cost an exit. For kernels on which the shard
+    /// cannot see that from outside.
+    pub log_writes: bool,
     /// What each descriptor beside the frame is, in order. Each role at most once.
     pub fds: Vec<FdRole>,
 }
@@ -237,6 +241,11 @@ pub enum Event {
     Frozen {
         /// Its length.
         state_bytes: u64,
+        /// Length of the log, which lies behind the state, at the next page of the exchange: a bit for
+        /// each frame, frame 0 first, least significant bit first, set where the guest or a device wrote
+        /// since the last freeze or the restore. 0 without a log, also where memory has more frames than
+        /// [`EXCHANGE_PART_BYTES_MAX`] bytes have bits.
+        log_bytes: u64,
     },
     /// The vCPUs run again, after `Thaw`.
     Thawed,

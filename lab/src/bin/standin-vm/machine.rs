@@ -168,7 +168,7 @@ impl Machine {
         self.mark()?;
         let state = encode_state(self.stops);
         self.built()?.exchange.write_all_at(&state, 0).context("the exchange")?;
-        Ok(Event::Frozen { state_bytes: u64::try_from(state.len())? })
+        Ok(Event::Frozen { state_bytes: u64::try_from(state.len())?, log_bytes: 0 })
     }
 
     fn run(&mut self) {

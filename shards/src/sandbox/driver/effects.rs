@@ -428,6 +428,9 @@ impl Driver {
 /// anyone looks for what it changed. What was mapped since the last time, by a rollback, is registered
 /// again here, and all that was written to it before that counts as written.
 fn track(held: &Held, frames: u32, memory: &mut Memory) {
+    if memory.logs {
+        return;
+    }
     let registered = paging::track(held, frames);
     if let Err(error) = &registered {
         tracing::debug!(%error, "writes are not told apart");

@@ -24,6 +24,7 @@ use mica_wire::vm;
 use super::capture::{Capture, CaptureError};
 use super::image::Opened;
 use super::link::Events;
+use super::log::read_log;
 use super::memory::Memory;
 use super::paging::Paging;
 use super::record::{Record, RecordedState};
@@ -228,6 +229,13 @@ impl Driver {
         }
     }
 
+    /// What a process says was written, when it says that it is frozen.
+    fn take_log(&mut self, log_bytes: u64) {
+        let Some(held) = self.held() else { return };
+        let frames = self.frames();
+        self.memory.told(read_log(&held.exchange, self.state_bytes, log_bytes, frames));
+    }
+
     /// The process, while there is one.
     fn held(&self) -> Option<Rc<Held>> {
         self.sandbox.held.borrow().clone()
@@ -242,8 +250,9 @@ impl Driver {
         let heard = self.hear().await;
         match heard {
             Heard::Event(event) => {
-                if let Event::Vm(vm::Event::Frozen { state_bytes }) = event {
+                if let Event::Vm(vm::Event::Frozen { state_bytes, log_bytes }) = event {
                     self.state_bytes = state_bytes;
+                    self.take_log(log_bytes);
                 }
                 Some((event, None))
             }

@@ -135,6 +135,7 @@ impl Driver {
             layers: found.image.layers.clone(),
             mapped: Some(found.image.mapped.clone()),
             mapped_layers: found.image.layers.clone(),
+            logged: Some(Vec::new()),
             ..Memory::default()
         };
         // Its events were read from its making on, and go on being.

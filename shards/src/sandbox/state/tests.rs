@@ -22,7 +22,7 @@ fn status(phase: vm::Phase) -> Event {
 }
 
 fn frozen() -> Event {
-    vm(vm::Event::Frozen { state_bytes: 1 })
+    vm(vm::Event::Frozen { state_bytes: 1, log_bytes: 0 })
 }
 
 /// Everything a VM process can say, truly or not.
