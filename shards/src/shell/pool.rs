@@ -181,7 +181,9 @@ impl Pool {
         let launched = match rt::blocking(move || launcher.launch(name, uid, size)).await {
             Ok(Ok(launched)) => launched,
             Ok(Err(error)) => {
-                self.uids.borrow_mut().give_back(uid);
+                if !error.leaves_process {
+                    self.uids.borrow_mut().give_back(uid);
+                }
                 return Err(NoShell::Failed(crate::sandbox::chain(&error)));
             }
             Err(error) => {

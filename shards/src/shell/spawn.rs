@@ -33,6 +33,8 @@ pub(crate) struct SpawnError {
     step: String,
     /// What the process wrote about it, if anything.
     said: String,
+    /// Whether something may still run under its uid.
+    pub(crate) leaves_process: bool,
     #[source]
     source: Box<dyn std::error::Error + Send + Sync>,
 }
@@ -42,7 +44,12 @@ where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let step = step.into();
-    move |source| SpawnError { step, said: String::new(), source: source.into() }
+    move |source| SpawnError {
+        step,
+        said: String::new(),
+        leaves_process: false,
+        source: source.into(),
+    }
 }
 
 /// A VM process on its way to being a shell.
@@ -80,13 +87,23 @@ pub(crate) struct Launcher {
 }
 
 impl Launcher {
-    /// Starts a process and puts it into its control group. Blocks.
+    /// Starts a process and puts it into its control group. Blocks. Where that fails, nothing is left, or
+    /// the error says so.
     pub(crate) fn launch(
         &self,
         name: SandboxId,
         uid: u32,
         size: Size,
     ) -> Result<Launched, SpawnError> {
+        self.try_launch(name, uid, size).map_err(|error| {
+            let taken_back = self.take_back(&name).inspect_err(|error| {
+                tracing::error!(%name, %error, "a VM process that did not start left its cgroup");
+            });
+            SpawnError { leaves_process: taken_back.is_err(), ..error }
+        })
+    }
+
+    fn try_launch(&self, name: SandboxId, uid: u32, size: Size) -> Result<Launched, SpawnError> {
         self.cgroups.create(&name, size.memory, size.vcpus).map_err(step("making its cgroup"))?;
         let console_bytes = self.config.console_bytes;
         let console = console::create(console_bytes).map_err(step("making its console"))?;
@@ -141,7 +158,7 @@ impl Launcher {
         // Our copy of the other end must go, or its closing would never be seen.
         drop(command);
         self.adopt(name, &mut child, near).map_err(|error| {
-            let words = self.give_up(name, &mut child);
+            let words = give_up(name, &mut child);
             let said = if words.is_empty() { words } else { format!(" (it wrote: {words})") };
             SpawnError { said, ..error }
         })
@@ -172,25 +189,22 @@ impl Launcher {
         Ok(process)
     }
 
-    /// Ends what did not start. What it wrote to its standard error.
-    fn give_up(&self, name: &SandboxId, child: &mut Child) -> String {
-        // Killed first, so the wait is short.
-        if let Err(error) = child.kill().and_then(|()| child.wait()) {
-            tracing::error!(%name, %error, "cannot reap a VM process");
-        }
-        if let Err(error) = self.take_back(name) {
-            tracing::error!(%name, %error, "a VM process that did not start left its cgroup");
-        }
-        // Without waiting: something that it started may hold the other end.
-        let quiet = |pipe: &ChildStderr| rustix::io::ioctl_fionbio(pipe, true).is_ok();
-        child.stderr.take().filter(quiet).as_mut().map(last_words).unwrap_or_default()
-    }
-
     /// Kills what is left in the control group, and removes it. Blocks.
     pub(crate) fn take_back(&self, name: &SandboxId) -> Result<(), CgroupError> {
         self.cgroups.kill(name)?;
         self.cgroups.remove(name)
     }
+}
+
+/// Ends what did not start. What it wrote to its standard error.
+fn give_up(name: &SandboxId, child: &mut Child) -> String {
+    // Killed first, so the wait is short.
+    if let Err(error) = child.kill().and_then(|()| child.wait()) {
+        tracing::error!(%name, %error, "cannot reap a VM process");
+    }
+    // Without waiting: something that it started may hold the other end.
+    let quiet = |pipe: &ChildStderr| rustix::io::ioctl_fionbio(pipe, true).is_ok();
+    child.stderr.take().filter(quiet).as_mut().map(last_words).unwrap_or_default()
 }
 
 fn spawned_pid(near: &ControlSocket, patience: Duration) -> io::Result<u32> {
