@@ -21,6 +21,8 @@ def marks(sandbox: Sandbox) -> set[str]:
 
 
 def test_what_was_acknowledged_survives_the_host(tiny):
+    # The next daemons hold shells for every template that there is, this one for those it made something of.
+    assert make(tiny).kill(**SLOW) is True
     before = at_rest()
     one, two, lost = make(tiny), make(tiny), make(tiny)
     for sandbox, word in ((one, "one"), (two, "two")):
@@ -64,5 +66,4 @@ def test_what_was_acknowledged_survives_the_host(tiny):
     assert lost.kill(**SLOW) is False
     assert two.kill(**SLOW) is True
     assert Sandbox.delete_snapshot(kept, **SLOW) is True
-    # The next daemon keeps processes ready for both sizes, and so did this one.
     settled(before)
