@@ -127,22 +127,21 @@ fn remove_passing(
         _ => None,
     };
     let used: BTreeSet<String> = survivors.iter().filter_map(waited_in).collect();
+    let is_passing = |kind| matches!(kind, SnapshotKind::Pause | SnapshotKind::Copies);
+    let passing = store.select_snapshots(|manifest| {
+        let unused = is_passing(manifest.kind) && !used.contains(&manifest.id);
+        unused.then(|| (manifest.id.clone(), manifest.kind, manifest.sandbox))
+    })?;
     let (mut removed, mut paused) = (0, BTreeSet::new());
-    for snapshot in store.snapshots()? {
-        let manifest = snapshot.manifest();
-        match manifest.kind {
-            SnapshotKind::Template | SnapshotKind::Snapshot => continue,
-            SnapshotKind::Pause if used.contains(&manifest.id) => continue,
-            // The copies are there, or nobody has heard of them.
-            SnapshotKind::Pause | SnapshotKind::Copies => {}
-        }
-        let is_pause = manifest.kind == SnapshotKind::Pause;
-        if let Some(id) = manifest.sandbox.filter(|id| is_pause && unreadable.contains(id)) {
-            tracing::error!(%id, snapshot = manifest.id, "what may be a paused sandbox is kept on disk");
+    for (snapshot, kind, sandbox) in passing {
+        // The copies are there, or nobody has heard of them.
+        let may_wait = kind == SnapshotKind::Pause;
+        if let Some(id) = sandbox.filter(|id| may_wait && unreadable.contains(id)) {
+            tracing::error!(%id, snapshot, "what may be a paused sandbox is kept on disk");
             paused.insert(id);
             continue;
         }
-        store.delete_snapshot(&manifest.id)?;
+        store.delete_snapshot(&snapshot)?;
         removed += 1;
     }
     Ok((removed, paused))

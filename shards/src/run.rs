@@ -190,22 +190,22 @@ async fn seat_shard(
     let (store, index) = (base.workshop.store.clone(), place.id.index());
     let found = rt::blocking(move || {
         let hours = hours::read(&store, index);
-        store.snapshots().map(|snapshots| (snapshots, hours))
+        let warm = store.select_snapshots(|manifest| {
+            let disk = manifest.has_disk();
+            let size = Size { vcpus: manifest.vcpus, memory: manifest.memory, disk };
+            (manifest.kind == SnapshotKind::Template).then(|| (size, manifest.id.clone()))
+        });
+        warm.map(|warm| (warm, hours))
     });
-    let (snapshots, hours) = found
+    let (warm, hours) = found
         .await
         .map_err(|error| error.to_string())?
         .map_err(|error| crate::sandbox::chain(&error))?;
     let pool = base.pool(place.id, place.shards, Demand::from_text(&hours, now_s()));
-    let mut templates = Vec::new();
-    for snapshot in &snapshots {
-        let manifest = snapshot.manifest();
-        if manifest.kind == SnapshotKind::Template {
-            let disk = manifest.disk_bytes > 0;
-            let size = Size { vcpus: manifest.vcpus, memory: manifest.memory, disk };
-            pool.want(size, &manifest.id);
-            templates.push(manifest.id.clone());
-        }
+    let mut templates = Vec::with_capacity(warm.len());
+    for (size, template) in warm {
+        pool.want(size, &template);
+        templates.push(template);
     }
     let shard = Shard::new(place, base.workshop.clone(), pool, ring, loads);
     Ok((Rc::new(shard), templates))

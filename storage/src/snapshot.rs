@@ -178,24 +178,31 @@ impl Store {
         Err(StorageError::SnapshotGone { id: id_or_template.to_owned() })
     }
 
-    /// Every committed snapshot, by id. One whose manifest is damaged is left out, and logged. Reads
-    /// all of each manifest, so it is for start-up and for people.
+    /// What `select` takes of every committed snapshot, by id; the rest of each, with the state of its
+    /// machine, is gone before the next is read. One whose manifest is damaged is left out, and logged.
+    /// Reads all of each manifest, so it is for start-up and for people.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        let mut found = Vec::new();
-        for id in entries(&self.snapshots_dir())?.into_iter().filter(|entry| is_id(entry)) {
+    pub fn select_snapshots<T>(
+        &self,
+        mut select: impl FnMut(&SnapshotManifest) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let mut ids = entries(&self.snapshots_dir())?;
+        ids.retain(|entry| is_id(entry));
+        ids.sort_unstable();
+        let mut selected = Vec::new();
+        for id in ids {
             match self.read_snapshot(&id) {
-                Ok(snapshot) => found.extend(snapshot),
+                Ok(Some(snapshot)) => selected.extend(select(snapshot.manifest())),
+                Ok(None) => {}
                 Err(error @ StorageError::Manifest { .. }) => {
                     tracing::error!(id, error = %chain(&error), "snapshot left out");
                 }
                 Err(error) => return Err(error),
             }
         }
-        found.sort_by(|a, b| a.manifest.id.cmp(&b.manifest.id));
-        Ok(found)
+        Ok(selected)
     }
 
     /// Deletes a snapshot; says whether there was one. Sandboxes that run from it, snapshots that

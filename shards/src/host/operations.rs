@@ -96,15 +96,15 @@ impl Host {
     /// See [`ShardError`].
     pub async fn snapshots(&self, of: Option<SandboxId>) -> Result<Vec<SnapshotInfo>, ShardError> {
         let store = self.0.shard.workshop.store.clone();
-        let listed = rt::blocking(move || store.snapshots()).await;
-        let listed = listed.map_err(|_| ShardError::Busy)?.map_err(storage("listing snapshots"))?;
-        let mut infos: Vec<SnapshotInfo> = listed
-            .iter()
-            .map(|snapshot| snapshot.manifest())
-            .filter(|manifest| manifest.kind == SnapshotKind::Snapshot)
-            .filter(|manifest| of.is_none() || manifest.sandbox == of)
-            .map(snapshot_info)
-            .collect();
+        let list = move || {
+            store.select_snapshots(|manifest| {
+                let wanted = manifest.kind == SnapshotKind::Snapshot
+                    && (of.is_none() || manifest.sandbox == of);
+                wanted.then(|| snapshot_info(manifest))
+            })
+        };
+        let listed = rt::blocking(list).await.map_err(|_| ShardError::Busy)?;
+        let mut infos = listed.map_err(storage("listing snapshots"))?;
         infos.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
         Ok(infos)
     }
