@@ -4,8 +4,9 @@
 
 use std::sync::Arc;
 
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
 use super::{DeviceError, Event, GuestRam, MmioDevice, Progress, Ready, VirtioDevice};
 
@@ -13,6 +14,8 @@ use super::{DeviceError, Event, GuestRam, MmioDevice, Progress, Ready, VirtioDev
 pub(super) const MEMORY_BYTES: usize = 8 << 20;
 /// Where tests may put buffers; the rings are below.
 pub(super) const BUFFERS: u64 = 0x10_0000;
+
+const PAGE: usize = 4096;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -52,7 +55,8 @@ impl Ring {
 impl Driver {
     /// Puts `device` behind the transport and touches nothing yet.
     pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let region = MmapRegionBuilder::new_with_bitmap(MEMORY_BYTES, None)
+        let log = AtomicBitmap::new(MEMORY_BYTES, PAGE.try_into().unwrap());
+        let region = MmapRegionBuilder::new_with_bitmap(MEMORY_BYTES, Some(log))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         let region = region.build().unwrap();
         let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
@@ -217,9 +221,20 @@ impl Driver {
         self.write(0x50, queue);
     }
 
-    /// Runs the device until it has nothing to do. Panics when it never stops.
+    /// Runs the device until it has nothing to do. Panics when it never stops, and when it wrote a page
+    /// that is not in the log of guest memory: a snapshot would miss it.
     pub(super) fn run(&self) -> Result<(), DeviceError> {
-        self.run_turns(10_000)
+        let log = || MmapRegion::bitmap(self.memory.iter().next().unwrap()).as_ref().unwrap();
+        let before = self.bytes(0, MEMORY_BYTES);
+        log().reset();
+        let result = self.run_turns(10_000);
+        let after = self.bytes(0, MEMORY_BYTES);
+        let pages = before.chunks(PAGE).zip(after.chunks(PAGE)).enumerate();
+        for (page, (_, after)) in pages.filter(|(_, (before, after))| before != after) {
+            let given_back = after.iter().all(|byte| *byte == 0);
+            assert!(given_back || log().is_bit_set(page), "page {page} changed and is not logged");
+        }
+        result
     }
 
     pub(super) fn run_turns(&self, turns: usize) -> Result<(), DeviceError> {
