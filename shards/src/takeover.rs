@@ -45,7 +45,13 @@ enum TakeoverError {
 pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
     let Survivor { id, record, alive } = survivor;
     let sandbox = Sandbox::new(id, identity(&record), None);
-    let process = if alive { hold(shard, id, &record).await } else { None };
+    let process = match hold(shard, id, &record, alive).await {
+        Ok(process) => process,
+        Err(StillThere) => {
+            tracing::error!(%id, "this sandbox is left to the next start: its process does not end");
+            return;
+        }
+    };
     let start = match (&record.state, process) {
         (RecordedState::Running, Some((held, memory))) => {
             Start::Adopt(Box::new(record), held, memory)
@@ -66,21 +72,29 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
     shard.begin(sandbox, start);
 }
 
-/// Takes hold of the process of a sandbox. One that cannot be held is ended: it may have died since it
-/// was looked for, and nobody else will find its cgroup.
-async fn hold(shard: &Rc<Shard>, id: SandboxId, record: &Record) -> Option<(Rc<Held>, Memory)> {
-    let process = record.process.clone()?;
-    match open(shard, id, record, process.clone()).await {
-        Ok(found) => Some(found),
-        Err(why) => {
-            tracing::error!(%id, why, "a VM process cannot be taken over; it is ended");
-            // Its name is that of a cgroup which was found.
-            if let Ok(name) = process.name.parse() {
-                let pool = Rc::clone(&shard.pool);
-                rt::spawn(async move { pool.take_back(name, process.uid).await }).detach();
-            }
-            None
-        }
+/// A process that can be neither held nor ended. It may still write to its disk.
+struct StillThere;
+
+/// Takes hold of the process of a sandbox, if it lives. One that cannot be held is ended first: it may
+/// have died since it was looked for, and nobody else will find its cgroup; or it may run, and nothing
+/// else may use its disk before it is gone.
+async fn hold(
+    shard: &Rc<Shard>,
+    id: SandboxId,
+    record: &Record,
+    alive: bool,
+) -> Result<Option<(Rc<Held>, Memory)>, StillThere> {
+    let Some(process) = record.process.clone().filter(|_| alive) else { return Ok(None) };
+    let why = match open(shard, id, record, process.clone()).await {
+        Ok(found) => return Ok(Some(found)),
+        Err(why) => why,
+    };
+    tracing::error!(%id, why, "a VM process cannot be taken over; it is ended");
+    // Its name is that of a cgroup which was found.
+    let Ok(name) = process.name.parse() else { return Err(StillThere) };
+    match shard.pool.take_back(name, process.uid).await {
+        true => Ok(None),
+        false => Err(StillThere),
     }
 }
 
