@@ -20,8 +20,9 @@ use crate::{CreateRequest, SandboxInfo, ShardError};
 /// Most sandboxes of one clone or fork.
 pub const CLONES_MAX: usize = 1000;
 
-/// Between two tries to find room on the blocking threads.
-const BUSY_RETRY: Duration = Duration::from_millis(50);
+/// Between two tries to delete a snapshot, at first and at last.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LAST: Duration = Duration::from_secs(60);
 
 /// What became of each copy.
 type Copies = Vec<Result<SandboxInfo, ShardError>>;
@@ -144,17 +145,20 @@ impl Host {
         }
     }
 
-    /// Deletes what copies were started from.
+    /// Deletes what copies were started from: it takes room, and nobody else can see it.
     async fn delete_passing(&self, snapshot: &str) {
+        let mut pause = RETRY_FIRST;
         loop {
             match self.delete_if(snapshot, SnapshotKind::Copies).await {
-                Ok(_) => return,
-                Err(ShardError::Busy) => time::sleep(BUSY_RETRY).await,
+                Ok(_) | Err(ShardError::ShuttingDown) => return,
+                Err(ShardError::Busy) => {}
                 Err(error) => {
-                    tracing::error!(snapshot, %error, "a snapshot of nobody's stays until the next start");
-                    return;
+                    let again_s = pause.as_secs_f32();
+                    tracing::error!(snapshot, %error, again_s, "a snapshot of nobody's stays for now");
                 }
             }
+            time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_LAST);
         }
     }
 

@@ -3,7 +3,7 @@
 //! Called by the driver, a step at a time, as the state machine says. What is made is a directory in
 //! the store that exists for others only when [`commit`] has returned; dropped before, it goes.
 //! Refuses to keep a guest standing still for longer than copying into buffers takes: with more than
-//! that to copy it says so, and the most is copied while the guest runs.
+//! that to copy it says so, and the most is copied while the guest runs, where the kernel tells writes.
 //!
 //! ```text
 //!   freeze ─▶ copy: scan ─▶ clone disk ∥ make room ∥ pages into buffers, the first ones written

@@ -197,7 +197,11 @@ impl Memory {
         let pagemap = place.process.pagemap();
         let resident = pagemap.scan_all(place.memory, Wanted::Resident).await?;
         let anonymous = pagemap.scan_all(place.memory, Wanted::Anonymous).await?;
-        let own = without(&anonymous, &without(&anonymous, &resident));
+        let own = match self.logs {
+            // A huge page that the kernel put where pages had been given back is anonymous, and in no log.
+            true => Vec::new(),
+            false => without(&anonymous, &without(&anonymous, &resident)),
+        };
         Ok(without(&union(&elsewhere, &[]), &own))
     }
 

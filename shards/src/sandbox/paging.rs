@@ -51,11 +51,12 @@ pub(crate) fn begin(
     failed: impl FnOnce() + 'static,
 ) -> io::Result<Paging> {
     let (userfault, all) = take_userfault(held, frames)?;
-    userfault.catch_missing(all, true)?;
+    let tracked = tells_writes(held);
+    userfault.catch_missing(all, tracked)?;
     let file = |layer: &Layer| layer.file().as_fd().try_clone_to_owned().map(IoFile::from);
     let files = layers.iter().map(file).collect::<io::Result<Vec<_>>>()?;
     let source = Layers { ring: Rc::clone(ring), files, pieces: pieces.to_vec() };
-    let pager = Pager::new(userfault, source, Rc::clone(ring), true);
+    let pager = Pager::new(userfault, source, Rc::clone(ring), tracked);
     let task = rt::spawn(async move {
         let serving = Rc::clone(&pager);
         let both = async {
@@ -69,6 +70,12 @@ pub(crate) fn begin(
         }
     });
     Ok(Paging { task })
+}
+
+/// Whether what a guest on demand writes is told apart: pages come protected then, and where the kernel
+/// lets a write to such a page through by itself.
+pub(crate) fn tells_writes(held: &Held) -> bool {
+    held.process.pagemap().can_track_writes()
 }
 
 /// Lets a guest's faults be told again whose daemon is gone, and answers them.

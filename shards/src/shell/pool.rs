@@ -186,6 +186,11 @@ impl Pool {
                 }
                 return Err(NoShell::Failed(crate::sandbox::chain(&error)));
             }
+            Err(error @ BlockingError::Panicked) => {
+                // Nobody knows how far it came.
+                self.take_back(name, uid).await;
+                return Err(NoShell::Failed(error.to_string()));
+            }
             Err(error) => {
                 self.uids.borrow_mut().give_back(uid);
                 return Err(match error {

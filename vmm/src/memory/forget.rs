@@ -4,6 +4,8 @@
 //! that takes several runs at once: before 6.13 one could not advise its own memory in that way, and
 //! before 6.14 there was no number for oneself.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use libc::{c_int, c_long, iovec};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
@@ -16,15 +18,20 @@ pub const PIDFD_SELF: c_int = -10_000;
 /// Most runs of one call: `IOV_MAX`.
 const RUNS_MAX: usize = 1024;
 
+/// Whether this kernel has said that it cannot.
+static REFUSED: AtomicBool = AtomicBool::new(false);
+
 /// Drops what was written to these runs, which the caller knows to be guest memory.
 pub(super) fn forget(runs: &mut [iovec]) -> Result<(), Errno> {
     for some in runs.chunks_mut(RUNS_MAX) {
         let mut left = some;
         // For one run the plain call is as good.
-        while left.len() > 1 {
+        while left.len() > 1 && !REFUSED.load(Ordering::Relaxed) {
             match advise_own(left) {
                 // A kernel that cannot; nothing is lost by asking again run by run.
-                Ok(0) | Err(Errno::BADF | Errno::INVAL | Errno::NOSYS | Errno::PERM) => break,
+                Ok(0) | Err(Errno::BADF | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+                    REFUSED.store(true, Ordering::Relaxed);
+                }
                 Ok(bytes) => left = after(left, bytes),
                 Err(errno) => return Err(errno),
             }

@@ -19,7 +19,7 @@ use super::{Command, Event};
 pub const FRAME_BYTES_MAX: usize = 16 * 1024;
 
 const MAGIC: [u8; 4] = *b"MVM2";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const HEADER_BYTES: usize = 8;
 
 /// Why bytes are not a frame, or a value does not become one.

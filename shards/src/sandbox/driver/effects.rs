@@ -170,7 +170,7 @@ impl Driver {
         let paging = paging::begin(held, ring, self.frames(), layers, pieces, first, failed);
         self.paging = Some(paging.map_err(|error| format!("its memory on demand: {error}"))?);
         // Pages come protected, so that what is written shows from the start; nothing is mapped.
-        self.memory.tracked = true;
+        self.memory.tracked = paging::tells_writes(held);
         self.memory.on_demand = true;
         self.memory.mapped = None;
         Ok(())
