@@ -119,6 +119,12 @@ pub enum Then {
 pub fn vmlinux(text: &str, then: Then) -> Vec<u8> {
     let mut code = Assembler::default();
     code.set_dx(SERIAL);
+    if matches!(then, Then::WaitForGeneration | Then::WaitForGenerations) {
+        // Before it says anything: who hears of it may stop it at any instruction from then on, and what
+        // it takes for the old id must not be the new one.
+        code.set_rbx(GENERATION_ID);
+        code.load_ecx();
+    }
     for byte in text.bytes() {
         code.set_al(byte);
         code.out_dx_al();
@@ -150,18 +156,15 @@ pub fn vmlinux(text: &str, then: Then) -> Vec<u8> {
         Then::ResetVsock => reset_vsock(&mut code),
         Then::Scribble(seed) => scribble(&mut code, seed),
         Then::WaitForGeneration => {
-            code.set_rbx(GENERATION_ID);
-            code.load_ecx();
             code.wait_while_ecx();
             code.set_al(b'R');
             code.out_dx_al();
             code.idle();
         }
         Then::WaitForGenerations => {
-            code.set_rbx(GENERATION_ID);
             let start = code.code.len();
-            code.load_ecx();
             code.wait_while_ecx();
+            code.load_ecx();
             code.set_al(b'R');
             code.out_dx_al();
             code.jump_to(start);
@@ -462,8 +465,10 @@ mod tests {
     fn waiting_for_generations_ends_where_it_began() {
         let image = vmlinux("", Then::WaitForGenerations);
         let code = &image[0x1000..];
-        // mov dx; mov rbx, id; mov ecx, [rbx]; cmp ecx, [rbx]; je -4; mov al, 'R'; out; jmp -11
-        assert_eq!(&code[14..], [0x8b, 0x0b, 0x3b, 0x0b, 0x74, 0xfc, 0xb0, b'R', 0xee, 0xeb, 0xf5]);
+        // mov dx; mov rbx, id; mov ecx, [rbx]; cmp ecx, [rbx]; je -4; mov ecx, [rbx]; mov al, 'R'; out;
+        // jmp -11
+        let rest = [0x8b, 0x0b, 0x3b, 0x0b, 0x74, 0xfc, 0x8b, 0x0b, 0xb0, b'R', 0xee, 0xeb, 0xf5];
+        assert_eq!(&code[14..], rest);
     }
 
     #[test]
