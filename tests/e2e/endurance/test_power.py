@@ -4,9 +4,9 @@ The store is the lab's emulated NVMe drive, which lives through `mica lab down` 
 root file system and programs of the host do not.
 """
 
-from conftest import PATIENCE_S, api, lab, make, run
+from conftest import PATIENCE_S, api, lab, make, run, wait_until
 from e2b import Sandbox
-from inside import STORE, at_rest, cut_the_power, power_off_and_on, sandboxes, settled
+from inside import STORE, answers, at_rest, cut_the_power, power_off_and_on, sandboxes, settled
 
 SLOW = {"request_timeout": PATIENCE_S}
 
@@ -21,7 +21,10 @@ def marks(sandbox: Sandbox) -> set[str]:
 
 
 def test_what_was_acknowledged_survives_the_host(tiny):
-    # The next daemons hold shells for every template that there is, this one for those it made something of.
+    # A daemon holds shells for the templates that there were when it started, and for those that it made
+    # something of since: the one before may know some that are gone.
+    lab("kill -9 $(pgrep -of '[m]ica serve')")
+    wait_until("a daemon answers", answers)
     assert make(tiny).kill(**SLOW) is True
     before = at_rest()
     one, two, lost = make(tiny), make(tiny), make(tiny)
