@@ -116,7 +116,8 @@ fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool 
 }
 
 /// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since; and what
-/// copies were started from. How many, and whose could not be told, because their record is unreadable: a client's data is not removed for that.
+/// copies were started from. How many, and whose could not be told, because their record is unreadable:
+/// a client's data is not removed for that.
 fn remove_passing(
     store: &Store,
     survivors: &[Survivor],

@@ -1,8 +1,9 @@
 //! Sandboxes made from one that runs: clones, which come up whole or not at all, and forks.
 //!
 //! Called by `http` through [`Host`]. All copies of one request share one snapshot, which no list shows
-//! and which goes when they are there; the next start removes one that was left. Refuses to leave anything of a request whose client goes away: a task of its own
-//! carries it out, and takes back what was made unless the answer is taken.
+//! and which goes when they are there; the next start removes one that was left. Refuses to leave
+//! anything of a request whose client goes away: a task of its own carries it out, and takes back what
+//! was made unless the answer is taken.
 
 use std::cell::RefCell;
 use std::rc::Rc;

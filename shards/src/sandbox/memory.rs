@@ -87,7 +87,7 @@ impl Memory {
                 let anonymous = pagemap.scan_all(place.memory, Wanted::Anonymous).await?;
                 match &self.logged {
                     // What was written and given back since is not the guest's own any more.
-                    Some(logged) if self.logs => without(&anonymous, &without(&anonymous, logged)),
+                    Some(logged) if self.logs => within(&anonymous, logged),
                     _ => anonymous,
                 }
             }
@@ -200,7 +200,7 @@ impl Memory {
         let own = match self.logs {
             // A huge page that the kernel put where pages had been given back is anonymous, and in no log.
             true => Vec::new(),
-            false => without(&anonymous, &without(&anonymous, &resident)),
+            false => within(&anonymous, &resident),
         };
         Ok(without(&union(&elsewhere, &[]), &own))
     }
@@ -212,6 +212,11 @@ impl Memory {
             page == part.page && same_layer(&self.mapped_layers, layer, target_layers, part)
         })
     }
+}
+
+/// The frames that are in both; both in order and without overlap.
+fn within(runs: &[FrameRun], others: &[FrameRun]) -> Vec<FrameRun> {
+    without(runs, &without(runs, others))
 }
 
 /// The frames of `runs` that are not in `others`; both in order and without overlap.
