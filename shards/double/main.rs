@@ -106,7 +106,9 @@ impl Vm {
     fn build(mood: Mood, socket: Arc<ControlSocket>) -> Self {
         let (command, fds) = socket.receive_command().unwrap();
         let Command::Build(config) = command else { panic!("first is Build, not {command:?}") };
-        match &*mood.now() {
+        // Of one mood from here to the end of the build, also where a test changes it meanwhile.
+        let as_built = mood.now();
+        match as_built.as_str() {
             "never-built" => hang(),
             "not-built" => {
                 let ending = Ending::Internal("KVM has no more".to_owned());
@@ -118,7 +120,7 @@ impl Vm {
         let [spare, console, exchange] = shell_fds(&config, fds);
         let machine = Machine::new(config.memory(), config.log_writes);
         // Without it nobody can tell writes apart. The shard registers the memory, from outside.
-        let userfault = (!mood.is("untracked")).then(Userfault::create).and_then(Result::ok);
+        let userfault = (as_built != "untracked").then(Userfault::create).and_then(Result::ok);
         let shell = Shell {
             memory_address: machine.address(),
             spare_fd: spare.as_raw_fd(),
@@ -127,16 +129,16 @@ impl Vm {
             userfault_fd: userfault.as_ref().map(AsRawFd::as_raw_fd),
         };
         // A lie about where memory is must hurt nobody but this sandbox.
-        let told = match &*mood.now() {
+        let told = match as_built.as_str() {
             "memory-nowhere" => Shell { memory_address: u64::MAX - 4095, ..shell },
             "memory-elsewhere" => Shell { memory_address: 4096, ..shell },
             _ => shell,
         };
         socket.send_event(&Event::Built(told)).unwrap();
-        if mood.is("second-built") {
+        if as_built == "second-built" {
             socket.send_event(&Event::Built(shell)).unwrap();
         }
-        if mood.is("dies-in-the-pool") {
+        if as_built == "dies-in-the-pool" {
             std::thread::sleep(Duration::from_millis(20));
             exit(1);
         }
