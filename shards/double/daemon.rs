@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::{PlanConfig, Reserved, Shards, StopSignal, plan, rt, topology};
-use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout};
+use mica_shards::{CreateRequest, Host, HostConfig};
 use mica_storage::FlattenLimits;
 use mica_units::{GuestPort, SandboxId};
 
@@ -93,12 +93,5 @@ async fn obey(host: &Host, line: &str) -> Result<String, Box<dyn std::error::Err
 }
 
 fn request(template: &str) -> CreateRequest {
-    CreateRequest {
-        template: template.to_owned(),
-        timeout: LIFE,
-        secure: false,
-        metadata: std::collections::BTreeMap::new(),
-        env_vars: std::collections::BTreeMap::new(),
-        on_timeout: OnTimeout::Kill,
-    }
+    CreateRequest::new(template, LIFE)
 }

@@ -121,6 +121,9 @@ pub enum ConnectError {
     /// It is paused, or on its way there or back.
     #[error("sandbox {0} is paused")]
     IsPaused(SandboxId),
+    /// Its ports are not public, and the visitor's token is not its.
+    #[error("sandbox {0} takes no visitor without its traffic token")]
+    NotAdmitted(SandboxId),
     /// Nothing listens there, in a guest that answers.
     #[error("nothing listens on port {0} of the sandbox")]
     PortNotOpen(GuestPort),

@@ -9,11 +9,12 @@ use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
 use mica_storage::LayerId;
-use mica_units::{SandboxId, ShardId};
+use mica_units::{GuestPort, SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
 use crate::{
-    ConnectError, CreateRequest, OnTimeout, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo,
+    ConnectError, CreateRequest, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess, ShardError,
+    SnapshotInfo, Visitor,
 };
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
@@ -40,8 +41,10 @@ pub(crate) enum Operation {
     Kill(SandboxId),
     /// Set its remaining time.
     SetTimeout(SandboxId, Duration),
-    /// Make a stream to its gateway.
-    Connect(SandboxId),
+    /// Make a stream to its gateway, which is to go on to this port.
+    Connect(SandboxId, GuestPort, Visitor),
+    /// Replace what its network is.
+    SetNetwork(SandboxId, Box<NetworkPolicy>),
     /// Make a snapshot of it.
     Snapshot(SandboxId, Purpose),
     /// Put it back to this snapshot of its own.
@@ -71,6 +74,15 @@ pub(crate) enum Purpose {
     Client(Option<String>),
     /// Copies of the sandbox, and nothing after them.
     Copies,
+}
+
+/// A way into a guest.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// Our end, nothing said on it yet.
+    pub(crate) stream: OwnedFd,
+    /// What the guest's server is to see as `Host`.
+    pub(crate) mask: Option<String>,
 }
 
 /// How a paused sandbox is to go on.
@@ -104,10 +116,10 @@ pub(crate) enum Reply {
     Resumed(Result<(Box<SandboxInfo>, bool), ShardError>),
     /// To `Snapshot`.
     Snapshot(Result<Box<SnapshotInfo>, ShardError>),
-    /// To `Kill`, `SetTimeout`, `Rollback`, `Pause` and `Forget`.
+    /// To `Kill`, `SetTimeout`, `SetNetwork`, `Rollback`, `Pause` and `Forget`.
     Done(Result<(), ShardError>),
-    /// To `Connect`: our end, nothing said on it yet.
-    Stream(Result<OwnedFd, ConnectError>),
+    /// To `Connect`.
+    Stream(Result<Entry, ConnectError>),
     /// To `RequestOf`.
     Request(Result<Box<CreateRequest>, ShardError>),
     /// To `ProcessOf`.

@@ -42,7 +42,7 @@ pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;
 pub use types::{
-    CreateRequest, HostCounters, Lifecycle, OnTimeout, SandboxInfo, SandboxProcess, SnapshotInfo,
-    TemplateInfo,
+    CreateRequest, HostCounters, Lifecycle, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess,
+    SnapshotInfo, TemplateInfo, Visitor,
 };
 pub use warm::{WarmError, warm};

@@ -5,7 +5,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,15 +13,16 @@ use std::time::{Duration, SystemTime};
 use mica_numa::io::Ring;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
-use mica_units::{PerShard, SandboxId, ShardCount, ShardId};
+use mica_units::{GuestPort, PerShard, SandboxId, ShardCount, ShardId};
 
-use crate::event::{Counts, Operation, Purpose, Reply, Spawned, Wake};
+use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
 use crate::upkeep::Upkeep;
 use crate::{
-    ConnectError, CreateRequest, Host, SandboxInfo, SandboxProcess, ShardError, SnapshotInfo,
+    ConnectError, CreateRequest, Host, Lifecycle, NetworkPolicy, SandboxInfo, SandboxProcess,
+    ShardError, SnapshotInfo, Visitor,
 };
 
 /// Bytes of an access token, before they become hexadecimal.
@@ -133,7 +133,10 @@ impl Shard {
             Operation::List => Reply::Sandboxes(self.list()),
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
-            Operation::Connect(id) => Reply::Stream(self.connect(id).await),
+            Operation::Connect(id, port, visitor) => {
+                Reply::Stream(self.connect(id, port, &visitor).await)
+            }
+            Operation::SetNetwork(id, policy) => Reply::Done(self.set_network(id, *policy)),
             Operation::Snapshot(id, purpose) => Reply::Snapshot(self.snapshot(id, purpose).await),
             Operation::Rollback(id, to) => {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
@@ -163,9 +166,10 @@ impl Shard {
             return Err(self.at_capacity());
         }
         let access_token = request.secure.then(draw_hex::<TOKEN_BYTES>).transpose()?;
+        let traffic_token = Some(draw_hex::<TOKEN_BYTES>()?);
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
         let (maker, made) = oneshot::channel();
-        let identity = Identity { request, access_token, machine_id };
+        let identity = Identity { request, access_token, traffic_token, machine_id };
         self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create);
         made.await.unwrap_or(Err(ShardError::ShuttingDown))
     }
@@ -262,9 +266,17 @@ impl Shard {
         })
     }
 
-    async fn connect(&self, id: SandboxId) -> Result<OwnedFd, ConnectError> {
+    async fn connect(
+        &self,
+        id: SandboxId,
+        port: GuestPort,
+        visitor: &Visitor,
+    ) -> Result<Entry, ConnectError> {
         let gone = ConnectError::NoSuchSandbox(id);
         let sandbox = self.find(id).map_err(|_| gone.clone())?;
+        if !sandbox.admits(port, visitor) {
+            return Err(ConnectError::NotAdmitted(id));
+        }
         let settled = time::timeout(TRANSITION_DEADLINE, sandbox.settled());
         if settled.await.is_err() {
             return Err(ConnectError::IsPaused(id));
@@ -274,10 +286,20 @@ impl Shard {
             (Some(_), None) => return Err(ConnectError::IsPaused(id)),
             (Some(_), Some(held)) => held,
         };
-        sandbox::open_stream(&held.control).await.map_err(|error| {
+        let stream = sandbox::open_stream(&held.control).await.map_err(|error| {
             tracing::info!(%id, error = sandbox::chain(&error), "no stream into a sandbox");
             ConnectError::Busy
-        })
+        })?;
+        Ok(Entry { stream, mask: sandbox.mask_of(port) })
+    }
+
+    fn set_network(&self, id: SandboxId, policy: NetworkPolicy) -> Result<(), ShardError> {
+        let sandbox = self.find(id)?;
+        // The record of one that is paused is its snapshot's.
+        if sandbox.info().is_some_and(|info| info.state == Lifecycle::Paused) {
+            return Err(ShardError::IsPaused(id));
+        }
+        sandbox.set_network(policy).then_some(()).ok_or(ShardError::NoSuchSandbox(id))
     }
 
     /// Counts a sandbox that came up.

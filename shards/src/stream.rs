@@ -12,7 +12,18 @@ use mica_numa::rt::net::UnixStream;
 
 /// A connection to a port of a guest, past its verdict. Dropping it closes both directions.
 #[derive(Debug)]
-pub struct GuestStream(pub(crate) UnixStream);
+pub struct GuestStream {
+    pub(crate) stream: UnixStream,
+    pub(crate) mask: Option<String>,
+}
+
+impl GuestStream {
+    /// What the server behind it is to see as `Host`, if that is not what the client wrote.
+    #[must_use]
+    pub fn masked_host(&self) -> Option<&str> {
+        self.mask.as_deref()
+    }
+}
 
 impl AsyncRead for GuestStream {
     fn poll_read(
@@ -20,7 +31,7 @@ impl AsyncRead for GuestStream {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
@@ -30,14 +41,14 @@ impl AsyncWrite for GuestStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_close(cx)
+        Pin::new(&mut self.stream).poll_close(cx)
     }
 }

@@ -22,7 +22,7 @@ use crate::sandbox::{
 };
 use crate::shard::Shard;
 use crate::shell::{Held, OpenError, VmProcess};
-use crate::{CreateRequest, OnTimeout};
+use crate::{CreateRequest, NetworkPolicy, OnTimeout};
 
 /// Why a process cannot be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -147,10 +147,15 @@ fn identity(record: &Record) -> Identity {
         metadata: record.metadata.clone(),
         env_vars: record.env_vars.clone(),
         on_timeout: if record.pause_at_end { OnTimeout::Pause } else { OnTimeout::Kill },
+        auto_resume: record.auto_resume,
+        // Its checksum holds, so this is what was written.
+        tenant: record.tenant.parse().unwrap_or_default(),
+        network: NetworkPolicy::from(&record.network),
     };
     Identity {
         request,
         access_token: record.access_token.clone(),
+        traffic_token: record.traffic_token.clone(),
         machine_id: record.machine_id.clone(),
     }
 }

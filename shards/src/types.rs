@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
-use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
+use mica_units::{Mebibytes, SandboxId, TemplateName, TenantId, VcpuCount};
 
 /// What happens to a sandbox whose time is over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,6 +28,54 @@ pub enum Lifecycle {
     Paused,
 }
 
+/// Who may reach a sandbox, and whom it may reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkPolicy {
+    /// Whether its ports are open to whoever knows its id. Otherwise they take a token, but for envd's,
+    /// which has its own.
+    pub allow_public_traffic: bool,
+    /// What its servers see as `Host`; `${PORT}` stands for the port.
+    pub mask_request_host: Option<String>,
+    /// Whether it may reach the world at all.
+    pub allow_internet_access: bool,
+    /// Addresses and names it may reach.
+    pub allow_out: Vec<String>,
+    /// Addresses it may not.
+    pub deny_out: Vec<String>,
+}
+
+impl Default for NetworkPolicy {
+    fn default() -> Self {
+        Self {
+            allow_public_traffic: true,
+            mask_request_host: None,
+            allow_internet_access: true,
+            allow_out: Vec::new(),
+            deny_out: Vec::new(),
+        }
+    }
+}
+
+/// Who wants a stream into a sandbox.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Visitor {
+    /// The host itself.
+    Host,
+    /// A client, with the traffic token it showed.
+    Client(Option<String>),
+}
+
+// The token is a secret.
+impl std::fmt::Debug for Visitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Host => "Host",
+            Self::Client(None) => "Client without a token",
+            Self::Client(Some(_)) => "Client with a token",
+        })
+    }
+}
+
 /// A sandbox to be made.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CreateRequest {
@@ -43,6 +91,30 @@ pub struct CreateRequest {
     pub env_vars: BTreeMap<String, String>,
     /// What happens when its time is over.
     pub on_timeout: OnTimeout,
+    /// Whether a request for it wakes it when it is paused.
+    pub auto_resume: bool,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// Who may reach it, and whom it may reach.
+    pub network: NetworkPolicy,
+}
+
+impl CreateRequest {
+    /// One of this template that lives so long, and has nothing out of the ordinary.
+    #[must_use]
+    pub fn new(template: &str, timeout: Duration) -> Self {
+        Self {
+            template: template.to_owned(),
+            timeout,
+            secure: false,
+            metadata: BTreeMap::new(),
+            env_vars: BTreeMap::new(),
+            on_timeout: OnTimeout::default(),
+            auto_resume: false,
+            tenant: TenantId::default(),
+            network: NetworkPolicy::default(),
+        }
+    }
 }
 
 // Environment values are secrets more often than not, so they stay out of logs.
@@ -55,6 +127,9 @@ impl std::fmt::Debug for CreateRequest {
             .field("metadata", &self.metadata)
             .field("env_vars", &self.env_vars.keys())
             .field("on_timeout", &self.on_timeout)
+            .field("auto_resume", &self.auto_resume)
+            .field("tenant", &self.tenant)
+            .field("network", &self.network)
             .finish()
     }
 }
@@ -86,9 +161,19 @@ pub struct SandboxInfo {
     pub metadata: BTreeMap<String, String>,
     /// What requests to its agent must carry, if it is secure.
     pub access_token: Option<String>,
+    /// What requests to its other ports must carry, if they are not public.
+    pub traffic_token: Option<String>,
+    /// What happens when its time is over.
+    pub on_timeout: OnTimeout,
+    /// Whether a request for it wakes it when it is paused.
+    pub auto_resume: bool,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// Who may reach it, and whom it may reach.
+    pub network: NetworkPolicy,
 }
 
-// The token is a secret.
+// The tokens are secrets.
 impl std::fmt::Debug for SandboxInfo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SandboxInfo")
@@ -135,6 +220,8 @@ pub struct SnapshotInfo {
     pub sandbox: Option<SandboxId>,
     /// Id of that sandbox's template.
     pub template_id: String,
+    /// Whose that sandbox was. None of the time before there were tenants.
+    pub tenant: Option<TenantId>,
     /// When it was committed.
     pub created_at: SystemTime,
 }

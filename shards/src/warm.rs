@@ -285,6 +285,7 @@ fn describe(
         template_name: template.name,
         parent: None,
         sandbox: None,
+        tenant: None,
         created_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
         vcpus: template.vcpus,
         memory: template.memory,

@@ -58,6 +58,7 @@ pub fn make_template(directory: &Path) {
         template_name: name,
         parent: None,
         sandbox: None,
+        tenant: None,
         created_unix_ms: u64::try_from(since.as_millis()).expect("a time"),
         vcpus: spec.vcpus,
         memory: spec.memory,

@@ -27,6 +27,11 @@ pub enum IdError {
     /// Port 0.
     #[error("a guest port is 1 to 65535")]
     GuestPort,
+    /// Not the name of a tenant.
+    #[error(
+        "a tenant is 1 to 32 characters of a-z, 0-9 and `-`, and starts with a letter or a digit"
+    )]
+    TenantId,
 }
 
 /// The id of one sandbox: `i` and 20 characters of base 36 (103 bits).
@@ -122,6 +127,44 @@ impl FromStr for TemplateName {
 }
 
 impl fmt::Display for TemplateName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Whom sandboxes, snapshots and templates belong to. Every API key is one tenant's.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TenantId(String);
+
+impl TenantId {
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The tenant of a host that nobody has divided.
+impl Default for TenantId {
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+impl FromStr for TenantId {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let head = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let bytes = text.as_bytes();
+        let in_form = matches!(bytes.len(), 1..=32)
+            && bytes.first().copied().is_some_and(head)
+            && bytes.iter().all(|b| head(*b) || *b == b'-');
+        if in_form { Ok(Self(text.to_owned())) } else { Err(IdError::TenantId) }
+    }
+}
+
+impl fmt::Display for TenantId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -269,6 +312,17 @@ mod tests {
         }
         for bad in ["", "..", "a/..", "-a", "_a", "A", "a b", "a\0", "a.b", &"a".repeat(64)] {
             assert_eq!(bad.parse::<TemplateName>(), Err(IdError::TemplateName), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn tenants_are_plain_words() {
+        for good in ["default", "a", "0-x", &"a".repeat(32)] {
+            assert_eq!(good.parse::<TenantId>().unwrap().as_str(), good);
+        }
+        assert_eq!("default".parse(), Ok(TenantId::default()));
+        for bad in ["", "-a", "A", "a b", "a_b", "../x", &"a".repeat(33)] {
+            assert_eq!(bad.parse::<TenantId>(), Err(IdError::TenantId), "{bad:?}");
         }
     }
 

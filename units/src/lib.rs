@@ -15,5 +15,6 @@ pub use bytes::{Gpa, Mebibytes, PAGE_BYTES};
 pub use frames::{FRAMES_MAX, FrameRun, frames_len, frames_of};
 pub use ids::{
     GuestPort, IdError, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId, TemplateName,
+    TenantId,
 };
 pub use limits::{VCPUS_MAX, VcpuCount, VcpuCountError};

@@ -42,13 +42,14 @@ pub fn create_request(
         Version::V1 => TIMEOUT_SECONDS_V1,
         Version::V2 => TIMEOUT_SECONDS_V2,
     };
+    let template = template(&wanted.template_id)?;
+    let timeout = life::of_new(wanted.timeout.unwrap_or(default), limits)?;
     Ok(CreateRequest {
-        template: template(&wanted.template_id)?,
-        timeout: life::of_new(wanted.timeout.unwrap_or(default), limits)?,
         secure: wanted.secure.unwrap_or(true),
         on_timeout: on_timeout(&wanted)?,
         metadata: wanted.metadata.unwrap_or_default(),
         env_vars: env_vars(wanted.env_vars.unwrap_or_default())?,
+        ..CreateRequest::new(&template, timeout)
     })
 }
 

@@ -196,7 +196,8 @@ fn metadata(value: &str) -> Result<Vec<(String, String)>, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mica_units::{Mebibytes, VcpuCount};
+    use mica_shards::{NetworkPolicy, OnTimeout};
+    use mica_units::{Mebibytes, TenantId, VcpuCount};
     use std::time::Duration;
 
     fn sandbox(n: u8, labels: &[(&str, &str)]) -> SandboxInfo {
@@ -214,6 +215,11 @@ mod tests {
             envd_version: "0.5.7".to_owned(),
             metadata: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             access_token: None,
+            traffic_token: None,
+            on_timeout: OnTimeout::Kill,
+            auto_resume: false,
+            tenant: TenantId::default(),
+            network: NetworkPolicy::default(),
         }
     }
 

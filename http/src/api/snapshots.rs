@@ -125,6 +125,7 @@ mod tests {
             name: name.map(str::to_owned),
             sandbox: None,
             template_id: "tpl".to_owned(),
+            tenant: None,
             // Two by two of the same instant, so the id has to break the tie.
             created_at: UNIX_EPOCH + Duration::from_secs(1000 + n / 2),
         }

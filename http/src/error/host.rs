@@ -69,6 +69,9 @@ impl ApiError {
                 let message = "The sandbox is running but port is not open";
                 Self::new(StatusCode::BAD_GATEWAY, message).about(id.as_str()).port(port)
             }
+            ConnectError::NotAdmitted(_) => {
+                Self::new(StatusCode::FORBIDDEN, text).about(id.as_str())
+            }
             ConnectError::Unreachable => {
                 Self::new(StatusCode::BAD_GATEWAY, text).about(id.as_str()).port(port)
             }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use mica_numa::{Plan, PlanConfig, Reserved, Shards, StopSignal, plan, topology};
-use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout, run, warm};
+use mica_shards::{CreateRequest, Host, HostConfig, run, warm};
 use mica_storage::{FlattenLimits, Part, ReadyWhen, Store, TemplateSpec};
 use mica_units::{Mebibytes, ShardId, VcpuCount};
 use rustix::fs::{Mode, OFlags};
@@ -237,14 +237,7 @@ pub fn cgroup_mount() -> Result<PathBuf> {
 /// A create of the template, or of a snapshot.
 #[must_use]
 pub fn request(of: &str) -> CreateRequest {
-    CreateRequest {
-        template: of.to_owned(),
-        timeout: Duration::from_secs(3600),
-        secure: false,
-        metadata: std::collections::BTreeMap::new(),
-        env_vars: std::collections::BTreeMap::new(),
-        on_timeout: OnTimeout::Kill,
-    }
+    CreateRequest::new(of, Duration::from_secs(3600))
 }
 
 /// Waits until the pool of every shard is full and nothing is being made.

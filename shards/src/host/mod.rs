@@ -22,10 +22,12 @@ use mica_numa::rt::{self, oneshot, time};
 use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId};
 use mica_wire::guest::Preamble;
 
-use crate::event::{Address, Answer, OUTSTANDING_MAX, Operation, Reply, Request};
+use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
-use crate::{ConnectError, CreateRequest, GuestStream, SandboxInfo, ShardError};
+use crate::{
+    ConnectError, CreateRequest, GuestStream, NetworkPolicy, SandboxInfo, ShardError, Visitor,
+};
 
 /// How long a guest's gateway may take to answer a preamble.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -130,7 +132,19 @@ impl Host {
         self.ask_done(id, Operation::SetTimeout(id, life)).await
     }
 
-    /// A stream to a TCP port of a guest. May be dropped at any await.
+    /// Replaces who may reach a sandbox, and whom it may reach.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn set_network(
+        &self,
+        id: SandboxId,
+        policy: NetworkPolicy,
+    ) -> Result<(), ShardError> {
+        self.ask_done(id, Operation::SetNetwork(id, Box::new(policy))).await
+    }
+
+    /// A stream to a TCP port of a guest, for the host's own use. May be dropped at any await.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -139,7 +153,21 @@ impl Host {
         id: SandboxId,
         port: GuestPort,
     ) -> Result<GuestStream, ConnectError> {
-        let fd = match self.ask(self.owner(id), Operation::Connect(id)).await {
+        self.visit(id, port, Visitor::Host).await
+    }
+
+    /// The same for whoever it is for.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn visit(
+        &self,
+        id: SandboxId,
+        port: GuestPort,
+        visitor: Visitor,
+    ) -> Result<GuestStream, ConnectError> {
+        let asked = self.ask(self.owner(id), Operation::Connect(id, port, visitor)).await;
+        let Entry { stream, mask } = match asked {
             Ok(Reply::Stream(result)) => result?,
             Ok(other) => {
                 tracing::error!(?other, "a shard answered out of form");
@@ -148,10 +176,10 @@ impl Host {
             Err(ShardError::Busy) => return Err(ConnectError::Busy),
             Err(_) => return Err(ConnectError::NoSuchSandbox(id)),
         };
-        let mut stream = UnixStream::from_fd(fd);
+        let mut stream = UnixStream::from_fd(stream);
         let greeted = greet(&mut stream, Preamble::Tcp(port));
         match time::timeout(CONNECT_DEADLINE, greeted).await {
-            Ok(Ok(())) => Ok(GuestStream(stream)),
+            Ok(Ok(())) => Ok(GuestStream { stream, mask }),
             Ok(Err(GatewayError::Refused)) => Err(ConnectError::PortNotOpen(port)),
             Ok(Err(GatewayError::Broken)) | Err(time::Elapsed) => Err(ConnectError::Unreachable),
         }

@@ -201,6 +201,7 @@ pub(crate) fn snapshot_info(manifest: &SnapshotManifest) -> SnapshotInfo {
         name: manifest.name.clone(),
         sandbox: manifest.sandbox,
         template_id: manifest.template_id.clone(),
+        tenant: manifest.tenant.clone(),
         created_at: UNIX_EPOCH + Duration::from_millis(manifest.created_unix_ms),
     }
 }

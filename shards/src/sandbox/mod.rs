@@ -24,10 +24,10 @@ use std::time::{Duration, SystemTime};
 
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
-use mica_units::SandboxId;
+use mica_units::{GuestPort, SandboxId};
 
 use crate::shell::Held;
-use crate::{CreateRequest, Lifecycle, OnTimeout, SandboxInfo, ShardError};
+use crate::{CreateRequest, Lifecycle, NetworkPolicy, OnTimeout, SandboxInfo, ShardError, Visitor};
 
 pub(crate) use asks::Request;
 pub(crate) use capture::read_state;
@@ -51,6 +51,8 @@ pub(crate) struct Identity {
     pub(crate) request: CreateRequest,
     /// What requests to its agent carry.
     pub(crate) access_token: Option<String>,
+    /// What requests to its other ports carry. There is one also while they are public.
+    pub(crate) traffic_token: Option<String>,
     /// Its `/etc/machine-id`.
     pub(crate) machine_id: String,
 }
@@ -72,6 +74,8 @@ pub(crate) struct Sandbox {
     deadline: Cell<Instant>,
     /// What happens then: what was asked for at first, until a resume asks for something else.
     on_timeout: Cell<OnTimeout>,
+    /// Who may reach it: what was asked for at first, until something else is.
+    network: RefCell<NetworkPolicy>,
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
@@ -92,6 +96,7 @@ impl Sandbox {
         Self {
             id,
             on_timeout: Cell::new(identity.request.on_timeout),
+            network: RefCell::new(identity.request.network.clone()),
             identity,
             state: RefCell::new(state),
             queue: Queue::default(),
@@ -112,9 +117,42 @@ impl Sandbox {
 
     /// What it was asked for with, while it runs.
     pub(crate) fn request(&self) -> Option<CreateRequest> {
-        let request =
-            || CreateRequest { on_timeout: self.on_timeout.get(), ..self.identity.request.clone() };
+        let request = || CreateRequest {
+            on_timeout: self.on_timeout.get(),
+            network: self.network.borrow().clone(),
+            ..self.identity.request.clone()
+        };
         self.info.borrow().as_ref().map(|_| request())
+    }
+
+    /// Whether this visitor may have a stream to this port.
+    pub(crate) fn admits(&self, port: GuestPort, visitor: &Visitor) -> bool {
+        if self.network.borrow().allow_public_traffic || port == GuestPort::ENVD {
+            return true;
+        }
+        match (visitor, &self.identity.traffic_token) {
+            (Visitor::Host, _) => true,
+            (Visitor::Client(Some(shown)), Some(token)) => same_secret(shown, token),
+            (Visitor::Client(_), _) => false,
+        }
+    }
+
+    /// What its servers see as `Host`, if that is not what clients wrote.
+    pub(crate) fn mask_of(&self, port: GuestPort) -> Option<String> {
+        let network = self.network.borrow();
+        let mask = network.mask_request_host.as_ref().filter(|_| port != GuestPort::ENVD)?;
+        Some(mask.replace("${PORT}", &port.to_string()))
+    }
+
+    /// Replaces what its network is, if it is there.
+    pub(crate) fn set_network(&self, policy: NetworkPolicy) -> bool {
+        let mut info = self.info.borrow_mut();
+        let Some(info) = info.as_mut() else { return false };
+        info.network.clone_from(&policy);
+        info.traffic_token = token_of(&self.identity, &policy);
+        *self.network.borrow_mut() = policy;
+        self.queue.nudge();
+        true
     }
 
     /// The way to its guest, while clients may use it.
@@ -215,6 +253,16 @@ impl Sandbox {
             info.state = state;
         }
     }
+}
+
+/// The traffic token, where clients need it.
+fn token_of(identity: &Identity, policy: &NetworkPolicy) -> Option<String> {
+    identity.traffic_token.clone().filter(|_| !policy.allow_public_traffic)
+}
+
+/// Compares without telling by its time where they differ. Lengths are no secret.
+fn same_secret(a: &str, b: &str) -> bool {
+    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
 }
 
 /// Longest life that is counted: 100 years. Keeps both clocks from overflowing.

@@ -16,8 +16,10 @@ use mica_storage::{LayerInfo, SANDBOX_RECORD_BYTES_MAX};
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
+use crate::NetworkPolicy;
+
 const MAGIC: [u8; 4] = *b"MSBX";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 16;
 
 /// The process of a sandbox.
@@ -50,6 +52,42 @@ pub(crate) enum RecordedState {
     RollingBack { snapshot: String },
 }
 
+/// [`crate::NetworkPolicy`].
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RecordedNetwork {
+    pub(crate) allow_public_traffic: bool,
+    pub(crate) mask_request_host: Option<String>,
+    pub(crate) allow_internet_access: bool,
+    pub(crate) allow_out: Vec<String>,
+    pub(crate) deny_out: Vec<String>,
+}
+
+impl From<&NetworkPolicy> for RecordedNetwork {
+    fn from(policy: &NetworkPolicy) -> Self {
+        let NetworkPolicy {
+            allow_public_traffic,
+            mask_request_host,
+            allow_internet_access,
+            allow_out,
+            deny_out,
+        } = policy.clone();
+        Self { allow_public_traffic, mask_request_host, allow_internet_access, allow_out, deny_out }
+    }
+}
+
+impl From<&RecordedNetwork> for NetworkPolicy {
+    fn from(recorded: &RecordedNetwork) -> Self {
+        let RecordedNetwork {
+            allow_public_traffic,
+            mask_request_host,
+            allow_internet_access,
+            allow_out,
+            deny_out,
+        } = recorded.clone();
+        Self { allow_public_traffic, mask_request_host, allow_internet_access, allow_out, deny_out }
+    }
+}
+
 /// One sandbox.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
@@ -69,6 +107,10 @@ pub(crate) struct Record {
     /// The life it was created with.
     pub(crate) timeout_ms: u64,
     pub(crate) pause_at_end: bool,
+    pub(crate) auto_resume: bool,
+    pub(crate) tenant: String,
+    pub(crate) network: RecordedNetwork,
+    pub(crate) traffic_token: Option<String>,
     pub(crate) secure: bool,
     pub(crate) access_token: Option<String>,
     pub(crate) machine_id: String,
@@ -160,6 +202,10 @@ mod tests {
             end_unix_ms: 2,
             timeout_ms: 3,
             pause_at_end: false,
+            auto_resume: true,
+            tenant: "default".to_owned(),
+            network: RecordedNetwork::from(&NetworkPolicy::default()),
+            traffic_token: None,
             secure: true,
             access_token: Some("secret".to_owned()),
             machine_id: "00".repeat(16),

@@ -16,7 +16,7 @@ use std::time::Duration;
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::plan::VcpuCores;
 use mica_numa::{Plan, PlanConfig, Reserved, ShardSeat, Shards, StopSignal, plan, topology};
-use mica_shards::{CreateRequest, Host, HostConfig, OnTimeout, RunError, run};
+use mica_shards::{CreateRequest, Host, HostConfig, RunError, run};
 use mica_storage::{
     BlockingFile, FlatWriter, FlattenLimits, Part, ReadyWhen, SnapshotKind, SnapshotManifest,
     Store, TemplateSpec, run_blocking,
@@ -310,6 +310,7 @@ fn add_running_snapshot(store: &Store, id: &str, name: &str, ready: ReadyWhen) {
         template_name: spec.name,
         parent: None,
         sandbox: None,
+        tenant: None,
         created_unix_ms: 1,
         vcpus: spec.vcpus,
         memory: spec.memory,
@@ -346,12 +347,9 @@ pub fn two_seats() -> Plan {
 
 pub fn request(template: &str) -> CreateRequest {
     CreateRequest {
-        template: template.to_owned(),
-        timeout: Duration::from_secs(600),
-        secure: false,
         metadata: BTreeMap::from([("who".to_owned(), "a test".to_owned())]),
         env_vars: BTreeMap::from([("COLOUR".to_owned(), "green".to_owned())]),
-        on_timeout: OnTimeout::Kill,
+        ..CreateRequest::new(template, Duration::from_secs(600))
     }
 }
 

@@ -4,14 +4,49 @@
 
 use std::time::{Duration, SystemTime};
 
-use mica_shards::{ConnectError, ShardError, rt};
-use mica_units::{SANDBOX_ID_CHARS, SandboxId};
+use mica_shards::{ConnectError, CreateRequest, NetworkPolicy, ShardError, Visitor, rt};
+use mica_units::{GuestPort, SANDBOX_ID_CHARS, SandboxId};
 
 use crate::common::{
     BASE_REGISTER, Bench, Leftovers, assert_memory, base_memory, memory, port, read_all, request,
     tell,
 };
 use crate::wait::eventually;
+
+#[test]
+fn ports_that_are_not_public_take_a_token_and_envds_does_not() {
+    let bench = Bench::new();
+    bench.host("good", |host| async move {
+        let closed = NetworkPolicy { allow_public_traffic: false, ..NetworkPolicy::default() };
+        let wish = CreateRequest { network: closed.clone(), ..request("agent") };
+        let made = host.create(wish).await.unwrap();
+        let (id, token) = (made.id, made.traffic_token.unwrap());
+        let client = |token: Option<&str>| Visitor::Client(token.map(str::to_owned));
+        let near = token.replace(token.chars().last().unwrap(), "x");
+        for wrong in [None, Some(""), Some("x"), Some(&*near)] {
+            let refused = host.visit(id, port(7), client(wrong)).await.unwrap_err();
+            assert_eq!(refused, ConnectError::NotAdmitted(id), "{wrong:?}");
+        }
+        assert!(host.visit(id, port(7), client(Some(&token))).await.is_ok());
+        assert!(host.connect(id, port(7)).await.is_ok(), "the host itself needs none");
+        // Nothing listens there in this guest; the point is that it was asked.
+        let envd = host.visit(id, GuestPort::ENVD, client(None)).await;
+        assert!(!matches!(envd, Err(ConnectError::NotAdmitted(_))));
+
+        let mask = Some("app-${PORT}.example".to_owned());
+        let open = NetworkPolicy { mask_request_host: mask, ..NetworkPolicy::default() };
+        host.set_network(id, open.clone()).await.unwrap();
+        let info = host.get(id).await.unwrap();
+        assert_eq!((info.network, info.traffic_token), (open, None));
+        let stream = host.visit(id, port(7), client(None)).await.unwrap();
+        assert_eq!(stream.masked_host(), Some("app-7.example"));
+
+        host.pause(id).await.unwrap();
+        let refused = host.set_network(id, closed).await;
+        assert!(matches!(refused, Err(ShardError::IsPaused(at)) if at == id), "{refused:?}");
+        host.kill(id).await.unwrap();
+    });
+}
 
 #[test]
 fn a_sandbox_is_made_found_listed_and_killed() {

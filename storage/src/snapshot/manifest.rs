@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::str::FromStr;
 
-use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
+use mica_units::{Mebibytes, SandboxId, TemplateName, TenantId, VcpuCount};
 use rkyv::rancor;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -29,7 +29,9 @@ const NAME_BYTES_MAX: usize = 128;
 pub(crate) const SNAPSHOT_BYTES_MAX: usize = STATE_BYTES_MAX + RECORD_BYTES_MAX + 16 * 1024;
 
 const ENVELOPE: Envelope =
-    Envelope { magic: b"MICASNAP", version: 1, bytes_max: SNAPSHOT_BYTES_MAX };
+    Envelope { magic: b"MICASNAP", version: 2, bytes_max: SNAPSHOT_BYTES_MAX };
+/// Without tenants.
+const ENVELOPE_V1: Envelope = Envelope { version: 1, ..ENVELOPE };
 
 /// What a snapshot was made for.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +64,8 @@ pub struct SnapshotManifest {
     pub parent: Option<String>,
     /// The sandbox it is of.
     pub sandbox: Option<SandboxId>,
+    /// Whom that sandbox belonged to; nobody: the running snapshot of a template of the operator's.
+    pub tenant: Option<TenantId>,
     /// When it was made, in milliseconds since 1970.
     pub created_unix_ms: u64,
     /// vCPUs of the guest.
@@ -103,10 +107,18 @@ struct BodyV1 {
     record: Vec<u8>,
 }
 
+/// The same, with the tenant.
+#[derive(Archive, Serialize, Deserialize)]
+struct BodyV2 {
+    common: BodyV1,
+    tenant: Option<String>,
+}
+
 // Tripwires: when one of these fails, the stored format has changed. Raise the version, keep reading
 // the old one, and add a golden file; do not edit the numbers.
 const _: () = assert!(size_of::<ArchivedBodyV1>() == 128);
 const _: () = assert!(align_of::<ArchivedBodyV1>() == 8);
+const _: () = assert!(size_of::<ArchivedBodyV2>() == 144);
 const _: () = assert!(size_of::<rkyv::Archived<LayerInfo>>() == 40);
 
 impl SnapshotManifest {
@@ -122,7 +134,7 @@ impl SnapshotManifest {
     /// When a field is out of its bounds, so that nothing is written that cannot be read.
     pub fn encode(&self) -> Result<Vec<u8>, ManifestError> {
         self.check()?;
-        let body = BodyV1 {
+        let common = BodyV1 {
             id: self.id.clone(),
             kind: self.kind,
             name: self.name.clone(),
@@ -140,8 +152,9 @@ impl SnapshotManifest {
             state: self.state.clone(),
             record: self.record.clone(),
         };
-        let body = rkyv::to_bytes::<rancor::Error>(&body)
-            .map_err(|error| ManifestError::Body(error.to_string()))?;
+        let tenant = self.tenant.as_ref().map(|tenant| tenant.as_str().to_owned());
+        let body = BodyV2 { common, tenant };
+        let body = rkyv::to_bytes::<rancor::Error>(&body).map_err(body_error)?;
         ENVELOPE.seal(&body)
     }
 
@@ -150,16 +163,24 @@ impl SnapshotManifest {
     /// # Errors
     /// When anything about the bytes is not as it must be.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let body = ENVELOPE.open(bytes)?;
-        let mut aligned = AlignedVec::<16>::with_capacity(body.len());
-        aligned.extend_from_slice(body);
-        let body = rkyv::from_bytes::<BodyV1, rancor::Error>(&aligned)
-            .map_err(|error| ManifestError::Body(error.to_string()))?;
+        let (body, tenant) = match ENVELOPE.open(bytes) {
+            Err(ManifestError::Version(1)) => {
+                let body = aligned(ENVELOPE_V1.open(bytes)?);
+                (rkyv::from_bytes::<BodyV1, rancor::Error>(&body).map_err(body_error)?, None)
+            }
+            body => {
+                let body = aligned(body?);
+                let body = rkyv::from_bytes::<BodyV2, rancor::Error>(&body).map_err(body_error)?;
+                (body.common, body.tenant)
+            }
+        };
+        let tenant = tenant.as_deref().map(TenantId::from_str).transpose();
         let sandbox = body.sandbox.as_deref().map(SandboxId::from_str).transpose();
         let manifest = Self {
             template_name: TemplateName::from_str(&body.template_name)
                 .map_err(|error| field("template_name", error.to_string()))?,
             sandbox: sandbox.map_err(|error| field("sandbox", error.to_string()))?,
+            tenant: tenant.map_err(|error| field("tenant", error.to_string()))?,
             vcpus: VcpuCount::new(body.vcpus).map_err(|error| field("vcpus", error.to_string()))?,
             memory: Mebibytes::new(body.memory_mib),
             id: body.id,
@@ -214,6 +235,17 @@ impl SnapshotManifest {
         }
         check_layers(&self.layers)
     }
+}
+
+/// rkyv reads in place.
+fn aligned(body: &[u8]) -> AlignedVec<16> {
+    let mut aligned = AlignedVec::with_capacity(body.len());
+    aligned.extend_from_slice(body);
+    aligned
+}
+
+fn body_error(error: rancor::Error) -> ManifestError {
+    ManifestError::Body(error.to_string())
 }
 
 fn check_layers(layers: &[LayerInfo]) -> Result<(), ManifestError> {

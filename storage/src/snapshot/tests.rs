@@ -20,6 +20,7 @@ pub(crate) fn manifest(id: &str, layers: Vec<LayerInfo>) -> SnapshotManifest {
         name: None,
         parent: None,
         sandbox: None,
+        tenant: None,
         memory: Mebibytes::new(1),
         layers,
         disk_bytes: 0,

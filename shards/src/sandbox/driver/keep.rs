@@ -19,9 +19,9 @@ use super::super::capture::{CaptureError, OpenedLayers};
 use super::super::image::Opened;
 use super::super::image::pieces_of;
 use super::super::memory::Memory;
-use super::super::record::{Record, RecordError, RecordedProcess, RecordedState};
+use super::super::record::{Record, RecordError, RecordedNetwork, RecordedProcess, RecordedState};
 use super::super::state::Event;
-use super::super::{Request, chain, from_now, paging};
+use super::super::{Request, chain, from_now, paging, token_of};
 use super::Driver;
 use crate::event::Purpose;
 use crate::host::snapshot_info;
@@ -195,6 +195,7 @@ impl Driver {
             template_name: shape.template_name,
             parent: self.image.as_ref().map(|image| image.manifest.id.clone()),
             sandbox: Some(self.sandbox.id),
+            tenant: Some(self.sandbox.identity.request.tenant.clone()),
             created_unix_ms: unix_ms(SystemTime::now()),
             vcpus: shape.vcpus,
             memory: shape.memory,
@@ -230,6 +231,10 @@ impl Driver {
             end_unix_ms: unix_ms(end_at),
             timeout_ms: u64::try_from(request.timeout.as_millis()).unwrap_or(u64::MAX),
             pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
+            auto_resume: request.auto_resume,
+            tenant: request.tenant.as_str().to_owned(),
+            network: RecordedNetwork::from(&*self.sandbox.network.borrow()),
+            traffic_token: identity.traffic_token.clone(),
             secure: request.secure,
             access_token: identity.access_token.clone(),
             machine_id: identity.machine_id.clone(),
@@ -298,6 +303,11 @@ impl Driver {
             envd_version: shape.envd_version.clone(),
             metadata: self.sandbox.identity.request.metadata.clone(),
             access_token: self.sandbox.identity.access_token.clone(),
+            traffic_token: token_of(&self.sandbox.identity, &self.sandbox.network.borrow()),
+            on_timeout: self.sandbox.on_timeout.get(),
+            auto_resume: self.sandbox.identity.request.auto_resume,
+            tenant: self.sandbox.identity.request.tenant.clone(),
+            network: self.sandbox.network.borrow().clone(),
         }
     }
 

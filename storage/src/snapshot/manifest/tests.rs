@@ -3,7 +3,8 @@
 use super::*;
 use crate::layer::LayerId;
 
-const GOLDEN: &[u8] = include_bytes!("../../../tests/goldens/snapshot-v1.bin");
+const GOLDEN: &[u8] = include_bytes!("../../../tests/goldens/snapshot-v2.bin");
+const GOLDEN_V1: &[u8] = include_bytes!("../../../tests/goldens/snapshot-v1.bin");
 
 fn layer(id: &str, kind: LayerKind) -> LayerInfo {
     let id: LayerId = id.parse().unwrap();
@@ -19,6 +20,7 @@ pub(crate) fn sample() -> SnapshotManifest {
         template_name: "code-interpreter-v1".parse().unwrap(),
         parent: Some("pppppppppppppppppppp".to_owned()),
         sandbox: Some(SandboxId::from_random([7; mica_units::SANDBOX_ID_CHARS])),
+        tenant: Some("acme-1".parse().unwrap()),
         created_unix_ms: 1_790_000_000_123,
         vcpus: VcpuCount::new(2).unwrap(),
         memory: Mebibytes::new(2048),
@@ -38,12 +40,18 @@ pub(crate) fn sample() -> SnapshotManifest {
 fn the_golden_file_is_read_and_written_the_same() {
     // `MICA_WRITE_GOLDENS=1` writes it, for a new version of the format only.
     if std::env::var_os("MICA_WRITE_GOLDENS").is_some() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/snapshot-v1.bin");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/snapshot-v2.bin");
         std::fs::write(path, sample().encode().unwrap()).unwrap();
         return;
     }
     assert_eq!(SnapshotManifest::decode(GOLDEN).unwrap(), sample());
     assert_eq!(sample().encode().unwrap(), GOLDEN);
+}
+
+#[test]
+fn one_of_the_time_before_tenants_is_nobodys() {
+    let of_old = SnapshotManifest { tenant: None, ..sample() };
+    assert_eq!(SnapshotManifest::decode(GOLDEN_V1).unwrap(), of_old);
 }
 
 #[test]
@@ -54,6 +62,7 @@ fn the_smallest_and_the_largest_round_trip() {
         name: None,
         parent: None,
         sandbox: None,
+        tenant: None,
         layers: vec![layer("base0base0base0base0", LayerKind::Flat)],
         disk_bytes: 0,
         state: Vec::new(),
