@@ -13,4 +13,5 @@ pub mod init;
 pub mod interpreter;
 pub mod process;
 pub mod sandbox;
+pub mod untrusted;
 pub mod users;

@@ -451,8 +451,6 @@ async fn the_service_speaks_the_protocol() {
     assert_eq!(server.rpc("Remove", "", &json!({"path": path})).await, (200, json!({})));
     let (status, error) = server.rpc("Stat", "no-one", &json!({"path": "/"})).await;
     assert_eq!((status, &error["code"]), (401, &json!("unauthenticated")));
-    let (status, error) = server.rpc("CreateWatcher", "", &json!({"path": "/"})).await;
-    assert_eq!((status, &error["code"]), (501, &json!("unimplemented")));
     let (status, error) = server.rpc("Stat", "", &json!({"path": "a\0b"})).await;
     assert_eq!((status, &error["code"]), (400, &json!("invalid_argument")));
 }

@@ -27,8 +27,12 @@ pub const DOORBELL_PORT: u32 = 1024;
 /// Longest control line, newline included.
 pub const CONTROL_LINE_BYTES_MAX: usize = 256 * 1024;
 
-/// The version of the envd protocol that the agent implements, as SDKs compare it.
-pub const ENVD_VERSION: &str = "0.5.7";
+/// The version of the envd protocol that the agent implements, as SDKs compare it. It may be raised
+/// only with what SDKs then expect of an agent: the last that it has are recursive watching (0.1.4),
+/// `CloseStdin` (0.5.2), uploads of plain and compressed bytes (0.5.7), metadata of files (0.6.2),
+/// entries in events (0.6.3), watching network mounts (0.6.4), an end of uploads that stand still
+/// (0.6.7).
+pub const ENVD_VERSION: &str = "0.6.13";
 
 const MAGIC: [u8; 4] = *b"MICA";
 const VERSION: u8 = 1;

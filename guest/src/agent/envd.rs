@@ -22,6 +22,8 @@ pub fn register(router: &mut Router) {
     filesystem::register(router);
 }
 
+const BYTES_PER_MIB: u64 = 1024 * 1024;
+
 #[derive(Debug, Serialize)]
 struct Metrics {
     ts: u64,
@@ -29,6 +31,9 @@ struct Metrics {
     cpu_used_pct: f64,
     mem_total: u64,
     mem_used: u64,
+    /// The same two in MiB, for SDKs of before there were bytes.
+    mem_total_mib: u64,
+    mem_used_mib: u64,
     mem_cache: u64,
     disk_total: u64,
     disk_used: u64,
@@ -41,6 +46,8 @@ async fn metrics() -> Result<Response, HttpError> {
     let busy_after = cpu_ticks()?;
     let memory = read("/proc/meminfo")?;
     let kib = |name: &str| field(&memory, name).unwrap_or(0).saturating_mul(1024);
+    let mem_total = kib("MemTotal:");
+    let mem_used = mem_total.saturating_sub(kib("MemAvailable:"));
     let disk = rustix::fs::statvfs("/").map_err(|errno| failed("statvfs /", &errno.into()))?;
     let disk_total = disk.f_blocks.saturating_mul(disk.f_frsize);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -50,8 +57,10 @@ async fn metrics() -> Result<Response, HttpError> {
             ts: now.map_or(0, |since| since.as_secs()),
             cpu_count: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             cpu_used_pct: used_percent(busy_before, busy_after),
-            mem_total: kib("MemTotal:"),
-            mem_used: kib("MemTotal:").saturating_sub(kib("MemAvailable:")),
+            mem_total,
+            mem_used,
+            mem_total_mib: mem_total / BYTES_PER_MIB,
+            mem_used_mib: mem_used / BYTES_PER_MIB,
             mem_cache: kib("Cached:"),
             disk_total,
             disk_used: disk_total.saturating_sub(disk.f_bfree.saturating_mul(disk.f_frsize)),
@@ -88,7 +97,9 @@ fn cpu_ticks() -> Result<(u64, u64), HttpError> {
 fn used_percent(before: (u64, u64), after: (u64, u64)) -> f64 {
     let busy = u32::try_from(after.0.saturating_sub(before.0)).unwrap_or(u32::MAX);
     let all = u32::try_from(after.1.saturating_sub(before.1)).unwrap_or(u32::MAX);
-    if all == 0 { 0.0 } else { f64::from(busy) * 100.0 / f64::from(all) }
+    let percent = if all == 0 { 0.0 } else { f64::from(busy) * 100.0 / f64::from(all) };
+    // Two places, as E2B has it.
+    (percent * 100.0).round() / 100.0
 }
 
 #[cfg(test)]
@@ -102,6 +113,7 @@ mod tests {
         assert_eq!(field(text, "Cached:"), None);
         assert_eq!(field(text, "Nothing:"), None);
         assert!((used_percent((10, 100), (35, 200)) - 25.0).abs() < f64::EPSILON);
+        assert!((used_percent((0, 0), (1, 3)) - 33.33).abs() < f64::EPSILON);
         assert!(used_percent((10, 100), (10, 100)).abs() < f64::EPSILON);
     }
 }

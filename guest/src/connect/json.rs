@@ -92,6 +92,64 @@ pub mod base64 {
     }
 }
 
+/// Reads `null` as the field's default, as proto3 JSON has it.
+///
+/// # Errors
+/// The deserialiser's.
+pub fn or_default<'de, D, T>(from: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + serde::Deserialize<'de>,
+{
+    Ok(<Option<T> as serde::Deserialize>::deserialize(from)?.unwrap_or_default())
+}
+
+/// An enum of the protocol.
+pub trait Named: Copy + Into<i32> + TryFrom<i32> + 'static {
+    /// Every value, and its name in JSON.
+    const NAMES: &'static [(Self, &'static str)];
+}
+
+/// A field that holds such an enum as `prost` has it, as a number: its name on the way out, its
+/// name or number on the way in.
+#[derive(Debug)]
+pub struct Names<T>(std::marker::PhantomData<T>);
+
+impl<T: Named> Names<T> {
+    /// Writes the name, or the number of a value that has none.
+    ///
+    /// # Errors
+    /// The serialiser's.
+    pub fn serialize<S: serde::Serializer>(value: &i32, to: S) -> Result<S::Ok, S::Error> {
+        let found = T::NAMES.iter().find(|(named, _)| (*named).into() == *value);
+        match found {
+            Some((_, name)) => to.serialize_str(name),
+            None => to.serialize_i32(*value),
+        }
+    }
+
+    /// Reads it from either form.
+    ///
+    /// # Errors
+    /// When there is no such name.
+    pub fn deserialize<'de, D: serde::Deserializer<'de>>(from: D) -> Result<i32, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Either {
+            Number(i32),
+            Text(String),
+        }
+        match serde::Deserialize::deserialize(from)? {
+            Either::Number(number) => Ok(number),
+            Either::Text(text) => T::NAMES
+                .iter()
+                .find(|(_, name)| *name == text)
+                .map(|(named, _)| (*named).into())
+                .ok_or_else(|| serde::de::Error::custom(format!("there is no `{text}`"))),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]

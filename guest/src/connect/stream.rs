@@ -14,7 +14,7 @@ use http_body::Frame;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep};
 
-use super::{Code, Codec, ConnectError, Json, Message, envelope};
+use super::{Code, Codec, ConnectError, Reply, envelope};
 use crate::http::body::Disconnected;
 
 /// How many envelopes a handler may be ahead of the client.
@@ -24,6 +24,7 @@ const FRAMES_AHEAD_MAX: usize = 16;
 #[derive(Debug)]
 pub struct StreamSender<T> {
     frames: mpsc::Sender<Bytes>,
+    codec: Codec,
     message: PhantomData<fn(T)>,
 }
 
@@ -38,13 +39,13 @@ pub enum SendError {
     Message(#[from] ConnectError),
 }
 
-impl<T: Message> StreamSender<T> {
+impl<T: Reply> StreamSender<T> {
     /// Sends one message, waiting while the client is behind.
     ///
     /// # Errors
     /// [`SendError`].
     pub async fn send(&self, message: &T) -> Result<(), SendError> {
-        let frame = envelope::message(&Json.encode(message)?);
+        let frame = envelope::message(&self.codec.encode(message)?);
         self.frames.send(frame).await.map_err(|_| SendError::Disconnected(Disconnected))
     }
 
@@ -79,7 +80,8 @@ pub(super) struct StreamBody {
 }
 
 /// A stream: what the handler writes to, where its outcome goes, and the body.
-pub(super) fn stream<T: Message>(
+pub(super) fn stream<T: Reply>(
+    codec: Codec,
     pace: Pace,
 ) -> (StreamSender<T>, tokio::sync::oneshot::Sender<Outcome>, StreamBody) {
     let (sender, frames) = mpsc::channel(FRAMES_AHEAD_MAX);
@@ -92,7 +94,7 @@ pub(super) fn stream<T: Message>(
         pace,
         ended: false,
     };
-    (StreamSender { frames: sender, message: PhantomData }, done, body)
+    (StreamSender { frames: sender, codec, message: PhantomData }, done, body)
 }
 
 impl StreamBody {
@@ -164,7 +166,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_filled_and_data_puts_it_off() {
-        let (sender, done, mut body) = stream::<u32>(pace(None));
+        let (sender, done, mut body) = stream::<u32>(Codec::Json, pace(None));
         let start = Instant::now();
         let writer = tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(4)).await;
@@ -181,19 +183,19 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn every_end_says_how() {
-        let (sender, done, mut body) = stream::<u32>(pace(None));
+        let (sender, done, mut body) = stream::<u32>(Codec::Json, pace(None));
         done.send(Ok(())).unwrap();
         drop(sender);
         assert_eq!(next(&mut body).await.unwrap(), envelope::end(None));
         assert_eq!(next(&mut body).await, None);
 
-        let (sender, done, mut body) = stream::<u32>(pace(None));
+        let (sender, done, mut body) = stream::<u32>(Codec::Json, pace(None));
         drop((sender, done));
         let frame = next(&mut body).await.unwrap();
         assert!(String::from_utf8_lossy(&frame).contains("internal"), "{frame:?}");
 
         let soon = Instant::now() + Duration::from_secs(1);
-        let (sender, _done, mut body) = stream::<u32>(pace(Some(soon)));
+        let (sender, _done, mut body) = stream::<u32>(Codec::Json, pace(Some(soon)));
         let frame = next(&mut body).await.unwrap();
         assert!(String::from_utf8_lossy(&frame).contains("deadline_exceeded"), "{frame:?}");
         assert!(matches!(sender.send(&1).await, Err(SendError::Disconnected(_))));

@@ -15,6 +15,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::conditional::{Conditions, Validators, Verdict};
 use super::range::{self, Part};
 use crate::http::BodySender;
 
@@ -38,6 +39,8 @@ pub enum DownloadError {
     NotAFile(String),
     #[error("the user may not read '{0}'")]
     Denied(String),
+    #[error("'{0}' is not as the request's conditions want it")]
+    Condition(String),
     #[error("range not satisfiable: the file has {size} bytes")]
     Range { size: u64 },
     #[error("error opening file '{path}'")]
@@ -49,7 +52,7 @@ pub enum DownloadError {
 }
 
 /// What the answer's headers are made from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
     /// The whole file's size; `None` for files that only tell by being read, as in `/proc`.
     pub size: Option<u64>,
@@ -57,12 +60,16 @@ pub struct Head {
     pub is_gzip: bool,
     /// Seconds since the Unix epoch.
     pub modified: u64,
+    /// What the file's content is told apart by, with its quotes.
+    pub etag: Option<String>,
+    /// The client has it already, and no body follows.
+    pub is_unmodified: bool,
 }
 
 /// What the client wants.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    pub range: Option<String>,
+    pub conditions: Conditions,
     pub gzip: bool,
 }
 
@@ -82,7 +89,7 @@ pub fn send(
             return;
         }
     };
-    if head.send(Ok(found)).is_err() {
+    if head.send(Ok(found.clone())).is_err() || found.is_unmodified {
         return;
     }
     let mut sink = Sink { body, runtime, gzip: None };
@@ -90,7 +97,7 @@ pub fn send(
         let level = flate2::Compression::fast();
         sink.gzip = Some(flate2::write::GzEncoder::new(Vec::new(), level));
     }
-    match copy(&mut file, first, found, &mut sink) {
+    match copy(&mut file, first, &found, &mut sink) {
         // A client that has gone needs no more telling.
         Ok(()) | Err(CopyError::Gone) => {}
         Err(CopyError::Io(error)) => {
@@ -125,7 +132,7 @@ fn open(path: &Path, wanted: &Wanted) -> Result<Opened, DownloadError> {
         return Err(DownloadError::NotAFile(shown));
     }
     let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-    let modified = modified.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut first = Vec::new();
     let size = match metadata.len() {
         0 => {
@@ -134,19 +141,32 @@ fn open(path: &Path, wanted: &Wanted) -> Result<Opened, DownloadError> {
         }
         size => Some(size),
     };
-    let part = match (&wanted.range, size) {
-        (Some(header), Some(size)) => range::parse(header, size),
-        _ => Part::Whole,
+    // A file whose size only reading tells is another one each time.
+    let etag = size.map(|size| format!("\"{:x}-{size:x}\"", modified.as_nanos()));
+    let mut head = Head {
+        size,
+        part: Part::Whole,
+        is_gzip: wanted.gzip && size != Some(0),
+        modified: modified.as_secs(),
+        etag,
+        is_unmodified: false,
     };
-    match part {
+    if let (Some(size), Some(etag)) = (size, &head.etag) {
+        match wanted.conditions.check(Validators { etag, modified: head.modified }) {
+            Verdict::NotModified => head.is_unmodified = true,
+            Verdict::Failed => return Err(DownloadError::Condition(shown)),
+            Verdict::Send(Some(header)) => head.part = range::parse(header, size),
+            Verdict::Send(None) => {}
+        }
+    }
+    match head.part {
         Part::Unsatisfiable => return Err(DownloadError::Range { size: size.unwrap_or(0) }),
         Part::Range { first, .. } => {
             file.seek(std::io::SeekFrom::Start(first)).map_err(fail)?;
         }
         Part::Whole => {}
     }
-    let is_gzip = wanted.gzip && wanted.range.is_none() && size != Some(0);
-    Ok((file, first, Head { size, part, is_gzip, modified }))
+    Ok((file, first, head))
 }
 
 enum CopyError {
@@ -199,7 +219,7 @@ impl Sink<'_> {
 fn copy(
     file: &mut std::fs::File,
     first: Vec<u8>,
-    head: Head,
+    head: &Head,
     sink: &mut Sink<'_>,
 ) -> Result<(), CopyError> {
     sink.put(first)?;

@@ -18,35 +18,37 @@ pub enum Encoding {
 /// The coding for an answer: the one the client likes best, the first of equals. `None` when it
 /// accepts neither.
 pub fn accepted(header: &str) -> Option<Encoding> {
-    let mut best: Option<(Encoding, f32)> = None;
-    let (mut identity_refused, mut rest_refused) = (false, false);
-    for item in header.split(',') {
+    // Where each stands in the list, and how it is liked.
+    let (mut gzip, mut identity, mut rest) = (None, None, None);
+    for (place, item) in header.split(',').enumerate() {
         let mut fields = item.split(';').map(str::trim);
         let name = fields.next().unwrap_or("").to_ascii_lowercase();
         let quality = fields
             .find_map(|field| field.strip_prefix("q=").or_else(|| field.strip_prefix("Q=")))
             .map_or(1.0, |text| text.parse::<f32>().unwrap_or(0.0));
-        let refused = quality <= 0.0;
-        let encoding = match name.as_str() {
-            "gzip" | "x-gzip" => Encoding::Gzip,
-            "identity" => {
-                identity_refused = refused;
-                Encoding::Identity
-            }
-            "*" => {
-                rest_refused = refused;
-                Encoding::Identity
-            }
+        let which = match name.as_str() {
+            "gzip" | "x-gzip" => &mut gzip,
+            "identity" => &mut identity,
+            "*" => &mut rest,
             _ => continue,
         };
-        if !refused && best.is_none_or(|(_, held)| quality > held) {
-            best = Some((encoding, quality));
-        }
+        *which = which.or(Some((place, quality)));
     }
-    match best {
-        Some((encoding, _)) => Some(encoding),
-        None if identity_refused || rest_refused => None,
-        None => Some(Encoding::Identity),
+    let is_refused = |(_, quality): (usize, f32)| quality <= 0.0;
+    // Whoever takes anything is given what costs neither side, unless that is refused by its name.
+    if identity.is_some_and(is_refused) {
+        gzip = gzip.or(rest);
+    }
+    let identity = identity.or(rest);
+    match (gzip.filter(|gzip| !is_refused(*gzip)), identity) {
+        (Some(_), None) => Some(Encoding::Gzip),
+        (Some((place, quality)), Some((other_place, other_quality))) => {
+            let is_first =
+                quality > other_quality || (quality >= other_quality && place < other_place);
+            Some(if is_first { Encoding::Gzip } else { Encoding::Identity })
+        }
+        // What is not coded need not be asked for.
+        (None, identity) => Some(Encoding::Identity).filter(|_| !identity.is_some_and(is_refused)),
     }
 }
 
@@ -120,6 +122,10 @@ mod tests {
             ("br, identity;q=0", None),
             ("br, *;q=0", None),
             ("gzip, *;q=0", Some(Encoding::Gzip)),
+            ("*, identity;q=0", Some(Encoding::Gzip)),
+            ("gzip;q=0.1, *;q=0.5", Some(Encoding::Identity)),
+            ("GZIP;q=1.0, identity;q=0", Some(Encoding::Gzip)),
+            ("gzip;q=0, *;q=0.5, identity;q=0", None),
         ] {
             assert_eq!(accepted(header), wanted, "{header}");
         }

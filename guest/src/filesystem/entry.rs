@@ -4,53 +4,75 @@
 //! leads nowhere has no type, and an id without a name is shown as its number.
 
 use std::collections::HashMap;
-use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use prost::{Enumeration, Message};
+use serde::Serialize;
 
-use super::{path, time};
-use crate::connect::json::int64;
+use super::metadata::{self, Metadata};
+use super::path;
+use super::time::Timestamp;
+use crate::connect::json::{Named, Names as EnumNames, int64};
 use crate::users;
 
 /// What an entry is; the names are the protocol's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
+#[repr(i32)]
 pub enum FileType {
-    #[default]
-    #[serde(rename = "FILE_TYPE_UNSPECIFIED")]
-    Unspecified,
-    #[serde(rename = "FILE_TYPE_FILE")]
-    File,
-    #[serde(rename = "FILE_TYPE_DIRECTORY")]
-    Directory,
+    Unspecified = 0,
+    File = 1,
+    Directory = 2,
 }
 
-/// The message `filesystem.EntryInfo`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+impl Named for FileType {
+    const NAMES: &'static [(Self, &'static str)] = &[
+        (Self::Unspecified, "FILE_TYPE_UNSPECIFIED"),
+        (Self::File, "FILE_TYPE_FILE"),
+        (Self::Directory, "FILE_TYPE_DIRECTORY"),
+    ];
+}
+
+/// The message `filesystem.EntryInfo`. The oldest client knows the first three fields and fails on
+/// more, so the others are left out of JSON when they are empty.
+#[derive(Clone, PartialEq, Message, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct EntryInfo {
+    #[prost(string, tag = "1")]
     pub name: String,
-    #[serde(rename = "type")]
-    pub file_type: FileType,
+    #[prost(enumeration = "FileType", tag = "2")]
+    #[serde(rename = "type", with = "EnumNames::<FileType>")]
+    pub file_type: i32,
+    #[prost(string, tag = "3")]
     pub path: String,
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub details: Option<Details>,
+    #[prost(int64, tag = "4")]
+    #[serde(with = "int64", skip_serializing_if = "is_default")]
+    pub size: i64,
+    #[prost(uint32, tag = "5")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub mode: u32,
+    #[prost(string, tag = "6")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub permissions: String,
+    #[prost(string, tag = "7")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub owner: String,
+    #[prost(string, tag = "8")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub group: String,
+    #[prost(message, optional, tag = "9")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub modified_time: Option<Timestamp>,
+    #[prost(string, optional, tag = "10")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub symlink_target: Option<String>,
+    #[prost(btree_map = "string, string", tag = "11")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub metadata: Metadata,
 }
 
-/// What the oldest client does not know, and fails on.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Details {
-    #[serde(with = "int64")]
-    pub size: i64,
-    pub mode: u32,
-    pub permissions: String,
-    pub owner: String,
-    pub group: String,
-    pub modified_time: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub symlink_target: Option<String>,
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Names of ids, looked up once each: a listing shows few owners and many files.
@@ -88,34 +110,34 @@ impl EntryInfo {
         } else {
             (kind(&metadata), metadata.mode() & 0o777, None)
         };
-        let nanoseconds = u32::try_from(metadata.mtime_nsec()).unwrap_or(0);
+        let nanos = i32::try_from(metadata.mtime_nsec()).unwrap_or(0);
         Ok(Self {
             name: path::name(shown),
-            file_type,
+            file_type: file_type.into(),
             path: shown.display().to_string(),
-            details: Some(Details {
-                size: i64::try_from(metadata.len()).unwrap_or(i64::MAX),
-                mode,
-                permissions: permissions(&metadata),
-                owner: names.user(metadata.uid()),
-                group: names.group(metadata.gid()),
-                modified_time: time::rfc3339(metadata.mtime(), nanoseconds),
-                symlink_target,
-            }),
+            size: i64::try_from(metadata.len()).unwrap_or(i64::MAX),
+            mode,
+            permissions: permissions(&metadata),
+            owner: names.user(metadata.uid()),
+            group: names.group(metadata.gid()),
+            modified_time: Some(Timestamp { seconds: metadata.mtime(), nanos }),
+            symlink_target,
+            metadata: metadata::read(at),
         })
     }
 
     /// Without what the oldest client does not know.
     #[must_use]
-    pub fn for_client(mut self, is_legacy: bool) -> Self {
-        if is_legacy {
-            self.details = None;
+    pub fn for_client(self, is_legacy: bool) -> Self {
+        if !is_legacy {
+            return self;
         }
-        self
+        let Self { name, file_type, path, .. } = self;
+        Self { name, file_type, path, ..Self::default() }
     }
 }
 
-fn kind(metadata: &Metadata) -> FileType {
+fn kind(metadata: &std::fs::Metadata) -> FileType {
     if metadata.is_dir() {
         FileType::Directory
     } else if metadata.is_file() {
@@ -127,7 +149,7 @@ fn kind(metadata: &Metadata) -> FileType {
 
 /// The mode in letters, as Go's `FileMode.String` has it, because that is what clients get from
 /// E2B: the special bits come in front, not in place of an `x`.
-fn permissions(metadata: &Metadata) -> String {
+fn permissions(metadata: &std::fs::Metadata) -> String {
     let file_type = metadata.file_type();
     let mode = metadata.mode();
     let mut text = String::new();
@@ -181,27 +203,32 @@ mod tests {
         assert!(json.get("symlinkTarget").is_none());
         let legacy = serde_json::to_value(look(&file).for_client(true)).unwrap();
         assert_eq!(legacy.as_object().unwrap().len(), 3);
+        // The path is field 3, the time field 9.
+        let binary = look(&file).encode_to_vec();
+        let again = EntryInfo::decode(&binary[..]).unwrap();
+        assert_eq!(again, look(&file));
+        assert_eq!(again.modified_time.unwrap().seconds, file.metadata().unwrap().mtime());
+        assert_eq!(&binary[..5], b"\x0a\x01f\x10\x01");
 
         let link = base.join("l");
         std::os::unix::fs::symlink(&file, &link).unwrap();
         let seen = look(&link);
-        assert_eq!(seen.file_type, FileType::File);
-        let details = seen.details.unwrap();
-        assert_eq!(details.mode, 0o640, "the target's");
-        assert!(details.permissions.starts_with("Lrwx"), "the link's own");
-        assert_eq!(details.symlink_target, Some(file.display().to_string()));
+        assert_eq!(seen.file_type(), FileType::File);
+        assert_eq!(seen.mode, 0o640, "the target's");
+        assert!(seen.permissions.starts_with("Lrwx"), "the link's own");
+        assert_eq!(seen.symlink_target, Some(file.display().to_string()));
 
         let dangling = base.join("d");
         std::os::unix::fs::symlink("/no/such/place", &dangling).unwrap();
-        assert_eq!(look(&dangling).file_type, FileType::Unspecified);
+        assert_eq!(look(&dangling).file_type(), FileType::Unspecified);
         std::fs::remove_dir_all(base).unwrap();
     }
 
     #[test]
     fn special_files_have_letters() {
-        let of = |path: &str| look(Path::new(path)).details.unwrap().permissions;
+        let of = |path: &str| look(Path::new(path)).permissions;
         assert_eq!(of("/tmp"), "dtrwxrwxrwx");
         assert_eq!(of("/dev/null"), "Dcrw-rw-rw-");
-        assert_eq!(look(Path::new("/dev/null")).file_type, FileType::Unspecified);
+        assert_eq!(look(Path::new("/dev/null")).file_type(), FileType::Unspecified);
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD};
 
 use super::entry::{EntryInfo, Names};
+use super::upload::{Upload, temporary_name};
 use crate::connect::{Code, ConnectError};
 
 /// Most entries of one listing.
@@ -85,7 +86,8 @@ fn move_across(from: &Path, to: &Path) -> std::io::Result<()> {
             "they are on different file systems, and only files can be moved between those",
         ));
     }
-    let temporary = super::upload::temporary_name(to)?;
+    let upload = if to.exists() { Upload::Over } else { Upload::New };
+    let temporary = temporary_name(to, upload)?;
     let copied = std::fs::copy(from, &temporary).and_then(|_| std::fs::rename(&temporary, to));
     if let Err(error) = copied {
         // The first error is the one to tell; the copy may not even have begun.

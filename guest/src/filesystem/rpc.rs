@@ -1,53 +1,58 @@
 //! `filesystem.Filesystem` on the router.
 //!
-//! Called by the agent through [`super::register`]. Refuses watching (`unimplemented`).
+//! Called by the agent through [`super::register`]. Refuses what [`operations`] and [`watch`] refuse.
 
 use std::path::PathBuf;
 
+use prost::Message;
 use serde::{Deserialize, Serialize};
 
 use super::entry::EntryInfo;
 use super::identity::{self, Kind};
-use super::{operations, path};
+use super::{operations, path, watch};
 use crate::connect::json::uint32;
-use crate::connect::{Code, ConnectError, Context, StreamSender, server_stream, unary};
+use crate::connect::{ConnectError, Context, Nothing, unary};
 use crate::http::Router;
 use crate::http::error::chain;
 use crate::users::User;
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Message, Deserialize)]
 #[serde(default)]
 struct PathRequest {
+    #[prost(string, tag = "1")]
     path: String,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Message, Deserialize)]
 #[serde(default)]
 struct ListRequest {
+    #[prost(string, tag = "1")]
     path: String,
+    #[prost(uint32, tag = "2")]
     #[serde(with = "uint32")]
     depth: u32,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Message, Deserialize)]
 #[serde(default)]
 struct MoveRequest {
+    #[prost(string, tag = "1")]
     source: String,
+    #[prost(string, tag = "2")]
     destination: String,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Message, Serialize)]
 struct EntryReply {
-    entry: EntryInfo,
+    #[prost(message, optional, tag = "1")]
+    entry: Option<EntryInfo>,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Message, Serialize)]
 struct ListReply {
+    #[prost(message, repeated, tag = "1")]
     entries: Vec<EntryInfo>,
 }
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Empty {}
 
 /// Adds the methods.
 pub fn add_methods(router: &mut Router) {
@@ -57,7 +62,7 @@ pub fn add_methods(router: &mut Router) {
         |context: Context, request: PathRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
             let entry = as_user(&user, move || operations::stat(&path)).await?;
-            Ok(EntryReply { entry: entry.for_client(context.is_legacy_sdk()) })
+            Ok(EntryReply { entry: Some(entry.for_client(context.is_legacy_sdk())) })
         },
     );
     unary(
@@ -66,7 +71,7 @@ pub fn add_methods(router: &mut Router) {
         |context: Context, request: PathRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
             let entry = as_user(&user, move || operations::make_dir(&path)).await?;
-            Ok(EntryReply { entry: entry.for_client(context.is_legacy_sdk()) })
+            Ok(EntryReply { entry: Some(entry.for_client(context.is_legacy_sdk())) })
         },
     );
     unary(
@@ -77,7 +82,7 @@ pub fn add_methods(router: &mut Router) {
             let from = target(&context, &request.source)?;
             let to = target(&context, &request.destination)?;
             let entry = as_user(&user, move || operations::rename(&from, &to)).await?;
-            Ok(EntryReply { entry: entry.for_client(context.is_legacy_sdk()) })
+            Ok(EntryReply { entry: Some(entry.for_client(context.is_legacy_sdk())) })
         },
     );
     unary(
@@ -97,35 +102,19 @@ pub fn add_methods(router: &mut Router) {
         |context: Context, request: PathRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
             as_user(&user, move || operations::remove(&path)).await?;
-            Ok(Empty {})
+            Ok(Nothing {})
         },
     );
-    for method in ["CreateWatcher", "GetWatcherEvents", "RemoveWatcher"] {
-        let method = format!("filesystem.Filesystem/{method}");
-        unary(router, &method, |_: Context, _: serde_json::Value| async move {
-            Err::<Empty, _>(no_watching())
-        });
-    }
-    let none: Option<fn() -> Empty> = None;
-    server_stream(
-        router,
-        "filesystem.Filesystem/WatchDir",
-        none,
-        |_: Context, _: serde_json::Value, _: StreamSender<Empty>| async move { Err(no_watching()) },
-    );
+    watch::add_methods(router);
 }
 
-fn no_watching() -> ConnectError {
-    ConnectError::new(Code::Unimplemented, "watching directories is not implemented in this agent")
-}
-
-fn target(context: &Context, given: &str) -> Result<PathBuf, ConnectError> {
+pub(super) fn target(context: &Context, given: &str) -> Result<PathBuf, ConnectError> {
     let user = context.user()?;
     path::resolve(&context.sandbox, &user, given)
         .map_err(|error| ConnectError::invalid_argument(error.to_string()))
 }
 
-async fn as_user<T, F>(user: &User, work: F) -> Result<T, ConnectError>
+pub(super) async fn as_user<T, F>(user: &User, work: F) -> Result<T, ConnectError>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T, ConnectError> + Send + 'static,
@@ -133,4 +122,12 @@ where
     identity::run(user, Kind::Operation, work)
         .await
         .map_err(|error| ConnectError::internal(chain(&error)))?
+}
+
+/// As how many of these requests the bytes can be read.
+pub(super) fn decodes(codec: crate::connect::Codec, data: &[u8]) -> usize {
+    use crate::untrusted::decodes;
+    decodes::<PathRequest>(codec, data)
+        + decodes::<ListRequest>(codec, data)
+        + decodes::<MoveRequest>(codec, data)
 }

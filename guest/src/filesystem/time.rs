@@ -1,7 +1,27 @@
-//! Seconds since the Unix epoch as RFC 3339 text.
+//! Seconds since the Unix epoch as text, and the text of HTTP's headers back.
 //!
-//! Called wherever a time goes onto the wire. Pure. Refuses nothing: a year outside 0 to 9999 is
-//! written with as many digits as it has.
+//! Called wherever a time goes onto the wire. Pure. Refuses nothing that is to be written: a year
+//! outside 0 to 9999 is written with as many digits as it has.
+
+use prost::Message;
+use serde::{Serialize, Serializer};
+
+/// The message `google.protobuf.Timestamp`, which is text in JSON.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Timestamp {
+    /// Since the Unix epoch.
+    #[prost(int64, tag = "1")]
+    pub seconds: i64,
+    /// On top of them, always forward.
+    #[prost(int32, tag = "2")]
+    pub nanos: i32,
+}
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&rfc3339(self.seconds, u32::try_from(self.nanos).unwrap_or(0)))
+    }
+}
 
 /// `2026-01-02T03:04:05.006000007Z`; the fraction is left out when it is zero.
 #[must_use]
@@ -37,6 +57,30 @@ pub fn http_date(unix_seconds: u64) -> String {
         weekday.unwrap_or(&"Thu"),
         month.unwrap_or(&"Jan"),
     )
+}
+
+/// The seconds of an HTTP date in the one form that may be sent today; the two old forms that may
+/// still be read come from nobody. `None` for anything else.
+#[must_use]
+pub fn from_http_date(text: &str) -> Option<u64> {
+    const MINUTE: u64 = 60;
+    let text = text.trim();
+    // Days have two digits each and months three letters, so the numbers have fixed places.
+    let number = |at: std::ops::Range<usize>| text.get(at)?.parse::<u64>().ok();
+    let time_of_day = (number(17..19)? * MINUTE + number(20..22)?) * MINUTE + number(23..25)?;
+    let year = i64::try_from(number(12..16)?).ok()?;
+    let first = days_to_year(year)?;
+    // The candidate days of one year: whichever is written like this is the one.
+    (0..366)
+        .map(|day| (first + day) * 86_400 + time_of_day)
+        .find(|candidate| http_date(*candidate) == text)
+}
+
+/// Days from 1970 to the first day of a year.
+fn days_to_year(year: i64) -> Option<u64> {
+    let years = year.checked_sub(1970).filter(|years| (0..10_000).contains(years))?;
+    let leap_days = |year: i64| year / 4 - year / 100 + year / 400;
+    u64::try_from(years * 365 + leap_days(year - 1) - leap_days(1969)).ok()
 }
 
 /// Year, month and day of a count of days since 1970-01-01, in the Gregorian calendar. Counts in
@@ -79,5 +123,13 @@ mod tests {
     fn http_dates() {
         assert_eq!(http_date(0), "Thu, 01 Jan 1970 00:00:00 GMT");
         assert_eq!(http_date(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
+        for seconds in [0, 784_111_777, 951_782_399, 951_868_800, 1_709_251_199, 4_107_542_400] {
+            assert_eq!(from_http_date(&http_date(seconds)), Some(seconds));
+        }
+        for bad in ["", "Sun", "Mon, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:99 GMT"] {
+            assert_eq!(from_http_date(bad), None, "{bad}");
+        }
+        let text = serde_json::to_string(&Timestamp { seconds: 0, nanos: 5 }).unwrap();
+        assert_eq!(text, r#""1970-01-01T00:00:00.000000005Z""#);
     }
 }

@@ -4,6 +4,7 @@
 //! the target and renames at the end, so an upload that is cut off leaves what was there before.
 //! Refuses directories and special files as targets, and files that the user may not write to.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::Write as _;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
+use super::metadata::{self, Metadata};
 use super::operations::may_write;
 use crate::interpreter::hex;
 
@@ -34,6 +36,8 @@ pub enum UploadError {
     Denied(String),
     #[error("not enough disk space available to write '{0}'")]
     NoSpace(String),
+    #[error("the file system of '{0}' keeps no metadata; send no X-Metadata headers")]
+    NoMetadata(String),
     #[error("the upload of '{0}' was cut off before its end; nothing was changed")]
     CutOff(String),
     #[error("'{0}' cannot be a path: one of its parents is not a directory, or a name is too long")]
@@ -47,7 +51,8 @@ pub enum UploadError {
 }
 
 impl UploadError {
-    fn of(path: &Path, source: std::io::Error) -> Self {
+    /// What an error of the kernel means for the file at `path`.
+    pub fn of(path: &Path, source: std::io::Error) -> Self {
         let path = path.display().to_string();
         match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
@@ -64,22 +69,59 @@ impl UploadError {
     }
 }
 
+/// What an upload does to its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Upload {
+    /// There was nothing.
+    New,
+    /// There was a file.
+    Over,
+}
+
+/// How temporary names begin. Watchers know them, and tell the rename that ends an upload as what
+/// it is to a client.
+const TEMPORARY: [(Upload, &str); 2] =
+    [(Upload::New, ".mica-upload-new-"), (Upload::Over, ".mica-upload-over-")];
+
 /// A name beside `target` that nothing has.
 ///
 /// # Errors
 /// When there are no random bytes to be had.
-pub fn temporary_name(target: &Path) -> std::io::Result<PathBuf> {
+pub fn temporary_name(target: &Path, upload: Upload) -> std::io::Result<PathBuf> {
     let mut random = [0_u8; 8];
     let count = rustix::rand::getrandom(&mut random[..], rustix::rand::GetRandomFlags::empty())?;
-    let name = format!(".mica-upload-{}", hex(random.get(..count).unwrap_or(&random)));
-    Ok(target.with_file_name(name))
+    let prefix = TEMPORARY.iter().find(|(of, _)| *of == upload).map_or("", |(_, prefix)| prefix);
+    Ok(target.with_file_name(format!("{prefix}{}", hex(random.get(..count).unwrap_or(&random)))))
+}
+
+/// What kind of upload a name is the temporary one of, if it is one.
+#[must_use]
+pub fn temporary(name: &OsStr) -> Option<Upload> {
+    let starts = |prefix: &str| name.as_encoded_bytes().starts_with(prefix.as_bytes());
+    TEMPORARY.iter().find(|(_, prefix)| starts(prefix)).map(|(upload, _)| *upload)
 }
 
 /// Receives one file. Blocks.
 ///
 /// # Errors
 /// See [`UploadError`]; what was there before is then still there.
-pub fn receive(path: &Path, chunks: &mut mpsc::Receiver<Chunk>) -> Result<(), UploadError> {
+pub fn receive(
+    path: &Path,
+    metadata: &Metadata,
+    chunks: &mut mpsc::Receiver<Chunk>,
+) -> Result<(), UploadError> {
+    put(path, metadata, |file| fill(file, path, chunks))
+}
+
+/// Makes the file at `path`, parents included, what `fill` writes.
+///
+/// # Errors
+/// See [`UploadError`]; what was there before is then still there.
+pub fn put(
+    path: &Path,
+    metadata: &Metadata,
+    fill: impl FnOnce(&mut File) -> Result<(), UploadError>,
+) -> Result<(), UploadError> {
     let fail = |source| UploadError::of(path, source);
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(fail)?;
@@ -87,7 +129,8 @@ pub fn receive(path: &Path, chunks: &mut mpsc::Receiver<Chunk>) -> Result<(), Up
     let existing = existing(path)?;
     // Through a link, the file that it leads to is replaced, not the link.
     let target = existing.as_ref().map_or(path, |(real, _)| real);
-    let temporary = temporary_name(target).map_err(fail)?;
+    let upload = if existing.is_some() { Upload::Over } else { Upload::New };
+    let temporary = temporary_name(target, upload).map_err(fail)?;
     let created = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -97,7 +140,8 @@ pub fn receive(path: &Path, chunks: &mut mpsc::Receiver<Chunk>) -> Result<(), Up
     match created {
         Ok(mut file) => {
             let mode = existing.as_ref().map(|(_, mode)| *mode);
-            let kept = fill(&mut file, path, chunks)
+            let kept = fill(&mut file)
+                .and_then(|()| keep_metadata(&file, path, metadata))
                 .and_then(|()| put_in_place(&file, mode, &temporary, target).map_err(fail));
             if kept.is_err() {
                 // The first error is the one to tell.
@@ -109,10 +153,19 @@ pub fn receive(path: &Path, chunks: &mut mpsc::Receiver<Chunk>) -> Result<(), Up
         // written where it is.
         Err(error) if existing.is_some() && is_refusal(&error) => {
             let file = OpenOptions::new().write(true).truncate(true).open(target);
-            fill(&mut file.map_err(fail)?, path, chunks)
+            let mut file = file.map_err(fail)?;
+            fill(&mut file)?;
+            keep_metadata(&file, path, metadata)
         }
         Err(error) => Err(fail(error)),
     }
+}
+
+fn keep_metadata(file: &File, path: &Path, metadata: &Metadata) -> Result<(), UploadError> {
+    metadata::replace(file, metadata).map_err(|errno| match errno {
+        Errno::OPNOTSUPP => UploadError::NoMetadata(path.display().to_string()),
+        other => UploadError::of(path, other.into()),
+    })
 }
 
 fn nofollow() -> i32 {
@@ -191,7 +244,7 @@ mod tests {
             sender.try_send(Chunk::End).unwrap();
         }
         drop(sender);
-        receive(path, &mut receiver)
+        receive(path, &Metadata::new(), &mut receiver)
     }
 
     fn names(base: &Path) -> Vec<String> {

@@ -14,6 +14,8 @@ const TOKEN_HEADER: &str = "x-access-token";
 const UNAUTHORIZED: &str = "unauthorized access, please provide a valid access token or method \
                             signing if supported";
 
+const OTHER_TOKEN: &str = "access token present in header but does not match";
+
 /// What a route asks of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -53,25 +55,38 @@ impl Access {
         let given = headers.get(TOKEN_HEADER).map(http::HeaderValue::as_bytes);
         match (self, given) {
             (_, Some(given)) if same(given, token.as_bytes()) => Ok(()),
-            (Self::TokenOrSignature(action), None) => {
+            (Self::TokenOrSignature(action), None | Some(b"")) => {
                 check_signature(action, token, query, now_unix_seconds)
             }
+            (Self::TokenOrSignature(_), Some(_)) => Err(HttpError::unauthorized(OTHER_TOKEN)),
             _ => Err(HttpError::unauthorized(UNAUTHORIZED)),
         }
     }
 }
 
-fn check_signature(
+/// Checks the signature of a file's URL against the sandbox's token.
+///
+/// # Errors
+/// 401 with the reason; 400 for an expiration that is no number.
+pub fn check_signature(
     action: FileAction,
     token: &str,
     query: &Query,
     now_unix_seconds: u64,
 ) -> Result<(), HttpError> {
     let refuse = |why: &str| Err(HttpError::unauthorized(why));
+    let expiration = match query.get("signature_expiration").map(str::parse::<i64>) {
+        None => None,
+        Some(Ok(at)) => Some(at),
+        Some(Err(_)) => {
+            return Err(HttpError::bad_request(
+                "Invalid format for parameter signature_expiration: it is not a number of seconds",
+            ));
+        }
+    };
     let Some(given) = query.get("signature") else {
         return refuse("missing signature query parameter");
     };
-    let expiration = query.get("signature_expiration");
     let wanted = signature(
         query.get("path").unwrap_or(""),
         action,
@@ -82,7 +97,8 @@ fn check_signature(
     if !same(given.as_bytes(), wanted.as_bytes()) {
         return refuse("invalid signature");
     }
-    match expiration.map(str::parse::<u64>) {
+    // One before 1970 is over as well.
+    match expiration.map(u64::try_from) {
         None => Ok(()),
         Some(Ok(at)) if at >= now_unix_seconds => Ok(()),
         Some(_) => refuse("signature is already expired"),
@@ -95,7 +111,7 @@ fn signature(
     action: FileAction,
     username: &str,
     token: &str,
-    expiration: Option<&str>,
+    expiration: Option<i64>,
 ) -> String {
     let action = match action {
         FileAction::Read => "read",
@@ -151,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_signature_opens_its_own_path_only() {
-        let good = signature("/a", FileAction::Read, "", "secret", Some("100"));
+        let good = signature("/a", FileAction::Read, "", "secret", Some(100));
         let query = |path: &str, at: &str, signature: &str| {
             let signature = signature.replace('+', "%2B");
             Query::parse(&format!("path={path}&signature={signature}&signature_expiration={at}"))
@@ -171,6 +187,23 @@ mod tests {
         ] {
             assert_eq!(check(action, &query, now), Err(why.to_owned()));
         }
+        let error = check(FileAction::Read, &query("/a", "soon", &good), 0).unwrap_err();
+        assert!(error.starts_with("Invalid format for parameter signature_expiration"), "{error}");
+        let past = signature("/a", FileAction::Read, "", "secret", Some(-1));
+        let error = check(FileAction::Read, &query("/a", "-1", &past), 0).unwrap_err();
+        assert_eq!(error, "signature is already expired");
+    }
+
+    #[test]
+    fn a_wrong_token_is_told_apart_where_a_signature_would_do() {
+        let check = |headers: &HeaderMap| {
+            Access::TokenOrSignature(FileAction::Read)
+                .check(Some("secret"), headers, &Query::default(), 0)
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(check(&headers("secret")), Ok(()));
+        assert_eq!(check(&headers("wrong")), Err(OTHER_TOKEN.to_owned()));
+        assert_eq!(check(&headers("")), Err("missing signature query parameter".to_owned()));
     }
 
     #[test]

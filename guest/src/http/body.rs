@@ -5,8 +5,9 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body::Frame;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
@@ -84,17 +85,74 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
+/// How much of a request is still read after it has been answered, and for how long.
+const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// A request's body while it is read. Dropped before its end, it is read on in the background for a
+/// while: a connection that is closed with bytes unread is reset, and takes the answer with it before
+/// the client has read it.
+#[derive(Debug)]
+pub struct RequestBody(Option<Incoming>);
+
+impl RequestBody {
+    /// Nothing of it is read yet.
+    #[must_use]
+    pub fn new(body: Incoming) -> Self {
+        Self(Some(body))
+    }
+
+    /// The next piece; nothing after the end or an error.
+    pub async fn frame(&mut self) -> Option<Result<Frame<Bytes>, hyper::Error>> {
+        let frame = self.0.as_mut()?.frame().await;
+        if !matches!(frame, Some(Ok(_))) {
+            self.0 = None;
+        }
+        frame
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        let Some(mut body) = self.0.take() else { return };
+        if http_body::Body::is_end_stream(&body) {
+            return;
+        }
+        let read_on = async move {
+            let mut left = DRAIN_BYTES_MAX;
+            while let Some(Ok(frame)) = body.frame().await {
+                left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                if left == 0 {
+                    return;
+                }
+            }
+        };
+        // Too slow is as good as too much: the connection is closed either way.
+        tokio::spawn(async {
+            tokio::time::timeout(DRAIN_TIME_MAX, read_on).await.unwrap_or_default();
+        });
+    }
+}
+
 /// Reads a request's body, at most `limit_bytes` of it.
 ///
 /// # Errors
 /// 413 when there is more, 400 when the client breaks off.
 pub async fn read_bounded(body: Incoming, limit_bytes: usize) -> Result<Bytes, HttpError> {
-    match http_body_util::Limited::new(body, limit_bytes).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(HttpError::new(
-            http::StatusCode::PAYLOAD_TOO_LARGE,
-            format!("the request body is over {limit_bytes} bytes; send less"),
-        )),
-        Err(error) => Err(HttpError::bad_request(format!("cannot read the request body: {error}"))),
+    let mut body = RequestBody::new(body);
+    let mut read = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| {
+            HttpError::bad_request(format!("cannot read the request body: {error}"))
+        })?;
+        let Some(data) = frame.data_ref() else { continue };
+        if data.len() > limit_bytes - read.len() {
+            return Err(HttpError::new(
+                http::StatusCode::PAYLOAD_TOO_LARGE,
+                format!("the request body is over {limit_bytes} bytes; send less"),
+            ));
+        }
+        read.extend_from_slice(data);
     }
+    Ok(read.freeze())
 }

@@ -12,6 +12,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode};
 use mica_wire::guest::InitRequest;
 
+use super::body::RequestBody;
 use super::server::HEAD_BYTES_MAX;
 use super::{Access, HttpError, Query, Request, Response, query, status};
 use crate::sandbox::Sandbox;
@@ -37,6 +38,7 @@ pub struct Call {
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response, HttpError>> + Send>>;
+type Admitted<'a> = (&'a Route, Vec<String>, Arc<InitRequest>, Query);
 type Handler = Box<dyn Fn(Call) -> Answer + Send + Sync>;
 
 struct Route {
@@ -94,7 +96,21 @@ impl Router {
     }
 
     async fn dispatch(&self, request: Request) -> Result<Response, HttpError> {
-        check_head(&request)?;
+        let (route, params, identity, query) = match self.admit(&request) {
+            Ok(admitted) => admitted,
+            Err(error) => {
+                drop(RequestBody::new(request.into_body()));
+                return Err(error);
+            }
+        };
+        let sandbox = Arc::clone(&self.sandbox);
+        let call = Call { sandbox, identity, params, query, request };
+        (route.handler)(call).await
+    }
+
+    /// Looks at a request's head: where it goes, and whether it may.
+    fn admit(&self, request: &Request) -> Result<Admitted<'_>, HttpError> {
+        check_head(request)?;
         let method = match request.method() {
             &Method::HEAD => &Method::GET,
             other => other,
@@ -110,9 +126,7 @@ impl Router {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let token = identity.access_token.as_deref();
         route.access.check(token, request.headers(), &query, now)?;
-        let sandbox = Arc::clone(&self.sandbox);
-        let call = Call { sandbox, identity, params, query, request };
-        (route.handler)(call).await
+        Ok((route, params, identity, query))
     }
 
     fn find(&self, method: &Method, path: &str) -> Result<(&Route, Vec<String>), HttpError> {

@@ -23,11 +23,20 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 const OPEN_FILES_SOFT: u64 = 65_536;
 const OPEN_FILES_HARD: u64 = 1_048_576;
 
+/// Watchers of directories that each user may have: the kernel's 128 are too few for the agent's,
+/// which count against the user who watches, beside the user's own.
+const WATCHERS: (&str, &[u8]) = ("/proc/sys/fs/inotify/max_user_instances", b"1024");
+
 /// Starts the agent and waits until it ends.
 pub fn run() -> Result<Infallible, InitError> {
     let limit = Rlimit { current: Some(OPEN_FILES_SOFT), maximum: Some(OPEN_FILES_HARD) };
     rustix::process::setrlimit(Resource::Nofile, limit)
         .map_err(InitError::at("raise the limit of open files"))?;
+    let (path, number) = WATCHERS;
+    if let Err(error) = std::fs::write(path, number) {
+        // What is over the kernel's own limit is refused with a reason.
+        eprintln!("mica-guest: cannot raise {path}: {error}");
+    }
     let agent = Command::new(SELF)
         .arg0("mica-guest")
         .arg("agent")

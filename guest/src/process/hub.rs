@@ -6,7 +6,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::messages::{Data, End};
 
@@ -27,7 +27,11 @@ pub enum Told {
 
 /// The watchers of one process.
 #[derive(Debug, Default)]
-pub struct Hub(Mutex<State>);
+pub struct Hub {
+    state: Mutex<State>,
+    /// Whoever waits for the end without watching.
+    over: Notify,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -39,7 +43,7 @@ impl Hub {
     /// Watches from now on. `None` when there are too many watchers.
     pub fn subscribe(&self) -> Option<mpsc::Receiver<Told>> {
         let (sender, receiver) = mpsc::channel(EVENTS_AHEAD_MAX);
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(end) = &state.end {
             // The channel is empty and has room for more than one.
             sender.try_send(Told::End(end.clone())).ok()?;
@@ -55,7 +59,7 @@ impl Hub {
 
     /// Tells every watcher what was written, waiting for the slow ones.
     pub async fn publish(&self, data: Data) {
-        let watchers = self.0.lock().unwrap_or_else(PoisonError::into_inner).watchers.clone();
+        let watchers = self.state.lock().unwrap_or_else(PoisonError::into_inner).watchers.clone();
         for watcher in &watchers {
             // A watcher that has gone is not an error; it is dropped at the next subscription.
             drop(watcher.send(Told::Data(data.clone())).await);
@@ -66,10 +70,11 @@ impl Hub {
     /// neither the others nor the caller: the end waits for it until it reads or leaves.
     pub fn finish(&self, end: &End) {
         let watchers = {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.end = Some(end.clone());
             std::mem::take(&mut state.watchers)
         };
+        self.over.notify_waiters();
         for watcher in watchers {
             let told = Told::End(end.clone());
             // A watcher that has gone is not an error.
@@ -79,7 +84,18 @@ impl Hub {
 
     /// How the process ended, once it has.
     pub fn has_ended(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).end.is_some()
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).end.is_some()
+    }
+
+    /// Waits until the process has ended.
+    pub async fn ended(&self) {
+        let over = self.over.notified();
+        tokio::pin!(over);
+        // Before the look, so that an end in between is not missed.
+        over.as_mut().enable();
+        if !self.has_ended() {
+            over.await;
+        }
     }
 }
 
@@ -104,6 +120,7 @@ mod tests {
             assert_eq!(watcher.recv().await, Some(Told::End(end())));
             assert_eq!(watcher.recv().await, None);
         }
+        hub.ended().await;
         let mut late = hub.subscribe().unwrap();
         assert_eq!(late.recv().await, Some(Told::End(end())));
         assert_eq!(late.recv().await, None);

@@ -1,230 +1,435 @@
-//! The messages of `process.Process`, as proto3 JSON has them.
+//! The messages of `process.Process`: one type each for proto3 JSON and for binary protobuf.
 //!
 //! Called by the service. Unknown fields are let through: a newer client may say more than this
-//! agent does.
+//! agent does. The field numbers are those of the public protocol.
 
 use std::collections::BTreeMap;
 
+use prost::{Enumeration, Message, Oneof};
 use serde::{Deserialize, Serialize};
 
-use crate::connect::json;
+use crate::connect::{ConnectError, Nothing, json};
 
 /// What to run.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProcessConfig {
     /// Program: a path, or a name to look up in `PATH`.
+    #[prost(string, tag = "1")]
     pub cmd: String,
     /// Its arguments.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[prost(string, repeated, tag = "2")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "json::or_default")]
     pub args: Vec<String>,
     /// Variables on top of the sandbox's.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[prost(btree_map = "string, string", tag = "3")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "json::or_default")]
     pub envs: BTreeMap<String, String>,
     /// Where; the template's directory when absent.
+    #[prost(string, optional, tag = "4")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
 }
 
 /// Columns and rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Message, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PtySize {
     /// Columns.
+    #[prost(uint32, tag = "1")]
+    #[serde(with = "json::uint32")]
     pub cols: u32,
     /// Rows.
+    #[prost(uint32, tag = "2")]
+    #[serde(with = "json::uint32")]
     pub rows: u32,
 }
 
 /// A pseudo-terminal.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Message, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Pty {
     /// Its size.
+    #[prost(message, optional, tag = "1")]
     pub size: Option<PtySize>,
 }
 
 /// `Start`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StartRequest {
     /// What to run.
-    pub process: ProcessConfig,
+    #[prost(message, optional, tag = "1")]
+    pub process: Option<ProcessConfig>,
     /// Runs it on a terminal.
+    #[prost(message, optional, tag = "2")]
     pub pty: Option<Pty>,
     /// A name to find it by.
+    #[prost(string, optional, tag = "3")]
     pub tag: Option<String>,
     /// `false` gives it no standard input; absent means a pipe, as old clients expect.
+    #[prost(bool, optional, tag = "4")]
     pub stdin: Option<bool>,
 }
 
 /// Which process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Selector {
     /// By process id.
+    #[prost(uint32, tag = "1")]
     Pid(#[serde(with = "json::uint32")] u32),
     /// By the tag it was started with.
+    #[prost(string, tag = "2")]
     Tag(String),
 }
 
+/// Which process, as a message around [`Selector`].
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProcessSelector {
+    /// Which.
+    #[prost(oneof = "Selector", tags = "1, 2")]
+    #[serde(flatten)]
+    pub selector: Option<Selector>,
+}
+
+/// The process that a request names.
+///
+/// # Errors
+/// `invalid_argument` when it names none.
+pub fn named(process: Option<&ProcessSelector>) -> Result<&Selector, ConnectError> {
+    process.and_then(|process| process.selector.as_ref()).ok_or_else(|| {
+        ConnectError::invalid_argument("the request names no process; send its pid or its tag")
+    })
+}
+
 /// Requests that only say which process: `Connect`, `CloseStdin`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SelectRequest {
     /// Which.
-    pub process: Selector,
+    #[prost(message, optional, tag = "1")]
+    pub process: Option<ProcessSelector>,
 }
 
 /// One event of a process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Event {
     /// It runs.
-    Start {
-        /// Its process id.
-        pid: u32,
-    },
+    #[prost(message, tag = "1")]
+    Start(StartEvent),
     /// It wrote.
-    Data(Data),
+    #[prost(message, tag = "2")]
+    Data(DataEvent),
     /// It ended.
+    #[prost(message, tag = "3")]
     End(End),
     /// Nothing happened.
-    Keepalive {},
+    #[prost(message, tag = "4")]
+    Keepalive(Nothing),
+}
+
+/// A process runs.
+#[derive(Clone, Copy, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StartEvent {
+    /// Its process id.
+    #[prost(uint32, tag = "1")]
+    pub pid: u32,
 }
 
 /// What a process wrote, and where.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Data {
     /// Standard output.
+    #[prost(bytes = "vec", tag = "1")]
     Stdout(#[serde(with = "json::base64")] Vec<u8>),
     /// Standard error.
+    #[prost(bytes = "vec", tag = "2")]
     Stderr(#[serde(with = "json::base64")] Vec<u8>),
     /// Its terminal.
+    #[prost(bytes = "vec", tag = "3")]
     Pty(#[serde(with = "json::base64")] Vec<u8>),
 }
 
+/// A process wrote.
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DataEvent {
+    /// What.
+    #[prost(oneof = "Data", tags = "1, 2, 3")]
+    #[serde(flatten)]
+    pub output: Option<Data>,
+}
+
 /// How a process ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct End {
     /// Its exit code; -1 when a signal ended it.
+    #[prost(sint32, tag = "1")]
     pub exit_code: i32,
     /// It exited by itself.
+    #[prost(bool, tag = "2")]
     pub exited: bool,
     /// In words: `exit status 3`, `signal: killed`.
+    #[prost(string, tag = "3")]
     pub status: String,
     /// The same words when it did not end with 0.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[prost(string, optional, tag = "4")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// What `Start` and `Connect` stream.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EventResponse {
+/// The message around [`Event`].
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProcessEvent {
     /// The event.
-    pub event: Event,
+    #[prost(oneof = "Event", tags = "1, 2, 3, 4")]
+    #[serde(flatten)]
+    pub event: Option<Event>,
 }
 
-/// `List`, `CloseStdin` and others answer nothing or are asked nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Nothing {}
+/// What `Start` and `Connect` stream.
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EventResponse {
+    /// The event.
+    #[prost(message, optional, tag = "1")]
+    pub event: Option<ProcessEvent>,
+}
+
+impl From<Event> for EventResponse {
+    fn from(event: Event) -> Self {
+        Self { event: Some(ProcessEvent { event: Some(event) }) }
+    }
+}
 
 /// `List`'s answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ListResponse {
     /// Every running process that was started through the service.
+    #[prost(message, repeated, tag = "1")]
     pub processes: Vec<ProcessInfo>,
 }
 
 /// One process in a list.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ProcessInfo {
     /// What it runs.
-    pub config: ProcessConfig,
+    #[prost(message, optional, tag = "1")]
+    pub config: Option<ProcessConfig>,
     /// Its process id.
+    #[prost(uint32, tag = "2")]
     pub pid: u32,
     /// Its tag.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[prost(string, optional, tag = "3")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tag: Option<String>,
 }
 
 /// Bytes for a process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Input {
     /// To its standard input.
+    #[prost(bytes = "vec", tag = "1")]
     Stdin(#[serde(with = "json::base64")] Vec<u8>),
     /// To its terminal.
+    #[prost(bytes = "vec", tag = "2")]
     Pty(#[serde(with = "json::base64")] Vec<u8>),
 }
 
+/// The message around [`Input`].
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProcessInput {
+    /// The bytes.
+    #[prost(oneof = "Input", tags = "1, 2")]
+    #[serde(flatten)]
+    pub input: Option<Input>,
+}
+
+/// The bytes that a request brings.
+///
+/// # Errors
+/// `invalid_argument` when there are none in form.
+pub fn brought(input: Option<&ProcessInput>) -> Result<&Input, ConnectError> {
+    input.and_then(|input| input.input.as_ref()).ok_or_else(|| {
+        ConnectError::invalid_argument(
+            "the input is neither `stdin` nor `pty`, or its bytes are not base64",
+        )
+    })
+}
+
 /// `SendInput`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SendInputRequest {
     /// Which process.
-    pub process: Selector,
+    #[prost(message, optional, tag = "1")]
+    pub process: Option<ProcessSelector>,
     /// What to write.
-    pub input: Input,
+    #[prost(message, optional, tag = "2")]
+    pub input: Option<ProcessInput>,
+}
+
+/// `StreamInput`: the process first, then input for it.
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StreamInputRequest {
+    /// What the client says.
+    #[prost(oneof = "InputEvent", tags = "1, 2, 3")]
+    #[serde(flatten)]
+    pub event: Option<InputEvent>,
+}
+
+/// One message of a [`StreamInputRequest`].
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum InputEvent {
+    /// Which process the input is for, from here on.
+    #[prost(message, tag = "1")]
+    Start(SelectRequest),
+    /// Input.
+    #[prost(message, tag = "2")]
+    Data(InputData),
+    /// Keeps the connection.
+    #[prost(message, tag = "3")]
+    Keepalive(Nothing),
+}
+
+/// Input in a stream. Its field number is 2, as in `SendInput`.
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
+pub struct InputData {
+    /// What to write.
+    #[prost(message, optional, tag = "2")]
+    pub input: Option<ProcessInput>,
 }
 
 /// The signals that can be sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
+#[repr(i32)]
 pub enum SignalName {
-    /// Ask it to end.
-    #[serde(rename = "SIGNAL_SIGTERM")]
-    Term,
+    /// None was named.
+    Unspecified = 0,
     /// End it.
-    #[serde(rename = "SIGNAL_SIGKILL")]
-    Kill,
+    Kill = 9,
+    /// Ask it to end.
+    Term = 15,
+}
+
+impl json::Named for SignalName {
+    const NAMES: &'static [(Self, &'static str)] = &[
+        (Self::Unspecified, "SIGNAL_UNSPECIFIED"),
+        (Self::Kill, "SIGNAL_SIGKILL"),
+        (Self::Term, "SIGNAL_SIGTERM"),
+    ];
 }
 
 /// `SendSignal`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SendSignalRequest {
     /// Which process.
-    pub process: Selector,
+    #[prost(message, optional, tag = "1")]
+    pub process: Option<ProcessSelector>,
     /// Which signal.
-    pub signal: SignalName,
+    #[prost(enumeration = "SignalName", tag = "2")]
+    #[serde(with = "json::Names::<SignalName>")]
+    pub signal: i32,
 }
 
 /// `Update`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
+#[serde(default)]
 pub struct UpdateRequest {
     /// Which process.
-    pub process: Selector,
+    #[prost(message, optional, tag = "1")]
+    pub process: Option<ProcessSelector>,
     /// Its terminal's new size.
+    #[prost(message, optional, tag = "2")]
     pub pty: Option<Pty>,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connect::Codec;
+
+    fn read<T: crate::connect::Request>(text: &str) -> T {
+        Codec::Json.decode(text.as_bytes()).unwrap()
+    }
 
     #[test]
     fn requests_are_read_as_clients_send_them() {
-        let text = r#"{"process":{"cmd":"/bin/bash","args":["-l","-c","echo hi"],
-            "envs":{"A":"1"},"cwd":"/tmp"},"stdin":false,"later":1}"#;
-        let request: StartRequest = serde_json::from_str(text).unwrap();
-        assert_eq!(request.process.args.len(), 3);
+        let request: StartRequest = read(
+            r#"{"process":{"cmd":"/bin/bash","args":["-l","-c","echo hi"],
+            "envs":{"A":"1"},"cwd":"/tmp"},"stdin":false,"later":1}"#,
+        );
+        assert_eq!(request.process.unwrap().args.len(), 3);
         assert_eq!(request.stdin, Some(false));
-        let text = r#"{"process":{"cmd":"sh"},"pty":{"size":{"cols":80,"rows":24}},"tag":"t"}"#;
-        let request: StartRequest = serde_json::from_str(text).unwrap();
+        let request: StartRequest =
+            read(r#"{"process":{"cmd":"sh"},"pty":{"size":{"cols":80,"rows":24}},"tag":"t"}"#);
         assert_eq!(request.pty.unwrap().size, Some(PtySize { cols: 80, rows: 24 }));
-        let text = r#"{"process":{"tag":"t"},"input":{"stdin":"aGk="}}"#;
-        let request: SendInputRequest = serde_json::from_str(text).unwrap();
-        assert_eq!(request.process, Selector::Tag("t".to_owned()));
-        assert_eq!(request.input, Input::Stdin(b"hi".to_vec()));
-        assert!(serde_json::from_str::<SelectRequest>(r#"{"process":{}}"#).is_err());
+        let request: StartRequest =
+            read(r#"{"process":{"cmd":"sh","args":null,"envs":null,"cwd":null},"pty":null}"#);
+        assert_eq!(request.process.unwrap().cmd, "sh");
+        let request: SendInputRequest =
+            read(r#"{"process":{"tag":"t","later":1},"input":{"stdin":"aGk="}}"#);
+        assert_eq!(named(request.process.as_ref()), Ok(&Selector::Tag("t".to_owned())));
+        assert_eq!(brought(request.input.as_ref()), Ok(&Input::Stdin(b"hi".to_vec())));
+        for text in [r#"{"process":{}}"#, "{}", r#"{"process":{"pid":-7}}"#] {
+            let request: SelectRequest = read(text);
+            named(request.process.as_ref()).unwrap_err();
+        }
+        let request: SendInputRequest = read(r#"{"input":{"stdin":"!"}}"#);
+        brought(request.input.as_ref()).unwrap_err();
+        let request: StreamInputRequest = read(r#"{"start":{"process":{"pid":"42"}}}"#);
+        let Some(InputEvent::Start(start)) = request.event else { panic!("{request:?}") };
+        assert_eq!(named(start.process.as_ref()), Ok(&Selector::Pid(42)));
+        let request: StreamInputRequest = read(r#"{"keepalive":{}}"#);
+        assert_eq!(request.event, Some(InputEvent::Keepalive(Nothing {})));
     }
 
     #[test]
     fn events_are_written_as_clients_read_them() {
-        let text = |event| serde_json::to_string(&EventResponse { event }).unwrap();
-        assert_eq!(text(Event::Start { pid: 42 }), r#"{"event":{"start":{"pid":42}}}"#);
+        let text = |event| serde_json::to_string(&EventResponse::from(event)).unwrap();
+        assert_eq!(text(Event::Start(StartEvent { pid: 42 })), r#"{"event":{"start":{"pid":42}}}"#);
+        let output = Some(Data::Stdout(b"hi".to_vec()));
         assert_eq!(
-            text(Event::Data(Data::Stdout(b"hi".to_vec()))),
+            text(Event::Data(DataEvent { output })),
             r#"{"event":{"data":{"stdout":"aGk="}}}"#
         );
-        assert_eq!(text(Event::Keepalive {}), r#"{"event":{"keepalive":{}}}"#);
+        assert_eq!(text(Event::Keepalive(Nothing {})), r#"{"event":{"keepalive":{}}}"#);
+    }
+
+    #[test]
+    fn binary_messages_have_the_protocols_numbers() {
+        // Field 1, a message: field 3, a message: the fields of the end; -1 is 1 in zigzag.
+        let end = End {
+            exit_code: -1,
+            exited: true,
+            status: "s".to_owned(),
+            error: Some("e".to_owned()),
+        };
+        let bytes = Codec::Proto.encode(&EventResponse::from(Event::End(end))).unwrap();
+        assert_eq!(&bytes[..], b"\x0a\x0c\x1a\x0a\x08\x01\x10\x01\x1a\x01s\x22\x01e");
+        let request: StreamInputRequest =
+            Codec::Proto.decode(b"\x12\x06\x12\x04\x0a\x02hi").unwrap();
+        let Some(InputEvent::Data(data)) = request.event else { panic!("{request:?}") };
+        assert_eq!(brought(data.input.as_ref()), Ok(&Input::Stdin(b"hi".to_vec())));
+        let request: SendSignalRequest = Codec::Proto.decode(b"\x0a\x02\x08\x2a\x10\x0f").unwrap();
+        assert_eq!(request.signal, 15);
+        assert_eq!(named(request.process.as_ref()), Ok(&Selector::Pid(42)));
+        let request: StartRequest = Codec::Proto.decode(b"\x0a\x04\x0a\x02sh\x20\x00").unwrap();
+        assert_eq!((request.process.unwrap().cmd.as_str(), request.stdin), ("sh", Some(false)));
     }
 }

@@ -22,3 +22,14 @@ mod table;
 
 pub use service::register;
 pub use table::PROCESSES_MAX;
+
+/// As how many of the service's requests the bytes can be read: see [`crate::untrusted`].
+pub(crate) fn decodes(codec: crate::connect::Codec, data: &[u8]) -> usize {
+    use crate::untrusted::decodes;
+    decodes::<messages::StartRequest>(codec, data)
+        + decodes::<messages::SelectRequest>(codec, data)
+        + decodes::<messages::SendInputRequest>(codec, data)
+        + decodes::<messages::StreamInputRequest>(codec, data)
+        + decodes::<messages::SendSignalRequest>(codec, data)
+        + decodes::<messages::UpdateRequest>(codec, data)
+}

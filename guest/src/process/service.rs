@@ -6,19 +6,21 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use rustix::process::Signal;
 use tokio::sync::{Notify, mpsc};
 
 use super::hub::{Hub, Told};
 use super::messages::{
-    Event, EventResponse, Input, Nothing, ProcessConfig, SelectRequest, SendInputRequest,
-    SendSignalRequest, SignalName, StartRequest, UpdateRequest,
+    DataEvent, Event, EventResponse, Input, InputEvent, ProcessConfig, SelectRequest,
+    SendInputRequest, SendSignalRequest, SignalName, StartEvent, StartRequest, StreamInputRequest,
+    UpdateRequest, brought, named,
 };
 use super::pump::{Output, supervise};
 use super::shim::{Spec, SpecUser};
 use super::spawn::{self, Ends, SpawnError, Spawned, Terminal};
 use super::table::{InputEnd, Process, Table};
-use crate::connect::{self, ConnectError, Context, StreamSender};
+use crate::connect::{self, Code, ConnectError, Context, Incoming, Nothing, StreamSender};
 use crate::http::Router;
 use crate::http::error::chain;
 use crate::users::User;
@@ -31,7 +33,7 @@ type Out = StreamSender<EventResponse>;
 /// Registers the service.
 pub fn register(router: &mut Router) {
     let table = Arc::new(Table::default());
-    let keepalive: fn() -> EventResponse = || EventResponse { event: Event::Keepalive {} };
+    let keepalive: fn() -> EventResponse = || Event::Keepalive(Nothing {}).into();
 
     let t = Arc::clone(&table);
     let start = move |context, request, out| start(Arc::clone(&t), context, request, out);
@@ -49,6 +51,10 @@ pub fn register(router: &mut Router) {
     let t = Arc::clone(&table);
     connect::unary(router, "process.Process/SendInput", move |_: Context, request| {
         send_input(Arc::clone(&t), request)
+    });
+    let t = Arc::clone(&table);
+    connect::client_stream(router, "process.Process/StreamInput", move |_: Context, incoming| {
+        stream_input(Arc::clone(&t), incoming)
     });
     let t = Arc::clone(&table);
     connect::unary(router, "process.Process/CloseStdin", move |_: Context, request| {
@@ -77,12 +83,10 @@ async fn start(
         Some(pty) => Terminal::Pty(pty.size.unwrap_or_default()),
         None => Terminal::Pipes { stdin: request.stdin.unwrap_or(true) },
     };
-    let spec = spec(&context, &user, &request.process, terminal)?;
-    let spawned = spawn::spawn(&spec, terminal).await.map_err(|error| match error {
-        SpawnError::Refused(_) => ConnectError::invalid_argument(error.to_string()),
-        SpawnError::Os { .. } => ConnectError::internal(chain(&error)),
-    })?;
-    let (process, child, output) = take_in(spawned, request);
+    let config = request.process.unwrap_or_default();
+    let spec = spec(&context, &user, &config, terminal)?;
+    let spawned = spawn::spawn(&spec, terminal).await.map_err(|error| start_error(&error))?;
+    let (process, child, output) = take_in(spawned, config, request.tag);
     let told = process.hub.subscribe().ok_or_else(too_many)?;
     table.add(Arc::clone(&process));
     // The deadline is the process's, whether or not the client stays to see it.
@@ -90,26 +94,41 @@ async fn start(
     tell(process.pid, told, &out).await
 }
 
+fn start_error(error: &SpawnError) -> ConnectError {
+    match error {
+        SpawnError::Refused(_) => ConnectError::invalid_argument(error.to_string()),
+        // The guest is full, which its user can change: no more processes, descriptors, memory.
+        SpawnError::Os { source, .. }
+            if [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE]
+                .iter()
+                .any(|errno| source.raw_os_error() == Some(errno.raw_os_error())) =>
+        {
+            ConnectError::new(Code::ResourceExhausted, chain(error))
+        }
+        SpawnError::Os { .. } => ConnectError::internal(chain(error)),
+    }
+}
+
 async fn watch(table: Arc<Table>, request: SelectRequest, out: Out) -> Result<(), ConnectError> {
-    let process = table.find(&request.process)?;
+    let process = table.find(named(request.process.as_ref())?)?;
     let told = process.hub.subscribe().ok_or_else(too_many)?;
     tell(process.pid, told, &out).await
 }
 
 fn too_many() -> ConnectError {
-    ConnectError::new(connect::Code::ResourceExhausted, "too many watch this process already")
+    ConnectError::new(Code::ResourceExhausted, "too many watch this process already")
 }
 
 /// Passes events on until the end or until the client leaves.
 async fn tell(pid: u32, mut told: mpsc::Receiver<Told>, out: &Out) -> Result<(), ConnectError> {
-    let mut event = Event::Start { pid };
+    let mut event = Event::Start(StartEvent { pid });
     loop {
-        if out.send(&EventResponse { event }).await.is_err() {
+        if out.send(&event.into()).await.is_err() {
             return Ok(());
         }
         event = tokio::select! {
             told = told.recv() => match told {
-                Some(Told::Data(data)) => Event::Data(data),
+                Some(Told::Data(data)) => Event::Data(DataEvent { output: Some(data) }),
                 Some(Told::End(end)) => Event::End(end),
                 None => return Ok(()),
             },
@@ -120,7 +139,8 @@ async fn tell(pid: u32, mut told: mpsc::Receiver<Told>, out: &Out) -> Result<(),
 
 fn take_in(
     spawned: Spawned,
-    request: StartRequest,
+    config: ProcessConfig,
+    tag: Option<String>,
 ) -> (Arc<Process>, tokio::process::Child, Output) {
     let Spawned { child, pid, pidfd, ends } = spawned;
     let (input, terminal, output) = match ends {
@@ -134,8 +154,8 @@ fn take_in(
     };
     let process = Process {
         pid,
-        tag: request.tag,
-        config: request.process,
+        tag,
+        config,
         pidfd,
         hub: Hub::default(),
         input: tokio::sync::Mutex::new(input),
@@ -196,30 +216,67 @@ fn environment(
 }
 
 async fn send_input(table: Arc<Table>, request: SendInputRequest) -> Result<Nothing, ConnectError> {
-    let process = table.find_running(&request.process)?;
-    match &request.input {
-        Input::Stdin(bytes) => process.write_stdin(bytes).await?,
-        Input::Pty(bytes) => process.write_terminal(bytes).await?,
+    let process = table.find_running(named(request.process.as_ref())?)?;
+    feed(&process, brought(request.input.as_ref())?).await?;
+    Ok(Nothing {})
+}
+
+/// Input in the order it comes in, each message written before the next one is read.
+async fn stream_input(
+    table: Arc<Table>,
+    mut incoming: Incoming<StreamInputRequest>,
+) -> Result<Nothing, ConnectError> {
+    let mut process: Option<Arc<Process>> = None;
+    while let Some(request) = incoming.next().await? {
+        match request.event {
+            Some(InputEvent::Start(start)) => {
+                process = Some(table.find_running(named(start.process.as_ref())?)?);
+            }
+            Some(InputEvent::Data(data)) => {
+                let process = process.as_ref().ok_or_else(|| {
+                    ConnectError::invalid_argument("input came before `start` said what it is for")
+                })?;
+                feed(process, brought(data.input.as_ref())?).await?;
+            }
+            Some(InputEvent::Keepalive(_)) => {}
+            None => {
+                return Err(ConnectError::invalid_argument(
+                    "a message is none of `start`, `data` and `keepalive`",
+                ));
+            }
+        }
     }
     Ok(Nothing {})
 }
 
+async fn feed(process: &Process, input: &Input) -> Result<(), ConnectError> {
+    match input {
+        Input::Stdin(bytes) => process.write_stdin(bytes).await,
+        Input::Pty(bytes) => process.write_terminal(bytes).await,
+    }
+}
+
 async fn close_stdin(table: Arc<Table>, request: SelectRequest) -> Result<Nothing, ConnectError> {
-    table.find_running(&request.process)?.close_stdin().await?;
+    table.find_running(named(request.process.as_ref())?)?.close_stdin().await?;
     Ok(Nothing {})
 }
 
 fn send_signal(table: &Table, request: &SendSignalRequest) -> Result<Nothing, ConnectError> {
-    let signal = match request.signal {
-        SignalName::Term => Signal::TERM,
-        SignalName::Kill => Signal::KILL,
+    let signal = match SignalName::try_from(request.signal) {
+        Ok(SignalName::Term) => Signal::TERM,
+        Ok(SignalName::Kill) => Signal::KILL,
+        Ok(SignalName::Unspecified) | Err(_) => {
+            return Err(ConnectError::invalid_argument(
+                "the signal is neither SIGNAL_SIGTERM nor SIGNAL_SIGKILL",
+            ));
+        }
     };
-    table.find_running(&request.process)?.signal(signal)?;
+    table.find_running(named(request.process.as_ref())?)?.signal(signal)?;
     Ok(Nothing {})
 }
 
 fn update(table: &Table, request: &UpdateRequest) -> Result<Nothing, ConnectError> {
-    let process = table.find_running(&request.process)?;
+    let process = table.find_running(named(request.process.as_ref())?)?;
     if let Some(size) = request.pty.and_then(|pty| pty.size) {
         process.resize(size)?;
     }

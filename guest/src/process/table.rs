@@ -80,16 +80,13 @@ impl Process {
         }
     }
 
-    /// Writes to its standard input.
+    /// Writes to its standard input, waiting until it reads or ends.
     ///
     /// # Errors
     /// `failed_precondition` when it has none (any more).
     pub async fn write_stdin(&self, bytes: &[u8]) -> Result<(), ConnectError> {
         match &mut *self.input.lock().await {
-            InputEnd::Pipe(pipe) => pipe
-                .write_all(bytes)
-                .await
-                .map_err(|error| ConnectError::io("error writing to stdin", &error)),
+            InputEnd::Pipe(pipe) => self.write(pipe, bytes, "error writing to stdin").await,
             InputEnd::Pty(_) => Err(ConnectError::new(
                 Code::FailedPrecondition,
                 "the process has a terminal; send pty input",
@@ -106,12 +103,31 @@ impl Process {
     /// `failed_precondition` when it has none.
     pub async fn write_terminal(&self, bytes: &[u8]) -> Result<(), ConnectError> {
         match &mut *self.input.lock().await {
-            InputEnd::Pty(pty) => pty
-                .write_all(bytes)
-                .await
-                .map_err(|error| ConnectError::io("error writing to tty", &error)),
+            InputEnd::Pty(pty) => self.write(pty, bytes, "error writing to tty").await,
             _ => Err(no_terminal()),
         }
+    }
+
+    /// A child of the process may hold its input open and never read it; the process's own end is
+    /// the end of the wait all the same.
+    async fn write(
+        &self,
+        pipe: &mut pipe::Sender,
+        bytes: &[u8],
+        what: &str,
+    ) -> Result<(), ConnectError> {
+        let written = tokio::select! {
+            biased;
+            written = pipe.write_all(bytes) => written,
+            () = self.hub.ended() => Err(std::io::ErrorKind::BrokenPipe.into()),
+        };
+        written.map_err(|error| match error.kind() {
+            // That it ended or closed its input is no fault of ours.
+            std::io::ErrorKind::BrokenPipe => {
+                ConnectError::new(Code::FailedPrecondition, format!("{what}: {error}"))
+            }
+            _ => ConnectError::io(what, &error),
+        })
     }
 
     /// Closes its standard input. Closing it twice is no error.
@@ -227,7 +243,7 @@ impl Table {
     /// Every process that runs.
     pub fn list(&self) -> ListResponse {
         let info = |process: &Arc<Process>| ProcessInfo {
-            config: process.config.clone(),
+            config: Some(process.config.clone()),
             pid: process.pid,
             tag: process.tag.clone(),
         };

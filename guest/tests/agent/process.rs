@@ -245,7 +245,10 @@ fn wrong_bytes_are_told_so_and_hurt_nobody() {
         let mut answer = agent.request(&head(stream, ""), body);
         assert_eq!((answer.status, &answer.error()["code"]), (200, &json!(code)), "{body:?}");
     }
-    assert_eq!(agent.request(&head("application/connect+proto", ""), b"").status, 415);
+    let answer = agent.request(&head("application/connect+xml", ""), b"");
+    assert_eq!(answer.status, 415);
+    let wanted = "application/connect+json, application/connect+proto";
+    assert_eq!(answer.header("accept-post"), Some(wanted));
     assert_eq!(agent.request(&head("application/json", ""), b"{}").status, 415);
     let large = format!("\r\nx-large: {}", "a".repeat(100_000));
     assert_eq!(agent.request(&head(stream, &large), b"").status, 431);

@@ -128,15 +128,45 @@ impl Agent {
         Answer::read(stream)
     }
 
-    /// A unary call.
+    /// A unary call; a method without a service is of `process.Process`.
     pub fn call(&self, method: &str, message: &Value) -> (u16, Value) {
-        let head = format!(
-            "POST /process.Process/{method} HTTP/1.1\r\nx-access-token: {TOKEN}\r\n\
-             content-type: application/json"
-        );
-        let mut answer = self.request(&head, message.to_string().as_bytes());
+        let mut answer = self.call_with(method, "", message);
         let body = answer.body();
         (answer.status, serde_json::from_slice(&body).unwrap())
+    }
+
+    /// The same with more headers, its answer as it is.
+    pub fn call_with(&self, method: &str, headers: &str, message: &Value) -> Answer {
+        let kind = format!("application/json{headers}");
+        self.request(&head(TOKEN, method, &kind), message.to_string().as_bytes())
+    }
+
+    /// A unary call in binary: status, content type, body.
+    pub fn call_binary(&self, method: &str, message: &[u8]) -> (u16, String, Vec<u8>) {
+        let mut answer = self.request(&head(TOKEN, method, "application/proto"), message);
+        let kind = answer.header("content-type").unwrap().to_owned();
+        (answer.status, kind, answer.body())
+    }
+
+    /// A call that streams, in binary.
+    pub fn stream_binary(&self, method: &str, headers: &str, message: &[u8]) -> Answer {
+        let kind = format!("application/connect+proto{headers}");
+        self.request(&head(TOKEN, method, &kind), &envelope(message))
+    }
+
+    /// A call whose client streams: the request's head is sent, its body is the caller's.
+    pub fn open(&self, method: &str, kind: &str) -> Upstream {
+        let (mut stream, verdict) = self.port(49983);
+        assert_eq!(verdict, Some(Verdict::Open));
+        let head = head(TOKEN, method, kind);
+        let head = format!("{head}\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        Upstream(stream)
+    }
+
+    /// What is the agent's own of the file system.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// A call that streams, with more headers.
@@ -146,15 +176,8 @@ impl Agent {
 
     /// The same with a token of one's own.
     pub fn stream_as(&self, token: &str, method: &str, headers: &str, message: &Value) -> Answer {
-        let text = message.to_string();
-        let mut body = vec![0];
-        body.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
-        body.extend(text.as_bytes());
-        let head = format!(
-            "POST /process.Process/{method} HTTP/1.1\r\nx-access-token: {token}\r\n\
-             content-type: application/connect+json{headers}"
-        );
-        self.request(&head, &body)
+        let kind = format!("application/connect+json{headers}");
+        self.request(&head(token, method, &kind), &envelope(message.to_string().as_bytes()))
     }
 
     /// A call that streams.
@@ -167,6 +190,51 @@ impl Agent {
         let mut answer = self.stream("Start", message);
         let first = answer.event().unwrap();
         (first["event"]["start"]["pid"].as_u64().unwrap(), answer)
+    }
+}
+
+/// The head of a call; `kind` may bring more headers along.
+fn head(token: &str, method: &str, kind: &str) -> String {
+    let service = if method.contains('/') { "" } else { "process.Process/" };
+    format!("POST /{service}{method} HTTP/1.1\r\nx-access-token: {token}\r\ncontent-type: {kind}")
+}
+
+/// One message of a stream.
+pub fn envelope(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    [&[0], &length[..], message].concat()
+}
+
+/// The body of a request that is still being sent.
+#[derive(Debug)]
+pub struct Upstream(UnixStream);
+
+impl Upstream {
+    /// Sends bytes as they are, as one chunk.
+    pub fn raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let chunk = [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat();
+        self.0.write_all(&chunk)
+    }
+
+    /// Sends one message.
+    pub fn send(&mut self, message: &[u8]) {
+        self.raw(&envelope(message)).unwrap();
+    }
+
+    /// Gives up writing after a while without progress.
+    pub fn hurry(&self, patience: Duration) {
+        self.0.set_write_timeout(Some(patience)).unwrap();
+    }
+
+    /// Ends the body and reads the answer.
+    pub fn end(mut self) -> Answer {
+        self.0.write_all(b"0\r\n\r\n").unwrap();
+        Answer::read(self.0)
+    }
+
+    /// Reads the answer while the body is not at its end.
+    pub fn answer(self) -> Answer {
+        Answer::read(self.0)
     }
 }
 
@@ -213,7 +281,7 @@ impl Answer {
 
     /// All of the body.
     pub fn body(&mut self) -> Vec<u8> {
-        if self.status == 204 {
+        if matches!(self.status, 204 | 304) {
             return Vec::new();
         }
         if let Some(length) = self.header("content-length") {
@@ -236,11 +304,17 @@ impl Answer {
     }
 
     fn frame(&mut self) -> (u8, Value) {
+        let (flags, payload) = self.raw_frame();
+        (flags, serde_json::from_slice(&payload).unwrap())
+    }
+
+    /// The next envelope of a stream: its flags and what is in it.
+    pub fn raw_frame(&mut self) -> (u8, Vec<u8>) {
         loop {
             if let Some(([flags, length @ ..], rest)) = self.pending.split_first_chunk::<5>() {
                 let length = usize::try_from(u32::from_be_bytes(*length)).unwrap();
                 if let Some(payload) = rest.get(..length) {
-                    let frame = (*flags, serde_json::from_slice(payload).unwrap());
+                    let frame = (*flags, payload.to_vec());
                     self.pending.drain(..5 + length);
                     return frame;
                 }
