@@ -14,6 +14,7 @@ use mica_shards::HostConfig;
 use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
+use crate::tls::TlsArgs;
 
 const VM_PROGRAM: &str = "mica-vm";
 
@@ -134,6 +135,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 15)]
     client_timeout: u32,
     #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
     plan: PlanArgs,
 }
 
@@ -144,6 +147,8 @@ pub struct ServeConfig {
     pub http: HttpConfig,
     /// Of the shards.
     pub host: HostConfig,
+    /// Where its certificate is.
+    pub tls: TlsArgs,
     /// Where shards sit.
     pub plan: PlanArgs,
     /// Where the keys are.
@@ -199,9 +204,10 @@ impl ServeArgs {
         };
         host.check()?;
         let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;
-        let http = HttpConfig { listen: self.listen, domain, keys: KeyRing::default(), limits };
-        let (plan, key_file) = (self.plan, self.key_file);
-        Ok(ServeConfig { http, host, plan, key_file, needs_usable_kvm })
+        let (listen, keys) = (self.listen, KeyRing::default());
+        let http = HttpConfig { listen, tls: None, domain, keys, limits };
+        let (tls, plan, key_file) = (self.tls, self.plan, self.key_file);
+        Ok(ServeConfig { http, tls, host, plan, key_file, needs_usable_kvm })
     }
 }
 
@@ -217,7 +223,10 @@ fn at_least_one(option: &str, count: u32) -> Result<Duration> {
 }
 
 /// A host name, with a port or without.
-fn checked_domain(text: &str) -> Result<String> {
+///
+/// # Errors
+/// Says what a domain looks like.
+pub fn checked_domain(text: &str) -> Result<String> {
     let (name, port) = text.split_once(':').map_or((text, None), |(n, p)| (n, Some(p)));
     let label = |label: &str| {
         matches!(label.len(), 1..=63)

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cert;
 mod config;
 mod helper;
 mod key_file;
@@ -13,6 +14,7 @@ mod pool;
 mod serve;
 mod signals;
 mod template;
+mod tls;
 mod topology;
 
 use std::ffi::OsString;
@@ -40,6 +42,8 @@ enum Command {
     Template(template::TemplateArgs),
     /// Make, list and remove file systems that can clone files.
     Pool(pool::PoolArgs),
+    /// Make a private certificate authority, and a certificate for `mica serve --tls-cert`.
+    Cert(cert::CertArgs),
     /// Say what KVM here is; the exit code is 0 only where a Linux guest runs.
     KvmKind,
     /// Another program of Mica beside this one: `mica lab …` runs `mica-lab …`.
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Command::Topology(args) => topology::print(&args),
         Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
+        Command::Cert(args) => cert::run(&args),
         Command::Pool(args) => pool::run(&args),
         Command::Helper(words) => helper::become_helper(&words),
     };

@@ -35,6 +35,10 @@ pub fn run(args: ServeArgs) -> Result<()> {
         return in_the_lab(&why, config.http.listen.port());
     }
     config.http.listen = free_address(config.http.listen)?;
+    config.http.tls = config.tls.load()?;
+    if let Some(tls) = &mut config.http.tls {
+        tls.listen = tls.listen.map(free_address).transpose()?;
+    }
     config.http.keys = key_file::load_or_create(&config.key_file)?;
     let plan = topology::planned(&config.plan)?;
     let stop = StopSignal::new().context("cannot make the stop signal")?;

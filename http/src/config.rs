@@ -3,11 +3,19 @@
 //! Called by `src/`, which fills it from the command line. Refuses to read the environment.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mica_wire::guest::CONTROL_LINE_BYTES_MAX;
 
+use rustls::server::ResolvesServerCert;
+use rustls::{ServerConfig, crypto};
+
 use crate::keys::KeyRing;
+
+/// The names of HTTP/2 and HTTP/1.1 where TLS agrees on one of them.
+pub const ALPN_H2: &[u8] = b"h2";
+const ALPN_H1: &[u8] = b"http/1.1";
 
 /// The longest life a sandbox may be given.
 const SANDBOX_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -17,6 +25,8 @@ const SANDBOX_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct HttpConfig {
     /// Where every shard listens (`SO_REUSEPORT`). The port is not 0.
     pub listen: SocketAddr,
+    /// TLS, on the same port and perhaps on one more.
+    pub tls: Option<Tls>,
     /// The domain under which `{port}-{id}.DOMAIN` reaches a sandbox. `None`: any domain does, and
     /// clients are told none.
     pub domain: Option<String>,
@@ -26,11 +36,40 @@ pub struct HttpConfig {
     pub limits: Limits,
 }
 
+/// How this host speaks TLS.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// An address for TLS alone, besides [`HttpConfig::listen`], which takes both.
+    pub listen: Option<SocketAddr>,
+    pub(crate) config: Arc<ServerConfig>,
+}
+
+impl Tls {
+    /// TLS 1.2 and 1.3 with the certificates that `certificates` has at the time of each handshake.
+    ///
+    /// # Errors
+    /// When the library refuses its own defaults.
+    pub fn new(
+        certificates: Arc<dyn ResolvesServerCert>,
+        listen: Option<SocketAddr>,
+    ) -> Result<Self, rustls::Error> {
+        let provider = Arc::new(crypto::ring::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_cert_resolver(certificates);
+        config.alpn_protocols = vec![ALPN_H2.to_vec(), ALPN_H1.to_vec()];
+        Ok(Self { listen, config: Arc::new(config) })
+    }
+}
+
 /// Bounds on what a client may make this host hold or wait for.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Connections of one shard at a time. More are answered 503 and closed.
     pub connections_max: usize,
+    /// Streams into sandboxes of one shard at a time. More are answered 429.
+    pub streams_max: usize,
     /// A request head, from its first byte to the blank line.
     pub head_bytes_max: usize,
     /// Header fields of a request.
@@ -56,6 +95,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections_max: 10_000,
+            streams_max: 20_000,
             head_bytes_max: 64 * 1024,
             head_fields_max: 100,
             head_timeout: Duration::from_secs(15),

@@ -113,6 +113,38 @@ impl ApiError {
         Self::bad_request("Invalid sandbox ID: it is made of 0-9 and a-z alone")
     }
 
+    /// Headers name a sandbox under a host name that is not ours.
+    #[must_use]
+    pub fn foreign_host() -> Self {
+        Self::bad_request(
+            "Invalid host: E2b-Sandbox-Id and E2b-Sandbox-Port count only under localhost, an address, \
+             or a name of this host; use one, or start the host with --domain NAME and use \
+             sandbox.NAME",
+        )
+    }
+
+    /// A file is asked for by a signature that no sandbox made.
+    #[must_use]
+    pub fn unknown_signature() -> Self {
+        Self::bad_request(
+            "no running sandbox made this signature; ask under its own host name, \
+             49983-ID.DOMAIN, to be told more",
+        )
+    }
+
+    /// More of something is being done than one shard does at a time.
+    #[must_use]
+    pub fn busy() -> Self {
+        Self::soon(StatusCode::SERVICE_UNAVAILABLE, "this host is busy; try again in a moment")
+    }
+
+    /// The shard has as many streams into sandboxes as it may.
+    #[must_use]
+    pub fn too_many_streams(id: SandboxId) -> Self {
+        let message = "this host has as many streams into sandboxes as it may; close some";
+        Self::soon(StatusCode::TOO_MANY_REQUESTS, message).about(id.as_str())
+    }
+
     /// The id may be one of a sandbox, but there is none.
     #[must_use]
     pub fn no_such_sandbox(id: &str) -> Self {
@@ -191,6 +223,18 @@ impl ApiError {
         Self::bad_request("this is not a valid HTTP/1.1 request; correct its head")
     }
 
+    /// The listener takes TLS alone.
+    #[must_use]
+    pub fn in_the_clear() -> Self {
+        Self::bad_request("this port takes TLS alone; use https")
+    }
+
+    /// `CONNECT` is for proxies of another kind.
+    #[must_use]
+    pub fn no_tunnels() -> Self {
+        Self::method_not_allowed(&Method::CONNECT, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+    }
+
     /// The shard has as many connections as it may.
     #[must_use]
     pub fn too_many_connections() -> Self {
@@ -215,6 +259,18 @@ impl ApiError {
     pub fn transitioning(id: SandboxId) -> Self {
         let message = "The sandbox is still transitioning. Try again in a moment.";
         Self::soon(StatusCode::CONFLICT, message).about(id.as_str())
+    }
+
+    /// The ports of the sandbox are not public, and the client showed no traffic token or another.
+    #[must_use]
+    pub fn not_admitted(id: SandboxId, showed_one: bool) -> Self {
+        let message = if showed_one {
+            "Sandbox is secured with traffic access token. Provided token is invalid."
+        } else {
+            "Sandbox is secured with traffic access token. Token header \
+             'e2b-traffic-access-token' is missing"
+        };
+        Self::new(StatusCode::FORBIDDEN, message).about(id.as_str())
     }
 
     /// The sandbox hung up before it answered. The request may have had an effect.

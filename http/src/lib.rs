@@ -25,6 +25,6 @@ mod rfc3339;
 mod route;
 mod serve;
 
-pub use config::{HttpConfig, Limits};
+pub use config::{HttpConfig, Limits, Tls};
 pub use keys::{ApiKey, KeyError, KeyRing};
 pub use serve::{ListenError, serve};

@@ -7,22 +7,28 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use futures_lite::FutureExt;
 use hyper::body::Incoming;
 use hyper::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue};
-use hyper::{Request, Response};
+use hyper::http::uri;
+use hyper::{Method, Request, Response, Uri};
 use mica_shards::rt::net::{TcpListener, TcpStream};
 use mica_shards::rt::{self, time};
 use mica_shards::{Host, StopSignal};
+use mica_units::GuestPort;
 
 use crate::body::{self, Body};
 use crate::config::HttpConfig;
+use crate::conn::Accepts;
 use crate::error::ApiError;
+use crate::proxy::signature::Searches;
 use crate::proxy::target::{Target, target};
-use crate::{api, conn, proxy};
+use crate::proxy::{Proxy, Switch};
+use crate::{api, conn};
 
 /// How long accepting rests when the process is out of descriptors.
 const ACCEPT_REST: Duration = Duration::from_millis(50);
@@ -44,17 +50,32 @@ pub struct ListenError {
 /// # Errors
 /// When the address cannot be listened on.
 pub async fn serve(host: Host, config: HttpConfig, stop: StopSignal) -> Result<(), ListenError> {
-    let listener = TcpListener::bind(config.listen)
-        .map_err(|source| ListenError { address: config.listen, source })?;
-    tracing::info!(shard = host.shard().index(), listen = %config.listen, "serving");
-    let front = Rc::new(Front { host, config, connections: Connections::default() });
-    let accepting = async {
-        loop {
-            front.accept(&listener).await;
+    let listener = bind(config.listen)?;
+    let shared = config.tls.as_ref().map(|tls| Arc::clone(&tls.config));
+    let tls_alone = match &config.tls {
+        Some(tls) => tls.listen.map(bind).transpose()?.zip(Some(Arc::clone(&tls.config))),
+        None => None,
+    };
+    tracing::info!(
+        shard = host.shard().index(),
+        listen = %config.listen,
+        tls = config.tls.is_some(),
+        "serving"
+    );
+    let proxy = Proxy::new(host.clone(), config.limits.clone());
+    let (connections, searches) = (Connections::default(), Searches::default());
+    let front = Rc::new(Front { host, config, proxy, connections, searches });
+    let both = front.accept_all(&listener, Accepts::Both(shared));
+    let alone = async {
+        match &tls_alone {
+            Some((listener, config)) => {
+                front.accept_all(listener, Accepts::TlsOnly(Arc::clone(config))).await;
+            }
+            None => std::future::pending().await,
         }
     };
-    accepting.or(stop.stopped()).await;
-    drop(listener);
+    both.or(alone).or(stop.stopped()).await;
+    drop((listener, tls_alone));
     front.connections.stop();
     let drained = time::timeout(front.config.limits.drain_timeout, front.connections.empty()).await;
     if drained.is_err() {
@@ -64,15 +85,27 @@ pub async fn serve(host: Host, config: HttpConfig, stop: StopSignal) -> Result<(
     Ok(())
 }
 
+fn bind(address: std::net::SocketAddr) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(address).map_err(|source| ListenError { address, source })
+}
+
 #[derive(Debug)]
 struct Front {
     host: Host,
     config: HttpConfig,
+    proxy: Proxy,
     connections: Connections,
+    searches: Searches,
 }
 
 impl Front {
-    async fn accept(self: &Rc<Self>, listener: &TcpListener) {
+    async fn accept_all(self: &Rc<Self>, listener: &TcpListener, accepts: Accepts) {
+        loop {
+            self.accept(listener, &accepts).await;
+        }
+    }
+
+    async fn accept(self: &Rc<Self>, listener: &TcpListener, accepts: &Accepts) {
         let stream = match listener.accept().await {
             Ok(stream) => stream,
             Err(error) => {
@@ -85,7 +118,8 @@ impl Front {
         let most = self.config.limits.connections_max;
         if self.connections.count() < most {
             let entry = self.connections.enter();
-            rt::spawn(async move { front.connection(stream, &entry).await }).detach();
+            let accepts = accepts.clone();
+            rt::spawn(async move { front.connection(stream, &accepts, &entry).await }).detach();
         } else if self.connections.count() < most.saturating_add(TURNED_AWAY_MAX) {
             let entry = self.connections.enter();
             rt::spawn(async move {
@@ -96,20 +130,24 @@ impl Front {
         }
     }
 
-    async fn connection(&self, stream: TcpStream, entry: &Entry) {
-        let answer = |request| self.answer(request);
-        conn::drive(stream, &self.config.limits, entry, answer).await;
+    async fn connection(self: Rc<Self>, stream: TcpStream, accepts: &Accepts, entry: &Entry) {
+        let front = Rc::clone(&self);
+        let answer = move |request, switch: Option<Rc<Switch>>| {
+            let front = Rc::clone(&front);
+            async move { front.answer(request, switch.as_deref()).await }
+        };
+        conn::drive(stream, accepts, &self.config.limits, entry, answer).await;
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
-        let domain = self.config.domain.as_deref();
-        let whom = target(request.version(), request.uri(), request.headers(), domain);
-        let outcome = match whom {
-            Ok(Target::ControlPlane) => {
+    async fn answer(&self, request: Request<Incoming>, switch: Option<&Switch>) -> Response<Body> {
+        let outcome = match self.whom(&request).await {
+            Ok(Target::ControlPlane | Target::SignedFile) => {
                 return open_to_browsers(api::answer(&self.host, &self.config, request).await);
             }
-            Ok(Target::Sandbox(id, port)) => {
-                proxy::forward(&self.host, &self.config.limits, id, port, request).await
+            Ok(Target::Sandbox(id, port)) => self.proxy.forward(id, port, request, switch).await,
+            Ok(Target::Path(id, port, rest)) => {
+                let request = with_path(request, rest);
+                self.proxy.forward(id, port, request, switch).await
             }
             Err(error) => {
                 let (parts, unread) = request.into_parts();
@@ -119,6 +157,30 @@ impl Front {
         };
         outcome.unwrap_or_else(|error| open_to_browsers(error.into_response()))
     }
+
+    /// Whom a request is for, with signatures looked up.
+    async fn whom(&self, request: &Request<Incoming>) -> Result<Target, ApiError> {
+        let (method, uri) = (request.method(), request.uri());
+        if method == Method::CONNECT {
+            return Err(ApiError::no_tunnels());
+        }
+        let domain = self.config.domain.as_deref();
+        match target(request.version(), method, uri, request.headers(), domain)? {
+            Target::SignedFile => {
+                let id = self.searches.find(&self.host, method, uri).await?;
+                Ok(Target::Sandbox(id, GuestPort::ENVD))
+            }
+            other => Ok(other),
+        }
+    }
+}
+
+/// The same request for another path of the same host.
+fn with_path(mut request: Request<Incoming>, path: uri::PathAndQuery) -> Request<Incoming> {
+    let mut parts = std::mem::take(request.uri_mut()).into_parts();
+    parts.path_and_query = Some(path.clone());
+    *request.uri_mut() = Uri::from_parts(parts).unwrap_or_else(|_| Uri::from(path));
+    request
 }
 
 /// Lets pages of any origin read the answer. A sandbox decides that for its own answers.

@@ -163,7 +163,8 @@ fn what_is_not_http_is_told_so() {
         ("GET / HTTP/1.1\r\n\r\n".to_owned(), 400),
         ("GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n".to_owned(), 400),
         ("GET / HTTP/9.9\r\nhost: x\r\n\r\n".to_owned(), 400),
-        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), 400),
+        ("PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n".to_owned(), 400),
+        ("CONNECT example.com:80 HTTP/1.1\r\nhost: example.com:80\r\n\r\n".to_owned(), 405),
         (format!("GET / HTTP/1.1\r\nhost: x\r\nlong: {long}\r\n\r\n"), 431),
         (format!("GET / HTTP/1.1\r\nhost: x\r\n{many}\r\n"), 431),
     ] {

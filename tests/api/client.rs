@@ -114,6 +114,11 @@ impl Connection {
         Reply { status, headers, body }
     }
 
+    /// Fills `buffer`.
+    pub fn exactly(&mut self, buffer: &mut [u8]) {
+        self.reader.read_exact(buffer).expect("the bytes");
+    }
+
     /// Reads to the end of the connection, which must come within the patience.
     pub fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();

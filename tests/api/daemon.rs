@@ -179,6 +179,10 @@ impl Daemon {
         &self.key
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub fn connect(&self) -> Connection {
         Connection::open(self.address)
     }
@@ -381,7 +385,7 @@ pub fn kill(signal: &str, process: u32) {
     assert!(status.success(), "process {process} is gone");
 }
 
-fn free_address() -> SocketAddr {
+pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
 }
 

@@ -18,7 +18,14 @@ pub struct Upstream<T> {
 impl<T: Send + 'static> Upstream<T> {
     /// Serves the first connection with `handle`.
     pub fn start(handle: impl FnOnce(Served) -> T + Send + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        Self::start_on(TcpListener::bind("127.0.0.1:0").expect("a port"), handle)
+    }
+
+    /// Serves the first connection of `listener` with `handle`.
+    pub fn start_on(
+        listener: TcpListener,
+        handle: impl FnOnce(Served) -> T + Send + 'static,
+    ) -> Self {
         let port = listener.local_addr().expect("an address").port();
         let thread = thread::spawn(move || {
             let (stream, _) = listener.accept().expect("a connection");
@@ -88,6 +95,11 @@ impl Served {
     /// As [`Self::send`], where the other end may hang up in the middle.
     pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
         self.reader.get_mut().write_all(bytes.as_ref())
+    }
+
+    /// Closes the writing direction.
+    pub fn finish(&mut self) {
+        self.reader.get_mut().shutdown(std::net::Shutdown::Write).expect("shutdown");
     }
 
     /// Waits for the other end to go. Panics when it does not within the patience.

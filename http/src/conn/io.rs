@@ -9,12 +9,11 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
+use super::phase::Phase;
+use super::stream::ClientStream;
+use crate::error::ApiError;
 use futures_lite::{AsyncRead, AsyncWrite};
 use hyper::rt::{Read, ReadBufCursor, Write};
-use mica_shards::rt::net::TcpStream;
-
-use super::phase::Phase;
-use crate::error::ApiError;
 
 /// Most bytes of one read. Lives on the stack of one poll, so a connection at rest holds nothing.
 const READ_BYTES: usize = 16 * 1024;
@@ -73,7 +72,7 @@ impl<S: AsyncWrite + Unpin> Write for Adapted<S> {
 /// A client's connection.
 #[derive(Debug)]
 pub struct ServerIo {
-    stream: Adapted<TcpStream>,
+    stream: Adapted<ClientStream>,
     phase: Rc<Phase>,
     /// An error answer of ours that stands in for one of hyper's, and how much of it has left.
     substitute: Option<(Vec<u8>, usize)>,
@@ -82,13 +81,13 @@ pub struct ServerIo {
 impl ServerIo {
     /// Wraps an accepted connection.
     #[must_use]
-    pub fn new(stream: TcpStream, phase: Rc<Phase>) -> Self {
+    pub fn new(stream: ClientStream, phase: Rc<Phase>) -> Self {
         Self { stream: Adapted(stream), phase, substitute: None }
     }
 
     /// Gives the connection back.
     #[must_use]
-    pub fn into_stream(self) -> TcpStream {
+    pub fn into_stream(self) -> ClientStream {
         self.stream.0
     }
 

@@ -31,8 +31,9 @@ pub enum Overdue {
 /// Shared by everything that serves one connection.
 #[derive(Debug)]
 pub struct Phase {
-    /// A request is with the service, or its response is not written to the end.
-    in_service: Cell<bool>,
+    /// Requests that are with the service, or whose response is not written to the end. Over HTTP/1 at
+    /// most one.
+    in_service: Cell<u32>,
     /// Everything the service answered so far has left; what comes next starts a new message.
     between: Cell<bool>,
     /// The first bytes of a next head have arrived.
@@ -47,7 +48,7 @@ impl Phase {
     #[must_use]
     pub fn new() -> Rc<Self> {
         Rc::new(Self {
-            in_service: Cell::new(false),
+            in_service: Cell::new(0),
             between: Cell::new(true),
             head_started: Cell::new(false),
             fresh: Cell::new(true),
@@ -57,7 +58,7 @@ impl Phase {
 
     /// Bytes arrived from the client.
     pub fn received(&self) {
-        if !self.in_service.get() && !self.head_started.replace(true) && !self.fresh.get() {
+        if !self.is_serving() && !self.head_started.replace(true) && !self.fresh.get() {
             // The clock of a fresh connection runs from its accept: a client that sends nothing
             // and one that sends too slowly are the same to it.
             self.since.set(Instant::now());
@@ -67,7 +68,7 @@ impl Phase {
     /// The service has a request. The guard ends with its response.
     #[must_use]
     pub fn serve(self: &Rc<Self>) -> InService {
-        self.in_service.set(true);
+        self.in_service.set(self.in_service.get() + 1);
         self.between.set(false);
         self.head_started.set(false);
         self.fresh.set(false);
@@ -76,7 +77,7 @@ impl Phase {
 
     /// Everything written so far was handed to the kernel.
     pub fn flushed(&self) {
-        if !self.in_service.get() && !self.between.replace(true) {
+        if !self.is_serving() && !self.between.replace(true) {
             self.since.set(Instant::now());
         }
     }
@@ -84,7 +85,13 @@ impl Phase {
     /// Whether bytes written now begin a message that the service did not make.
     #[must_use]
     pub fn is_between(&self) -> bool {
-        self.between.get() && !self.in_service.get()
+        self.between.get() && !self.is_serving()
+    }
+
+    /// Whether a request is with the service.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.in_service.get() > 0
     }
 
     /// What is overdue by now, or how long to wait before asking again.
@@ -92,7 +99,7 @@ impl Phase {
     /// # Errors
     /// The kind of deadline that passed.
     pub fn check(&self, limits: &Limits) -> Result<Duration, Overdue> {
-        if self.in_service.get() {
+        if self.is_serving() {
             return Ok(limits.head_timeout);
         }
         let waits_for_head = self.head_started.get() || self.fresh.get();
@@ -111,7 +118,7 @@ pub struct InService(Rc<Phase>);
 
 impl Drop for InService {
     fn drop(&mut self) {
-        self.0.in_service.set(false);
+        self.0.in_service.set(self.0.in_service.get() - 1);
         self.0.since.set(Instant::now());
     }
 }
@@ -135,6 +142,16 @@ mod tests {
         assert!(!phase.is_between(), "its last bytes are still in the buffer");
         phase.flushed();
         assert!(phase.is_between());
+    }
+
+    #[test]
+    fn a_connection_of_many_requests_is_idle_after_the_last() {
+        let phase = Phase::new();
+        let (first, second) = (phase.serve(), phase.serve());
+        drop(first);
+        assert!(phase.check(&limits(Duration::ZERO, Duration::ZERO)).is_ok());
+        drop(second);
+        assert_eq!(phase.check(&limits(Duration::ZERO, Duration::ZERO)), Err(Overdue::Idle));
     }
 
     #[test]

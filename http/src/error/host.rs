@@ -69,9 +69,7 @@ impl ApiError {
                 let message = "The sandbox is running but port is not open";
                 Self::new(StatusCode::BAD_GATEWAY, message).about(id.as_str()).port(port)
             }
-            ConnectError::NotAdmitted(_) => {
-                Self::new(StatusCode::FORBIDDEN, text).about(id.as_str())
-            }
+            ConnectError::NotAdmitted(_) => Self::not_admitted(id, false),
             ConnectError::Unreachable => {
                 Self::new(StatusCode::BAD_GATEWAY, text).about(id.as_str()).port(port)
             }
@@ -113,6 +111,17 @@ mod tests {
             json(&closed),
             r#"{"sandboxId":"i0123456789abcdefghij","message":"The sandbox is running but port is not open","port":8000,"code":502}"#
         );
+        for (showed_one, end) in [
+            (false, "Token header 'e2b-traffic-access-token' is missing"),
+            (true, "Provided token is invalid."),
+        ] {
+            assert_eq!(
+                json(&ApiError::not_admitted(id(), showed_one)),
+                format!(
+                    r#"{{"sandboxId":"i0123456789abcdefghij","message":"Sandbox is secured with traffic access token. {end}","code":403}}"#
+                )
+            );
+        }
         let paused = ApiError::from_connect(&ConnectError::IsPaused(id()), id(), port);
         assert_eq!(paused, gone);
         let between = ApiError::transitioning(id());

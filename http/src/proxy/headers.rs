@@ -13,6 +13,22 @@ use hyper::header::{
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
+/// What opens the ports of a sandbox that are not public, in the words of E2B and of CubeSandbox.
+const TRAFFIC_TOKENS: [HeaderName; 2] = [
+    HeaderName::from_static("e2b-traffic-access-token"),
+    HeaderName::from_static("cube-traffic-access-token"),
+];
+
+/// Takes the traffic token out of a request: it is for this host, and no server in a sandbox may learn
+/// it. One that is empty is none.
+pub fn take_traffic_token(headers: &mut HeaderMap) -> Option<String> {
+    let [first, second] = TRAFFIC_TOKENS.map(|name| headers.remove(name));
+    let shown = first.or(second)?;
+    // What is not text is no token of ours, and still more than none.
+    let text = String::from_utf8_lossy(shown.as_bytes()).into_owned();
+    (!text.is_empty()).then_some(text)
+}
+
 /// Leaves the headers of a request that are the sandbox's business.
 pub fn clean_request(headers: &mut HeaderMap) {
     // Whoever wants trailers has to say so on every hop.
@@ -100,5 +116,20 @@ mod tests {
             ("x-access-token", "t"),
         ]);
         assert_eq!(headers, expected);
+    }
+
+    #[test]
+    fn a_traffic_token_is_taken_out_in_either_spelling() {
+        let (e2b, cube) = ("e2b-traffic-access-token", "cube-traffic-access-token");
+        for (given, token) in [
+            (map(&[(e2b, "a"), (cube, "b"), ("x", "y")]), Some("a")),
+            (map(&[(cube, "b"), ("x", "y")]), Some("b")),
+            (map(&[(e2b, ""), ("x", "y")]), None),
+            (map(&[("x", "y")]), None),
+        ] {
+            let mut headers = given;
+            assert_eq!(take_traffic_token(&mut headers).as_deref(), token);
+            assert_eq!(headers, map(&[("x", "y")]));
+        }
     }
 }

@@ -9,35 +9,33 @@
 //! closes them: what the guest knew of them is undone. A request that met one, without a byte of an
 //! answer, is sent once more if it was never sent or may be repeated.
 
+mod exchange;
+mod grpc;
 mod headers;
 mod repeat;
+pub mod signature;
+mod streams;
 pub mod target;
+mod upgrade;
 
-use std::pin::Pin;
-use std::rc::Rc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
-use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use hyper::client::conn::http1;
-use hyper::header::HOST;
-use hyper::{Request, Response, Uri, Version};
-use mica_shards::rt::{self, Task, time};
-use mica_shards::{ConnectError, GuestStream, Host, Lifecycle, ShardError};
+use hyper::body::Incoming;
+use hyper::header::{COOKIE, HOST, HeaderValue};
+use hyper::{HeaderMap, Request, Response, Uri};
+use mica_shards::rt::time;
+use mica_shards::{ConnectError, GuestStream, Host, Lifecycle, ShardError, Visitor};
 use mica_units::{GuestPort, SandboxId};
 
 use crate::body::{self, Body};
 use crate::config::Limits;
-use crate::conn::Adapted;
 use crate::error::ApiError;
 use crate::percent;
-use repeat::{Heard, Listening, Upload};
-
-/// Header fields of an answer from a sandbox.
-const RESPONSE_FIELDS_MAX: usize = 200;
-/// Bytes of the head of such an answer, and of what is read ahead of its body.
-const RESPONSE_BUFFER_BYTES_MAX: usize = 128 * 1024;
+pub use exchange::FromSandbox;
+use exchange::{Line, exchange};
+use repeat::Upload;
+use streams::Streams;
+pub use upgrade::{Switch, Tunnel};
 
 /// A stream that broke within this time was not silent: somebody closed it.
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -46,194 +44,176 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 const INTERNAL_ROUTES: [&str; 7] =
     ["init", "freeze", "unfreeze", "fsfreeze", "fsthaw", "collapse", "upgrade"];
 
-/// Passes one request on.
-///
-/// # Errors
-/// What to answer when the sandbox gives no answer of its own.
-pub async fn forward(
-    host: &Host,
-    limits: &Limits,
-    id: SandboxId,
-    port: GuestPort,
-    request: Request<Incoming>,
-) -> Result<Response<Body>, ApiError> {
-    let stream = match enter(host, limits, id, port, request.uri().path()).await {
-        Ok(stream) => stream,
-        Err(error) => {
-            let (parts, unread) = request.into_parts();
-            body::discard(&parts.headers, unread).await;
-            return Err(error);
-        }
-    };
-    let request = for_sandbox(request, id, port).map(Upload::Client);
-    let repeat = repeat::prepare(&request).map(Box::new);
-    let failure = match exchange(stream, request).await {
-        Ok(response) => return Ok(response),
-        Err(failure) => failure,
-    };
-    tracing::debug!(%id, %port, error = %failure.error, "no answer from the sandbox");
-    let unheard = repeat.filter(|_| !failure.heard);
-    if let Some(request) = failure.unsent.or(unheard)
-        && let Ok(stream) = connect(host, limits, id, port).await
-        && let Ok(response) = exchange(stream, *request).await
-    {
-        return Ok(response);
-    }
-    // The second failure says no more than the first.
-    Err(absence(host, id).await.unwrap_or_else(|| ApiError::hung_up(id, port)))
+/// The proxy of one shard.
+#[derive(Debug)]
+pub struct Proxy {
+    host: Host,
+    limits: Limits,
+    streams: Streams,
 }
 
-/// A stream to the port, if this path may go there.
-async fn enter(
-    host: &Host,
-    limits: &Limits,
+/// Where a request goes, and who sends it.
+#[derive(Debug)]
+struct Port<'p> {
+    proxy: &'p Proxy,
     id: SandboxId,
     port: GuestPort,
-    path: &str,
-) -> Result<GuestStream, ApiError> {
-    if port == GuestPort::ENVD && is_internal(path) {
-        return Err(ApiError::internal_route(id.as_str()));
-    }
-    connect(host, limits, id, port).await
+    traffic_token: Option<String>,
 }
 
-/// A stream to the port. One that breaks at once, before anything was sent on it, met a rollback or a
-/// guest in trouble; it is opened once more.
-async fn connect(
-    host: &Host,
-    limits: &Limits,
-    id: SandboxId,
-    port: GuestPort,
-) -> Result<GuestStream, ApiError> {
-    let mut broken = false;
-    loop {
-        let began = time::Instant::now();
-        let connected = time::timeout(limits.connect_timeout, host.connect(id, port)).await;
-        let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => error,
-        };
-        let absence = match error {
-            ConnectError::Unreachable | ConnectError::IsPaused(_) => absence(host, id).await,
-            _ => None,
-        };
-        return Err(match (absence, error) {
-            (Some(absence), _) => absence,
-            // Neither paused nor running for all the time that the host waited.
-            (None, ConnectError::IsPaused(_)) => ApiError::transitioning(id),
-            (None, ConnectError::Unreachable) if !broken && began.elapsed() < AT_ONCE => {
-                broken = true;
-                continue;
+impl Proxy {
+    /// A proxy that has no streams.
+    #[must_use]
+    pub fn new(host: Host, limits: Limits) -> Self {
+        Self { host, limits, streams: Streams::default() }
+    }
+
+    /// Passes one request on. An answer that leaves HTTP is left at `switch`.
+    ///
+    /// # Errors
+    /// What to answer when the sandbox gives no answer of its own.
+    pub async fn forward(
+        &self,
+        id: SandboxId,
+        port: GuestPort,
+        mut request: Request<Incoming>,
+        switch: Option<&Switch>,
+    ) -> Result<Response<Body>, ApiError> {
+        let traffic_token = headers::take_traffic_token(request.headers_mut());
+        let to = Port { proxy: self, id, port, traffic_token };
+        let line = match to.enter(request.uri().path()).await {
+            Ok(line) => line,
+            Err(error) => {
+                let (parts, unread) = request.into_parts();
+                body::discard(&parts.headers, unread).await;
+                return Err(error);
             }
-            (None, error) => ApiError::from_connect(&error, id, port),
-        });
-    }
-}
-
-/// The answer for a sandbox that has ended or is paused. One that is killed or paused under a
-/// request looks like one that hung up or does not answer, and SDKs have to be told which it was.
-async fn absence(host: &Host, id: SandboxId) -> Option<ApiError> {
-    let absent = match host.get(id).await {
-        Ok(info) => info.state == Lifecycle::Paused,
-        Err(error) => matches!(error, ShardError::NoSuchSandbox(_)),
-    };
-    absent.then(|| ApiError::sandbox_not_found(id.as_str()))
-}
-
-/// Why there was no answer.
-struct Failure {
-    error: hyper::Error,
-    /// Whether the sandbox said anything.
-    heard: bool,
-    /// The request, if no byte of it was sent.
-    unsent: Option<Box<Request<Upload>>>,
-}
-
-impl Failure {
-    fn new(error: hyper::Error, heard: &Heard) -> Self {
-        Self { error, heard: heard.get(), unsent: None }
-    }
-}
-
-/// Sends the request and waits for the head of the answer.
-async fn exchange(
-    stream: GuestStream,
-    request: Request<Upload>,
-) -> Result<Response<Body>, Failure> {
-    let heard = Heard::default();
-    let (mut sender, connection) = http1::Builder::new()
-        .max_headers(RESPONSE_FIELDS_MAX)
-        .max_buf_size(RESPONSE_BUFFER_BYTES_MAX)
-        .handshake(Adapted(Listening::new(stream, Rc::clone(&heard))))
-        .await
-        .map_err(|error| Failure::new(error, &heard))?;
-    let upstream = Upstream(rt::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "stream into a sandbox ended");
+        };
+        let request = to.address(request, line.stream.masked_host()).map(Upload::Client);
+        let repeat = repeat::prepare(&request).map(Box::new);
+        let failure = match exchange(line, request, switch).await {
+            Ok(response) => return Ok(response),
+            Err(failure) => failure,
+        };
+        tracing::debug!(%id, %port, error = %failure.error, "no answer from the sandbox");
+        let unheard = repeat.filter(|_| !failure.heard);
+        if let Some(request) = failure.unsent.or(unheard)
+            && let Ok(line) = to.connect().await
+            && let Ok(response) = exchange(line, *request, switch).await
+        {
+            return Ok(response);
         }
-    }));
-    let mut response = sender.try_send_request(request).await.map_err(|mut error| {
-        let unsent = error.take_message().map(Box::new);
-        Failure { unsent, ..Failure::new(error.into_error(), &heard) }
-    })?;
-    headers::clean_response(response.headers_mut());
-    *response.version_mut() = Version::HTTP_11;
-    Ok(response.map(|body| Body::sandbox(FromSandbox { body, _upstream: upstream })))
-}
-
-/// The task that drives a stream into a guest. Dropping this drops the stream.
-#[derive(Debug)]
-struct Upstream(Task<()>);
-
-impl Drop for Upstream {
-    fn drop(&mut self) {
-        self.0.cancel();
+        // The second failure says no more than the first.
+        Err(to.absence().await.unwrap_or_else(|| ApiError::hung_up(id, port)))
     }
 }
 
-/// The body of a sandbox's answer.
-#[derive(Debug)]
-pub struct FromSandbox {
-    body: Incoming,
-    _upstream: Upstream,
+impl Port<'_> {
+    /// A stream to the port, if this path may go there.
+    async fn enter(&self, path: &str) -> Result<Line, ApiError> {
+        if self.port == GuestPort::ENVD && is_internal(path) {
+            return Err(ApiError::internal_route(self.id.as_str()));
+        }
+        self.connect().await
+    }
+
+    async fn connect(&self) -> Result<Line, ApiError> {
+        let most = self.proxy.limits.streams_max;
+        let open = self.proxy.streams.open(most);
+        let open = open.ok_or_else(|| ApiError::too_many_streams(self.id))?;
+        Ok(Line { stream: self.open().await?, open })
+    }
+
+    /// A stream to the port. One that breaks at once, before anything was sent on it, met a rollback
+    /// or a guest in trouble; it is opened once more.
+    async fn open(&self) -> Result<GuestStream, ApiError> {
+        let Self { proxy: Proxy { host, limits, .. }, id, port, .. } = *self;
+        let mut broken = false;
+        loop {
+            let began = time::Instant::now();
+            let visit = host.visit(id, port, Visitor::Client(self.traffic_token.clone()));
+            let connected = time::timeout(limits.connect_timeout, visit).await;
+            let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
+                Ok(stream) => return Ok(stream),
+                Err(error) => error,
+            };
+            let absence = match error {
+                ConnectError::Unreachable | ConnectError::IsPaused(_) => self.absence().await,
+                _ => None,
+            };
+            return Err(match (absence, error) {
+                (Some(absence), _) => absence,
+                // Neither paused nor running for all the time that the host waited.
+                (None, ConnectError::IsPaused(_)) => ApiError::transitioning(id),
+                (None, ConnectError::Unreachable) if !broken && began.elapsed() < AT_ONCE => {
+                    broken = true;
+                    continue;
+                }
+                (None, ConnectError::NotAdmitted(_)) => {
+                    ApiError::not_admitted(id, self.traffic_token.is_some())
+                }
+                (None, error) => ApiError::from_connect(&error, id, port),
+            });
+        }
+    }
+
+    /// The answer for a sandbox that has ended or is paused. One that is killed or paused under a
+    /// request looks like one that hung up or does not answer, and SDKs have to be told which it was.
+    async fn absence(&self) -> Option<ApiError> {
+        let absent = match self.proxy.host.get(self.id).await {
+            Ok(info) => info.state == Lifecycle::Paused,
+            Err(error) => matches!(error, ShardError::NoSuchSandbox(_)),
+        };
+        absent.then(|| ApiError::sandbox_not_found(self.id.as_str()))
+    }
+
+    /// The request as the sandbox's server should see it. `mask` is the host that it is to see.
+    fn address(&self, request: Request<Incoming>, mask: Option<&str>) -> Request<Incoming> {
+        let upgrade = upgrade::wanted(&request, self.port);
+        let (mut parts, body) = request.into_parts();
+        headers::clean_request(&mut parts.headers);
+        if let Some(protocol) = upgrade {
+            upgrade::announce(&mut parts.headers, protocol);
+        }
+        let mask = mask.and_then(|mask| HeaderValue::from_str(mask).ok());
+        if let Some(host) = mask.or_else(|| host_of(&parts.uri)) {
+            // A target that says where it goes overrides the header (RFC 9112, 3.2.2; RFC 9113, 8.3.1).
+            parts.headers.insert(HOST, host);
+        } else if !parts.headers.contains_key(HOST)
+            && let Ok(host) = format!("{}-{}", self.port, self.id).try_into()
+        {
+            // An HTTP/1.0 client may send no host; an HTTP/1.1 server demands one.
+            parts.headers.insert(HOST, host);
+        }
+        join_cookies(&mut parts.headers);
+        // A target in absolute form is for proxies; the server behind gets the path.
+        if let Some(path) = parts.uri.path_and_query().cloned() {
+            parts.uri = Uri::from(path);
+        }
+        Request::from_parts(parts, body)
+    }
 }
 
-impl HttpBody for FromSandbox {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+/// The host that a target names, without what may stand before it.
+fn host_of(uri: &Uri) -> Option<HeaderValue> {
+    let authority = uri.authority()?.as_str();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    HeaderValue::from_str(host).ok()
 }
 
-/// The request as the sandbox's server should see it.
-fn for_sandbox(request: Request<Incoming>, id: SandboxId, port: GuestPort) -> Request<Incoming> {
-    let (mut parts, body) = request.into_parts();
-    headers::clean_request(&mut parts.headers);
-    // An HTTP/1.0 client may send no host; an HTTP/1.1 server demands one.
-    if !parts.headers.contains_key(HOST)
-        && let Ok(host) = format!("{port}-{id}").try_into()
-    {
-        parts.headers.insert(HOST, host);
+/// HTTP/2 may split cookies into fields, HTTP/1.1 may not (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut cookies = headers.get_all(COOKIE).iter();
+    let (Some(first), Some(second)) = (cookies.next(), cookies.next()) else { return };
+    let rest = std::iter::once(second).chain(cookies);
+    let mut joined = first.as_bytes().to_vec();
+    for cookie in rest {
+        joined.extend_from_slice(b"; ");
+        joined.extend_from_slice(cookie.as_bytes());
     }
-    // A target in absolute form is for proxies; the server behind gets the path.
-    if let Some(path) = parts.uri.path_and_query().cloned() {
-        parts.uri = Uri::from(path);
+    if let Ok(joined) = HeaderValue::from_bytes(&joined) {
+        headers.insert(COOKIE, joined);
     }
-    parts.version = Version::HTTP_11;
-    Request::from_parts(parts, body)
 }
 
 /// Whether a path means a route of envd that clients may not use, however it is written.
@@ -267,5 +247,18 @@ mod tests {
         for path in ["/", "/health", "/files", "/initial", "/init/x", "/process.Process/Start"] {
             assert!(!is_internal(path), "{path}");
         }
+    }
+
+    #[test]
+    fn cookies_are_one_field_and_the_target_names_the_host() {
+        let mut headers = HeaderMap::new();
+        for cookie in ["a=1", "b=2", "c=3"] {
+            headers.append(COOKIE, HeaderValue::from_static(cookie));
+        }
+        join_cookies(&mut headers);
+        assert_eq!(headers.get_all(COOKIE).iter().collect::<Vec<_>>(), ["a=1; b=2; c=3"]);
+        let host = |uri: &str| host_of(&uri.parse().unwrap());
+        assert_eq!(host("http://user:pass@8000-x.any:9/a"), Some("8000-x.any:9".parse().unwrap()));
+        assert_eq!(host("/a"), None);
     }
 }

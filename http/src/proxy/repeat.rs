@@ -29,6 +29,7 @@ pub fn prepare(request: &Request<Upload>) -> Option<Request<Upload>> {
     request.method().clone_into(again.method_mut());
     request.uri().clone_into(again.uri_mut());
     request.headers().clone_into(again.headers_mut());
+    *again.version_mut() = request.version();
     Some(again)
 }
 
@@ -84,6 +85,11 @@ impl Listening {
     /// Notes in `heard`.
     pub fn new(stream: GuestStream, heard: Heard) -> Self {
         Self { stream, heard }
+    }
+
+    /// Gives the stream back.
+    pub fn into_stream(self) -> GuestStream {
+        self.stream
     }
 }
 

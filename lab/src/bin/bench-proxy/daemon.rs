@@ -1,0 +1,193 @@
+//! `mica serve` with the stand-in as its VM program, on a store of its own.
+//!
+//! Called by the benchmark. Refuses to leave anything behind.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use mica_storage::{
+    BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
+    run_blocking,
+};
+use mica_units::{Mebibytes, TemplateName, VcpuCount, frames_of};
+
+const TEMPLATE: &str = "base";
+const MEMORY: Mebibytes = Mebibytes::new(16);
+const DISK_BYTES: usize = 1 << 20;
+/// A state of the stand-in: its magic, and that it was stopped once.
+const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
+
+/// How long the daemon may take to listen, and to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// A running daemon.
+pub struct Daemon {
+    child: Child,
+    /// Where it listens.
+    pub address: SocketAddr,
+    directory: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Daemon {
+    pub fn start(mica: &Path, standin: &Path, shards: u16) -> Result<Self> {
+        let name = format!("mica-bench-proxy-{}", std::process::id());
+        let directory = std::env::temp_dir().join(&name);
+        fs::create_dir(&directory).context("cannot make a directory")?;
+        make_template(&directory)?;
+        let script = directory.join("vm");
+        let standin = fs::canonicalize(standin).context("--standin")?;
+        let text = format!("#!/bin/sh\nexec '{}' --builtin-agent \"$@\"\n", standin.display());
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let cgroup = cgroup_mount()?.join(&name);
+        let child = Command::new(mica)
+            .args(["serve", "--without-cgroup-limits", "--pool-min", "0", "--pool-max", "0"])
+            .args(["--connections-max", "100000", "--drain", "1"])
+            .args(["--shards", &shards.to_string(), "--listen", &address.to_string()])
+            .arg("--store")
+            .arg(directory.join("store"))
+            .arg("--key-file")
+            .arg(directory.join("keys"))
+            .arg("--cgroup-root")
+            .arg(&cgroup)
+            .arg("--vm-program")
+            .arg(script)
+            .env("MICA_LOG", "error")
+            .stdin(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot run {}", mica.display()))?;
+        let mut daemon = Self { child, address, directory, cgroup };
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(address).is_err() {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("mica serve ended with {status}");
+            }
+            ensure!(Instant::now() < deadline, "mica serve does not listen");
+            thread::sleep(LOOK_AGAIN);
+        }
+        Ok(daemon)
+    }
+
+    /// Makes a sandbox and gives its id.
+    pub fn create(&self) -> Result<String> {
+        let keys = fs::read_to_string(self.directory.join("keys")).context("no key file")?;
+        let body = format!(r#"{{"templateID":"{TEMPLATE}","timeout":3600,"secure":false}}"#);
+        let mut stream = TcpStream::connect(self.address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(
+            stream,
+            "POST /sandboxes HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
+             x-api-key: {}\r\ncontent-length: {}\r\n\r\n{body}",
+            keys.trim(),
+            body.len()
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let body = answer.split_once("\r\n\r\n").context("no answer")?.1;
+        let made: serde_json::Value = serde_json::from_str(body).context("no JSON")?;
+        let id = made["sandboxID"].as_str().with_context(|| format!("no sandbox: {answer}"))?;
+        Ok(id.to_owned())
+    }
+
+    /// How much of its memory is resident, without what it shares with VM processes.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.context("no RssAnon")? * 1024)
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(pid.context("no number")?, rustix::process::Signal::TERM)?;
+        let deadline = Instant::now() + PATIENCE;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                self.child.kill()?;
+                self.child.wait()?;
+                bail!("mica serve did not end in time and was killed");
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            eprintln!("bench-proxy: {error:#}");
+        }
+        // The daemon removes what is inside; the directories are ours.
+        drop(fs::remove_dir(&self.cgroup));
+        drop(fs::remove_dir_all(&self.directory));
+    }
+}
+
+fn cgroup_mount() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&"cgroup2"))
+        .and_then(|fields| fields.get(1).map(PathBuf::from))
+        .context("cgroup v2 is not mounted")
+}
+
+/// A template that the stand-in takes for one, with a snapshot that sandboxes start from.
+fn make_template(directory: &Path) -> Result<()> {
+    let store = Store::open(&directory.join("store"))?;
+    let (kernel, disk) = (directory.join("kernel"), directory.join("disk"));
+    fs::write(&kernel, b"not a kernel: the stand-in VM does not look")?;
+    fs::write(&disk, vec![0x5a; DISK_BYTES])?;
+    let name: TemplateName = TEMPLATE.parse()?;
+    let staging = store.stage(&name, false)?;
+    staging.copy_part(Part::Kernel, &kernel)?;
+    staging.copy_part(Part::Disk, &disk)?;
+    let spec = TemplateSpec {
+        name: name.clone(),
+        vcpus: VcpuCount::new(1)?,
+        memory: MEMORY,
+        cmdline: "console=ttyS0".to_owned(),
+        envd_version: mica_wire::guest::ENVD_VERSION.to_owned(),
+        ready: ReadyWhen::Agent,
+        inputs_hash: String::new(),
+    };
+    let id = staging.commit(&spec)?.manifest().id.clone();
+    let staging = store.stage_snapshot(&id)?;
+    let (layer, file) = staging.create_layer()?;
+    let base = FlatWriter::new(BlockingFile::new(file), layer, frames_of(MEMORY));
+    let base = run_blocking(base.finish())?;
+    staging.clone_disk(&File::open(&disk)?)?;
+    let since = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    staging.seal(SnapshotManifest {
+        id: id.clone(),
+        kind: SnapshotKind::Template,
+        name: None,
+        template_id: id,
+        template_name: name,
+        parent: None,
+        sandbox: None,
+        tenant: None,
+        created_unix_ms: u64::try_from(since.as_millis())?,
+        vcpus: spec.vcpus,
+        memory: spec.memory,
+        envd_version: spec.envd_version,
+        ready: spec.ready,
+        layers: vec![base],
+        disk_bytes: u64::try_from(DISK_BYTES)?,
+        state: STANDIN_STATE.to_vec(),
+        record: Vec::new(),
+    })?;
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! What the sandbox proxy costs: time added to a request, and memory held for idle streams.
+//!
+//! Run by hand, as root: `bench-proxy --mica FILE --standin FILE`. The daemon is the real one; the guest
+//! is the stand-in, whose servers are this program's, so the same server is asked directly and
+//! through the daemon, in turns. The stand-in's own part (a thread and a TCP connection for each request)
+//! is in the difference: a guest's is, too. Refuses to report a run with a wrong answer.
+
+#![forbid(unsafe_code)]
+
+mod daemon;
+mod load;
+mod server;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use daemon::Daemon;
+use load::Kind;
+use server::Server;
+
+#[derive(Parser, Debug)]
+#[command(about = "Time and memory that the sandbox proxy takes")]
+struct Args {
+    /// The mica executable.
+    #[arg(long)]
+    mica: PathBuf,
+    /// The stand-in for mica-vm.
+    #[arg(long)]
+    standin: PathBuf,
+    /// Shards of the daemon. With two, half of the sandboxes are on the other one.
+    #[arg(long, default_value_t = 1)]
+    shards: u16,
+    /// Requests of each kind, taken in turns. The first tenth warms up.
+    #[arg(long, default_value_t = 5000)]
+    requests: usize,
+    /// Streams that are opened and left idle, after the requests.
+    #[arg(long, default_value_t = 0)]
+    idle_streams: usize,
+    /// Sandboxes that the idle streams are spread over.
+    #[arg(long, default_value_t = 40)]
+    sandboxes: usize,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    raise_descriptors()?;
+    let server = Server::start().context("cannot start a server")?;
+    let daemon = Daemon::start(&args.mica, &args.standin, args.shards)?;
+    let id = daemon.create()?;
+    let times = load::interleaved(&daemon, &server, &id, args.requests)?;
+    let direct = &times.direct;
+    println!("{:<26}{:>10}{:>10}{:>12}", "request", "p50 us", "p95 us", "added p50");
+    for (name, series) in [
+        ("direct, kept alive", direct),
+        ("direct, new connection", &times.anew),
+        ("through the proxy", &times.proxied),
+    ] {
+        let added = us(at(series, 50)) - us(at(direct, 50));
+        let (p50, p95) = (us(at(series, 50)), us(at(series, 95)));
+        println!("{name:<26}{p50:>10.1}{p95:>10.1}{added:>12.1}");
+    }
+    drop(daemon);
+    if args.idle_streams > 0 {
+        println!("{:<26}{:>10}{:>10}{:>14}", "idle", "MiB before", "MiB with", "bytes each");
+        for kind in [Kind::KeptAlive, Kind::Response, Kind::Switched] {
+            idle(&args, &server, kind)?;
+        }
+    }
+    Ok(())
+}
+
+/// A new daemon each time: one that held more before would hide what it takes.
+fn idle(args: &Args, server: &Server, kind: Kind) -> Result<()> {
+    let daemon = Daemon::start(&args.mica, &args.standin, args.shards)?;
+    let ids = (0..args.sandboxes).map(|_| daemon.create()).collect::<Result<Vec<_>>>()?;
+    let held = load::idle(&daemon, server, &ids, kind, args.idle_streams)?;
+    let mib = |bytes: u64| bytes / (1 << 20);
+    let name = format!("{} {kind:?}", args.idle_streams);
+    let (before, with, each) = (mib(held.before), mib(held.with), held.each(args.idle_streams));
+    println!("{name:<26}{before:>10}{with:>10}{each:>14}");
+    Ok(())
+}
+
+/// Both ends of every stream are here or in the daemon, which inherits the limit.
+fn raise_descriptors() -> Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised).context("cannot raise the limit of open files")
+}
+
+/// The value below which `percent` of a sorted series lie.
+fn at(sorted: &[Duration], percent: usize) -> Duration {
+    let rank = (sorted.len() * percent).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied().unwrap_or_default()
+}
+
+fn us(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
