@@ -24,7 +24,7 @@ pub struct ApiError {
     message: String,
     about: Option<About>,
     retry: Retry,
-    allow: Option<&'static str>,
+    allow: Option<String>,
     /// A word that newer SDKs branch on.
     error_code: Option<&'static str>,
 }
@@ -102,9 +102,15 @@ impl ApiError {
 
     /// The route is there, the method is not.
     #[must_use]
-    pub fn method_not_allowed(method: &Method, allow: &'static str) -> Self {
+    pub fn method_not_allowed(method: &Method, allow: &str) -> Self {
         let message = format!("{method} is not served here; use {allow}");
-        Self { allow: Some(allow), ..Self::new(StatusCode::METHOD_NOT_ALLOWED, message) }
+        Self { allow: Some(allow.to_owned()), ..Self::new(StatusCode::METHOD_NOT_ALLOWED, message) }
+    }
+
+    /// E2B or CubeSandbox have it, this host has not.
+    #[must_use]
+    pub fn not_offered(what: &str) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, format!("this host does not offer {what}"))
     }
 
     /// The id cannot be one of a sandbox.
@@ -337,8 +343,8 @@ impl ApiError {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
         }
-        if let Some(allow) = self.allow {
-            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
+            headers.insert(ALLOW, allow);
         }
         if self.status == StatusCode::REQUEST_TIMEOUT {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));

@@ -19,6 +19,7 @@ mod conn;
 mod error;
 mod ids;
 mod keys;
+mod openapi;
 mod percent;
 mod proxy;
 mod rfc3339;

@@ -1,6 +1,7 @@
 //! From a method and a raw path to what is asked for.
 //!
-//! Called once for every control-plane request. Refuses what it does not know (404) and a method
+//! Called once for every control-plane request; the table is also what the OpenAPI document is checked
+//! against. Refuses what it does not know (404) and a method
 //! that a path does not have (405). Segments are split before they are decoded, so an encoded
 //! slash never makes a new segment.
 
@@ -25,18 +26,34 @@ pub enum Route {
     Health,
     /// `GET /metrics`
     Metrics,
+    /// `GET /openapi.json`
+    OpenApi,
     /// `POST /sandboxes`
     Create(Version),
     /// `GET /sandboxes`
     List(Version),
+    /// `GET /sandboxes/metrics`
+    SandboxesMetrics,
     /// Anything about one sandbox.
     Sandbox(String, Action),
     /// `GET /snapshots`
     Snapshots,
     /// `GET /templates`
-    Templates,
+    Templates(Version),
+    /// `GET /default-templates`
+    DefaultTemplates,
+    /// `GET /templates/{id}`
+    Template(String),
+    /// `PATCH /templates/{id}`
+    UpdateTemplate(String),
     /// `DELETE /templates/{id}`
     DeleteTemplate(String),
+    /// `GET /templates/aliases/{alias}`
+    TemplateAlias(String),
+    /// `PUT /templates/{id}/alias`
+    SetTemplateAlias(String),
+    /// What E2B or CubeSandbox have there and this host has not; its name.
+    NotOffered(&'static str),
 }
 
 /// What is to happen with one sandbox.
@@ -48,6 +65,8 @@ pub enum Action {
     Kill,
     /// `POST /sandboxes/{id}/timeout`
     SetTimeout,
+    /// `POST /sandboxes/{id}/refreshes`
+    Refresh,
     /// `POST /sandboxes/{id}/connect`
     Connect(Version),
     /// `POST /sandboxes/{id}/snapshots`
@@ -62,6 +81,119 @@ pub enum Action {
     Clone,
     /// `POST /sandboxes/{id}/fork`
     Fork,
+    /// `PUT /sandboxes/{id}/network`
+    SetNetwork,
+    /// `GET /sandboxes/{id}/metrics`
+    Usage,
+    /// `GET /sandboxes/{id}/logs`
+    Logs(Version),
+}
+
+/// Makes a route of what stands in the path where its pattern has a name in braces.
+type Make = fn(&[String]) -> Route;
+
+/// One endpoint: a method, the pattern of a path, and what it means.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// The method.
+    pub method: Method,
+    /// The path; a segment in braces stands for any that is not empty.
+    pub path: &'static str,
+    make: Make,
+}
+
+const fn at(method: Method, path: &'static str, make: Make) -> Endpoint {
+    Endpoint { method, path, make }
+}
+
+/// Everything this host serves. Of two patterns that fit a path the first counts.
+pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
+    at(Method::GET, "/health", |_| Route::Health),
+    at(Method::GET, "/metrics", |_| Route::Metrics),
+    at(Method::GET, "/openapi.json", |_| Route::OpenApi),
+    at(Method::POST, "/sandboxes", |_| Route::Create(Version::V1)),
+    at(Method::POST, "/v2/sandboxes", |_| Route::Create(Version::V2)),
+    at(Method::GET, "/sandboxes", |_| Route::List(Version::V1)),
+    at(Method::GET, "/v2/sandboxes", |_| Route::List(Version::V2)),
+    at(Method::GET, "/sandboxes/metrics", |_| Route::SandboxesMetrics),
+    at(Method::GET, "/sandboxes/{sandboxID}", |p| act(p, Action::Get)),
+    at(Method::DELETE, "/sandboxes/{sandboxID}", |p| act(p, Action::Kill)),
+    at(Method::POST, "/sandboxes/{sandboxID}/timeout", |p| act(p, Action::SetTimeout)),
+    at(Method::POST, "/sandboxes/{sandboxID}/refreshes", |p| act(p, Action::Refresh)),
+    at(Method::POST, "/sandboxes/{sandboxID}/connect", |p| act(p, Action::Connect(Version::V1))),
+    at(Method::POST, "/v2/sandboxes/{sandboxID}/connect", |p| act(p, Action::Connect(Version::V2))),
+    at(Method::POST, "/sandboxes/{sandboxID}/pause", |p| act(p, Action::Pause)),
+    at(Method::POST, "/sandboxes/{sandboxID}/resume", |p| act(p, Action::Resume)),
+    at(Method::POST, "/sandboxes/{sandboxID}/snapshots", |p| act(p, Action::Snapshot)),
+    at(Method::POST, "/sandboxes/{sandboxID}/rollback", |p| act(p, Action::Rollback)),
+    at(Method::POST, "/sandboxes/{sandboxID}/clone", |p| act(p, Action::Clone)),
+    at(Method::POST, "/sandboxes/{sandboxID}/fork", |p| act(p, Action::Fork)),
+    at(Method::PUT, "/sandboxes/{sandboxID}/network", |p| act(p, Action::SetNetwork)),
+    at(Method::GET, "/sandboxes/{sandboxID}/metrics", |p| act(p, Action::Usage)),
+    at(Method::GET, "/sandboxes/{sandboxID}/logs", |p| act(p, Action::Logs(Version::V1))),
+    at(Method::GET, "/v2/sandboxes/{sandboxID}/logs", |p| act(p, Action::Logs(Version::V2))),
+    at(Method::GET, "/snapshots", |_| Route::Snapshots),
+    at(Method::GET, "/templates", |_| Route::Templates(Version::V1)),
+    at(Method::POST, "/templates", |_| Route::NotOffered(CUBE_BUILDS)),
+    at(Method::GET, "/v2/templates", |_| Route::Templates(Version::V2)),
+    at(Method::GET, "/default-templates", |_| Route::DefaultTemplates),
+    at(Method::GET, "/templates/compat", |_| Route::NotOffered(CUBE_BUILDS)),
+    at(Method::GET, "/templates/aliases/{alias}", |p| Route::TemplateAlias(named(p))),
+    at(Method::GET, "/templates/{templateID}", |p| Route::Template(named(p))),
+    at(Method::POST, "/templates/{templateID}", |_| Route::NotOffered(CUBE_BUILDS)),
+    at(Method::PATCH, "/templates/{templateID}", |p| Route::UpdateTemplate(named(p))),
+    at(Method::DELETE, "/templates/{templateID}", |p| Route::DeleteTemplate(named(p))),
+    at(Method::PATCH, "/v2/templates/{templateID}", |p| Route::UpdateTemplate(named(p))),
+    at(Method::PUT, "/templates/{templateID}/alias", |p| Route::SetTemplateAlias(named(p))),
+    at(Method::GET, "/volumes", |_| Route::NotOffered(VOLUMES)),
+    at(Method::POST, "/volumes", |_| Route::NotOffered(VOLUMES)),
+    at(Method::GET, "/volumes/{volumeID}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::DELETE, "/volumes/{volumeID}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::GET, "/volumecontent/{volumeID}/{kind}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::POST, "/volumecontent/{volumeID}/{kind}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::PUT, "/volumecontent/{volumeID}/{kind}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::PATCH, "/volumecontent/{volumeID}/{kind}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::DELETE, "/volumecontent/{volumeID}/{kind}", |_| Route::NotOffered(VOLUMES)),
+    at(Method::GET, "/secrets", |_| Route::NotOffered(SECRETS)),
+    at(Method::POST, "/secrets", |_| Route::NotOffered(SECRETS)),
+    at(Method::GET, "/secrets/{secretID}", |_| Route::NotOffered(SECRETS)),
+    at(Method::POST, "/secrets/{secretID}", |_| Route::NotOffered(SECRETS)),
+    at(Method::DELETE, "/secrets/{secretID}", |_| Route::NotOffered(SECRETS)),
+    at(Method::GET, "/teams", |_| Route::NotOffered(TEAMS)),
+];
+
+/// How many.
+pub const ENDPOINT_COUNT: usize = 52;
+
+const CUBE_BUILDS: &str = "CubeSandbox's way of building templates";
+const VOLUMES: &str = "volumes";
+const SECRETS: &str = "secrets";
+const TEAMS: &str = "teams";
+
+fn act(parameters: &[String], action: Action) -> Route {
+    Route::Sandbox(named(parameters), action)
+}
+
+fn named(parameters: &[String]) -> String {
+    parameters.first().cloned().unwrap_or_default()
+}
+
+impl Endpoint {
+    /// What stands in place of the names, if the path fits.
+    fn parameters(&self, segments: &[String]) -> Option<Vec<String>> {
+        let mut given = segments.iter();
+        let mut parameters = Vec::new();
+        for wanted in self.path.split('/').skip(1) {
+            let segment = given.next()?;
+            if wanted.starts_with('{') {
+                parameters.push(segment.clone());
+            } else if wanted != segment {
+                return None;
+            }
+        }
+        let fits = given.next().is_none() && parameters.iter().all(|p| !p.is_empty());
+        fits.then_some(parameters)
+    }
 }
 
 /// Finds the route.
@@ -76,71 +208,28 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
         .map(percent::decode_segment)
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| ApiError::bad_request(format!("the path is not valid: {error}")))?;
-    let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let candidates = candidates(&segments).ok_or_else(|| ApiError::no_route(&shown(path)))?;
+    let fits = |endpoint: &'static Endpoint| Some((endpoint, endpoint.parameters(&segments)?));
+    let (first, parameters) =
+        ENDPOINTS.iter().find_map(fits).ok_or_else(|| ApiError::no_route(&shown(path)))?;
     // HEAD is GET without the body, which hyper leaves out.
     let wanted = if method == Method::HEAD { &Method::GET } else { method };
-    let allow = allow(&candidates);
-    candidates
-        .into_iter()
-        .find_map(|(served, route)| (served == wanted).then_some(route))
-        .ok_or_else(|| ApiError::method_not_allowed(method, allow))
-}
-
-/// Everything that is served at a path. `None`: nothing is.
-fn candidates(segments: &[&str]) -> Option<Vec<(Method, Route)>> {
-    Some(match segments {
-        ["health"] => vec![(Method::GET, Route::Health)],
-        ["metrics"] => vec![(Method::GET, Route::Metrics)],
-        ["snapshots"] => vec![(Method::GET, Route::Snapshots)],
-        ["templates"] => vec![(Method::GET, Route::Templates)],
-        ["templates", id] if !id.is_empty() => {
-            vec![(Method::DELETE, Route::DeleteTemplate((*id).to_owned()))]
-        }
-        ["sandboxes"] => sandboxes(Version::V1),
-        ["v2", "sandboxes"] => sandboxes(Version::V2),
-        ["sandboxes", id] if !id.is_empty() => {
-            let route = |action| Route::Sandbox((*id).to_owned(), action);
-            vec![(Method::GET, route(Action::Get)), (Method::DELETE, route(Action::Kill))]
-        }
-        ["sandboxes", id, action] => {
-            vec![(Method::POST, Route::Sandbox((*id).to_owned(), self::action(action)?))]
-        }
-        ["v2", "sandboxes", id, "connect"] => {
-            let connect = Action::Connect(Version::V2);
-            vec![(Method::POST, Route::Sandbox((*id).to_owned(), connect))]
-        }
-        _ => return None,
-    })
-}
-
-fn action(name: &str) -> Option<Action> {
-    Some(match name {
-        "timeout" => Action::SetTimeout,
-        "connect" => Action::Connect(Version::V1),
-        "snapshots" => Action::Snapshot,
-        "rollback" => Action::Rollback,
-        "pause" => Action::Pause,
-        "resume" => Action::Resume,
-        "clone" => Action::Clone,
-        "fork" => Action::Fork,
-        _ => return None,
-    })
-}
-
-fn sandboxes(version: Version) -> Vec<(Method, Route)> {
-    vec![(Method::GET, Route::List(version)), (Method::POST, Route::Create(version))]
-}
-
-fn allow(candidates: &[(Method, Route)]) -> &'static str {
-    let serves = |wanted: &Method| candidates.iter().any(|(method, _)| method == wanted);
-    match (serves(&Method::GET), serves(&Method::POST), serves(&Method::DELETE)) {
-        (true, true, _) => "GET, HEAD, POST, OPTIONS",
-        (true, _, true) => "GET, HEAD, DELETE, OPTIONS",
-        (true, false, false) => "GET, HEAD, OPTIONS",
-        (false, _, true) => "DELETE, OPTIONS",
-        _ => "POST, OPTIONS",
+    let here = ENDPOINTS.iter().filter(|endpoint| endpoint.path == first.path);
+    match here.clone().find(|endpoint| endpoint.method == wanted) {
+        Some(endpoint) => Ok((endpoint.make)(&parameters)),
+        None => Err(ApiError::method_not_allowed(method, &allow(here))),
     }
+}
+
+fn allow<'a>(endpoints: impl Iterator<Item = &'a Endpoint>) -> String {
+    let mut methods = Vec::new();
+    for endpoint in endpoints {
+        methods.push(endpoint.method.as_str());
+        if endpoint.method == Method::GET {
+            methods.push("HEAD");
+        }
+    }
+    methods.push("OPTIONS");
+    methods.join(", ")
 }
 
 /// As much of a path as an error message repeats.
@@ -179,7 +268,16 @@ mod tests {
             (Method::POST, "/sandboxes/iabc/clone", of(Action::Clone)),
             (Method::POST, "/sandboxes/iabc/fork", of(Action::Fork)),
             (Method::GET, "/snapshots", Route::Snapshots),
-            (Method::GET, "/templates", Route::Templates),
+            (Method::GET, "/templates", Route::Templates(Version::V1)),
+            (Method::GET, "/v2/templates", Route::Templates(Version::V2)),
+            (Method::GET, "/templates/base", Route::Template("base".to_owned())),
+            (Method::GET, "/templates/aliases/a%2Fb%3Ac", Route::TemplateAlias("a/b:c".to_owned())),
+            (Method::GET, "/sandboxes/metrics", Route::SandboxesMetrics),
+            (Method::GET, "/sandboxes/iabc/metrics", of(Action::Usage)),
+            (Method::GET, "/v2/sandboxes/iabc/logs", of(Action::Logs(Version::V2))),
+            (Method::PUT, "/sandboxes/iabc/network", of(Action::SetNetwork)),
+            (Method::POST, "/sandboxes/iabc/refreshes", of(Action::Refresh)),
+            (Method::GET, "/teams", Route::NotOffered(TEAMS)),
             (Method::DELETE, "/templates/ns%2Fx", Route::DeleteTemplate("ns/x".to_owned())),
         ] {
             assert_eq!(route(&method, path), Ok(expected), "{method} {path}");
@@ -209,7 +307,7 @@ mod tests {
         assert_eq!(status(&Method::DELETE, "/health"), 405);
         for (path, allow) in [
             ("/sandboxes/iabc", "GET, HEAD, DELETE, OPTIONS"),
-            ("/templates/iabc", "DELETE, OPTIONS"),
+            ("/sandboxes/metrics", "GET, HEAD, OPTIONS"),
             ("/sandboxes/iabc/pause", "POST, OPTIONS"),
         ] {
             let error = route(&Method::PUT, path).unwrap_err();

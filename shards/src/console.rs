@@ -24,15 +24,24 @@ pub(crate) fn create(bytes: u64) -> io::Result<OwnedFd> {
 
 /// The last of what was written, as harmless text. Empty when nothing was, or when the header lies.
 pub(crate) fn tail(console: &OwnedFd, console_bytes: u64) -> io::Result<String> {
+    Ok(sanitise(&last(console, console_bytes, TAIL_CHARS_MAX as u64)?.1))
+}
+
+/// How much was written in all, and the last of it as it is: `bytes_max` at most.
+pub(crate) fn last(
+    console: &OwnedFd,
+    console_bytes: u64,
+    bytes_max: u64,
+) -> io::Result<(u64, Vec<u8>)> {
     let mut header = [0u8; 8];
     read_at(console, &mut header, 0)?;
     let total = u64::from_le_bytes(header);
     let ring = console_bytes.saturating_sub(HEADER_BYTES);
-    let wanted = total.min(ring).min(TAIL_CHARS_MAX as u64);
+    let wanted = total.min(ring).min(bytes_max);
     if wanted == 0 {
-        return Ok(String::new());
+        return Ok((total, Vec::new()));
     }
-    let mut bytes = Vec::with_capacity(TAIL_CHARS_MAX);
+    let mut bytes = Vec::new();
     let first = total - wanted;
     // At most two pieces: up to the end of the ring, and from its start.
     let offset = first % ring;
@@ -42,7 +51,7 @@ pub(crate) fn tail(console: &OwnedFd, console_bytes: u64) -> io::Result<String> 
         read_at(console, &mut piece, HEADER_BYTES + offset)?;
         bytes.extend_from_slice(&piece);
     }
-    Ok(sanitise(&bytes))
+    Ok((total, bytes))
 }
 
 fn read_at(console: &OwnedFd, buffer: &mut [u8], offset: u64) -> io::Result<()> {

@@ -121,6 +121,14 @@ pub enum ConnectError {
     /// It is paused, or on its way there or back.
     #[error("sandbox {0} is paused")]
     IsPaused(SandboxId),
+    /// It is paused, a request for it wakes it, and this one could not.
+    #[error("sandbox {sandbox} could not be resumed: {reason}")]
+    NotWoken {
+        /// Which.
+        sandbox: SandboxId,
+        /// Why it did not come up, or not in time.
+        reason: String,
+    },
     /// Its ports are not public, and the visitor's token is not its.
     #[error("sandbox {0} takes no visitor without its traffic token")]
     NotAdmitted(SandboxId),

@@ -13,8 +13,8 @@ use mica_units::{GuestPort, SandboxId, ShardId};
 
 use crate::shell::PoolCounts;
 use crate::{
-    ConnectError, CreateRequest, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess, ShardError,
-    SnapshotInfo, Visitor,
+    ConnectError, CreateRequest, LogLine, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess,
+    ShardError, SnapshotInfo, Usage, Visitor,
 };
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
@@ -41,6 +41,12 @@ pub(crate) enum Operation {
     Kill(SandboxId),
     /// Set its remaining time.
     SetTimeout(SandboxId, Duration),
+    /// Make its remaining time at least so long.
+    Extend(SandboxId, Duration),
+    /// Say what was written about it.
+    Logs(SandboxId),
+    /// Keep what it used, if that is said, and say what it used before.
+    Usage(SandboxId, Option<Usage>),
     /// Make a stream to its gateway, which is to go on to this port.
     Connect(SandboxId, GuestPort, Visitor),
     /// Replace what its network is.
@@ -116,7 +122,11 @@ pub(crate) enum Reply {
     Resumed(Result<(Box<SandboxInfo>, bool), ShardError>),
     /// To `Snapshot`.
     Snapshot(Result<Box<SnapshotInfo>, ShardError>),
-    /// To `Kill`, `SetTimeout`, `SetNetwork`, `Rollback`, `Pause` and `Forget`.
+    /// To `Logs`.
+    Logs(Result<Vec<LogLine>, ShardError>),
+    /// To `Usage`, oldest first.
+    Usages(Result<Vec<Usage>, ShardError>),
+    /// To `Kill`, `SetTimeout`, `Extend`, `SetNetwork`, `Rollback`, `Pause` and `Forget`.
     Done(Result<(), ShardError>),
     /// To `Connect`.
     Stream(Result<Entry, ConnectError>),

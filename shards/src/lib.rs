@@ -32,6 +32,7 @@ mod takeover;
 mod types;
 mod uids;
 mod upkeep;
+mod wake;
 mod warm;
 mod warmth;
 
@@ -42,7 +43,7 @@ pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;
 pub use types::{
-    CreateRequest, HostCounters, Lifecycle, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess,
-    SnapshotInfo, TemplateInfo, Visitor,
+    CreateRequest, HostCounters, Lifecycle, LogLine, LogSource, NEVER, NetworkPolicy, OnTimeout,
+    SandboxInfo, SandboxProcess, SnapshotInfo, TemplateInfo, Usage, Visitor,
 };
 pub use warm::{WarmError, warm};

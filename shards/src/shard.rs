@@ -21,8 +21,8 @@ use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Work
 use crate::shell::Pool;
 use crate::upkeep::Upkeep;
 use crate::{
-    ConnectError, CreateRequest, Host, Lifecycle, NetworkPolicy, SandboxInfo, SandboxProcess,
-    ShardError, SnapshotInfo, Visitor,
+    ConnectError, CreateRequest, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
+    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
 };
 
 /// Bytes of an access token, before they become hexadecimal.
@@ -36,9 +36,6 @@ const SPAWNS_MAX: usize = 4096;
 
 /// How long all sandboxes together may take to go when the daemon stops.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
-
-/// How long a stream waits for a sandbox that is on its way to running.
-const TRANSITION_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How many live sandboxes each shard has. A hint to spread creates by, read and written without order;
 /// what counts is the owner's own admission.
@@ -133,6 +130,9 @@ impl Shard {
             Operation::List => Reply::Sandboxes(self.list()),
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
+            Operation::Extend(id, life) => Reply::Done(self.extend(id, life)),
+            Operation::Logs(id) => Reply::Logs(self.logs(id).await),
+            Operation::Usage(id, now) => Reply::Usages(self.usages(id, now)),
             Operation::Connect(id, port, visitor) => {
                 Reply::Stream(self.connect(id, port, &visitor).await)
             }
@@ -182,7 +182,7 @@ impl Shard {
         rt::spawn(sandbox::drive(Rc::clone(self), sandbox, start)).detach();
     }
 
-    fn find(&self, id: SandboxId) -> Result<Rc<Sandbox>, ShardError> {
+    pub(crate) fn find(&self, id: SandboxId) -> Result<Rc<Sandbox>, ShardError> {
         let found = self.sandboxes.borrow().get(&id).cloned();
         found.filter(|sandbox| !sandbox.is_ending()).ok_or(ShardError::NoSuchSandbox(id))
     }
@@ -216,6 +216,23 @@ impl Shard {
         if set { Ok(()) } else { Err(ShardError::NoSuchSandbox(id)) }
     }
 
+    fn extend(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
+        self.find(id)?.extend_life(life).map(drop).ok_or(ShardError::NoSuchSandbox(id))
+    }
+
+    async fn logs(&self, id: SandboxId) -> Result<Vec<LogLine>, ShardError> {
+        let gone = ShardError::NoSuchSandbox(id);
+        let sandbox = self.find(id)?;
+        sandbox.info().ok_or(gone)?;
+        sandbox.logs(self.workshop.config.console_bytes).await
+    }
+
+    fn usages(&self, id: SandboxId, now: Option<Usage>) -> Result<Vec<Usage>, ShardError> {
+        let sandbox = self.find(id)?;
+        sandbox.info().ok_or(ShardError::NoSuchSandbox(id))?;
+        Ok(sandbox.usages(now))
+    }
+
     /// Asks the driver for an operation and waits for its answer.
     async fn ask<T>(
         &self,
@@ -235,7 +252,7 @@ impl Shard {
         self.ask(id, |sender| Request::Snapshot(purpose, sender)).await
     }
 
-    async fn resume(
+    pub(crate) async fn resume(
         &self,
         id: SandboxId,
         wake: Wake,
@@ -267,25 +284,16 @@ impl Shard {
     }
 
     async fn connect(
-        &self,
+        self: &Rc<Self>,
         id: SandboxId,
         port: GuestPort,
         visitor: &Visitor,
     ) -> Result<Entry, ConnectError> {
-        let gone = ConnectError::NoSuchSandbox(id);
-        let sandbox = self.find(id).map_err(|_| gone.clone())?;
+        let sandbox = self.find(id).map_err(|_| ConnectError::NoSuchSandbox(id))?;
         if !sandbox.admits(port, visitor) {
             return Err(ConnectError::NotAdmitted(id));
         }
-        let settled = time::timeout(TRANSITION_DEADLINE, sandbox.settled());
-        if settled.await.is_err() {
-            return Err(ConnectError::IsPaused(id));
-        }
-        let held = match (sandbox.info(), sandbox.process()) {
-            (None, _) => return Err(gone),
-            (Some(_), None) => return Err(ConnectError::IsPaused(id)),
-            (Some(_), Some(held)) => held,
-        };
+        let held = self.process_for(&sandbox, visitor).await?;
         let stream = sandbox::open_stream(&held.control).await.map_err(|error| {
             tracing::info!(%id, error = sandbox::chain(&error), "no stream into a sandbox");
             ConnectError::Busy

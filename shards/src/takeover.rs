@@ -22,7 +22,7 @@ use crate::sandbox::{
 };
 use crate::shard::Shard;
 use crate::shell::{Held, OpenError, VmProcess};
-use crate::{CreateRequest, NetworkPolicy, OnTimeout};
+use crate::{CreateRequest, NEVER, NetworkPolicy, OnTimeout};
 
 /// Why a process cannot be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +143,7 @@ fn identity(record: &Record) -> Identity {
     let request = CreateRequest {
         template: record.template.clone(),
         timeout: Duration::from_millis(record.timeout_ms),
+        idle: record.idle,
         secure: record.secure,
         metadata: record.metadata.clone(),
         env_vars: record.env_vars.clone(),
@@ -162,6 +163,7 @@ fn identity(record: &Record) -> Identity {
 
 /// What is left of its time.
 fn left(record: &Record) -> Duration {
-    let end = UNIX_EPOCH + Duration::from_millis(record.end_unix_ms);
+    let Some(end_unix_ms) = record.end_unix_ms else { return NEVER };
+    let end = UNIX_EPOCH + Duration::from_millis(end_unix_ms);
     end.duration_since(SystemTime::now()).unwrap_or_default()
 }

@@ -9,6 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use mica_units::{Mebibytes, SandboxId, TemplateName, TenantId, VcpuCount};
 
+/// The life of a sandbox that never ends by itself.
+pub const NEVER: Duration = Duration::MAX;
+
 /// What happens to a sandbox whose time is over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnTimeout {
@@ -42,6 +45,8 @@ pub struct NetworkPolicy {
     pub allow_out: Vec<String>,
     /// Addresses it may not.
     pub deny_out: Vec<String>,
+    /// What else was wished for, by its name in the API, as JSON: kept for who asks, and not applied.
+    pub unapplied: BTreeMap<String, String>,
 }
 
 impl Default for NetworkPolicy {
@@ -52,6 +57,7 @@ impl Default for NetworkPolicy {
             allow_internet_access: true,
             allow_out: Vec::new(),
             deny_out: Vec::new(),
+            unapplied: BTreeMap::new(),
         }
     }
 }
@@ -81,8 +87,10 @@ impl std::fmt::Debug for Visitor {
 pub struct CreateRequest {
     /// Id or name of a template, or the id of a snapshot.
     pub template: String,
-    /// How long it lives, from the moment it is ready.
+    /// How long it lives, from the moment it is ready; [`NEVER`]: until somebody ends it.
     pub timeout: Duration,
+    /// Whether that time starts again with every request to it.
+    pub idle: bool,
     /// Whether its agent demands an access token, which is then drawn here.
     pub secure: bool,
     /// Free labels, given back as they are.
@@ -106,6 +114,7 @@ impl CreateRequest {
         Self {
             template: template.to_owned(),
             timeout,
+            idle: false,
             secure: false,
             metadata: BTreeMap::new(),
             env_vars: BTreeMap::new(),
@@ -123,6 +132,7 @@ impl std::fmt::Debug for CreateRequest {
         f.debug_struct("CreateRequest")
             .field("template", &self.template)
             .field("timeout", &self.timeout)
+            .field("idle", &self.idle)
             .field("secure", &self.secure)
             .field("metadata", &self.metadata)
             .field("env_vars", &self.env_vars.keys())
@@ -145,8 +155,9 @@ pub struct SandboxInfo {
     pub template_name: TemplateName,
     /// When its create was answered.
     pub started_at: SystemTime,
-    /// When its time is over. Of a paused sandbox: when it was paused.
-    pub end_at: SystemTime,
+    /// When its time is over; none of one that never ends by itself. Of a paused sandbox: what it was
+    /// when it was paused.
+    pub end_at: Option<SystemTime>,
     /// Whether it runs.
     pub state: Lifecycle,
     /// Number of vCPUs.
@@ -184,6 +195,47 @@ impl std::fmt::Debug for SandboxInfo {
             .field("secure", &self.access_token.is_some())
             .finish_non_exhaustive()
     }
+}
+
+/// What was written about a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogLine {
+    /// When it happened; of a line of the console: when this host first looked at it.
+    pub at: SystemTime,
+    /// The text.
+    pub text: String,
+    /// Who wrote it.
+    pub source: LogSource,
+}
+
+/// Who writes about a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogSource {
+    /// The guest, on its serial console.
+    Console,
+    /// The host, about the sandbox's life.
+    Host,
+}
+
+/// What a sandbox used at a moment, as its agent says.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Usage {
+    /// Seconds since 1970.
+    pub at_unix_s: u64,
+    /// Processors.
+    pub cpu_count: u32,
+    /// How busy they were, all together, in percent.
+    pub cpu_used_percent: f64,
+    /// Memory it has.
+    pub memory_total_bytes: u64,
+    /// Memory that programs hold.
+    pub memory_used_bytes: u64,
+    /// Memory that caches files.
+    pub memory_cache_bytes: u64,
+    /// Its root disk.
+    pub disk_total_bytes: u64,
+    /// What of it is in use.
+    pub disk_used_bytes: u64,
 }
 
 /// A template that sandboxes can be made from.

@@ -183,6 +183,10 @@ impl Daemon {
         self.address
     }
 
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
     pub fn connect(&self) -> Connection {
         Connection::open(self.address)
     }

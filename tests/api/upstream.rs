@@ -21,6 +21,11 @@ impl<T: Send + 'static> Upstream<T> {
         Self::start_on(TcpListener::bind("127.0.0.1:0").expect("a port"), handle)
     }
 
+    /// The same on a port of its own, for what goes to one.
+    pub fn start_on_port(port: u16, handle: impl FnOnce(Served) -> T + Send + 'static) -> Self {
+        Self::start_on(TcpListener::bind(("127.0.0.1", port)).expect("a port"), handle)
+    }
+
     /// Serves the first connection of `listener` with `handle`.
     pub fn start_on(
         listener: TcpListener,

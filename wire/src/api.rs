@@ -7,13 +7,30 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod network;
+mod observe;
+mod templates;
+
+pub use network::{
+    EgressAction, EgressMatch, EgressRule, HeaderRule, HeaderTransform, NetworkConfig,
+};
+pub use observe::{
+    LogEntry, LogLevel, Logs, LogsV2, SandboxLog, SandboxMetric, SandboxesWithMetrics,
+};
+pub use templates::{
+    SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
+    UpdateTemplate,
+};
+
 /// The body of `POST /sandboxes` and `POST /v2/sandboxes`. Unknown fields are ignored.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NewSandbox {
     /// The id or the name of a template, or the id of a snapshot.
     #[serde(rename = "templateID")]
     pub template_id: String,
-    /// Life time in seconds. Absent: 15 on v1, 300 on v2.
+    /// Life time in seconds; -1: without an end. Absent: 15 on v1, 300 on v2, without an end where
+    /// `lifecycle` is there. With `lifecycle` each request to the sandbox starts it again.
     pub timeout: Option<i64>,
     /// Whether envd demands the access token. Absent: yes.
     pub secure: Option<bool>,
@@ -33,10 +50,16 @@ pub struct NewSandbox {
     pub auto_resume: Option<AutoResume>,
     /// The same wishes as CubeSandbox's clients write them. They win over the flat ones.
     pub lifecycle: Option<LifecycleWish>,
+    /// Whether it may reach the world. Absent: yes.
+    #[serde(rename = "allow_internet_access", alias = "allowInternetAccess")]
+    pub allow_internet_access: Option<bool>,
+    /// Who may reach it, and whom it may reach.
+    pub network: Option<NetworkConfig>,
 }
 
 /// What happens to a sandbox whose time is over, in a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum OnTimeoutWish {
     /// It ends.
@@ -47,6 +70,7 @@ pub enum OnTimeoutWish {
 
 /// Whether a request for a paused sandbox wakes it: a flag, or an object that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(untagged, expecting = "expected a boolean or an object with the boolean `enabled`")]
 pub enum AutoResume {
     /// As old clients write it.
@@ -70,6 +94,7 @@ impl AutoResume {
 
 /// CubeSandbox's form of the wishes about a sandbox's end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LifecycleWish {
     /// What happens when the time is over.
     #[serde(rename = "onTimeout", alias = "on_timeout")]
@@ -81,6 +106,7 @@ pub struct LifecycleWish {
 
 /// The answer to a create.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Sandbox {
     /// The template it was made from.
@@ -100,6 +126,9 @@ pub struct Sandbox {
     /// What envd requests carry as `X-Access-Token`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<String>,
+    /// What requests to its other ports carry as `E2b-Traffic-Access-Token`, where they are not public.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traffic_access_token: Option<String>,
     /// Overrides the client's own domain in sandbox URLs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
@@ -107,6 +136,7 @@ pub struct Sandbox {
 
 /// What a sandbox is doing, in the two words that SDKs accept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum SandboxState {
     /// It runs.
@@ -116,7 +146,8 @@ pub enum SandboxState {
 }
 
 /// One entry of a list, and the answer to `GET /sandboxes/{id}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxDetail {
     /// The template it was made from.
@@ -133,8 +164,9 @@ pub struct SandboxDetail {
     pub alias: Option<String>,
     /// RFC 3339.
     pub started_at: String,
-    /// RFC 3339.
-    pub end_at: String,
+    /// RFC 3339. Absent: it never ends by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_at: Option<String>,
     /// Number of vCPUs.
     pub cpu_count: u32,
     /// Guest memory, in MiB.
@@ -150,22 +182,55 @@ pub struct SandboxDetail {
     /// Labels given at create.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     pub metadata: BTreeMap<String, String>,
-    /// Only in the answer to `GET /sandboxes/{id}`, never in a list.
+    /// Only in the answer to `GET /sandboxes/{id}`, never in a list. So is all that follows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<String>,
+    /// See [`Sandbox::domain`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// What happens when its time is over, and after.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lifecycle: Option<SandboxLifecycle>,
+    /// Whether it may reach the world.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_internet_access: Option<bool>,
+    /// Who may reach it, and whom it may reach.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkConfig>,
+}
+
+/// What happens to a sandbox whose time is over, in an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct SandboxLifecycle {
+    /// Whether a request wakes it when it is paused.
+    pub auto_resume: bool,
+    /// Killed or paused.
+    pub on_timeout: OnTimeoutWish,
+}
+
+/// The body of `POST /sandboxes/{id}/refreshes`. It may be absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct RefreshSandbox {
+    /// Seconds from now that it lives at the least. Absent, or less than that: 15.
+    pub duration: Option<i64>,
 }
 
 /// The body of `POST /sandboxes/{id}/timeout`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SetTimeout {
-    /// Seconds from now.
+    /// Seconds from now; -1: without an end.
     pub timeout: i64,
 }
 
 /// The body of `POST /sandboxes/{id}/connect` and `POST /v2/sandboxes/{id}/connect`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ConnectSandbox {
-    /// Seconds from now that the sandbox lives at the least. Absent: 300, on v2 alone.
+    /// Seconds from now that the sandbox lives at the least; -1: without an end. Absent: 300.
     pub timeout: Option<i64>,
     /// `false`: boot a paused sandbox from its disk instead of going on.
     pub memory: Option<bool>,
@@ -173,6 +238,7 @@ pub struct ConnectSandbox {
 
 /// The body of `POST /sandboxes/{id}/pause`. It may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PauseSandbox {
     /// `false`: keep only the disk. Absent: yes, keep the memory.
     pub memory: Option<bool>,
@@ -183,6 +249,7 @@ pub struct PauseSandbox {
 
 /// The body of `POST /sandboxes/{id}/resume`. It may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ResumeSandbox {
     /// Seconds from now. Absent: 15.
     pub timeout: Option<i64>,
@@ -195,6 +262,7 @@ pub struct ResumeSandbox {
 
 /// The body of `POST /sandboxes/{id}/clone` and `POST /sandboxes/{id}/fork`. It may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CopySandbox {
     /// How many. Absent: 1.
     pub count: Option<i64>,
@@ -204,6 +272,7 @@ pub struct CopySandbox {
 
 /// One entry of the answer to a fork: either of the two.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ForkResult {
     /// It came up.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -215,6 +284,7 @@ pub struct ForkResult {
 
 /// An error, as the body of an answer or in a list of outcomes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ErrorBody {
     /// The HTTP status.
     pub code: u16,
@@ -222,8 +292,17 @@ pub struct ErrorBody {
     pub message: String,
 }
 
+/// The answer to `GET /health`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Health {
+    /// Always `ok`.
+    pub status: String,
+}
+
 /// The body of `POST /sandboxes/{id}/snapshots`. It may be absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NewSnapshot {
     /// A label.
     pub name: Option<String>,
@@ -233,6 +312,7 @@ pub struct NewSnapshot {
 
 /// A snapshot: the answer to its making, and one entry of `GET /snapshots`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Snapshot {
     /// Its id, usable as a `templateID`.
@@ -254,6 +334,7 @@ pub const READY: &str = "READY";
 
 /// The body of `POST /sandboxes/{id}/rollback`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RollbackSandbox {
     /// One of the sandbox's own snapshots.
     #[serde(rename = "snapshotID")]
@@ -262,6 +343,7 @@ pub struct RollbackSandbox {
 
 /// The answer to a rollback.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RolledBack {
     /// The sandbox, under the id it had.
     #[serde(rename = "sandboxID")]
@@ -274,46 +356,4 @@ pub struct RolledBack {
     pub operation_id: String,
     /// Always [`READY`]: the answer comes when it is done.
     pub status: String,
-}
-
-/// One entry of `GET /templates`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Template {
-    /// Its id.
-    #[serde(rename = "templateID")]
-    pub template_id: String,
-    /// The id of the build it came from.
-    #[serde(rename = "buildID")]
-    pub build_id: String,
-    /// Number of vCPUs of its sandboxes.
-    pub cpu_count: u32,
-    /// Memory of its sandboxes, in MiB.
-    #[serde(rename = "memoryMB")]
-    pub memory_mib: u32,
-    /// Root disk of its sandboxes, in MiB.
-    #[serde(rename = "diskSizeMB")]
-    pub disk_size_mib: u32,
-    /// Always true: this host has one tenant so far.
-    pub public: bool,
-    /// Its name.
-    pub aliases: Vec<String>,
-    /// Its name.
-    pub names: Vec<String>,
-    /// RFC 3339.
-    pub created_at: String,
-    /// RFC 3339.
-    pub updated_at: String,
-    /// Always null: there are no users.
-    pub created_by: Option<()>,
-    /// RFC 3339, null until the first sandbox.
-    pub last_spawned_at: Option<String>,
-    /// Sandboxes made from it since the daemon started.
-    pub spawn_count: u64,
-    /// Builds under this name.
-    pub build_count: u64,
-    /// See [`crate::guest::ENVD_VERSION`].
-    pub envd_version: String,
-    /// `ready`: a template that is not cannot be seen.
-    pub build_status: String,
 }

@@ -11,8 +11,7 @@ use mica_units::IdError;
 use mica_wire::api::{NewSandbox, OnTimeoutWish};
 use serde::Deserialize;
 
-use super::json;
-use super::life::{self, TIMEOUT_SECONDS_V1, TIMEOUT_SECONDS_V2};
+use super::{json, life, network};
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::route::Version;
@@ -38,23 +37,24 @@ pub fn create_request(
 ) -> Result<CreateRequest, ApiError> {
     let wanted: NewSandbox = json::read(body)?;
     refuse_unsupported(&json::read(body)?)?;
-    let default = match version {
-        Version::V1 => TIMEOUT_SECONDS_V1,
-        Version::V2 => TIMEOUT_SECONDS_V2,
-    };
     let template = template(&wanted.template_id)?;
-    let timeout = life::of_new(wanted.timeout.unwrap_or(default), limits)?;
+    let life = life::of_create(version, wanted.timeout, wanted.lifecycle.is_some(), limits)?;
+    let (on_timeout, auto_resume) = at_its_end(&wanted)?;
     Ok(CreateRequest {
         secure: wanted.secure.unwrap_or(true),
-        on_timeout: on_timeout(&wanted)?,
+        idle: life.idle,
+        on_timeout,
+        auto_resume,
+        network: network::of_create(wanted.network, wanted.allow_internet_access)?,
         metadata: wanted.metadata.unwrap_or_default(),
         env_vars: env_vars(wanted.env_vars.unwrap_or_default())?,
-        ..CreateRequest::new(&template, timeout)
+        ..CreateRequest::new(&template, life.timeout)
     })
 }
 
-/// What is to happen when the time is over. `lifecycle` wins over the flat fields.
-fn on_timeout(wanted: &NewSandbox) -> Result<OnTimeout, ApiError> {
+/// What is to happen when the time is over, and whether a request wakes it then. `lifecycle` wins over
+/// the flat fields.
+fn at_its_end(wanted: &NewSandbox) -> Result<(OnTimeout, bool), ApiError> {
     let lifecycle = wanted.lifecycle.unwrap_or_default();
     let pause = match lifecycle.on_timeout {
         Some(wish) => wish == OnTimeoutWish::Pause,
@@ -70,14 +70,8 @@ fn on_timeout(wanted: &NewSandbox) -> Result<OnTimeout, ApiError> {
         }));
     }
     let wakes = lifecycle.auto_resume.or(wanted.auto_resume).is_some_and(|wish| wish.is_on());
-    // Without a pause there is nothing to wake, so the wish is kept as well as it can be.
-    if pause && wakes {
-        return Err(ApiError::bad_request(
-            "`autoResume` is not supported by this version: no request would wake the paused \
-             sandbox but a connect or a resume; leave it out",
-        ));
-    }
-    Ok(if pause { OnTimeout::Pause } else { OnTimeout::Kill })
+    // It may also be paused by hand.
+    Ok((if pause { OnTimeout::Pause } else { OnTimeout::Kill }, wakes))
 }
 
 /// Ids and names have one alphabet. A path separator or a dot is in neither, so what passes here
@@ -159,7 +153,7 @@ mod tests {
             r#"{"templateID":"base/.."}"#,
             r#"{"templateID":"../../etc"}"#,
             r#"{"templateID":"base","timeout":0}"#,
-            r#"{"templateID":"base","timeout":-1}"#,
+            r#"{"templateID":"base","timeout":-2}"#,
             r#"{"templateID":"base","timeout":1.5}"#,
             r#"{"templateID":"base","timeout":"60"}"#,
             r#"{"templateID":"base","timeout":86401}"#,
@@ -170,9 +164,7 @@ mod tests {
             r#"{"templateID":"base","autoPause":1}"#,
             r#"{"templateID":"base","autoPause":true,"autoPauseMemory":false}"#,
             r#"{"templateID":"base","autoPauseMemory":false}"#,
-            r#"{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}"#,
-            r#"{"templateID":"base","autoPause":true,"autoResume":true}"#,
-            r#"{"templateID":"base","lifecycle":{"on_timeout":"pause","auto_resume":true}}"#,
+            r#"{"templateID":"base","network":{"allowOut":["example.org"]}}"#,
             r#"{"templateID":"base","lifecycle":"pause"}"#,
             r#"{"templateID":"base","volumeMounts":[{"name":"v","path":"/v"}]}"#,
             r#"{"templateID":"base"} trailing"#,
@@ -201,6 +193,23 @@ mod tests {
         ] {
             let request = create(&format!(r#"{{"templateID":"base"{wish}}}"#)).unwrap();
             assert_eq!(request.on_timeout, expected, "{wish}");
+        }
+    }
+
+    #[test]
+    fn who_wakes_it_in_every_form() {
+        for (wish, wakes) in [
+            ("", false),
+            (r#","autoPause":true"#, false),
+            (r#","autoPause":true,"autoResume":{"enabled":true}"#, true),
+            (r#","autoPause":true,"autoResume":true"#, true),
+            (r#","autoResume":{"enabled":true}"#, true),
+            (r#","autoPause":true,"autoResume":{"enabled":false}"#, false),
+            (r#","lifecycle":{"on_timeout":"pause","auto_resume":true}"#, true),
+            (r#","lifecycle":{"onTimeout":"pause","autoResume":false},"autoResume":true"#, false),
+        ] {
+            let request = create(&format!(r#"{{"templateID":"base"{wish}}}"#)).unwrap();
+            assert_eq!(request.auto_resume, wakes, "{wish}");
         }
     }
 }

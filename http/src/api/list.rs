@@ -208,7 +208,7 @@ mod tests {
             template_name: "base".parse().unwrap(),
             started_at,
             state: Lifecycle::Running,
-            end_at: started_at + Duration::from_secs(60),
+            end_at: Some(started_at + Duration::from_secs(60)),
             vcpus: VcpuCount::new(1).unwrap(),
             memory: Mebibytes::new(512),
             disk: Mebibytes::new(1024),

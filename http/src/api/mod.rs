@@ -1,17 +1,21 @@
 //! The control plane: E2B's REST endpoints.
 //!
 //! Called by [`crate::serve`] for every request that is not for a sandbox. Refuses a request without
-//! a key, except `GET /health` and the preflights of browsers.
+//! a key, except `GET /health`, `GET /openapi.json` and the preflights of browsers.
 
 mod create;
 mod json;
 mod life;
 mod list;
+mod logs;
 mod metrics;
+mod network;
 mod operate;
 mod sandbox;
 mod show;
 mod snapshots;
+mod templates;
+mod usage;
 
 use http::request::Parts;
 use hyper::body::Incoming;
@@ -21,10 +25,12 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode};
 use mica_shards::Host;
+use mica_wire::api::Health;
 
 use crate::body::{self, Body};
 use crate::config::HttpConfig;
 use crate::error::ApiError;
+use crate::openapi;
 use crate::route::{Route, route};
 use list::ListQuery;
 use snapshots::{Of, SnapshotQuery};
@@ -67,13 +73,15 @@ impl Call<'_> {
 /// Carries one request out.
 async fn handle(call: &mut Call<'_>, request: &Parts) -> Result<Response<Body>, ApiError> {
     let route = route(&request.method, request.uri.path())?;
-    if route != Route::Health && !call.config.keys.admits(&request.headers) {
+    if !matches!(route, Route::Health | Route::OpenApi)
+        && !call.config.keys.admits(&request.headers)
+    {
         return Err(ApiError::unauthorized());
     }
     let query = request.uri.query().unwrap_or_default();
     match route {
         Route::Metrics => metrics::answer(call.host).await,
-        Route::Health => json::answer(StatusCode::OK, &serde_json::json!({ "status": "ok" })),
+        Route::Health => json::answer(StatusCode::OK, &Health { status: "ok".to_owned() }),
         Route::Create(version) => {
             let body = call.read().await?;
             let wanted = create::create_request(version, &body, &call.config.limits)?;
@@ -81,14 +89,24 @@ async fn handle(call: &mut Call<'_>, request: &Parts) -> Result<Response<Body>, 
             json::answer(StatusCode::CREATED, &show::sandbox(call.config, made))
         }
         Route::List(version) => list(call.host, ListQuery::parse(version, query)?).await,
-        Route::Sandbox(id, action) => sandbox::act(call, &id, action).await,
+        Route::Sandbox(id, action) => sandbox::act(call, &id, action, query).await,
+        Route::SandboxesMetrics => usage::of_many(call.host, query).await,
         Route::Snapshots => snapshots(call.host, SnapshotQuery::parse(query)?).await,
-        Route::Templates => {
-            let templates = call.host.templates().await?;
-            let templates: Vec<_> = templates.into_iter().map(show::template).collect();
-            json::answer(StatusCode::OK, &templates)
+        Route::Templates(version) => templates::list(call.host, version, query).await,
+        Route::DefaultTemplates => templates::defaults(call.host).await,
+        Route::Template(id) => templates::get(call.host, &id).await,
+        Route::TemplateAlias(alias) => templates::find_alias(call.host, &alias).await,
+        Route::UpdateTemplate(id) => {
+            let body = call.read().await?;
+            templates::update(call.host, &id, &body).await
         }
-        Route::DeleteTemplate(id) => sandbox::delete_template(call.host, &id).await,
+        Route::SetTemplateAlias(id) => {
+            let body = call.read().await?;
+            templates::set_alias(call.host, &id, &body).await
+        }
+        Route::DeleteTemplate(id) => templates::delete(call.host, &id).await,
+        Route::NotOffered(what) => Err(ApiError::not_offered(what)),
+        Route::OpenApi => openapi::answer(),
     }
 }
 

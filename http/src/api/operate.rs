@@ -7,15 +7,14 @@ use std::time::Duration;
 
 use mica_shards::{CLONES_MAX, OnTimeout};
 use mica_wire::api::{
-    ConnectSandbox, CopySandbox, NewSnapshot, PauseSandbox, ResumeSandbox, RollbackSandbox,
-    SetTimeout,
+    ConnectSandbox, CopySandbox, NewSnapshot, PauseSandbox, RefreshSandbox, ResumeSandbox,
+    RollbackSandbox, SetTimeout,
 };
 
 use super::json;
 use super::life::{self, TIMEOUT_SECONDS_V1, TIMEOUT_SECONDS_V2};
 use crate::config::Limits;
 use crate::error::ApiError;
-use crate::route::Version;
 
 /// Most sandboxes of one fork, as E2B documents it.
 pub const FORKS_MAX: usize = 20;
@@ -53,29 +52,23 @@ pub fn timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
     life::remaining(seconds, limits)
 }
 
+/// Reads the body of a refresh: how long the sandbox is to live at the least.
+///
+/// # Errors
+/// 400, naming what to write instead.
+pub fn refresh(body: &[u8]) -> Result<Duration, ApiError> {
+    let RefreshSandbox { duration } = json::read_or_default(body)?;
+    life::refreshed(duration)
+}
+
 /// Reads the body of a connect: how long the sandbox is to live at the least.
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn connect_timeout(
-    version: Version,
-    body: &[u8],
-    limits: &Limits,
-) -> Result<Duration, ApiError> {
-    let ConnectSandbox { timeout, memory } = match version {
-        Version::V2 => json::read_or_default(body)?,
-        Version::V1 => json::read(body)?,
-    };
+pub fn connect_timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
+    let ConnectSandbox { timeout, memory } = json::read_or_default(body)?;
     refuse_disk_only(memory)?;
-    let seconds = match (version, timeout) {
-        (_, Some(seconds)) => seconds,
-        (Version::V2, None) => TIMEOUT_SECONDS_V2,
-        (Version::V1, None) => {
-            let message = "`timeout` is missing; send the seconds that the sandbox is to live on";
-            return Err(ApiError::bad_request(message));
-        }
-    };
-    life::remaining(seconds, limits)
+    life::remaining(timeout.unwrap_or(TIMEOUT_SECONDS_V2), limits)
 }
 
 /// Reads the body of a resume.
@@ -202,34 +195,33 @@ mod tests {
     fn timeouts() {
         let read = |body: &str| status(timeout(body.as_bytes(), &limits()));
         assert_eq!(read(r#"{"timeout":0}"#), Ok(Duration::ZERO));
+        assert_eq!(read(r#"{"timeout":-1}"#), Ok(mica_shards::NEVER));
         assert_eq!(read(r#"{"timeout":86400}"#), Ok(Duration::from_secs(86_400)));
         for bad in
-            [r#"{"timeout":-1}"#, r#"{"timeout":86401}"#, r#"{"timeout":null}"#, "{}", "", "[60]"]
+            [r#"{"timeout":-2}"#, r#"{"timeout":86401}"#, r#"{"timeout":null}"#, "{}", "", "[60]"]
         {
             assert_eq!(read(bad), Err(400), "{bad}");
         }
     }
 
     #[test]
-    fn a_connect_needs_its_timeout_on_v1_alone() {
-        let read = |version, body: &str| {
-            status(connect_timeout(version, body.as_bytes(), &limits()).map(|life| life.as_secs()))
+    fn a_connect_is_for_five_minutes_unless_told() {
+        let read = |body: &str| {
+            status(connect_timeout(body.as_bytes(), &limits()).map(|life| life.as_secs()))
         };
-        for version in [Version::V1, Version::V2] {
-            assert_eq!(read(version, r#"{"timeout":7,"memory":true}"#), Ok(7));
-            for bad in [
-                r#"{"timeout":-1}"#,
-                r#"{"timeout":86401}"#,
-                r#"{"timeout":"7"}"#,
-                r#"{"timeout":7,"memory":false}"#,
-                "{",
-            ] {
-                assert_eq!(read(version, bad), Err(400), "{bad}");
-            }
-        }
+        assert_eq!(read(r#"{"timeout":7,"memory":true}"#), Ok(7));
+        assert_eq!(read(r#"{"timeout":-1}"#), Ok(mica_shards::NEVER.as_secs()));
         for absent in ["", "{}"] {
-            assert_eq!(read(Version::V1, absent), Err(400));
-            assert_eq!(read(Version::V2, absent), Ok(300));
+            assert_eq!(read(absent), Ok(300));
+        }
+        for bad in [
+            r#"{"timeout":-2}"#,
+            r#"{"timeout":86401}"#,
+            r#"{"timeout":"7"}"#,
+            r#"{"timeout":7,"memory":false}"#,
+            "{",
+        ] {
+            assert_eq!(read(bad), Err(400), "{bad}");
         }
     }
 

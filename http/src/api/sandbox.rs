@@ -1,4 +1,4 @@
-//! Everything that is asked of one sandbox, and forgetting its snapshots.
+//! Everything that is asked of one sandbox.
 //!
 //! Called by [`super`] once the client has shown its key. Refuses to hold anything between two
 //! requests: which operations may meet, the sandbox's own state machine knows.
@@ -12,7 +12,7 @@ use mica_units::{GuestPort, SandboxId};
 use mica_wire::api::{ForkResult, READY, RolledBack};
 
 use super::operate::{self, Copies};
-use super::{Call, json, show, status};
+use super::{Call, json, logs, network, show, status, usage};
 use crate::body::Body;
 use crate::error::ApiError;
 use crate::ids;
@@ -27,16 +27,16 @@ type Answer = Result<Response<Body>, ApiError>;
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn act(call: &mut Call<'_>, id: &str, action: Action) -> Answer {
+pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> Answer {
     let id = sandbox_id(id)?;
     let body = match action {
-        Action::Get | Action::Kill => Vec::new(),
+        Action::Get | Action::Kill | Action::Usage | Action::Logs(_) => Vec::new(),
         _ => call.read().await?,
     };
     let Call { host, config, .. } = call;
     let limits = &config.limits;
     match action {
-        Action::Get => json::answer(StatusCode::OK, &show::detail(host.get(id).await?)),
+        Action::Get => json::answer(StatusCode::OK, &show::detail(config, host.get(id).await?)),
         Action::Kill => {
             host.kill(id).await?;
             Ok(status(StatusCode::NO_CONTENT))
@@ -45,8 +45,19 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action) -> Answer {
             host.set_timeout(id, operate::timeout(&body, limits)?).await?;
             Ok(status(StatusCode::NO_CONTENT))
         }
-        Action::Connect(version) => {
-            let life = operate::connect_timeout(version, &body, limits)?;
+        Action::Refresh => {
+            host.extend(id, operate::refresh(&body)?).await?;
+            Ok(status(StatusCode::NO_CONTENT))
+        }
+        Action::SetNetwork => {
+            let policy = network::replaced(host.get(id).await?.network, &body)?;
+            host.set_network(id, policy).await?;
+            Ok(status(StatusCode::NO_CONTENT))
+        }
+        Action::Usage => usage::of_one(host, id, query).await,
+        Action::Logs(version) => logs::answer(host, id, version, query).await,
+        Action::Connect(_) => {
+            let life = operate::connect_timeout(&body, limits)?;
             let (info, was_paused) = host.ensure_running(id, life).await?;
             let code = if was_paused { StatusCode::CREATED } else { StatusCode::OK };
             json::answer(code, &show::sandbox(config, info))
@@ -112,26 +123,6 @@ async fn fork(call: &Call<'_>, id: SandboxId, wish: Copies) -> Answer {
     };
     let shown: Vec<_> = forks.into_iter().map(result).collect();
     json::answer(StatusCode::CREATED, &shown)
-}
-
-/// Forgets a snapshot. Sandboxes made from it go on, so the answer comes at once. Templates are the
-/// operator's, and no client of this version may delete one.
-///
-/// # Errors
-/// 404 for what is neither, 403 for a template.
-pub async fn delete_template(host: &Host, id: &str) -> Answer {
-    let unknown = || ApiError::no_such_template(&operate::shown(id));
-    if !operate::is_store_id(id) {
-        return Err(unknown());
-    }
-    if host.delete_snapshot(id).await? {
-        return Ok(status(StatusCode::NO_CONTENT));
-    }
-    let templates = host.templates().await?;
-    match templates.iter().find(|template| template.id == id || template.name.as_str() == id) {
-        Some(template) => Err(ApiError::template_is_kept(template.name.as_str())),
-        None => Err(unknown()),
-    }
 }
 
 /// The id of a path. What E2B calls an id but we never draw is unknown, not invalid.

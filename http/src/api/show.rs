@@ -3,9 +3,12 @@
 //! Called by the handlers of [`super`]. Refuses to show a sandbox's token anywhere but to who made
 //! it or asks for it by its id.
 
-use mica_shards::{Lifecycle, SandboxInfo, SnapshotInfo, TemplateInfo};
-use mica_wire::api::{READY, Sandbox, SandboxDetail, SandboxState, Snapshot, Template};
+use mica_shards::{Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo};
+use mica_wire::api::{
+    OnTimeoutWish, READY, Sandbox, SandboxDetail, SandboxLifecycle, SandboxState, Snapshot,
+};
 
+use super::network;
 use crate::config::HttpConfig;
 use crate::rfc3339;
 
@@ -21,6 +24,7 @@ pub fn sandbox(config: &HttpConfig, info: SandboxInfo) -> Sandbox {
         envd_version: info.envd_version,
         alias: Some(info.template_name.to_string()),
         envd_access_token: info.access_token,
+        traffic_access_token: info.traffic_token,
         domain: config.domain.clone(),
     }
 }
@@ -33,7 +37,7 @@ pub fn listed(info: SandboxInfo) -> SandboxDetail {
         client_id: CLIENT_ID.to_owned(),
         alias: Some(info.template_name.to_string()),
         started_at: rfc3339::format(info.started_at),
-        end_at: rfc3339::format(info.end_at),
+        end_at: info.end_at.map(rfc3339::format),
         cpu_count: u32::from(info.vcpus.get()),
         memory_mib: info.memory.count(),
         disk_size_mib: info.disk.count(),
@@ -44,13 +48,28 @@ pub fn listed(info: SandboxInfo) -> SandboxDetail {
         envd_version: info.envd_version,
         metadata: info.metadata,
         envd_access_token: None,
+        domain: None,
+        lifecycle: None,
+        allow_internet_access: None,
+        network: None,
     }
 }
 
 /// A sandbox that was asked for by its id.
-pub fn detail(mut info: SandboxInfo) -> SandboxDetail {
+pub fn detail(config: &HttpConfig, mut info: SandboxInfo) -> SandboxDetail {
     let envd_access_token = info.access_token.take();
-    SandboxDetail { envd_access_token, ..listed(info) }
+    let on_timeout = match info.on_timeout {
+        OnTimeout::Kill => OnTimeoutWish::Kill,
+        OnTimeout::Pause => OnTimeoutWish::Pause,
+    };
+    SandboxDetail {
+        envd_access_token,
+        domain: config.domain.clone(),
+        lifecycle: Some(SandboxLifecycle { auto_resume: info.auto_resume, on_timeout }),
+        allow_internet_access: Some(info.network.allow_internet_access),
+        network: Some(network::shown(&info.network)),
+        ..listed(info)
+    }
 }
 
 /// A snapshot.
@@ -61,28 +80,5 @@ pub fn snapshot(info: SnapshotInfo) -> Snapshot {
         status: READY.to_owned(),
         origin_sandbox_id: info.sandbox.map(|id| id.to_string()),
         created_at: rfc3339::format(info.created_at),
-    }
-}
-
-/// A template.
-pub fn template(info: TemplateInfo) -> Template {
-    let created_at = rfc3339::format(info.created_at);
-    Template {
-        build_id: info.id.clone(),
-        template_id: info.id,
-        cpu_count: u32::from(info.vcpus.get()),
-        memory_mib: info.memory.count(),
-        disk_size_mib: info.disk.count(),
-        public: true,
-        aliases: vec![info.name.to_string()],
-        names: vec![info.name.to_string()],
-        updated_at: created_at.clone(),
-        created_at,
-        created_by: None,
-        last_spawned_at: info.last_spawned_at.map(rfc3339::format),
-        spawn_count: info.spawn_count,
-        build_count: 1,
-        envd_version: info.envd_version,
-        build_status: "ready".to_owned(),
     }
 }

@@ -70,6 +70,9 @@ impl ApiError {
                 Self::new(StatusCode::BAD_GATEWAY, message).about(id.as_str()).port(port)
             }
             ConnectError::NotAdmitted(_) => Self::not_admitted(id, false),
+            ConnectError::NotWoken { .. } => {
+                Self::soon(StatusCode::SERVICE_UNAVAILABLE, text).about(id.as_str())
+            }
             ConnectError::Unreachable => {
                 Self::new(StatusCode::BAD_GATEWAY, text).about(id.as_str()).port(port)
             }
@@ -129,6 +132,10 @@ mod tests {
             json(&between),
             r#"{"sandboxId":"i0123456789abcdefghij","message":"The sandbox is still transitioning. Try again in a moment.","code":409}"#
         );
+        let asleep = ConnectError::NotWoken { sandbox: id(), reason: "no room".to_owned() };
+        let asleep = ApiError::from_connect(&asleep, id(), port);
+        assert_eq!(asleep.status, 503);
+        assert_eq!(asleep.into_response().headers()["retry-after"], "1");
         for error in [gone, closed] {
             assert_eq!(error.into_response().headers()["should-retry"], "false");
         }

@@ -14,7 +14,9 @@ use mica_units::{Mebibytes, SandboxId};
 
 use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Purpose, Reply, Spawned, Wake};
-use crate::{HostCounters, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo};
+use crate::{
+    HostCounters, LogLine, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo, Usage,
+};
 
 impl Host {
     /// Makes a snapshot of a running sandbox, which goes on. Durable when this returns.
@@ -86,6 +88,40 @@ impl Host {
     async fn wake(&self, id: SandboxId, wake: Wake) -> Result<(SandboxInfo, bool), ShardError> {
         match self.ask(self.owner(id), Operation::Resume(id, wake)).await? {
             Reply::Resumed(result) => result.map(|(info, was_paused)| (*info, was_paused)),
+            other => Err(out_of_form(&other)),
+        }
+    }
+
+    /// Makes a sandbox's remaining life at least `life` from now.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn extend(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
+        self.ask_done(id, Operation::Extend(id, life)).await
+    }
+
+    /// What was written about a sandbox, oldest first.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn logs(&self, id: SandboxId) -> Result<Vec<LogLine>, ShardError> {
+        match self.ask(self.owner(id), Operation::Logs(id)).await? {
+            Reply::Logs(result) => result,
+            other => Err(out_of_form(&other)),
+        }
+    }
+
+    /// Keeps what a sandbox uses now, if that is said. What is kept of it then, oldest first.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn usages(
+        &self,
+        id: SandboxId,
+        now: Option<Usage>,
+    ) -> Result<Vec<Usage>, ShardError> {
+        match self.ask(self.owner(id), Operation::Usage(id, now)).await? {
+            Reply::Usages(result) => result,
             other => Err(out_of_form(&other)),
         }
     }

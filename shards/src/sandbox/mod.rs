@@ -7,6 +7,8 @@ mod asks;
 mod capture;
 mod driver;
 mod image;
+mod journal;
+mod life;
 mod link;
 mod log;
 mod memory;
@@ -20,19 +22,23 @@ mod state;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
 use mica_units::{GuestPort, SandboxId};
 
 use crate::shell::Held;
-use crate::{CreateRequest, Lifecycle, NetworkPolicy, OnTimeout, SandboxInfo, ShardError, Visitor};
+use crate::{
+    CreateRequest, Lifecycle, NEVER, NetworkPolicy, OnTimeout, SandboxInfo, ShardError, Visitor,
+};
 
 pub(crate) use asks::Request;
 pub(crate) use capture::read_state;
 pub(crate) use driver::{Start, drive};
 pub(crate) use image::{Images, Opened};
+use journal::Journal;
+use life::from_now;
 pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
 pub(crate) use memory::Memory;
 pub(crate) use prepare::Workshop;
@@ -43,6 +49,9 @@ use state::{Event, State};
 
 /// Who made a sandbox waits for this.
 pub(crate) type Made = Result<Box<SandboxInfo>, ShardError>;
+
+/// Who wakes a sandbox waits for this.
+pub(crate) type Woken = Result<(), ShardError>;
 
 /// What a sandbox keeps from its create to its end.
 #[derive(Clone, Debug)]
@@ -72,12 +81,20 @@ pub(crate) struct Sandbox {
     held: RefCell<Option<Rc<Held>>>,
     /// When its time is over.
     deadline: Cell<Instant>,
+    /// How long it was given last.
+    life: Cell<Duration>,
+    /// When its record last followed a request that put its end off.
+    put_off_at: Cell<Option<Instant>>,
     /// What happens then: what was asked for at first, until a resume asks for something else.
     on_timeout: Cell<OnTimeout>,
     /// Who may reach it: what was asked for at first, until something else is.
     network: RefCell<NetworkPolicy>,
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
+    /// What happened to it, and what it used.
+    journal: RefCell<Journal>,
+    /// Requests that wait for a resume that one of them began.
+    waking: RefCell<Option<Vec<oneshot::Sender<Woken>>>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
     /// Who waits for it to run, or not to.
     watchers: RefCell<Vec<oneshot::Sender<()>>>,
@@ -93,6 +110,7 @@ impl Sandbox {
     ) -> Self {
         let state =
             if maker.is_some() { State::Starting(state::Birth::Create) } else { State::Adopting };
+        let life = identity.request.timeout;
         Self {
             id,
             on_timeout: Cell::new(identity.request.on_timeout),
@@ -102,7 +120,11 @@ impl Sandbox {
             queue: Queue::default(),
             info: RefCell::new(None),
             held: RefCell::new(None),
-            deadline: Cell::new(Instant::now() + LIFE_MAX),
+            deadline: Cell::new(from_now(NEVER).0),
+            life: Cell::new(life),
+            put_off_at: Cell::new(None),
+            journal: RefCell::default(),
+            waking: RefCell::new(None),
             paused_at: Cell::new(None),
             maker: RefCell::new(maker),
             watchers: RefCell::new(Vec::new()),
@@ -164,10 +186,20 @@ impl Sandbox {
     /// Resolves when it is neither on its way to running nor away from it.
     pub(crate) async fn settled(&self) {
         while self.state.borrow().is_in_transition() {
-            let (sender, settled) = oneshot::channel();
-            self.watchers.borrow_mut().push(sender);
-            settled.await;
+            self.changed().await;
         }
+    }
+
+    /// Those that wait for it to be woken, while somebody does that.
+    pub(crate) fn waking_mut(&self) -> std::cell::RefMut<'_, Option<Vec<oneshot::Sender<Woken>>>> {
+        self.waking.borrow_mut()
+    }
+
+    /// Resolves when its state has changed.
+    pub(crate) async fn changed(&self) {
+        let (sender, changed) = oneshot::channel();
+        self.watchers.borrow_mut().push(sender);
+        changed.await;
     }
 
     /// Tells those that wait for a change of state.
@@ -203,25 +235,6 @@ impl Sandbox {
     /// Asks it to give its process up.
     pub(crate) fn evict(&self) {
         self.queue.push(Event::Evict);
-    }
-
-    /// Sets its remaining time, if it is there.
-    pub(crate) fn set_life(&self, life: Duration) -> bool {
-        let mut info = self.info.borrow_mut();
-        let Some(info) = info.as_mut() else { return false };
-        let (deadline, end_at) = from_now(life);
-        info.end_at = end_at;
-        self.deadline.set(deadline);
-        self.queue.nudge();
-        true
-    }
-
-    /// Makes its remaining time at least `life`, if it is there. What others see of it then.
-    pub(crate) fn extend_life(&self, life: Duration) -> Option<SandboxInfo> {
-        if from_now(life).0 > self.deadline.get() {
-            self.set_life(life);
-        }
-        self.info()
     }
 
     /// Asks for an operation; answers at once when too many wait.
@@ -263,15 +276,6 @@ fn token_of(identity: &Identity, policy: &NetworkPolicy) -> Option<String> {
 /// Compares without telling by its time where they differ. Lengths are no secret.
 fn same_secret(a: &str, b: &str) -> bool {
     a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
-}
-
-/// Longest life that is counted: 100 years. Keeps both clocks from overflowing.
-const LIFE_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-
-/// A moment from now on, on both clocks.
-fn from_now(life: Duration) -> (Instant, SystemTime) {
-    let life = life.min(LIFE_MAX);
-    (Instant::now() + life, SystemTime::now() + life)
 }
 
 /// An error and its causes on one line.

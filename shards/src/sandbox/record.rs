@@ -60,6 +60,7 @@ pub(crate) struct RecordedNetwork {
     pub(crate) allow_internet_access: bool,
     pub(crate) allow_out: Vec<String>,
     pub(crate) deny_out: Vec<String>,
+    pub(crate) unapplied: BTreeMap<String, String>,
 }
 
 impl From<&NetworkPolicy> for RecordedNetwork {
@@ -70,8 +71,16 @@ impl From<&NetworkPolicy> for RecordedNetwork {
             allow_internet_access,
             allow_out,
             deny_out,
+            unapplied,
         } = policy.clone();
-        Self { allow_public_traffic, mask_request_host, allow_internet_access, allow_out, deny_out }
+        Self {
+            allow_public_traffic,
+            mask_request_host,
+            allow_internet_access,
+            allow_out,
+            deny_out,
+            unapplied,
+        }
     }
 }
 
@@ -83,8 +92,16 @@ impl From<&RecordedNetwork> for NetworkPolicy {
             allow_internet_access,
             allow_out,
             deny_out,
+            unapplied,
         } = recorded.clone();
-        Self { allow_public_traffic, mask_request_host, allow_internet_access, allow_out, deny_out }
+        Self {
+            allow_public_traffic,
+            mask_request_host,
+            allow_internet_access,
+            allow_out,
+            deny_out,
+            unapplied,
+        }
     }
 }
 
@@ -103,9 +120,14 @@ pub(crate) struct Record {
     pub(crate) memory_mib: u32,
     pub(crate) disk_bytes: u64,
     pub(crate) started_unix_ms: u64,
-    pub(crate) end_unix_ms: u64,
+    /// None of one that never ends by itself.
+    pub(crate) end_unix_ms: Option<u64>,
     /// The life it was created with.
     pub(crate) timeout_ms: u64,
+    /// Whether requests put its end off,
+    pub(crate) idle: bool,
+    /// and to how long from each.
+    pub(crate) life_ms: u64,
     pub(crate) pause_at_end: bool,
     pub(crate) auto_resume: bool,
     pub(crate) tenant: String,
@@ -199,8 +221,10 @@ mod tests {
             memory_mib: 512,
             disk_bytes: 100 << 20,
             started_unix_ms: 1,
-            end_unix_ms: 2,
+            end_unix_ms: Some(2),
             timeout_ms: 3,
+            idle: true,
+            life_ms: 4,
             pause_at_end: false,
             auto_resume: true,
             tenant: "default".to_owned(),

@@ -18,3 +18,4 @@ mod restart;
 mod routing;
 mod snapshots;
 mod wait;
+mod waking;

@@ -17,7 +17,7 @@ use super::super::capture::{Capture, Source};
 use super::super::memory::{Memory, Place};
 use super::super::prepare::{Found, cause};
 use super::super::state::{Birth, Cause, Effect, Event, State};
-use super::super::{LIFE_MAX, Request, chain, from_now};
+use super::super::{Request, chain, from_now};
 use super::super::{link, paging, rollback};
 use super::keep::Keeper;
 use super::work::{Done, capture_error};
@@ -46,6 +46,7 @@ impl Driver {
             Effect::ShowPaused => {
                 self.sandbox.show(Lifecycle::Paused);
                 self.sandbox.paused_at.set(Some(Instant::now()));
+                self.sandbox.note("paused".to_owned());
             }
             Effect::ShowResumed => self.show_resumed().await,
             Effect::Answer => self.answer(),
@@ -246,7 +247,7 @@ impl Driver {
     fn settle(&mut self) {
         if matches!(*self.sandbox.state.borrow(), State::Restoring(Birth::Create)) {
             let now = SystemTime::now();
-            self.born = Some((now, now + self.sandbox.identity.request.timeout.min(LIFE_MAX)));
+            self.born = Some((now, from_now(self.sandbox.identity.request.timeout).1));
         }
         // One that was paused is so until it runs.
         let record = match self.paused_in {
@@ -298,8 +299,10 @@ impl Driver {
         if let Some((started_at, end_at)) = self.born {
             (info.started_at, info.end_at) = (started_at, end_at);
         }
-        self.sandbox.deadline.set(from_now(self.sandbox.identity.request.timeout).0);
+        let life = self.sandbox.identity.request.timeout;
+        self.sandbox.goes_on_for(life, life);
         *self.sandbox.info.borrow_mut() = Some(info.clone());
+        self.sandbox.note(format!("created from template {}", shape.template_id));
         self.shard.count_spawn(&shape.template_id, info.started_at);
         self.shape = Some(shape);
         let maker = self.sandbox.maker.borrow_mut().take();

@@ -21,12 +21,12 @@ use super::super::image::pieces_of;
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedNetwork, RecordedProcess, RecordedState};
 use super::super::state::Event;
-use super::super::{Request, chain, from_now, paging, token_of};
+use super::super::{Request, chain, paging, token_of};
 use super::Driver;
 use crate::event::Purpose;
 use crate::host::snapshot_info;
 use crate::shell::Held;
-use crate::{Lifecycle, OnTimeout, SandboxInfo, ShardError};
+use crate::{Lifecycle, NEVER, OnTimeout, SandboxInfo, ShardError};
 
 /// What does not change in the life of a sandbox: from the snapshot it was made of, or its record.
 #[derive(Clone, Debug)]
@@ -176,6 +176,10 @@ fn unix_ms(at: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+fn whole_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Driver {
     pub(super) fn manifest_draft(&self, pausing: bool) -> Option<Draft> {
         let shape = self.shape.clone()?;
@@ -215,7 +219,7 @@ impl Driver {
         let request = &identity.request;
         let now = SystemTime::now();
         let times = self.sandbox.info.borrow().as_ref().map(|info| (info.started_at, info.end_at));
-        let (started_at, end_at) = times.or(self.born).unwrap_or((now, now));
+        let (started_at, end_at) = times.or(self.born).unwrap_or((now, Some(now)));
         Ok(Record {
             state,
             process: self.held().as_deref().map(recorded),
@@ -228,8 +232,10 @@ impl Driver {
             memory_mib: shape.memory.count(),
             disk_bytes: shape.disk_bytes,
             started_unix_ms: unix_ms(started_at),
-            end_unix_ms: unix_ms(end_at),
-            timeout_ms: u64::try_from(request.timeout.as_millis()).unwrap_or(u64::MAX),
+            end_unix_ms: end_at.map(unix_ms),
+            timeout_ms: whole_ms(request.timeout),
+            idle: request.idle,
+            life_ms: whole_ms(self.sandbox.life()),
             pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             auto_resume: request.auto_resume,
             tenant: request.tenant.as_str().to_owned(),
@@ -266,9 +272,10 @@ impl Driver {
     /// Shows what a record says.
     pub(super) fn show_record(&mut self, record: &Record) {
         let at = |unix_ms: u64| UNIX_EPOCH + Duration::from_millis(unix_ms);
-        let end_at = at(record.end_unix_ms);
-        let left = end_at.duration_since(SystemTime::now()).unwrap_or_default();
-        self.sandbox.deadline.set(from_now(left).0);
+        let end_at = record.end_unix_ms.map(at);
+        let left =
+            end_at.map_or(NEVER, |end| end.duration_since(SystemTime::now()).unwrap_or_default());
+        self.sandbox.goes_on_for(left, Duration::from_millis(record.life_ms));
         let state = match record.state {
             RecordedState::Running => Lifecycle::Running,
             RecordedState::Paused { .. } | RecordedState::RollingBack { .. } => Lifecycle::Paused,
@@ -295,7 +302,7 @@ impl Driver {
             template_id: shape.template_id.clone(),
             template_name: shape.template_name.clone(),
             started_at: now,
-            end_at: now,
+            end_at: Some(now),
             state: Lifecycle::Running,
             vcpus: shape.vcpus,
             memory: shape.memory,
@@ -385,6 +392,7 @@ impl Driver {
         // record cannot be written it stays on disk too.
         let written = self.paused_in.is_none() || self.write_record(Links::AsRecorded).await;
         self.sandbox.show(Lifecycle::Running);
+        self.sandbox.note("resumed".to_owned());
         self.sandbox.paused_at.set(None);
         // Its memory lies on the layers of that snapshot by links of its own.
         if let Some(snapshot) = self.paused_in.take().filter(|_| written) {
@@ -417,10 +425,15 @@ impl Driver {
             self.paused_in = made.as_ref().map(|made| made.id.clone());
         }
         let heard = match (self.request.take(), made) {
-            (Some(Request::Snapshot(_, sender)), Some(made)) => {
+            (Some(Request::Snapshot(purpose, sender)), Some(made)) => {
+                if matches!(purpose, Purpose::Client(_)) {
+                    self.sandbox.note(format!("snapshot {} made", made.id));
+                }
                 sender.send(Ok(Box::new(snapshot_info(&made)))).is_ok()
             }
-            (Some(Request::Pause(sender) | Request::Rollback(_, sender)), _) => {
+            (Some(Request::Pause(sender)), _) => sender.send(Ok(())).is_ok(),
+            (Some(Request::Rollback(snapshot, sender)), _) => {
+                self.sandbox.note(format!("rolled back to snapshot {snapshot}"));
                 sender.send(Ok(())).is_ok()
             }
             // Its time was over, and nobody asked.

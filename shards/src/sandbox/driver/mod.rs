@@ -67,7 +67,7 @@ struct Driver {
     step_deadline: Instant,
     shape: Option<keep::Shape>,
     /// When it came up, and when its time is over: as its record has them.
-    born: Option<(SystemTime, SystemTime)>,
+    born: Option<(SystemTime, Option<SystemTime>)>,
     image: Option<Arc<Opened>>,
     disk: Option<Arc<File>>,
     memory: Memory,
@@ -288,12 +288,18 @@ impl Driver {
                 None => pending().await,
             }
         };
+        let lives = matches!(*self.sandbox.state.borrow(), State::Running);
+        let sandbox = &self.sandbox;
         let over = async {
-            match deadline {
-                Some(deadline) => time::sleep_until(deadline).await,
-                None => pending().await,
+            let Some(mut deadline) = deadline else { return pending().await };
+            loop {
+                time::sleep_until(deadline).await;
+                // Requests put the end of one that lives by them off, and tell nobody.
+                match sandbox.deadline.get() {
+                    later if lives && later > deadline => deadline = later,
+                    _ => return Heard::Event(Event::TimeOver),
+                }
             }
-            Heard::Event(Event::TimeOver)
         };
         told.or(done).or(said).or(over).await
     }

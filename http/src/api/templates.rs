@@ -1,0 +1,247 @@
+//! Templates: which there are, by id and by name, and forgetting snapshots, which clients delete in the
+//! same place.
+//!
+//! Called by [`super`]. Refuses to change or delete a template of the operator's.
+
+use std::time::UNIX_EPOCH;
+
+use hyper::{Response, StatusCode};
+use mica_shards::{Host, TemplateInfo};
+use mica_wire::api::{
+    SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
+    UpdateTemplate,
+};
+
+use super::list::{PAGE_ENTRIES_MAX, page_limit};
+use super::{json, operate, status, with_next};
+use crate::body::Body;
+use crate::error::ApiError;
+use crate::route::Version;
+use crate::{percent, rfc3339};
+
+/// What clients use unless they are told another.
+const DEFAULTS: [&str; 3] = ["base", "code-interpreter-v1", "mcp-gateway"];
+
+type Answer = Result<Response<Body>, ApiError>;
+
+/// `GET /templates`, and the same in pages on v2. In the order of their ids.
+///
+/// # Errors
+/// What to answer instead.
+pub async fn list(host: &Host, version: Version, query: &str) -> Answer {
+    let (limit, after) = match version {
+        Version::V1 => (usize::MAX, None),
+        Version::V2 => page(query)?,
+    };
+    let mut templates = host.templates().await?;
+    if version == Version::V2 {
+        templates.sort_by(|a, b| a.id.cmp(&b.id));
+        templates.retain(|template| after.as_ref().is_none_or(|after| template.id > *after));
+    }
+    let cut = templates.len() > limit;
+    templates.truncate(limit);
+    let next = templates.last().filter(|_| cut).map(|last| last.id.clone());
+    let shown: Vec<_> = templates.into_iter().map(shown).collect();
+    Ok(with_next(json::answer(StatusCode::OK, &shown)?, next))
+}
+
+fn page(query: &str) -> Result<(usize, Option<String>), ApiError> {
+    let (mut limit, mut after) = (PAGE_ENTRIES_MAX, None);
+    let pairs = percent::query_pairs(query)
+        .map_err(|error| ApiError::bad_request(format!("the query is not valid: {error}")))?;
+    for (key, value) in pairs {
+        match key.as_str() {
+            "limit" => limit = page_limit(&value)?,
+            "nextToken" if value.is_empty() => {}
+            "nextToken" if operate::is_store_id(&value) => after = Some(value),
+            "nextToken" => {
+                let message = "`nextToken` must be an `x-next-token` of this host";
+                return Err(ApiError::bad_request(message));
+            }
+            _ => {}
+        }
+    }
+    Ok((limit, after))
+}
+
+/// `GET /default-templates`.
+///
+/// # Errors
+/// What to answer instead.
+pub async fn defaults(host: &Host) -> Answer {
+    let all = host.templates().await?.into_iter();
+    let shown: Vec<_> =
+        all.filter(|template| DEFAULTS.contains(&template.name.as_str())).map(shown).collect();
+    json::answer(StatusCode::OK, &shown)
+}
+
+/// `GET /templates/{id}`.
+///
+/// # Errors
+/// What to answer instead.
+pub async fn get(host: &Host, id: &str) -> Answer {
+    let template = shown(find(host, id).await?);
+    let build = TemplateBuild {
+        build_id: template.build_id.clone(),
+        status: template.build_status.clone(),
+        created_at: template.created_at.clone(),
+        updated_at: template.updated_at.clone(),
+        finished_at: template.updated_at.clone(),
+        cpu_count: template.cpu_count,
+        memory_mib: template.memory_mib,
+        disk_size_mib: template.disk_size_mib,
+        envd_version: template.envd_version.clone(),
+    };
+    json::answer(StatusCode::OK, &TemplateWithBuilds { template, builds: vec![build] })
+}
+
+/// `GET /templates/aliases/{alias}`.
+///
+/// # Errors
+/// 404 where nothing has that name.
+pub async fn find_alias(host: &Host, alias: &str) -> Answer {
+    json::answer(StatusCode::OK, &alias_of(find(host, alias).await?))
+}
+
+/// `PATCH /templates/{id}`: a template is everybody's, and stays so.
+///
+/// # Errors
+/// 501 for a template that is to be nobody else's.
+pub async fn update(host: &Host, id: &str, body: &[u8]) -> Answer {
+    let UpdateTemplate { public } = json::read_or_default(body)?;
+    let template = find(host, id).await?;
+    if public == Some(false) {
+        return Err(ApiError::not_offered("templates that are not public"));
+    }
+    json::answer(StatusCode::OK, &TemplateNames { names: vec![template.name.to_string()] })
+}
+
+/// `PUT /templates/{id}/alias`: a template keeps the one name it has.
+///
+/// # Errors
+/// 501 for another.
+pub async fn set_alias(host: &Host, id: &str, body: &[u8]) -> Answer {
+    let SetAlias { alias } = json::read_or_default(body)?;
+    let template = find(host, id).await?;
+    if alias.as_deref() != Some(template.name.as_str()) {
+        return Err(ApiError::not_offered("another name for a template of the operator's"));
+    }
+    json::answer(StatusCode::OK, &alias_of(template))
+}
+
+fn alias_of(template: TemplateInfo) -> TemplateAlias {
+    TemplateAlias { template_id: template.id, public: true }
+}
+
+async fn find(host: &Host, id: &str) -> Result<TemplateInfo, ApiError> {
+    let templates = host.templates().await?;
+    let found = templates.into_iter().find(|template| is_called(template, id));
+    found.ok_or_else(|| ApiError::no_such_template(&operate::shown(id)))
+}
+
+fn is_called(template: &TemplateInfo, id: &str) -> bool {
+    template.id == id || template.name.as_str() == id
+}
+
+/// Forgets a snapshot. Sandboxes made from it go on, so the answer comes at once. Templates are the
+/// operator's, and no client of this version may delete one.
+///
+/// # Errors
+/// 404 for what is neither, 403 for a template.
+pub async fn delete(host: &Host, id: &str) -> Answer {
+    let unknown = || ApiError::no_such_template(&operate::shown(id));
+    if !operate::is_store_id(id) {
+        return Err(unknown());
+    }
+    if host.delete_snapshot(id).await? {
+        return Ok(status(StatusCode::NO_CONTENT));
+    }
+    let templates = host.templates().await?;
+    match templates.iter().find(|template| is_called(template, id)) {
+        Some(template) => Err(ApiError::template_is_kept(template.name.as_str())),
+        None => Err(unknown()),
+    }
+}
+
+fn shown(info: TemplateInfo) -> Template {
+    let created_at = rfc3339::format(info.created_at);
+    Template {
+        build_id: build_id(&info),
+        template_id: info.id,
+        cpu_count: u32::from(info.vcpus.get()),
+        memory_mib: info.memory.count(),
+        disk_size_mib: info.disk.count(),
+        public: true,
+        aliases: vec![info.name.to_string()],
+        names: vec![info.name.to_string()],
+        updated_at: created_at.clone(),
+        created_at,
+        created_by: None,
+        last_spawned_at: info.last_spawned_at.map(rfc3339::format),
+        spawn_count: info.spawn_count,
+        build_count: 1,
+        envd_version: info.envd_version,
+        build_status: "ready".to_owned(),
+    }
+}
+
+/// A UUID, as clients demand it: the same for the same template (version 8 of RFC 9562).
+fn build_id(info: &TemplateInfo) -> String {
+    /// FNV-1a, 128 bits.
+    const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    let built = info.created_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let hash = info
+        .id
+        .bytes()
+        .chain(built.to_le_bytes())
+        .fold(OFFSET, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME));
+    let digits = format!("{hash:032x}");
+    let variant = "89ab".chars().nth(usize::try_from(hash & 3).unwrap_or(0)).unwrap_or('8');
+    let (a, b, c, d, e) =
+        (&digits[..8], &digits[8..12], &digits[13..16], &digits[17..20], &digits[20..]);
+    format!("{a}-{b}-8{c}-{variant}{d}-{e}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    use mica_units::{Mebibytes, VcpuCount};
+
+    fn template(id: &str) -> TemplateInfo {
+        TemplateInfo {
+            id: id.to_owned(),
+            name: "base".parse().unwrap(),
+            vcpus: VcpuCount::new(1).unwrap(),
+            memory: Mebibytes::new(512),
+            disk: Mebibytes::new(1024),
+            envd_version: "0.5.7".to_owned(),
+            created_at: UNIX_EPOCH + Duration::from_secs(1),
+            spawn_count: 0,
+            last_spawned_at: None,
+        }
+    }
+
+    #[test]
+    fn ids_of_builds_are_uuids_that_differ_and_stay() {
+        let id = build_id(&template("a"));
+        assert_eq!(id, build_id(&template("a")));
+        assert_ne!(id, build_id(&template("b")));
+        let lengths: Vec<usize> = id.split('-').map(str::len).collect();
+        assert_eq!(lengths, [8, 4, 4, 4, 12], "{id}");
+        assert!(id.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit()), "{id}");
+        assert_eq!(&id[14..15], "8", "{id}");
+        assert!("89ab".contains(&id[19..20]), "{id}");
+    }
+
+    #[test]
+    fn pages() {
+        assert_eq!(page("").unwrap(), (100, None));
+        assert_eq!(page("limit=2&nextToken=a&teamID=x").unwrap(), (2, Some("a".to_owned())));
+        for bad in ["limit=0", "limit=101", "nextToken=..%2f"] {
+            assert!(page(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! How long sandboxes live in each spelling, what extends that, and requests that wake the paused ones.
+//!
+//! Each test has its own daemon. Times are real and short.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::client::Reply;
+use crate::daemon::{Daemon, eventually};
+use crate::template::TEMPLATE;
+
+/// A port where nothing listens: a running sandbox says so, and others say something else.
+const CLOSED_PORT: u16 = 1;
+
+fn create(daemon: &Daemon, path: &str, wish: &Value) -> String {
+    let mut body = json!({ "templateID": TEMPLATE });
+    for (key, value) in wish.as_object().expect("an object") {
+        body[key] = value.clone();
+    }
+    let created = daemon.ask("POST", path, Some(&body));
+    assert_eq!(created.status, 201, "{created:?}");
+    created.json()["sandboxID"].as_str().expect("an id").to_owned()
+}
+
+fn visit(daemon: &Daemon, id: &str) -> Reply {
+    daemon.to_sandbox(id, CLOSED_PORT, "GET /").send("\r\n").reply()
+}
+
+/// Whether a request gets into the guest.
+fn takes_visitors(daemon: &Daemon, id: &str) -> bool {
+    visit(daemon, id).error(502).contains("port is not open")
+}
+
+#[test]
+fn a_request_wakes_a_paused_sandbox_where_that_was_wished_for() {
+    let daemon = Daemon::start();
+    let deaf = create(&daemon, "/v2/sandboxes", &json!({ "autoPause": true }));
+    daemon.pause(&deaf);
+    assert!(visit(&daemon, &deaf).error(502).contains("was not found"));
+    assert_eq!(daemon.state(&deaf), "paused");
+    for wish in [
+        json!({ "timeout": 1, "autoPause": true, "autoResume": { "enabled": true } }),
+        json!({ "timeout": 1, "lifecycle": { "on_timeout": "pause", "auto_resume": true } }),
+    ] {
+        let id = create(&daemon, "/v2/sandboxes", &wish);
+        let shown = daemon.get(&id).json();
+        assert_eq!(shown["lifecycle"], json!({ "autoResume": true, "onTimeout": "pause" }));
+        eventually("its time is over", || daemon.state(&id) == "paused");
+        let mut at_once: Vec<_> =
+            (0..8).map(|_| daemon.to_sandbox(&id, CLOSED_PORT, "GET /")).collect();
+        for connection in &mut at_once {
+            connection.send("\r\n");
+        }
+        for connection in &mut at_once {
+            let message = connection.reply().error(502);
+            assert!(message.contains("port is not open"), "{message}");
+        }
+        assert_eq!(daemon.state(&id), "running");
+        let logs = daemon.ask("GET", &format!("/v2/sandboxes/{id}/logs?search=resumed"), None);
+        assert_eq!(logs.json()["logs"].as_array().map(Vec::len), Some(1), "one resume for all");
+        // What the host itself asks does not.
+        daemon.pause(&id);
+        let metrics = daemon.ask("GET", &format!("/sandboxes/{id}/metrics"), None);
+        assert_eq!((metrics.status, daemon.state(&id)), (200, "paused".to_owned()));
+        assert_eq!(daemon.delete(&id).status, 204);
+    }
+}
+
+#[test]
+fn a_sandbox_that_cannot_be_woken_is_an_answer_that_says_when_to_come_back() {
+    let daemon =
+        Daemon::start_with(&["--sandboxes-max", "1", "--pool-min", "0", "--pool-max", "0"]);
+    let wish = json!({ "autoPause": true, "autoResume": true, "timeout": 300 });
+    let id = create(&daemon, "/v2/sandboxes", &wish);
+    daemon.pause(&id);
+    // Its process goes, and another sandbox takes the only place.
+    crate::daemon::kill("KILL", daemon.vm_of(&id));
+    let body = json!({ "templateID": TEMPLATE });
+    eventually("there is room for another", || {
+        daemon.ask("POST", "/v2/sandboxes", Some(&body)).status == 201
+    });
+    let reply = visit(&daemon, &id);
+    assert!(reply.error(503).contains("could not be resumed"), "{reply:?}");
+    assert_eq!(reply.headers["retry-after"], "1");
+    assert_eq!(daemon.state(&id), "paused");
+}
+
+#[test]
+fn lives_without_an_end_and_at_once_in_cubesandboxs_spelling() {
+    let daemon = Daemon::start();
+    let kill = json!({ "onTimeout": "kill" });
+    for wish in [
+        json!({ "timeout": -1 }),
+        json!({ "lifecycle": kill }),
+        json!({ "timeout": -1, "lifecycle": kill }),
+    ] {
+        let id = create(&daemon, "/sandboxes", &wish);
+        assert_eq!(daemon.get(&id).json().get("endAt"), None, "{wish}");
+        let listed = daemon.ask("GET", "/v2/sandboxes", None).json();
+        assert_eq!(listed[0].get("endAt"), None, "{wish}");
+        assert_eq!(daemon.act(&id, "refreshes").status, 204);
+        assert_eq!(daemon.get(&id).json().get("endAt"), None, "{wish}");
+        let set = |timeout: i64| daemon.act_with(&id, "timeout", &json!({ "timeout": timeout }));
+        assert_eq!(set(60).status, 204);
+        assert!(daemon.get(&id).json()["endAt"].is_string());
+        assert_eq!(set(-1).status, 204);
+        assert_eq!(daemon.get(&id).json().get("endAt"), None, "{wish}");
+        assert_eq!(daemon.delete(&id).status, 204);
+    }
+    let id = create(&daemon, "/sandboxes", &json!({ "timeout": 0, "lifecycle": kill }));
+    eventually("it ends at once", || daemon.get(&id).status == 404);
+}
+
+#[test]
+fn one_that_lives_by_its_requests_ends_when_they_stay_away_also_after_a_restart() {
+    let mut daemon = Daemon::start();
+    let wish = json!({ "timeout": 3, "lifecycle": { "onTimeout": "kill" } });
+    let id = create(&daemon, "/sandboxes", &wish);
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(4) {
+        assert!(takes_visitors(&daemon, &id));
+    }
+    daemon.crash();
+    daemon.restart();
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(4) {
+        assert!(takes_visitors(&daemon, &id), "the next daemon knows");
+    }
+    let used = Instant::now();
+    eventually("it ends", || daemon.get(&id).status == 404);
+    let late = used.elapsed();
+    let seconds = Duration::from_secs;
+    assert!(late > seconds(2) && late < seconds(4), "{late:?} after its last request");
+}
+
+#[test]
+fn ends_are_met_to_the_second_also_after_a_restart() {
+    let mut daemon = Daemon::start();
+    let short = create(&daemon, "/v2/sandboxes", &json!({ "timeout": 5 }));
+    let waking = json!({ "timeout": 5, "autoPause": true, "autoResume": true });
+    let waking = create(&daemon, "/v2/sandboxes", &waking);
+    let never = create(&daemon, "/v2/sandboxes", &json!({ "timeout": -1 }));
+    let began = Instant::now();
+    daemon.crash();
+    daemon.restart();
+    eventually("its time is over", || daemon.get(&short).status == 404);
+    let took = began.elapsed();
+    let seconds = Duration::from_secs;
+    assert!(took > seconds(4) && took < seconds(6), "{took:?}");
+    eventually("its time is over", || daemon.state(&waking) == "paused");
+    assert!(began.elapsed() < seconds(7));
+    assert!(takes_visitors(&daemon, &waking), "and the wish to be woken is kept");
+    assert_eq!(daemon.state(&waking), "running");
+    assert_eq!(daemon.get(&never).json().get("endAt"), None);
+}
+
+#[test]
+fn refreshes_only_extend() {
+    let daemon = Daemon::start();
+    let id = create(&daemon, "/v2/sandboxes", &json!({ "timeout": 5 }));
+    let end = || daemon.get(&id).json()["endAt"].as_str().expect("an end").to_owned();
+    let first = end();
+    assert_eq!(daemon.act(&id, "refreshes").status, 204);
+    let second = end();
+    assert!(second > first, "15 seconds at the least: {first}, then {second}");
+    let refresh =
+        |duration: i64| daemon.act_with(&id, "refreshes", &json!({ "duration": duration }));
+    let long = refresh(3600);
+    assert_eq!((long.status, long.body.len()), (204, 0));
+    let third = end();
+    assert!(third > second);
+    assert_eq!(refresh(0).status, 204);
+    assert_eq!(end(), third, "it never shortens");
+    assert!(refresh(3601).error(400).contains("`duration`"));
+    assert!(refresh(-1).error(400).contains("`duration`"));
+    let nobody = "/sandboxes/i00000000000000000000/refreshes";
+    daemon.ask("POST", nobody, None).error(404);
+}
