@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use mica_http::{HttpConfig, KeyRing, Limits};
+use mica_http::{HttpConfig, Keys, Limits};
 use mica_numa::{PlanConfig, Reserved, Shards};
-use mica_shards::HostConfig;
+use mica_shards::{Accounts, HostConfig};
 use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
+use crate::key::book::KeyPlaces;
 use crate::tls::TlsArgs;
 
 const VM_PROGRAM: &str = "mica-vm";
@@ -57,9 +58,16 @@ pub struct ServeArgs {
     /// Directory of templates and sandbox disks. XFS with reflink, or btrfs, makes it fast.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/mica")]
     store: PathBuf,
-    /// File of API keys, one on each line. Made with one key when it is not there.
+    /// File of plain API keys of the default tenant, one on each line. Made with one key when there is
+    /// no key anywhere.
     #[arg(long, value_name = "FILE", default_value = "/etc/mica/api-keys")]
     key_file: PathBuf,
+    /// Database of the keys that `mica key` makes. Default: keys.json beside the key file.
+    #[arg(long, value_name = "FILE")]
+    key_db: Option<PathBuf>,
+    /// Serve without a key whoever can connect, as the default tenant. Only on a loopback address.
+    #[arg(long)]
+    open: bool,
     /// Program that runs one virtual machine. Default: mica-vm beside this executable.
     #[arg(long, value_name = "FILE")]
     pub vm_program: Option<PathBuf>,
@@ -152,7 +160,9 @@ pub struct ServeConfig {
     /// Where shards sit.
     pub plan: PlanArgs,
     /// Where the keys are.
-    pub key_file: PathBuf,
+    pub keys: KeyPlaces,
+    /// Whether requests need none.
+    pub open: bool,
     /// Whether KVM has to be able to run Linux.
     pub needs_usable_kvm: bool,
 }
@@ -201,13 +211,24 @@ impl ServeArgs {
                 ..FlattenLimits::default()
             },
             memory_reserve_mib: self.memory_reserve_mib,
+            // The keys' file says whose there are.
+            accounts: Accounts::new(),
         };
         host.check()?;
         let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;
-        let (listen, keys) = (self.listen, KeyRing::default());
-        let http = HttpConfig { listen, tls: None, domain, keys, limits };
-        let (tls, plan, key_file) = (self.tls, self.plan, self.key_file);
-        Ok(ServeConfig { http, tls, host, plan, key_file, needs_usable_kvm })
+        if self.open && !self.listen.ip().is_loopback() {
+            bail!(
+                "--open serves whoever can connect, so --listen must be a loopback address such as \
+                 127.0.0.1:3000, not {}; leave --open out to serve others, who then need a key",
+                self.listen
+            );
+        }
+        let keys = Keys::new(self.open);
+        let http = HttpConfig { listen: self.listen, tls: None, domain, keys, limits };
+        let database = self.key_db.unwrap_or_else(|| self.key_file.with_file_name("keys.json"));
+        let keys = KeyPlaces { file: self.key_file, database };
+        let (tls, plan) = (self.tls, self.plan);
+        Ok(ServeConfig { http, tls, host, plan, keys, open: self.open, needs_usable_kvm })
     }
 }
 

@@ -8,7 +8,7 @@
 mod cert;
 mod config;
 mod helper;
-mod key_file;
+mod key;
 mod kvm_kind;
 mod pool;
 mod serve;
@@ -40,6 +40,8 @@ enum Command {
     Topology(config::PlanArgs),
     /// Make, list and move templates.
     Template(template::TemplateArgs),
+    /// Make, list and revoke API keys.
+    Key(key::KeyArgs),
     /// Make, list and remove file systems that can clone files.
     Pool(pool::PoolArgs),
     /// Make a private certificate authority, and a certificate for `mica serve --tls-cert`.
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
         Command::Cert(args) => cert::run(&args),
+        Command::Key(args) => key::run(args),
         Command::Pool(args) => pool::run(&args),
         Command::Helper(words) => helper::become_helper(&words),
     };

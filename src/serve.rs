@@ -18,8 +18,9 @@ use rustix::net::{
 };
 
 use crate::config::ServeArgs;
+use crate::key::book::KeyBook;
 use crate::kvm_kind::KvmKind;
-use crate::{helper, key_file, signals, topology};
+use crate::{helper, signals, topology};
 
 /// How often, and how long between, an address is tried that is in use.
 const BIND_TRIES_MAX: u32 = 20;
@@ -39,14 +40,18 @@ pub fn run(args: ServeArgs) -> Result<()> {
     if let Some(tls) = &mut config.http.tls {
         tls.listen = tls.listen.map(free_address).transpose()?;
     }
-    config.http.keys = key_file::load_or_create(&config.key_file)?;
+    let book = KeyBook::open(config.keys.clone(), config.http.keys.clone(), !config.open)?;
+    config.host.accounts = book.accounts();
+    book.keep()?;
     let plan = topology::planned(&config.plan)?;
     let stop = StopSignal::new().context("cannot make the stop signal")?;
     signals::stop_on_signals(stop.clone())?;
     check_clones(&config.host.store_root)?;
     tracing::info!(
         url = format!("http://{}", config.http.listen),
-        keys = %config.key_file.display(),
+        keys = %config.keys.file.display(),
+        key_database = %config.keys.database.display(),
+        open = config.open,
         "starting\n{plan}"
     );
 

@@ -11,7 +11,7 @@ use mica_wire::guest::CONTROL_LINE_BYTES_MAX;
 use rustls::server::ResolvesServerCert;
 use rustls::{ServerConfig, crypto};
 
-use crate::keys::KeyRing;
+use crate::keys::Keys;
 
 /// The names of HTTP/2 and HTTP/1.1 where TLS agrees on one of them.
 pub const ALPN_H2: &[u8] = b"h2";
@@ -31,7 +31,7 @@ pub struct HttpConfig {
     /// clients are told none.
     pub domain: Option<String>,
     /// Who may use the control plane.
-    pub keys: KeyRing,
+    pub keys: Keys,
     /// The bounds.
     pub limits: Limits,
 }

@@ -5,6 +5,8 @@
 
 mod host;
 
+use std::time::Duration;
+
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Response, StatusCode};
 use mica_shards::ShardError;
@@ -45,6 +47,8 @@ enum Retry {
     No,
     /// In a second: the request had no effect.
     Soon,
+    /// In so many seconds: the request had no effect.
+    After(u64),
 }
 
 #[derive(Serialize)]
@@ -83,8 +87,45 @@ impl ApiError {
     pub fn unauthorized() -> Self {
         Self::new(
             StatusCode::UNAUTHORIZED,
-            "the API key is missing or not valid; send one of the host's key file as X-API-Key",
+            "the API key is missing or not valid; send one that this host made (`mica key create`) \
+             as X-API-Key or as a bearer token",
         )
+    }
+
+    /// The key has as many sandboxes as it may.
+    #[must_use]
+    pub fn too_many_sandboxes(live: u32, most: u32) -> Self {
+        let message = format!(
+            "this API key has {live} sandboxes, running and paused, and may have {most}; end some"
+        );
+        Self { retry: Retry::After(1), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
+    /// The key makes sandboxes faster than it may.
+    #[must_use]
+    pub fn too_fast(wait: Duration) -> Self {
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        let message =
+            "this API key makes sandboxes faster than it may; wait as long as Retry-After says";
+        let retry = Retry::After(seconds.max(1));
+        Self { retry, ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
+    /// The first request with this idempotency key is not answered yet.
+    #[must_use]
+    pub fn in_progress() -> Self {
+        let message =
+            "a request with this Idempotency-Key is being carried out; ask again in a moment";
+        let error_code = Some("idempotency_in_progress");
+        Self { error_code, ..Self::soon(StatusCode::CONFLICT, message) }
+    }
+
+    /// The idempotency key was used for something else.
+    #[must_use]
+    pub fn idempotency_mismatch() -> Self {
+        let message = "this Idempotency-Key was used with another request; take a new one";
+        let error_code = Some("idempotency_request_mismatch");
+        Self { error_code, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, message) }
     }
 
     /// Our mistake. The log has the cause.
@@ -338,9 +379,10 @@ impl ApiError {
         match self.retry {
             Retry::Unsaid => {}
             Retry::No => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
-            Retry::Soon => {
+            Retry::Soon | Retry::After(_) => {
+                let seconds = if let Retry::After(seconds) = self.retry { seconds } else { 1 };
                 headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
-                headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+                headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
             }
         }
         if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
@@ -389,6 +431,21 @@ mod tests {
         let error = json(&ApiError::guest_unresponsive(id()));
         let end = r#","code":409,"error_code":"sandbox_snapshot_guest_agent_unresponsive"}"#;
         assert!(error.ends_with(end), "{error}");
+    }
+
+    #[test]
+    fn who_is_over_a_quota_is_told_when_to_come_back() {
+        for (error, seconds) in [
+            (ApiError::too_many_sandboxes(3, 3), "1"),
+            (ApiError::too_fast(Duration::ZERO), "1"),
+            (ApiError::too_fast(Duration::from_millis(1001)), "2"),
+            (ApiError::too_fast(Duration::from_secs(7)), "7"),
+        ] {
+            let response = error.into_response();
+            assert_eq!(response.status(), 429);
+            assert_eq!(response.headers()["retry-after"], seconds);
+            assert_eq!(response.headers()["should-retry"], "true");
+        }
     }
 
     #[test]

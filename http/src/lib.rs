@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  conn    one connection: hyper, deadlines, the answers hyper does not give
-//!   └ serve   whom is it for? ──▶ api    control plane: key, route, body ──▶ Host
+//!   └ serve   whom is it for? ──▶ api    control plane: route, key, body ──▶ TenantHost ──▶ Host
 //!                            └──▶ proxy  stream into a guest, bodies both ways ──▶ Host::connect
 //! ```
 
@@ -25,7 +25,9 @@ mod proxy;
 mod rfc3339;
 mod route;
 mod serve;
+mod tenant;
 
 pub use config::{HttpConfig, Limits, Tls};
-pub use keys::{ApiKey, KeyError, KeyRing};
+pub use keys::{ApiKey, KeyError, KeyGrant, KeyHash, KeyLimits, Keys};
+pub use rfc3339::format as rfc3339;
 pub use serve::{ListenError, serve};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use mica_storage::FlattenLimits;
 use mica_wire::vm::console;
 
-use crate::RunError;
+use crate::{Accounts, RunError};
 
 /// Most bytes of one sandbox's console ring.
 const CONSOLE_BYTES_MAX: u64 = 16 << 20;
@@ -71,6 +71,8 @@ pub struct HostConfig {
     /// Memory of each node that is to stay free: below it, frozen processes of paused sandboxes go, the
     /// longest paused first.
     pub memory_reserve_mib: u32,
+    /// Accounts that sandboxes of an earlier daemon are counted in again.
+    pub accounts: Accounts,
 }
 
 /// Most VM processes that one shard may hold ready for one size.
@@ -102,6 +104,7 @@ impl HostConfig {
             log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 1024,
+            accounts: Accounts::new(),
         }
     }
 
@@ -175,6 +178,7 @@ mod tests {
             log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
+            accounts: Accounts::new(),
         };
         assert!(good.check().is_ok());
         let bad = [

@@ -9,8 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
 use mica_storage::LayerId;
-use mica_units::{GuestPort, SandboxId, ShardId};
+use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
+use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
 use crate::shell::PoolCounts;
 use crate::{
     ConnectError, CreateRequest, LogLine, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess,
@@ -33,6 +34,10 @@ const _: () = assert!(ANSWERS_MAX >= OUTSTANDING_MAX);
 pub(crate) enum Operation {
     /// Make this sandbox, whose id hashes to the shard asked.
     Create(SandboxId, Box<CreateRequest>),
+    /// The same, as one of several copies.
+    Copy(SandboxId, Box<CreateRequest>),
+    /// Say whose a sandbox is, also one that is being made.
+    TenantOf(SandboxId),
     /// Show a sandbox.
     Get(SandboxId),
     /// Show all of its sandboxes.
@@ -69,6 +74,10 @@ pub(crate) enum Operation {
     Spawns,
     /// Say what it has, and what its pool did.
     Counts,
+    /// Begin what is to be done once under this name.
+    MemoBegin(MemoKey, Digest),
+    /// Keep what came of it, or let the name go.
+    MemoEnd(MemoKey, MemoTicket, Option<Vec<u8>>),
     /// Give the node's copy of this snapshot's base layer.
     Replica(String, LayerId),
 }
@@ -114,8 +123,12 @@ pub(crate) enum IfRunning {
 /// What it answers.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    /// To `Create` and `Get`.
+    /// To `Create`, `Copy` and `Get`.
     Sandbox(Result<Box<SandboxInfo>, ShardError>),
+    /// To `TenantOf`.
+    Tenant(Result<TenantId, ShardError>),
+    /// To `MemoBegin`.
+    Memo(Memo),
     /// To `List`.
     Sandboxes(Vec<SandboxInfo>),
     /// To `Resume`: the sandbox, and whether it was paused.
@@ -126,7 +139,8 @@ pub(crate) enum Reply {
     Logs(Result<Vec<LogLine>, ShardError>),
     /// To `Usage`, oldest first.
     Usages(Result<Vec<Usage>, ShardError>),
-    /// To `Kill`, `SetTimeout`, `Extend`, `SetNetwork`, `Rollback`, `Pause` and `Forget`.
+    /// To `Kill`, `SetTimeout`, `Extend`, `SetNetwork`, `Rollback`, `Pause`,
+    /// `Forget` and `MemoEnd`.
     Done(Result<(), ShardError>),
     /// To `Connect`.
     Stream(Result<Entry, ConnectError>),

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod account;
 mod cgroup;
 mod config;
 mod console;
@@ -19,6 +20,7 @@ mod error;
 mod event;
 mod host;
 mod hours;
+mod memo;
 mod pressure;
 mod recovery;
 mod replicas;
@@ -36,9 +38,11 @@ mod wake;
 mod warm;
 mod warmth;
 
+pub use account::{Account, Accounts, Seat, TooFast, TooMany};
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};
-pub use host::{CLONES_MAX, Host};
+pub use host::{CLONES_MAX, Doing, Host, Once};
+pub use memo::{Digest, MemoKey};
 pub use mica_numa::StopSignal;
 pub use run::run;
 pub use stream::GuestStream;

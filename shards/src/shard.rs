@@ -13,9 +13,10 @@ use std::time::{Duration, SystemTime};
 use mica_numa::io::Ring;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
-use mica_units::{GuestPort, PerShard, SandboxId, ShardCount, ShardId};
+use mica_units::{GuestPort, PerShard, SandboxId, ShardCount, ShardId, TenantId};
 
 use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
+use crate::memo::Memos;
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
@@ -81,6 +82,8 @@ pub(crate) struct Shard {
     host: RefCell<Option<Host>>,
     sandboxes: RefCell<BTreeMap<SandboxId, Rc<Sandbox>>>,
     spawns: RefCell<BTreeMap<String, Spawned>>,
+    /// Answers to what is to be done once.
+    memos: Memos,
     draining: Cell<bool>,
 }
 
@@ -108,6 +111,7 @@ impl Shard {
             loads,
             sandboxes: RefCell::default(),
             spawns: RefCell::default(),
+            memos: Memos::default(),
             draining: Cell::new(false),
         }
     }
@@ -125,7 +129,11 @@ impl Shard {
     /// Does what is asked.
     pub(crate) async fn perform(self: Rc<Self>, operation: Operation) -> Reply {
         match operation {
-            Operation::Create(id, request) => Reply::Sandbox(self.create(id, *request).await),
+            Operation::Create(id, request) => {
+                Reply::Sandbox(self.create(id, *request, false).await)
+            }
+            Operation::Copy(id, request) => Reply::Sandbox(self.create(id, *request, true).await),
+            Operation::TenantOf(id) => Reply::Tenant(self.tenant_of(id)),
             Operation::Get(id) => Reply::Sandbox(self.get(id)),
             Operation::List => Reply::Sandboxes(self.list()),
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
@@ -151,13 +159,23 @@ impl Shard {
             }
             Operation::Spawns => Reply::Spawns(self.spawns.borrow().clone()),
             Operation::Counts => Reply::Counts(self.counts()),
+            Operation::MemoBegin(key, digest) => Reply::Memo(self.memos.begin(key, digest)),
+            Operation::MemoEnd(key, ticket, answer) => {
+                self.memos.end(&key, ticket, answer);
+                Reply::Done(Ok(()))
+            }
             Operation::Replica(snapshot, layer) => {
                 Reply::Replica(self.replicas.get(&self, snapshot, layer).await)
             }
         }
     }
 
-    async fn create(self: &Rc<Self>, id: SandboxId, request: CreateRequest) -> Made {
+    async fn create(
+        self: &Rc<Self>,
+        id: SandboxId,
+        request: CreateRequest,
+        of_copies: bool,
+    ) -> Made {
         debug_assert_eq!(id.shard(self.shards), self.id, "sent to the wrong shard");
         if self.draining.get() {
             return Err(ShardError::ShuttingDown);
@@ -169,7 +187,7 @@ impl Shard {
         let traffic_token = Some(draw_hex::<TOKEN_BYTES>()?);
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
         let (maker, made) = oneshot::channel();
-        let identity = Identity { request, access_token, traffic_token, machine_id };
+        let identity = Identity { request, of_copies, access_token, traffic_token, machine_id };
         self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create);
         made.await.unwrap_or(Err(ShardError::ShuttingDown))
     }
@@ -185,6 +203,11 @@ impl Shard {
     pub(crate) fn find(&self, id: SandboxId) -> Result<Rc<Sandbox>, ShardError> {
         let found = self.sandboxes.borrow().get(&id).cloned();
         found.filter(|sandbox| !sandbox.is_ending()).ok_or(ShardError::NoSuchSandbox(id))
+    }
+
+    fn tenant_of(&self, id: SandboxId) -> Result<TenantId, ShardError> {
+        let found = self.sandboxes.borrow().get(&id).map(|sandbox| sandbox.tenant().clone());
+        found.ok_or(ShardError::NoSuchSandbox(id))
     }
 
     fn get(&self, id: SandboxId) -> Made {
@@ -266,6 +289,8 @@ impl Shard {
 
     fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {
         let request = self.find(id)?.request();
+        // Its seat stays its own.
+        let request = request.map(|request| CreateRequest { seat: None, ..request });
         request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 
@@ -331,6 +356,7 @@ impl Shard {
     /// Forgets a sandbox of which nothing is left.
     pub(crate) fn forget(&self, sandbox: &Sandbox) {
         self.sandboxes.borrow_mut().remove(&sandbox.id);
+        sandbox.release_seat();
         self.show_load();
     }
 

@@ -22,7 +22,7 @@ use crate::sandbox::{
 };
 use crate::shard::Shard;
 use crate::shell::{Held, OpenError, VmProcess};
-use crate::{CreateRequest, NEVER, NetworkPolicy, OnTimeout};
+use crate::{Account, Accounts, CreateRequest, NEVER, NetworkPolicy, OnTimeout};
 
 /// Why a process cannot be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ enum TakeoverError {
 /// Begins the life of a survivor.
 pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
     let Survivor { id, record, alive } = survivor;
-    let sandbox = Sandbox::new(id, identity(&record), None);
+    let sandbox = Sandbox::new(id, identity(&record, &shard.workshop.config.accounts), None);
     let process = match hold(shard, id, &record, alive).await {
         Ok(process) => process,
         Err(StillThere) => {
@@ -139,7 +139,8 @@ fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {
     Ok(Held { name, uid, process, control, console, exchange, layout, taken_back })
 }
 
-fn identity(record: &Record) -> Identity {
+fn identity(record: &Record, accounts: &Accounts) -> Identity {
+    let account = record.account.as_ref().and_then(|account| accounts.get(account));
     let request = CreateRequest {
         template: record.template.clone(),
         timeout: Duration::from_millis(record.timeout_ms),
@@ -152,9 +153,12 @@ fn identity(record: &Record) -> Identity {
         // Its checksum holds, so this is what was written.
         tenant: record.tenant.parse().unwrap_or_default(),
         network: NetworkPolicy::from(&record.network),
+        // The key of an account may have been revoked meanwhile: then nobody counts.
+        seat: account.map(Account::resume),
     };
     Identity {
         request,
+        of_copies: false,
         access_token: record.access_token.clone(),
         traffic_token: record.traffic_token.clone(),
         machine_id: record.machine_id.clone(),

@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use mica_units::{Mebibytes, SandboxId, TemplateName, TenantId, VcpuCount};
 
+use crate::Seat;
+
 /// The life of a sandbox that never ends by itself.
 pub const NEVER: Duration = Duration::MAX;
 
@@ -105,6 +107,8 @@ pub struct CreateRequest {
     pub tenant: TenantId,
     /// Who may reach it, and whom it may reach.
     pub network: NetworkPolicy,
+    /// What counts it, where somebody counts.
+    pub seat: Option<Seat>,
 }
 
 impl CreateRequest {
@@ -122,6 +126,7 @@ impl CreateRequest {
             auto_resume: false,
             tenant: TenantId::default(),
             network: NetworkPolicy::default(),
+            seat: None,
         }
     }
 }
@@ -140,6 +145,7 @@ impl std::fmt::Debug for CreateRequest {
             .field("auto_resume", &self.auto_resume)
             .field("tenant", &self.tenant)
             .field("network", &self.network)
+            .field("seat", &self.seat)
             .finish()
     }
 }

@@ -82,6 +82,7 @@ pub fn run(store: &Path, name: &str, args: &WarmArgs) -> Result<()> {
         log_writes: false,
         flatten: FlattenLimits::default(),
         memory_reserve_mib: 0,
+        accounts: mica_shards::Accounts::new(),
     };
     let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
     let machine = topology::read().context("cannot read the machine")?;

@@ -3,12 +3,11 @@
 //! Called by every test: each has its own daemon, so that none sees another's sandboxes. Refuses to
 //! leave anything behind, also when the test fails.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,6 +15,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client::{Connection, PATIENCE, Reply};
+use crate::programs::{guest, vm_program, write_vm_program};
 use crate::template::{TEMPLATE, make_template};
 
 /// How much of a name the kernel keeps.
@@ -47,6 +47,15 @@ impl Daemon {
 
     /// The same, once `prepare` has seen the directory in which the daemon keeps everything.
     pub fn start_in(options: &[&str], prepare: impl FnOnce(&Path)) -> Self {
+        Self::start_as(options, prepare, |_| {})
+    }
+
+    /// The same, once `change` has seen the command.
+    pub fn start_as(
+        options: &[&str],
+        prepare: impl FnOnce(&Path),
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-api-{}-{number}", std::process::id());
@@ -78,13 +87,41 @@ impl Daemon {
         if !options.contains(&"--shards") {
             command.args(["--shards", "2"]);
         }
+        change(&mut command);
         let child = command.spawn().expect("mica serve");
         let key = String::new();
         let mut daemon = Self { command, child, address, key, directory, cgroup };
         daemon.wait_until_up();
-        let keys = std::fs::read_to_string(daemon.directory.join("keys")).expect("a key file");
+        // An open one makes none.
+        let keys = std::fs::read_to_string(daemon.directory.join("keys")).unwrap_or_default();
         keys.trim().clone_into(&mut daemon.key);
         daemon
+    }
+
+    /// `mica key …` on the daemon's key database: what it printed.
+    pub fn key_command(&self, arguments: &[&str]) -> String {
+        let output = Command::new(env!("CARGO_BIN_EXE_mica"))
+            .arg("key")
+            .args(arguments)
+            .arg("--key-db")
+            .arg(self.key_database())
+            .output()
+            .expect("mica key");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    pub fn key_database(&self) -> PathBuf {
+        self.directory.join("keys.json")
+    }
+
+    /// Makes a key with these options, and waits until the daemon takes it.
+    pub fn make_key(&self, options: &[&str]) -> String {
+        let key = self.key_command(&[&["create"], options].concat()).trim().to_owned();
+        eventually("a new key works", || {
+            self.ask_as(&key, "GET", "/templates", None).status == 200
+        });
+        key
     }
 
     /// The holdings once they are `wanted`, or stay the same for a moment: the daemon sees closed
@@ -120,7 +157,13 @@ impl Daemon {
 
     /// Gives the VM processes from now on more options.
     pub fn change_vm_options(&self, options: &str) {
-        write_vm_program(&self.directory.join("vm"), options);
+        write_vm_program(&self.directory.join("vm"), &format!("--builtin-agent {options}"));
+    }
+
+    /// Gives the sandboxes from now on the real agent, as a process of this machine.
+    pub fn use_real_agent(&self) {
+        let options = format!("--guest '{}'", guest().display());
+        write_vm_program(&self.directory.join("vm"), &options);
     }
 
     /// What the daemon holds: open files; and of sandboxes their VM processes, their cgroups, and
@@ -148,6 +191,13 @@ impl Daemon {
     pub fn snapshots_kept(&self) -> usize {
         let entries = std::fs::read_dir(self.directory.join("store/snapshots"));
         entries.expect("a directory").flatten().filter(|entry| entry.path().is_dir()).count()
+    }
+
+    /// Their names, which are the ids of those that are committed.
+    pub fn snapshot_directories(&self) -> BTreeSet<String> {
+        let entries = std::fs::read_dir(self.directory.join("store/snapshots"));
+        let names = entries.expect("a directory").flatten().map(|entry| entry.file_name());
+        names.map(|name| name.to_string_lossy().into_owned()).collect()
     }
 
     fn wait_until_up(&mut self) {
@@ -193,11 +243,15 @@ impl Daemon {
 
     /// One control-plane request on a connection of its own.
     pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        self.ask_as(&self.key, method, path, body)
+    }
+
+    /// The same with another key.
+    pub fn ask_as(&self, key: &str, method: &str, path: &str, body: Option<&Value>) -> Reply {
         let body = body.map(Value::to_string).unwrap_or_default();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {}\r\n\
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {key}\r\n\
              content-length: {}\r\n\r\n",
-            self.key,
             body.len()
         );
         self.connect().send(head + &body).reply()
@@ -391,54 +445,6 @@ pub fn kill(signal: &str, process: u32) {
 
 pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
-}
-
-/// The daemon passes a VM program no options of ours, so a script adds them.
-fn vm_program(directory: &Path) -> PathBuf {
-    let script = directory.join("vm");
-    write_vm_program(&script, "");
-    let executable = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(&script, executable).expect("a mode");
-    script
-}
-
-fn write_vm_program(script: &Path, options: &str) {
-    let standin = standin_vm().display();
-    let text = format!("#!/bin/sh\nexec '{standin}' --builtin-agent {options} \"$@\"\n");
-    // Written beside and renamed: a script that is being run cannot be written to.
-    let new = script.with_extension("new");
-    std::fs::write(&new, text).expect("a script");
-    if script.exists() {
-        let mode = std::fs::metadata(script).expect("a script").permissions();
-        std::fs::set_permissions(&new, mode).expect("a mode");
-    }
-    std::fs::rename(&new, script).expect("a script");
-}
-
-/// The stand-in VM belongs to another package, so cargo has not built it for this test.
-fn standin_vm() -> &'static Path {
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let installed = std::env::var_os("MICA_BIN_DIR").map(PathBuf::from);
-        if let Some(built) = installed.map(|directory| directory.join("standin-vm"))
-            && built.is_file()
-        {
-            return built;
-        }
-        let mica = Path::new(env!("CARGO_BIN_EXE_mica"));
-        let directory = mica.parent().expect("a directory");
-        let profile = match directory.file_name().and_then(|name| name.to_str()) {
-            Some("debug") | None => "dev",
-            Some(profile) => profile,
-        };
-        let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "-p", "mica-lab", "--bin", "standin-vm"])
-            .args(["--profile", profile])
-            .status()
-            .expect("cargo");
-        assert!(status.success(), "the stand-in VM does not build");
-        directory.join("standin-vm")
-    })
 }
 
 /// Where cgroup v2 is mounted, and whether it has the controllers that limits need.

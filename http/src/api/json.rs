@@ -51,15 +51,27 @@ pub fn read_or_default<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, 
 /// # Errors
 /// 500, when the value does not encode.
 pub fn answer(status: StatusCode, value: &impl Serialize) -> Result<Response<Body>, ApiError> {
-    let bytes = serde_json::to_vec(value).map_err(|error| {
+    Ok(encoded(status, encode(value)?))
+}
+
+/// The body of an answer.
+///
+/// # Errors
+/// 500, when the value does not encode.
+pub fn encode(value: &impl Serialize) -> Result<Vec<u8>, ApiError> {
+    serde_json::to_vec(value).map_err(|error| {
         tracing::error!(%error, "an answer does not encode as JSON");
         ApiError::internal()
-    })?;
+    })
+}
+
+/// An answer whose body is encoded already.
+pub fn encoded(status: StatusCode, bytes: Vec<u8>) -> Response<Body> {
     let mut response = Response::new(Body::full(bytes));
     *response.status_mut() = status;
     let json = HeaderValue::from_static("application/json; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, json);
-    Ok(response)
+    response
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper::{Response, StatusCode};
-use mica_shards::{Host, LogLine, LogSource};
+use mica_shards::{LogLine, LogSource};
 use mica_units::SandboxId;
 use mica_wire::api::{LogEntry, LogLevel, Logs, LogsV2, SandboxLog};
 
@@ -14,6 +14,7 @@ use super::json;
 use crate::body::Body;
 use crate::error::ApiError;
 use crate::route::Version;
+use crate::tenant::TenantHost;
 use crate::{percent, rfc3339};
 
 /// Entries of one answer, also where the client does not say.
@@ -38,7 +39,7 @@ struct LogQuery {
 /// # Errors
 /// What to answer instead.
 pub async fn answer(
-    host: &Host,
+    host: &TenantHost<'_>,
     id: SandboxId,
     version: Version,
     query: &str,

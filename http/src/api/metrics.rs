@@ -5,10 +5,11 @@
 
 use hyper::Response;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
-use mica_shards::{Host, HostCounters};
+use mica_shards::HostCounters;
 
 use crate::body::Body;
 use crate::error::ApiError;
+use crate::tenant::TenantHost;
 
 /// Name, kind, what it means, and which number it is.
 type Metric = (&'static str, &'static str, &'static str, fn(&HostCounters) -> u64);
@@ -32,7 +33,7 @@ const METRICS: [Metric; 5] = [
 ///
 /// # Errors
 /// When a shard does not answer.
-pub async fn answer(host: &Host) -> Result<Response<Body>, ApiError> {
+pub async fn answer(host: &TenantHost<'_>) -> Result<Response<Body>, ApiError> {
     let counters = host.counters().await?;
     let mut response = Response::new(Body::full(text(&counters).into_bytes()));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4");

@@ -10,6 +10,7 @@ mod list;
 mod logs;
 mod metrics;
 mod network;
+mod once;
 mod operate;
 mod sandbox;
 mod show;
@@ -32,6 +33,7 @@ use crate::config::HttpConfig;
 use crate::error::ApiError;
 use crate::openapi;
 use crate::route::{Route, route};
+use crate::tenant::TenantHost;
 use list::ListQuery;
 use snapshots::{Of, SnapshotQuery};
 
@@ -45,9 +47,9 @@ pub async fn answer(
         return preflight(&request);
     }
     let (parts, body) = request.into_parts();
-    let mut call = Call { host, config, body: Some(body) };
-    let outcome = handle(&mut call, &parts).await;
-    if let Some(unread) = call.body {
+    let mut body = Some(body);
+    let outcome = handle(host, config, &mut body, &parts).await;
+    if let Some(unread) = body {
         body::discard(&parts.headers, unread).await;
     }
     outcome.unwrap_or_else(ApiError::into_response)
@@ -55,10 +57,11 @@ pub async fn answer(
 
 /// One request on its way through the handlers.
 struct Call<'a> {
-    host: &'a Host,
+    /// The host as the caller may see it. There is no way from here to what is another tenant's.
+    host: &'a TenantHost<'a>,
     config: &'a HttpConfig,
     /// Taken where the route has one.
-    body: Option<Incoming>,
+    body: &'a mut Option<Incoming>,
 }
 
 impl Call<'_> {
@@ -71,23 +74,26 @@ impl Call<'_> {
 }
 
 /// Carries one request out.
-async fn handle(call: &mut Call<'_>, request: &Parts) -> Result<Response<Body>, ApiError> {
+async fn handle(
+    host: &Host,
+    config: &HttpConfig,
+    body: &mut Option<Incoming>,
+    request: &Parts,
+) -> Result<Response<Body>, ApiError> {
     let route = route(&request.method, request.uri.path())?;
-    if !matches!(route, Route::Health | Route::OpenApi)
-        && !call.config.keys.admits(&request.headers)
-    {
-        return Err(ApiError::unauthorized());
+    match route {
+        Route::Health => return healthy(),
+        Route::OpenApi => return openapi::answer(),
+        _ => {}
     }
+    let caller = config.keys.admit(&request.headers).ok_or_else(ApiError::unauthorized)?;
+    let host = TenantHost::new(host, &caller);
+    let call = &mut Call { host: &host, config, body };
     let query = request.uri.query().unwrap_or_default();
     match route {
         Route::Metrics => metrics::answer(call.host).await,
-        Route::Health => json::answer(StatusCode::OK, &Health { status: "ok".to_owned() }),
-        Route::Create(version) => {
-            let body = call.read().await?;
-            let wanted = create::create_request(version, &body, &call.config.limits)?;
-            let made = call.host.create(wanted).await?;
-            json::answer(StatusCode::CREATED, &show::sandbox(call.config, made))
-        }
+        Route::Health => healthy(),
+        Route::Create(version) => once::create(call, version, &request.headers).await,
         Route::List(version) => list(call.host, ListQuery::parse(version, query)?).await,
         Route::Sandbox(id, action) => sandbox::act(call, &id, action, query).await,
         Route::SandboxesMetrics => usage::of_many(call.host, query).await,
@@ -110,7 +116,11 @@ async fn handle(call: &mut Call<'_>, request: &Parts) -> Result<Response<Body>, 
     }
 }
 
-async fn list(host: &Host, query: ListQuery) -> Result<Response<Body>, ApiError> {
+fn healthy() -> Result<Response<Body>, ApiError> {
+    json::answer(StatusCode::OK, &Health { status: "ok".to_owned() })
+}
+
+async fn list(host: &TenantHost<'_>, query: ListQuery) -> Result<Response<Body>, ApiError> {
     let page = query.page(host.list().await?);
     let entries: Vec<_> = page.entries.into_iter().map(show::listed).collect();
     let mut response = json::answer(StatusCode::OK, &entries)?;
@@ -119,7 +129,10 @@ async fn list(host: &Host, query: ListQuery) -> Result<Response<Body>, ApiError>
     Ok(with_next(response, page.next_token))
 }
 
-async fn snapshots(host: &Host, query: SnapshotQuery) -> Result<Response<Body>, ApiError> {
+async fn snapshots(
+    host: &TenantHost<'_>,
+    query: SnapshotQuery,
+) -> Result<Response<Body>, ApiError> {
     let all = match query.of() {
         Of::All => host.snapshots(None).await?,
         Of::One(id) => host.snapshots(Some(id)).await?,

@@ -6,8 +6,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper::{Response, StatusCode};
+use mica_shards::ConnectError;
 use mica_shards::rt::time;
-use mica_shards::{ConnectError, Host};
 use mica_units::{GuestPort, SandboxId};
 use mica_wire::api::{ForkResult, READY, RolledBack};
 
@@ -17,6 +17,7 @@ use crate::body::Body;
 use crate::error::ApiError;
 use crate::ids;
 use crate::route::Action;
+use crate::tenant::TenantHost;
 
 /// How long a guest may take to show that it is healthy.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
@@ -78,7 +79,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
     }
 }
 
-async fn pause(host: &Host, id: SandboxId, must_be_healthy: bool) -> Answer {
+async fn pause(host: &TenantHost<'_>, id: SandboxId, must_be_healthy: bool) -> Answer {
     if must_be_healthy {
         let answered = time::timeout(HEALTH_DEADLINE, host.connect(id, GuestPort::ENVD)).await;
         // A port that is closed is an answer as well. What else is wrong, the pause says better.
@@ -90,7 +91,7 @@ async fn pause(host: &Host, id: SandboxId, must_be_healthy: bool) -> Answer {
     Ok(status(StatusCode::NO_CONTENT))
 }
 
-async fn rollback(host: &Host, id: SandboxId, snapshot: String) -> Answer {
+async fn rollback(host: &TenantHost<'_>, id: SandboxId, snapshot: String) -> Answer {
     let operation_id = operation_id(host);
     tracing::info!(%id, snapshot, operation_id, "rolling back");
     host.rollback(id, snapshot.clone()).await?;
@@ -104,7 +105,7 @@ async fn rollback(host: &Host, id: SandboxId, snapshot: String) -> Answer {
 }
 
 /// A name that no other operation of this host has.
-fn operation_id(host: &Host) -> String {
+fn operation_id(host: &TenantHost<'_>) -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("op-{:x}-{}", since.as_nanos(), host.shard().index())
 }

@@ -6,7 +6,7 @@
 use std::time::UNIX_EPOCH;
 
 use hyper::{Response, StatusCode};
-use mica_shards::{Host, TemplateInfo};
+use mica_shards::TemplateInfo;
 use mica_wire::api::{
     SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
     UpdateTemplate,
@@ -17,6 +17,7 @@ use super::{json, operate, status, with_next};
 use crate::body::Body;
 use crate::error::ApiError;
 use crate::route::Version;
+use crate::tenant::TenantHost;
 use crate::{percent, rfc3339};
 
 /// What clients use unless they are told another.
@@ -28,7 +29,7 @@ type Answer = Result<Response<Body>, ApiError>;
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn list(host: &Host, version: Version, query: &str) -> Answer {
+pub async fn list(host: &TenantHost<'_>, version: Version, query: &str) -> Answer {
     let (limit, after) = match version {
         Version::V1 => (usize::MAX, None),
         Version::V2 => page(query)?,
@@ -68,7 +69,7 @@ fn page(query: &str) -> Result<(usize, Option<String>), ApiError> {
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn defaults(host: &Host) -> Answer {
+pub async fn defaults(host: &TenantHost<'_>) -> Answer {
     let all = host.templates().await?.into_iter();
     let shown: Vec<_> =
         all.filter(|template| DEFAULTS.contains(&template.name.as_str())).map(shown).collect();
@@ -79,7 +80,7 @@ pub async fn defaults(host: &Host) -> Answer {
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn get(host: &Host, id: &str) -> Answer {
+pub async fn get(host: &TenantHost<'_>, id: &str) -> Answer {
     let template = shown(find(host, id).await?);
     let build = TemplateBuild {
         build_id: template.build_id.clone(),
@@ -99,7 +100,7 @@ pub async fn get(host: &Host, id: &str) -> Answer {
 ///
 /// # Errors
 /// 404 where nothing has that name.
-pub async fn find_alias(host: &Host, alias: &str) -> Answer {
+pub async fn find_alias(host: &TenantHost<'_>, alias: &str) -> Answer {
     json::answer(StatusCode::OK, &alias_of(find(host, alias).await?))
 }
 
@@ -107,7 +108,7 @@ pub async fn find_alias(host: &Host, alias: &str) -> Answer {
 ///
 /// # Errors
 /// 501 for a template that is to be nobody else's.
-pub async fn update(host: &Host, id: &str, body: &[u8]) -> Answer {
+pub async fn update(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     let UpdateTemplate { public } = json::read_or_default(body)?;
     let template = find(host, id).await?;
     if public == Some(false) {
@@ -120,7 +121,7 @@ pub async fn update(host: &Host, id: &str, body: &[u8]) -> Answer {
 ///
 /// # Errors
 /// 501 for another.
-pub async fn set_alias(host: &Host, id: &str, body: &[u8]) -> Answer {
+pub async fn set_alias(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     let SetAlias { alias } = json::read_or_default(body)?;
     let template = find(host, id).await?;
     if alias.as_deref() != Some(template.name.as_str()) {
@@ -133,7 +134,7 @@ fn alias_of(template: TemplateInfo) -> TemplateAlias {
     TemplateAlias { template_id: template.id, public: true }
 }
 
-async fn find(host: &Host, id: &str) -> Result<TemplateInfo, ApiError> {
+async fn find(host: &TenantHost<'_>, id: &str) -> Result<TemplateInfo, ApiError> {
     let templates = host.templates().await?;
     let found = templates.into_iter().find(|template| is_called(template, id));
     found.ok_or_else(|| ApiError::no_such_template(&operate::shown(id)))
@@ -148,7 +149,7 @@ fn is_called(template: &TemplateInfo, id: &str) -> bool {
 ///
 /// # Errors
 /// 404 for what is neither, 403 for a template.
-pub async fn delete(host: &Host, id: &str) -> Answer {
+pub async fn delete(host: &TenantHost<'_>, id: &str) -> Answer {
     let unknown = || ApiError::no_such_template(&operate::shown(id));
     if !operate::is_store_id(id) {
         return Err(unknown());

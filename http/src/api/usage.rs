@@ -6,12 +6,13 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use futures_util::future::join_all;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper::header::HOST;
 use hyper::{Request, Response, StatusCode};
 use mica_shards::rt::{self, time};
-use mica_shards::{Host, Lifecycle, SandboxInfo, ShardError, Usage};
+use mica_shards::{Lifecycle, SandboxInfo, ShardError, Usage};
 use mica_units::{GuestPort, SandboxId};
 use mica_wire::api::{SandboxMetric, SandboxesWithMetrics};
 use serde::Deserialize;
@@ -21,6 +22,7 @@ use super::sandbox::sandbox_id;
 use crate::body::Body;
 use crate::conn::Adapted;
 use crate::error::ApiError;
+use crate::tenant::TenantHost;
 use crate::{percent, rfc3339};
 
 /// How long an agent may take.
@@ -52,7 +54,11 @@ struct EnvdMetrics {
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn of_one(host: &Host, id: SandboxId, query: &str) -> Result<Response<Body>, ApiError> {
+pub async fn of_one(
+    host: &TenantHost<'_>,
+    id: SandboxId,
+    query: &str,
+) -> Result<Response<Body>, ApiError> {
     let (start, end) = span(query)?;
     let kept = sampled(host, host.get(id).await?).await?;
     let within = kept.iter().filter(|usage| (start..=end).contains(&usage.at_unix_s));
@@ -64,19 +70,13 @@ pub async fn of_one(host: &Host, id: SandboxId, query: &str) -> Result<Response<
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn of_many(host: &Host, query: &str) -> Result<Response<Body>, ApiError> {
+pub async fn of_many(host: &TenantHost<'_>, query: &str) -> Result<Response<Body>, ApiError> {
     let ids = ids(query)?;
-    let asked: Vec<_> = ids
-        .into_iter()
-        .map(|id| {
-            let host = host.clone();
-            (id, rt::spawn(async move { sampled(&host, host.get(id).await?).await }))
-        })
-        .collect();
+    let sample = |id| async move { (id, async { sampled(host, host.get(id).await?).await }.await) };
     let mut found = SandboxesWithMetrics::default();
-    for (id, task) in asked {
+    for (id, kept) in join_all(ids.into_iter().map(sample)).await {
         // Somebody else's, gone, or not to be had now: each is left out.
-        if let Some(Ok(kept)) = task.join().await
+        if let Ok(kept) = kept
             && let Some(newest) = kept.last()
         {
             found.sandboxes.insert(id.to_string(), metric(newest));
@@ -86,7 +86,7 @@ pub async fn of_many(host: &Host, query: &str) -> Result<Response<Body>, ApiErro
 }
 
 /// Asks a running sandbox's agent, and gives all that is kept.
-async fn sampled(host: &Host, info: SandboxInfo) -> Result<Vec<Usage>, ShardError> {
+async fn sampled(host: &TenantHost<'_>, info: SandboxInfo) -> Result<Vec<Usage>, ShardError> {
     let now = match info.state {
         Lifecycle::Paused => None,
         Lifecycle::Running => match time::timeout(AGENT_DEADLINE, ask_agent(host, &info)).await {
@@ -104,7 +104,7 @@ async fn sampled(host: &Host, info: SandboxInfo) -> Result<Vec<Usage>, ShardErro
     host.usages(info.id, now).await
 }
 
-async fn ask_agent(host: &Host, info: &SandboxInfo) -> Result<Usage, String> {
+async fn ask_agent(host: &TenantHost<'_>, info: &SandboxInfo) -> Result<Usage, String> {
     let stream = host.connect(info.id, GuestPort::ENVD).await.map_err(|error| error.to_string())?;
     let (mut sender, connection) = http1::Builder::new()
         .handshake(Adapted(stream))

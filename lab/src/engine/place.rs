@@ -144,6 +144,7 @@ impl Places {
             log_writes: false,
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
+            accounts: mica_shards::Accounts::new(),
         }
     }
 

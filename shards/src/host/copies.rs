@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use futures_lite::FutureExt;
 use mica_numa::rt::{self, Task, oneshot, time};
-use mica_storage::SnapshotKind;
+use mica_storage::{SnapshotKind, SnapshotManifest};
 use mica_units::SandboxId;
 
 use super::{Host, out_of_form};
 use crate::event::{Operation, Purpose, Reply};
-use crate::{CreateRequest, SandboxInfo, ShardError};
+use crate::{CreateRequest, SandboxInfo, Seat, ShardError};
 
 /// Most sandboxes of one clone or fork.
 pub const CLONES_MAX: usize = 1000;
@@ -32,11 +32,13 @@ type Copies = Vec<Result<SandboxInfo, ShardError>>;
 type Made = Rc<RefCell<Vec<SandboxId>>>;
 
 /// What to copy.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Wish {
     source: SandboxId,
     count: usize,
     timeout: Option<Duration>,
+    /// What counts them; empty where nobody counts.
+    seats: Vec<Seat>,
     /// One that fails ends all others.
     whole: bool,
 }
@@ -65,7 +67,21 @@ impl Host {
         count: usize,
         timeout: Option<Duration>,
     ) -> Result<Vec<SandboxInfo>, ShardError> {
-        let copies = self.copy(Wish { source: id, count, timeout, whole: true }).await?;
+        self.clone_counted(id, count, timeout, Vec::new()).await
+    }
+
+    /// The same, each of them counted by one of `seats`.
+    ///
+    /// # Errors
+    /// As [`Host::clone_sandbox`].
+    pub async fn clone_counted(
+        &self,
+        id: SandboxId,
+        count: usize,
+        timeout: Option<Duration>,
+        seats: Vec<Seat>,
+    ) -> Result<Vec<SandboxInfo>, ShardError> {
+        let copies = self.copy(Wish { source: id, count, timeout, seats, whole: true }).await?;
         copies.into_iter().collect()
     }
 
@@ -79,7 +95,21 @@ impl Host {
         count: usize,
         timeout: Option<Duration>,
     ) -> Result<Vec<Result<SandboxInfo, ShardError>>, ShardError> {
-        self.copy(Wish { source: id, count, timeout, whole: false }).await
+        self.fork_counted(id, count, timeout, Vec::new()).await
+    }
+
+    /// The same, each of them counted by one of `seats`.
+    ///
+    /// # Errors
+    /// As [`Host::fork`].
+    pub async fn fork_counted(
+        &self,
+        id: SandboxId,
+        count: usize,
+        timeout: Option<Duration>,
+        seats: Vec<Seat>,
+    ) -> Result<Vec<Result<SandboxInfo, ShardError>>, ShardError> {
+        self.copy(Wish { source: id, count, timeout, seats, whole: false }).await
     }
 
     /// Starts the task and waits for its answer. Dropped before that, it drops `taken`, which the
@@ -87,11 +117,11 @@ impl Host {
     async fn copy(&self, wish: Wish) -> Result<Copies, ShardError> {
         let (taken, verdict) = oneshot::channel();
         let (sender, answer) = oneshot::channel();
-        let host = self.clone();
+        let (host, source) = (self.clone(), wish.source);
         rt::spawn(async move { host.carry_out(wish, sender, verdict).await }).detach();
         let answer = answer.await.unwrap_or(Err(ShardError::ShuttingDown));
         if taken.send(()).is_err() {
-            tracing::error!(source = %wish.source, "making copies of a sandbox panicked");
+            tracing::error!(%source, "making copies of a sandbox panicked");
         }
         answer
     }
@@ -102,11 +132,11 @@ impl Host {
         answer: oneshot::Sender<Result<Copies, ShardError>>,
         mut verdict: oneshot::Receiver<()>,
     ) {
-        let made = Made::default();
+        let (made, source) = (Made::default(), wish.source);
         let outcome = self.make(wish, &made, &mut verdict).await;
         let wanted = answer.send(outcome).is_ok() && verdict.await.is_some();
         if !wanted {
-            tracing::info!(source = %wish.source, "who asked for copies of this sandbox is gone");
+            tracing::info!(%source, "who asked for copies of this sandbox is gone");
             self.end_all(&made).await;
         }
     }
@@ -117,7 +147,7 @@ impl Host {
         made: &Made,
         verdict: &mut oneshot::Receiver<()>,
     ) -> Result<Copies, ShardError> {
-        let Wish { source, count, timeout, whole } = wish;
+        let Wish { source, count, timeout, seats, whole } = wish;
         let mut request = match self.ask(self.owner(source), Operation::RequestOf(source)).await? {
             Reply::Request(result) => *result?,
             other => return Err(out_of_form(&other)),
@@ -125,7 +155,8 @@ impl Host {
         let snapshot = self.snapshot_for(source, Purpose::Copies).await?.id;
         request.template.clone_from(&snapshot);
         request.timeout = timeout.unwrap_or(request.timeout);
-        let create = async { Ok(self.create_all(count.min(CLONES_MAX), &request, made).await) };
+        let count = count.min(CLONES_MAX);
+        let create = async { Ok(self.create_all(count, &request, seats, made).await) };
         let unwanted = async {
             verdict.await;
             Err(ShardError::ShuttingDown)
@@ -150,7 +181,8 @@ impl Host {
     async fn delete_passing(&self, snapshot: &str) {
         let mut pause = RETRY_FIRST;
         loop {
-            match self.delete_if(snapshot, SnapshotKind::Copies).await {
+            let is_copies = |manifest: &SnapshotManifest| manifest.kind == SnapshotKind::Copies;
+            match self.delete_if(snapshot, is_copies).await {
                 Ok(_) | Err(ShardError::ShuttingDown) => return,
                 Err(ShardError::Busy) => {}
                 Err(error) => {
@@ -164,12 +196,20 @@ impl Host {
     }
 
     /// Starts all at once; each shard takes what it is given.
-    async fn create_all(&self, count: usize, request: &CreateRequest, made: &Made) -> Copies {
+    async fn create_all(
+        &self,
+        count: usize,
+        request: &CreateRequest,
+        seats: Vec<Seat>,
+        made: &Made,
+    ) -> Copies {
+        let mut seats = seats.into_iter();
         let start = |_| {
-            let (host, request, made) = (self.clone(), request.clone(), Rc::clone(made));
+            let request = CreateRequest { seat: seats.next(), ..request.clone() };
+            let (host, made) = (self.clone(), Rc::clone(made));
             let (sender, created) = oneshot::channel();
             let task = rt::spawn(async move {
-                let created = host.create(request).await;
+                let created = host.create_by(request, Operation::Copy).await;
                 made.borrow_mut().extend(created.as_ref().map(|info| info.id));
                 // Unheard, it is in `made`, and ended with the others.
                 drop(sender.send(created));

@@ -4,9 +4,11 @@
 
 mod bench;
 mod copies;
+mod memos;
 mod operations;
 
 pub use copies::CLONES_MAX;
+pub use memos::{Doing, Once};
 pub(crate) use operations::snapshot_info;
 
 use std::cell::{Cell, RefCell};
@@ -19,7 +21,7 @@ use std::time::Duration;
 use mica_numa::mailbox::Returned;
 use mica_numa::rt::net::UnixStream;
 use mica_numa::rt::{self, oneshot, time};
-use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId};
+use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId, TenantId};
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
@@ -74,11 +76,19 @@ impl Host {
     /// # Errors
     /// See [`ShardError`]. Nothing of the sandbox is left then.
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxInfo, ShardError> {
+        self.create_by(request, Operation::Create).await
+    }
+
+    async fn create_by(
+        &self,
+        request: CreateRequest,
+        operation: fn(SandboxId, Box<CreateRequest>) -> Operation,
+    ) -> Result<SandboxInfo, ShardError> {
         let mut full = None;
         for shard in self.preferred_shards()? {
             let id = self.draw_id(shard)?;
             let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
-            let operation = Operation::Create(id, Box::new(request.clone()));
+            let operation = operation(id, Box::new(request.clone()));
             let made = self.ask(shard, operation).await;
             guard.armed.set(false);
             match made? {
@@ -90,6 +100,17 @@ impl Host {
             }
         }
         Err(full.unwrap_or(ShardError::Busy))
+    }
+
+    /// Whose a sandbox is, also one that is being made or ended.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn tenant_of(&self, id: SandboxId) -> Result<TenantId, ShardError> {
+        match self.ask(self.owner(id), Operation::TenantOf(id)).await? {
+            Reply::Tenant(result) => result,
+            other => Err(out_of_form(&other)),
+        }
     }
 
     /// A running sandbox.

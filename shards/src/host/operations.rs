@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use mica_numa::rt;
 use mica_storage::{LayerId, SnapshotKind, SnapshotManifest, StorageError, Template};
-use mica_units::{Mebibytes, SandboxId};
+use mica_units::{Mebibytes, SandboxId, TenantId};
 
 use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Purpose, Reply, Spawned, Wake};
@@ -151,13 +151,29 @@ impl Host {
     /// # Errors
     /// See [`ShardError`].
     pub async fn delete_snapshot(&self, id: &str) -> Result<bool, ShardError> {
-        self.delete_if(id, SnapshotKind::Snapshot).await
+        self.delete_if(id, |manifest| manifest.kind == SnapshotKind::Snapshot).await
     }
 
-    pub(super) async fn delete_if(&self, id: &str, kind: SnapshotKind) -> Result<bool, ShardError> {
+    /// The same if it is this tenant's: another's is as good as none.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn delete_snapshot_of(&self, tenant: TenantId, id: &str) -> Result<bool, ShardError> {
+        let is_own = move |manifest: &SnapshotManifest| {
+            let owner = manifest.tenant.clone().unwrap_or_default();
+            manifest.kind == SnapshotKind::Snapshot && owner == tenant
+        };
+        self.delete_if(id, is_own).await
+    }
+
+    pub(super) async fn delete_if(
+        &self,
+        id: &str,
+        wanted: impl Fn(&SnapshotManifest) -> bool + Send + 'static,
+    ) -> Result<bool, ShardError> {
         let (store, asked) = (self.0.shard.workshop.store.clone(), id.to_owned());
         let delete = move || match store.find_snapshot(&asked)? {
-            Some(snapshot) if snapshot.manifest().kind == kind => {
+            Some(snapshot) if wanted(snapshot.manifest()) => {
                 store.delete_snapshot(&snapshot.manifest().id)
             }
             _ => Ok(false),

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
-use mica_units::{GuestPort, SandboxId};
+use mica_units::{GuestPort, SandboxId, TenantId};
 
 use crate::shell::Held;
 use crate::{
@@ -41,7 +41,7 @@ use journal::Journal;
 use life::from_now;
 pub(crate) use link::{Events, GatewayError, greet, open_stream, send, tell_agent};
 pub(crate) use memory::Memory;
-pub(crate) use prepare::Workshop;
+pub(crate) use prepare::{Origin, Workshop};
 use queue::Queue;
 pub(crate) use record::{Record, RecordedProcess, RecordedState};
 pub(crate) use ring_file::RingFile;
@@ -58,6 +58,8 @@ pub(crate) type Woken = Result<(), ShardError>;
 pub(crate) struct Identity {
     /// What was asked for.
     pub(crate) request: CreateRequest,
+    /// Whether it is made as one of several copies, which start from a snapshot that nobody else may.
+    pub(crate) of_copies: bool,
     /// What requests to its agent carry.
     pub(crate) access_token: Option<String>,
     /// What requests to its other ports carry. There is one also while they are public.
@@ -145,6 +147,23 @@ impl Sandbox {
             ..self.identity.request.clone()
         };
         self.info.borrow().as_ref().map(|_| request())
+    }
+
+    /// Whose it is.
+    pub(crate) fn tenant(&self) -> &TenantId {
+        &self.identity.request.tenant
+    }
+
+    /// What it may be made from.
+    pub(crate) fn origin(&self) -> Origin {
+        Origin { tenant: self.tenant().clone(), of_copies: self.identity.of_copies }
+    }
+
+    /// Counts no more: nothing of it is left.
+    pub(crate) fn release_seat(&self) {
+        if let Some(seat) = &self.identity.request.seat {
+            seat.release();
+        }
     }
 
     /// Whether this visitor may have a stream to this port.

@@ -6,8 +6,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use mica_storage::{Layer, SnapshotKind, Stamp, StorageError, Store};
-use mica_units::SandboxId;
+use mica_storage::{Layer, SnapshotKind, SnapshotManifest, Stamp, StorageError, Store};
+use mica_units::{SandboxId, TenantId};
 
 use super::chain;
 use super::image::Opened;
@@ -21,6 +21,30 @@ pub(crate) struct Workshop {
     pub(crate) config: Arc<HostConfig>,
     /// Templates, snapshots and disks.
     pub(crate) store: Store,
+}
+
+/// Who makes a sandbox, as far as it matters for what it may be made from.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    /// Whose it will be.
+    pub(crate) tenant: TenantId,
+    /// Whether it is one of several copies.
+    pub(crate) of_copies: bool,
+}
+
+impl Origin {
+    /// Whether a sandbox may be made from this. What is refused must look as if it did not exist.
+    pub(crate) fn may_use(&self, manifest: &SnapshotManifest) -> bool {
+        // Snapshots of the time before there were tenants are the default one's.
+        let is_own = || manifest.tenant.clone().unwrap_or_default() == self.tenant;
+        match manifest.kind {
+            SnapshotKind::Template => true,
+            SnapshotKind::Snapshot => is_own(),
+            SnapshotKind::Copies => self.of_copies && is_own(),
+            // A resume asks for no leave, and nothing else starts from it.
+            SnapshotKind::Pause => false,
+        }
+    }
 }
 
 /// What a sandbox is restored from, and its disk.
@@ -50,9 +74,13 @@ impl Workshop {
         &self,
         id: &SandboxId,
         asked: &str,
+        origin: &Origin,
         known: Option<Arc<Opened>>,
     ) -> Result<Found, Cause> {
         let (image, stamp) = self.find(asked, known)?;
+        if !origin.may_use(&image.manifest) {
+            return Err(Cause::NoSuchTemplate);
+        }
         let has_directory = image.disk.is_some();
         let disk = match image.disk.as_deref() {
             Some(disk) => self.store.create_sandbox(id, Some(disk)),
@@ -168,5 +196,54 @@ pub(crate) fn cause(step: &str, error: &StorageError) -> Cause {
         // Flattened or deleted since it was found: the next try finds what it is now.
         StorageError::LayerGone { .. } | StorageError::SnapshotGone { .. } => Cause::Busy,
         error => Cause::Failed(format!("{step}: {}", chain(error))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mica_storage::ReadyWhen;
+    use mica_units::{Mebibytes, VcpuCount};
+
+    fn manifest(kind: SnapshotKind, tenant: Option<&str>) -> SnapshotManifest {
+        SnapshotManifest {
+            id: "0123456789abcdefghij".to_owned(),
+            kind,
+            name: None,
+            template_id: "0123456789abcdefghij".to_owned(),
+            template_name: "base".parse().unwrap(),
+            parent: None,
+            sandbox: None,
+            tenant: tenant.map(|tenant| tenant.parse().unwrap()),
+            created_unix_ms: 0,
+            vcpus: VcpuCount::new(1).unwrap(),
+            memory: Mebibytes::new(16),
+            envd_version: String::new(),
+            ready: ReadyWhen::Agent,
+            layers: Vec::new(),
+            disk_bytes: 0,
+            state: Vec::new(),
+            record: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn sandboxes_are_made_from_templates_and_from_what_is_their_tenants() {
+        use SnapshotKind::{Copies, Pause, Snapshot, Template};
+        let may = |tenant: &str, of_copies, kind, owner| {
+            let origin = Origin { tenant: tenant.parse().unwrap(), of_copies };
+            origin.may_use(&manifest(kind, owner))
+        };
+        for of_copies in [false, true] {
+            assert!(may("a", of_copies, Template, None));
+            assert!(may("a", of_copies, Snapshot, Some("a")));
+            assert!(!may("a", of_copies, Snapshot, Some("b")));
+            assert!(!may("a", of_copies, Snapshot, None), "of the time before: the default's");
+            assert!(may("default", of_copies, Snapshot, None));
+            assert!(!may("a", of_copies, Pause, Some("a")));
+        }
+        assert!(may("a", true, Copies, Some("a")));
+        assert!(!may("a", true, Copies, Some("b")));
+        assert!(!may("a", false, Copies, Some("a")), "but for the copies it was made for");
     }
 }

@@ -131,6 +131,8 @@ pub(crate) struct Record {
     pub(crate) pause_at_end: bool,
     pub(crate) auto_resume: bool,
     pub(crate) tenant: String,
+    /// The account that it is counted in.
+    pub(crate) account: Option<String>,
     pub(crate) network: RecordedNetwork,
     pub(crate) traffic_token: Option<String>,
     pub(crate) secure: bool,
@@ -228,6 +230,7 @@ mod tests {
             pause_at_end: false,
             auto_resume: true,
             tenant: "default".to_owned(),
+            account: Some("0123456789ab".to_owned()),
             network: RecordedNetwork::from(&NetworkPolicy::default()),
             traffic_token: None,
             secure: true,

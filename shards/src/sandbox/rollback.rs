@@ -11,7 +11,7 @@ use futures_lite::future::zip;
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{Layer, SnapshotKind, StorageError};
-use mica_units::SandboxId;
+use mica_units::{SandboxId, TenantId};
 use mica_wire::vm::plan::{self, Entry, PlanError};
 
 use super::chain;
@@ -87,6 +87,7 @@ impl BackError {
 pub(crate) struct Job {
     pub(crate) workshop: Workshop,
     pub(crate) id: SandboxId,
+    pub(crate) tenant: TenantId,
     pub(crate) snapshot: String,
     /// What that was when it was made, or last used.
     pub(crate) known: Option<Arc<Opened>>,
@@ -101,9 +102,9 @@ pub(crate) async fn replace(
     place: Place<'_>,
     memory: &mut Memory,
 ) -> Result<Back, BackError> {
-    let Job { workshop, id, snapshot, known, record, disk } = job;
+    let Job { workshop, id, tenant, snapshot, known, record, disk } = job;
     let finder = workshop.clone();
-    let finding = rt::blocking(move || find(&finder, &id, &snapshot, known));
+    let finding = rt::blocking(move || find(&finder, &id, &tenant, &snapshot, known));
     // Only looked at: what is found stays written, should this come to nothing.
     let (image, changed) = zip(finding, memory.changed(place, false)).await;
     let (image, changed) = (image??, changed?);
@@ -149,6 +150,7 @@ impl Turn {
 fn find(
     workshop: &Workshop,
     id: &SandboxId,
+    tenant: &TenantId,
     snapshot: &str,
     known: Option<Arc<Opened>>,
 ) -> Result<Arc<Opened>, BackError> {
@@ -160,6 +162,10 @@ fn find(
     };
     let manifest = &image.manifest;
     if manifest.kind != SnapshotKind::Snapshot || manifest.id != snapshot {
+        return Err(missing());
+    }
+    // To say that it is another's would say that it is there.
+    if manifest.tenant.clone().unwrap_or_default() != *tenant {
         return Err(missing());
     }
     if manifest.sandbox != Some(*id) {

@@ -66,10 +66,14 @@ impl Driver {
         let paused_in = self.paused_in.clone();
         let asked =
             paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
-        let sandbox = Rc::clone(&self.sandbox);
+        let (sandbox, origin) = (Rc::clone(&self.sandbox), self.sandbox.origin());
         self.work = Some(Box::pin(async move {
             let unchanged = match paused_in {
-                None => shard.images.get_unchanged(&asked).and_then(Found::without_disk),
+                None => shard
+                    .images
+                    .get_unchanged(&asked)
+                    .filter(|image| origin.may_use(&image.manifest))
+                    .and_then(Found::without_disk),
                 Some(_) => None,
             };
             let found = match unchanged {
@@ -79,7 +83,7 @@ impl Driver {
                     let name = asked.clone();
                     let make = move || match paused_in {
                         Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known),
-                        None => workshop.prepare(&id, &name, known),
+                        None => workshop.prepare(&id, &name, &origin, known),
                     };
                     let mut found = match super::work::blocking(make).await {
                         Ok(found) => found,
@@ -408,7 +412,7 @@ impl Driver {
         };
         let (workshop, id, snapshot) =
             (self.shard.workshop.clone(), self.sandbox.id, snapshot.clone());
-        let record = self.rolling_back_record(&snapshot);
+        let (record, tenant) = (self.rolling_back_record(&snapshot), self.sandbox.tenant().clone());
         let known = self.shard.images.get(&snapshot);
         let mut memory = std::mem::take(&mut self.memory);
         let (frames, disk) = (self.frames(), self.disk.clone());
@@ -416,7 +420,7 @@ impl Driver {
             let back = match (record, place(&held, frames)) {
                 (Ok(record), Some(place)) => {
                     track(&held, frames, &mut memory);
-                    let job = rollback::Job { workshop, id, snapshot, known, record, disk };
+                    let job = rollback::Job { workshop, id, tenant, snapshot, known, record, disk };
                     rollback::replace(job, place, &mut memory).await
                 }
                 (Err(error), _) => Err(rollback::BackError::Other(error.to_string())),

@@ -239,6 +239,7 @@ impl Driver {
             pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
             auto_resume: request.auto_resume,
             tenant: request.tenant.as_str().to_owned(),
+            account: request.seat.as_ref().map(|seat| seat.account().id().to_owned()),
             network: RecordedNetwork::from(&*self.sandbox.network.borrow()),
             traffic_token: identity.traffic_token.clone(),
             secure: request.secure,

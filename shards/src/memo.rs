@@ -1,0 +1,230 @@
+//! What was done once under a name, so that asking again gives the same answer.
+//!
+//! Called by `http` through [`crate::Host`], for creates that carry an idempotency key. One table for the
+//! whole host: each name is kept by one shard, which its hash names, and the others ask that one. Answers
+//! are opaque bytes, kept in memory alone. Refuses more names than its bound: finished ones go, the
+//! oldest first; while all are at work a new one is not begun.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mica_numa::rt::time::Instant;
+use mica_units::{ShardCount, ShardId, TenantId};
+
+/// Names that one shard keeps.
+const MEMOS_MAX: usize = 4096;
+
+/// Longest answer that is kept; a longer one is an answer, but to nobody who asks again.
+const ANSWER_BYTES_MAX: usize = 4096;
+
+/// How long an answer is kept.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// How long something may be at work: longer than any create may take (`boot_deadline` is an hour at
+/// most). After it, whoever was to say how it ended has been lost.
+const WORK_MAX: Duration = Duration::from_secs(2 * 3600);
+
+/// A hash of what was asked for.
+pub type Digest = [u8; 32];
+
+/// A name, and whose: names of two tenants have nothing to do with one another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct MemoKey {
+    /// Whose.
+    pub tenant: TenantId,
+    /// What the client calls it.
+    pub name: String,
+}
+
+impl MemoKey {
+    /// The shard that keeps it. Nothing of it outlives the daemon, so the hash may change.
+    pub(crate) fn shard(&self, shards: ShardCount) -> ShardId {
+        let bytes = self.tenant.as_str().bytes().chain([0]).chain(self.name.bytes());
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let wide = u128::from(hash) * u128::from(shards.get());
+        ShardId::new(u16::try_from(wide >> 64).unwrap_or(0))
+    }
+}
+
+/// Tells one beginning of a name from a later one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MemoTicket(u64);
+
+/// What asking under a name comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Memo {
+    /// The asker is to do it, and to say how it ended.
+    Begun(MemoTicket),
+    /// Somebody is doing it.
+    Running,
+    /// It was done, and this was the answer.
+    Done(Arc<[u8]>),
+    /// Something else was asked for under this name.
+    Mismatch,
+    /// As many as there may be are at work.
+    Full,
+}
+
+#[derive(Debug)]
+struct Entry {
+    digest: Digest,
+    ticket: MemoTicket,
+    since: Instant,
+    answer: Option<Arc<[u8]>>,
+}
+
+impl Entry {
+    fn is_over(&self, now: Instant) -> bool {
+        let most = if self.answer.is_some() { KEPT } else { WORK_MAX };
+        now.duration_since(self.since) >= most
+    }
+}
+
+/// One shard's part of the table.
+#[derive(Debug, Default)]
+pub(crate) struct Memos {
+    entries: RefCell<HashMap<MemoKey, Entry>>,
+    next: Cell<u64>,
+}
+
+impl Memos {
+    /// Begins, or says why not.
+    pub(crate) fn begin(&self, key: MemoKey, digest: Digest) -> Memo {
+        self.begin_at(Instant::now(), key, digest)
+    }
+
+    fn begin_at(&self, now: Instant, key: MemoKey, digest: Digest) -> Memo {
+        let mut entries = self.entries.borrow_mut();
+        if let Some(entry) = entries.get(&key).filter(|entry| !entry.is_over(now)) {
+            return match &entry.answer {
+                _ if entry.digest != digest => Memo::Mismatch,
+                Some(answer) => Memo::Done(Arc::clone(answer)),
+                None => Memo::Running,
+            };
+        }
+        if entries.len() >= MEMOS_MAX
+            && !entries.contains_key(&key)
+            && !make_room(&mut entries, now)
+        {
+            return Memo::Full;
+        }
+        let ticket = MemoTicket(self.next.get());
+        self.next.set(ticket.0.wrapping_add(1));
+        entries.insert(key, Entry { digest, ticket, since: now, answer: None });
+        Memo::Begun(ticket)
+    }
+
+    /// Keeps the answer, or without one lets the name go: the next who asks begins again.
+    pub(crate) fn end(&self, key: &MemoKey, ticket: MemoTicket, answer: Option<Vec<u8>>) {
+        let mut entries = self.entries.borrow_mut();
+        let Some(entry) = entries.get_mut(key).filter(|entry| entry.ticket == ticket) else {
+            return;
+        };
+        match answer.filter(|answer| answer.len() <= ANSWER_BYTES_MAX) {
+            Some(answer) => {
+                entry.answer = Some(answer.into());
+                entry.since = Instant::now();
+            }
+            None => drop(entries.remove(key)),
+        }
+    }
+}
+
+/// Drops what is over; where nothing is, the oldest answers, a part of the table at a time, so that not
+/// every further name walks all of it. Whether there is room now.
+fn make_room(entries: &mut HashMap<MemoKey, Entry>, now: Instant) -> bool {
+    entries.retain(|_, entry| !entry.is_over(now));
+    if entries.len() < MEMOS_MAX {
+        return true;
+    }
+    let mut finished: Vec<Instant> =
+        entries.values().filter(|entry| entry.answer.is_some()).map(|entry| entry.since).collect();
+    finished.sort_unstable();
+    let Some(oldest) = finished.get(finished.len() / 16) else { return false };
+    entries.retain(|_, entry| entry.answer.is_none() || entry.since > *oldest);
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(name: &str) -> MemoKey {
+        MemoKey { tenant: TenantId::default(), name: name.to_owned() }
+    }
+
+    fn begun(memo: &Memo) -> MemoTicket {
+        let Memo::Begun(ticket) = memo else { panic!("{memo:?}") };
+        *ticket
+    }
+
+    #[test]
+    fn an_answer_is_given_again_to_the_same_question_of_the_same_tenant() {
+        let memos = Memos::default();
+        let ticket = begun(&memos.begin(key("a"), [1; 32]));
+        assert_eq!(memos.begin(key("a"), [1; 32]), Memo::Running);
+        assert_eq!(memos.begin(key("a"), [2; 32]), Memo::Mismatch);
+        memos.end(&key("a"), ticket, Some(b"yes".to_vec()));
+        assert_eq!(memos.begin(key("a"), [1; 32]), Memo::Done(b"yes".as_slice().into()));
+        assert_eq!(memos.begin(key("a"), [2; 32]), Memo::Mismatch);
+        let other = MemoKey { tenant: "other".parse().unwrap(), name: "a".to_owned() };
+        begun(&memos.begin(other, [2; 32]));
+    }
+
+    #[test]
+    fn a_failure_lets_the_name_go_and_a_late_end_does_nothing() {
+        let memos = Memos::default();
+        let first = begun(&memos.begin(key("a"), [1; 32]));
+        memos.end(&key("a"), first, None);
+        let second = begun(&memos.begin(key("a"), [1; 32]));
+        assert_ne!(first, second);
+        memos.end(&key("a"), first, Some(b"late".to_vec()));
+        assert_eq!(memos.begin(key("a"), [1; 32]), Memo::Running);
+        memos.end(&key("a"), second, Some(vec![0; ANSWER_BYTES_MAX + 1]));
+        begun(&memos.begin(key("a"), [1; 32]));
+    }
+
+    #[test]
+    fn answers_are_kept_for_a_day_and_work_that_was_lost_for_two_hours() {
+        let memos = Memos::default();
+        let now = Instant::now();
+        let ticket = begun(&memos.begin_at(now, key("a"), [1; 32]));
+        memos.end(&key("a"), ticket, Some(b"yes".to_vec()));
+        let day = Duration::from_secs(24 * 3600);
+        assert!(matches!(
+            memos.begin_at(now + day - Duration::from_secs(1), key("a"), [1; 32]),
+            Memo::Done(_)
+        ));
+        let later = now + day + Duration::from_secs(1);
+        begun(&memos.begin_at(later, key("a"), [2; 32]));
+        assert_eq!(memos.begin_at(later + WORK_MAX / 2, key("a"), [2; 32]), Memo::Running);
+        begun(&memos.begin_at(later + WORK_MAX, key("a"), [2; 32]));
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_what_is_at_work_stays() {
+        let memos = Memos::default();
+        let tickets: Vec<MemoTicket> =
+            (0..MEMOS_MAX).map(|n| begun(&memos.begin(key(&n.to_string()), [1; 32]))).collect();
+        assert_eq!(memos.begin(key("more"), [1; 32]), Memo::Full);
+        memos.end(&key("7"), tickets[7], Some(Vec::new()));
+        begun(&memos.begin(key("more"), [1; 32]));
+        assert_eq!(memos.begin(key("8"), [1; 32]), Memo::Running);
+        assert!(memos.entries.borrow().len() <= MEMOS_MAX);
+        assert_eq!(memos.begin(key("7"), [1; 32]), Memo::Full, "the finished one made room");
+    }
+
+    #[test]
+    fn names_are_spread_over_all_shards() {
+        let shards = ShardCount::new(3).unwrap();
+        let mut seen = [0; 3];
+        for n in 0..300 {
+            seen[usize::from(key(&n.to_string()).shard(shards).index())] += 1;
+        }
+        assert!(seen.iter().all(|count| *count > 50), "{seen:?}");
+    }
+}

@@ -1,0 +1,255 @@
+//! Two tenants on one host: what is the one's does not exist for the other.
+//!
+//! One row for each endpoint, and a check that there is one: a new endpoint without a row here fails.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use crate::client::Reply;
+use crate::daemon::Daemon;
+use crate::template::TEMPLATE;
+
+const NOBODY: &str = "i00000000000000000000";
+const NO_SNAPSHOT: &str = "00000000000000000000";
+
+/// A host with two tenants. The first has sandboxes and a snapshot.
+struct World {
+    daemon: Daemon,
+    owner: String,
+    other: String,
+    sandbox: String,
+    snapshot: String,
+}
+
+impl World {
+    fn new() -> Self {
+        let daemon = Daemon::start();
+        let owner = daemon.make_key(&["--tenant", "owner"]);
+        let other = daemon.make_key(&["--tenant", "other"]);
+        let body = json!({ "templateID": TEMPLATE, "timeout": 300, "metadata": { "a": "b" } });
+        let made = daemon.ask_as(&owner, "POST", "/v2/sandboxes", Some(&body));
+        assert_eq!(made.status, 201, "{made:?}");
+        let sandbox = text(&made.json()["sandboxID"]);
+        let path = format!("/sandboxes/{sandbox}/snapshots");
+        let made = daemon.ask_as(&owner, "POST", &path, Some(&json!({ "name": "mine" })));
+        assert_eq!(made.status, 201, "{made:?}");
+        let snapshot = text(&made.json()["snapshotID"]);
+        Self { daemon, owner, other, sandbox, snapshot }
+    }
+
+    fn owner(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        self.daemon.ask_as(&self.owner, method, path, body)
+    }
+
+    fn other(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        self.daemon.ask_as(&self.other, method, path, body)
+    }
+
+    /// A request by the other tenant that names something of the owner's: the answer must be, to the
+    /// byte, the one for what does not exist.
+    fn hidden(&self, method: &str, path: &str, body: Option<&Value>, found: &str, missing: &str) {
+        let swap = |text: &str| text.replace(found, missing);
+        let body_missing: Option<Value> =
+            body.map(|body| serde_json::from_str(&swap(&body.to_string())).expect("JSON"));
+        assert!(
+            path.contains(found) || body.is_some_and(|body| body.to_string().contains(found)),
+            "{method} {path} does not name it"
+        );
+        let foreign = self.other(method, path, body);
+        let nothing = self.other(method, &swap(path), body_missing.as_ref());
+        nothing.error(404);
+        assert_eq!(foreign.status, nothing.status, "{method} {path}: {foreign:?}");
+        let said = swap(&String::from_utf8_lossy(&foreign.body));
+        assert_eq!(said, String::from_utf8_lossy(&nothing.body), "{method} {path}");
+        let names = |reply: &Reply| reply.headers.keys().cloned().collect::<BTreeSet<_>>();
+        assert_eq!(names(&foreign), names(&nothing), "{method} {path}");
+    }
+
+    /// A request about the owner's sandbox, under the id in `path` where it says `{id}`.
+    fn hidden_sandbox(&self, method: &str, path: &str, body: Option<Value>) {
+        let path = path.replace("{id}", &self.sandbox);
+        self.hidden(method, &path, body.as_ref(), &self.sandbox, NOBODY);
+        let got = self.owner("GET", &format!("/sandboxes/{}", self.sandbox), None).json();
+        assert_eq!(got["state"], "running", "{method} {path} did something");
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().expect("a text").to_owned()
+}
+
+/// An endpoint as the route table writes it, and what is shown of it.
+type Row = (&'static str, fn(&World));
+
+const ROWS: &[Row] = &[
+    ("GET /health", |world| {
+        assert_eq!(world.daemon.ask_as("", "GET", "/health", None).status, 200);
+    }),
+    ("GET /metrics", |world| {
+        // Sums of the whole host, for whoever has a key.
+        world.daemon.ask_as("", "GET", "/metrics", None).error(401);
+        assert_eq!(world.other("GET", "/metrics", None).status, 200);
+    }),
+    ("POST /sandboxes", |world| {
+        for path in ["/sandboxes", "/v2/sandboxes"] {
+            let body = json!({ "templateID": world.snapshot });
+            world.hidden("POST", path, Some(&body), &world.snapshot, NO_SNAPSHOT);
+            let made = world.owner("POST", path, Some(&body));
+            assert_eq!(made.status, 201, "{made:?}");
+            let id = text(&made.json()["sandboxID"]);
+            assert_eq!(world.owner("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+        }
+    }),
+    ("GET /sandboxes", |world| {
+        for path in [
+            "/sandboxes",
+            "/v2/sandboxes",
+            "/sandboxes?metadata=a%3Db",
+            "/v2/sandboxes?metadata=a%3Db&state=running,paused&limit=1",
+        ] {
+            let reply = world.other("GET", path, None);
+            assert_eq!((reply.status, reply.json()), (200, json!([])), "{path}");
+            assert_eq!(reply.headers["x-total-running"], "0", "{path}");
+            assert_eq!(reply.headers.get("x-next-token"), None, "{path}");
+            let own = world.owner("GET", path, None);
+            assert_eq!(own.json()[0]["sandboxID"], world.sandbox.as_str(), "{path}");
+            assert_eq!(own.headers["x-total-running"], "1", "{path}");
+        }
+    }),
+    ("GET /sandboxes/{id}", |world| world.hidden_sandbox("GET", "/sandboxes/{id}", None)),
+    ("DELETE /sandboxes/{id}", |world| world.hidden_sandbox("DELETE", "/sandboxes/{id}", None)),
+    ("POST /sandboxes/{id}/timeout", |world| {
+        world.hidden_sandbox("POST", "/sandboxes/{id}/timeout", Some(json!({ "timeout": 0 })));
+    }),
+    ("POST /sandboxes/{id}/connect", |world| {
+        let body = || Some(json!({ "timeout": 60 }));
+        world.hidden_sandbox("POST", "/sandboxes/{id}/connect", body());
+        world.hidden_sandbox("POST", "/v2/sandboxes/{id}/connect", body());
+    }),
+    ("POST /sandboxes/{id}/snapshots", |world| {
+        world.hidden_sandbox("POST", "/sandboxes/{id}/snapshots", None);
+    }),
+    ("POST /sandboxes/{id}/rollback", |world| {
+        let body = json!({ "snapshotID": world.snapshot });
+        world.hidden_sandbox("POST", "/sandboxes/{id}/rollback", Some(body.clone()));
+        // Nor does a sandbox of its own go back to what is another's.
+        let made = world.other("POST", "/v2/sandboxes", Some(&json!({ "templateID": TEMPLATE })));
+        let id = text(&made.json()["sandboxID"]);
+        let path = format!("/sandboxes/{id}/rollback");
+        world.hidden("POST", &path, Some(&body), &world.snapshot, NO_SNAPSHOT);
+        assert_eq!(world.other("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+        let path = format!("/sandboxes/{}/rollback", world.sandbox);
+        assert_eq!(world.owner("POST", &path, Some(&body)).status, 200);
+    }),
+    ("POST /sandboxes/{id}/pause", |world| {
+        world.hidden_sandbox("POST", "/sandboxes/{id}/pause", None);
+        let healthy = Some(json!({ "requireHealthyGuest": true }));
+        world.hidden_sandbox("POST", "/sandboxes/{id}/pause", healthy);
+    }),
+    ("POST /sandboxes/{id}/resume", |world| {
+        world.hidden_sandbox("POST", "/sandboxes/{id}/resume", None);
+    }),
+    ("POST /sandboxes/{id}/clone", |world| {
+        world.hidden_sandbox("POST", "/sandboxes/{id}/clone", Some(json!({ "count": 2 })));
+    }),
+    ("POST /sandboxes/{id}/fork", |world| {
+        world.hidden_sandbox("POST", "/sandboxes/{id}/fork", Some(json!({ "count": 2 })));
+    }),
+    ("GET /snapshots", |world| {
+        let mine = format!("/snapshots?sandboxID={}", world.sandbox);
+        for path in ["/snapshots", &mine, "/snapshots?name=mine"] {
+            assert_eq!(world.other("GET", path, None).json(), json!([]), "{path}");
+            let own = world.owner("GET", path, None).json();
+            assert_eq!(own[0]["snapshotID"], world.snapshot.as_str(), "{path}");
+        }
+    }),
+    ("GET /templates", |world| {
+        // They are the operator's.
+        for reply in
+            [world.owner("GET", "/templates", None), world.other("GET", "/templates", None)]
+        {
+            assert_eq!(reply.json()[0]["names"], json!([TEMPLATE]));
+        }
+    }),
+    ("DELETE /templates/{id}", |world| {
+        let path = format!("/templates/{}", world.snapshot);
+        world.hidden("DELETE", &path, None, &world.snapshot, NO_SNAPSHOT);
+        assert_eq!(world.owner("DELETE", &path, None).status, 204);
+    }),
+];
+
+/// The endpoints of the route table: its enums name each in the line above.
+fn route_table() -> BTreeSet<&'static str> {
+    let source = include_str!("../../http/src/route.rs");
+    let lines = source.lines().map(str::trim).filter_map(|line| line.strip_prefix("/// `"));
+    let endpoints = lines.filter_map(|line| line.strip_suffix('`'));
+    endpoints
+        .filter(|text| text.split_once(' ').is_some_and(|(_, path)| path.starts_with('/')))
+        .collect()
+}
+
+#[test]
+fn every_endpoint_has_a_row() {
+    let rows: BTreeSet<&str> = ROWS.iter().map(|(endpoint, _)| *endpoint).collect();
+    assert_eq!(rows.len(), ROWS.len(), "one row each");
+    let table = route_table();
+    assert!(table.contains("POST /sandboxes/{id}/fork"), "the table is not found: {table:?}");
+    assert_eq!(rows, table, "left: the rows here; right: the endpoints of http/src/route.rs");
+}
+
+#[test]
+fn what_is_anothers_does_not_exist() {
+    let world = World::new();
+    for (endpoint, show) in ROWS {
+        eprintln!("{endpoint}");
+        show(&world);
+    }
+}
+
+#[test]
+fn two_keys_of_a_tenant_see_the_same() {
+    let daemon = Daemon::start();
+    let (a, b) = (daemon.make_key(&["--tenant", "t"]), daemon.make_key(&["--tenant", "t"]));
+    let made = daemon.ask_as(&a, "POST", "/v2/sandboxes", Some(&json!({ "templateID": TEMPLATE })));
+    let id = text(&made.json()["sandboxID"]);
+    assert_eq!(daemon.ask_as(&b, "GET", &format!("/sandboxes/{id}"), None).status, 200);
+    daemon.get(&id).error(404);
+    assert_eq!(daemon.ask_as(&b, "DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+}
+
+/// What a paused sandbox waits in is nobody's to start from, not its owner's either; and whose a
+/// sandbox is outlives the daemon, while it runs and while it is paused.
+#[test]
+fn pauses_are_started_from_by_nobody_and_tenants_outlive_the_daemon() {
+    let mut world = World::new();
+    let before = world.daemon.snapshot_directories();
+    let body = json!({ "templateID": TEMPLATE, "timeout": 300 });
+    let paused = world.owner("POST", "/v2/sandboxes", Some(&body)).json();
+    let paused = text(&paused["sandboxID"]);
+    let path = format!("/sandboxes/{paused}/pause");
+    assert_eq!(world.owner("POST", &path, None).status, 204);
+    let after = world.daemon.snapshot_directories();
+    let [pause] = after.difference(&before).collect::<Vec<_>>()[..] else { panic!("{after:?}") };
+    let check = |world: &World| {
+        for key in [&world.owner, &world.other, world.daemon.key()] {
+            let body = json!({ "templateID": pause });
+            let reply = world.daemon.ask_as(key, "POST", "/v2/sandboxes", Some(&body));
+            assert!(reply.error(404).contains("does not exist"), "{reply:?}");
+        }
+        for id in [&paused, &world.sandbox] {
+            world.other("GET", &format!("/sandboxes/{id}"), None).error(404);
+            assert_eq!(world.owner("GET", &format!("/sandboxes/{id}"), None).status, 200);
+        }
+    };
+    check(&world);
+    world.daemon.crash();
+    world.daemon.restart();
+    check(&world);
+    let resumed = world.owner(
+        "POST",
+        &format!("/sandboxes/{paused}/connect"),
+        Some(&json!({ "timeout": 60 })),
+    );
+    assert_eq!(resumed.status, 201, "{resumed:?}");
+}
