@@ -142,6 +142,15 @@ pub struct ServeArgs {
     /// Seconds that a client may take to send a request head, or the body of an API request.
     #[arg(long, value_name = "SECONDS", default_value_t = 15)]
     client_timeout: u32,
+    /// Largest file that a client may upload for the build of a template, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    upload_mib: u32,
+    /// Most that such files of one tenant take together, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 8192)]
+    uploads_mib: u32,
+    /// Builds of templates that one tenant may run at once.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    builds_at_once: u16,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
@@ -185,6 +194,9 @@ impl ServeArgs {
             head_timeout: at_least_one("--client-timeout", self.client_timeout)?,
             body_timeout: at_least_one("--client-timeout", self.client_timeout)?,
             sandbox_timeout_max: at_least_one("--sandbox-timeout-max", self.sandbox_timeout_max)?,
+            upload_bytes_max: u64::from(self.upload_mib) << 20,
+            upload_tenant_bytes_max: u64::from(self.uploads_mib) << 20,
+            builds_at_once: usize::from(self.builds_at_once.max(1)),
             ..Limits::default()
         };
         let host = HostConfig {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mica_wire::guest::InitRequest;
+use mica_wire::guest::{Defaults, InitRequest};
 use serde::Deserialize;
 use tokio::sync::watch;
 
@@ -142,9 +142,12 @@ impl Sandbox {
     }
 
     /// Takes an identity in place of the one before, if any. Returns that one, and whether this is
-    /// another sandbox: what the host says, and what is plain from the ids.
-    pub fn set_identity(&self, request: InitRequest) -> (Option<Arc<InitRequest>>, bool) {
+    /// another sandbox: what the host says, and what is plain from the ids. Defaults that the host does
+    /// not repeat stay: they are the memory's, whoever it becomes.
+    pub fn set_identity(&self, mut request: InitRequest) -> (Option<Arc<InitRequest>>, bool) {
         let former = self.identity();
+        let kept = || former.as_ref().and_then(|former| former.defaults.clone());
+        request.defaults = request.defaults.or_else(kept);
         let same_id = former.as_ref().is_some_and(|former| former.sandbox_id == request.sandbox_id);
         let is_new = request.new_sandbox || !same_id;
         self.standing.send_modify(|standing| {
@@ -164,12 +167,22 @@ impl Sandbox {
         }
     }
 
+    /// What the host said that the template's builder chose, if it did.
+    fn defaults(&self) -> Option<Defaults> {
+        self.identity().and_then(|identity| identity.defaults.clone())
+    }
+
     /// The user that a client named, or the template's.
     ///
     /// # Errors
     /// [`UserError`], whose text SDKs compare.
     pub fn user(&self, named: Option<&str>) -> Result<User, UserError> {
-        let default = if self.root_user { "root" } else { &self.settings.default_user };
+        let built = self.defaults().and_then(|defaults| defaults.user);
+        let default = match &built {
+            Some(user) => user,
+            None if self.root_user => "root",
+            None => &self.settings.default_user,
+        };
         let name = named.filter(|name| !name.is_empty()).unwrap_or(default);
         match users::find(name) {
             Err(UserError::Unknown(_)) if self.root_user && name == self.settings.default_user => {
@@ -186,6 +199,7 @@ impl Sandbox {
         let mut all = self.settings.env.clone();
         all.insert("E2B_SANDBOX".to_owned(), "true".to_owned());
         if let Some(identity) = identity {
+            all.extend(identity.defaults.iter().flat_map(|defaults| defaults.env.clone()));
             all.insert("E2B_SANDBOX_ID".to_owned(), identity.sandbox_id.clone());
             all.insert("E2B_TEMPLATE_ID".to_owned(), identity.template_id.clone());
             all.extend(identity.env_vars.clone());
@@ -202,6 +216,9 @@ impl Sandbox {
     #[must_use]
     pub fn resolve_path(&self, path: &str, user: &User) -> PathBuf {
         if path.is_empty() {
+            if let Some(workdir) = self.defaults().and_then(|defaults| defaults.workdir) {
+                return PathBuf::from(workdir);
+            }
             let workdir = &self.settings.workdir;
             return if workdir.is_empty() || self.root_user {
                 user.home.clone()
@@ -231,7 +248,37 @@ mod tests {
             env_vars: BTreeMap::from([("A".to_owned(), "sandbox".to_owned())]),
             wall_clock_unix_ns: 1,
             new_sandbox: false,
+            defaults: None,
         }
+    }
+
+    #[test]
+    fn defaults_of_a_built_template_stay_until_others_come() {
+        let settings = TemplateSettings { workdir: "/code".to_owned(), ..Default::default() };
+        let sandbox = Sandbox::new(settings, false);
+        let root = users::find("root").unwrap();
+        let env = |name: &str, value: &str| BTreeMap::from([(name.to_owned(), value.to_owned())]);
+        let defaults = Defaults {
+            env: BTreeMap::from(
+                [("A", "built"), ("B", "built")].map(|(n, v)| (n.into(), v.into())),
+            ),
+            workdir: Some("/app".to_owned()),
+            user: Some("root".to_owned()),
+        };
+        sandbox.set_identity(InitRequest { defaults: Some(defaults.clone()), ..request("a") });
+        // The same sandbox goes on, and then another is made of its memory.
+        for next in [request("a"), request("b")] {
+            sandbox.set_identity(next);
+            let all = sandbox.environment_of(sandbox.identity().as_deref());
+            assert_eq!((all["A"].as_str(), all["B"].as_str()), ("sandbox", "built"));
+            assert_eq!(sandbox.resolve_path("", &root), PathBuf::from("/app"));
+            assert_eq!(sandbox.user(None).unwrap().name, "root");
+        }
+        let other = Defaults { env: env("C", "1"), ..Defaults::default() };
+        sandbox.set_identity(InitRequest { defaults: Some(other), ..request("c") });
+        assert_eq!(sandbox.resolve_path("", &root), PathBuf::from("/code"));
+        let all = sandbox.environment_of(sandbox.identity().as_deref());
+        assert!(all.contains_key("C") && !all.contains_key("B"));
     }
 
     #[test]

@@ -89,6 +89,12 @@ pub struct Limits {
     pub drain_timeout: Duration,
     /// The longest life a sandbox may be given.
     pub sandbox_timeout_max: Duration,
+    /// One file that is uploaded for a template's build.
+    pub upload_bytes_max: u64,
+    /// All such files of one tenant together; those unused for longest go first.
+    pub upload_tenant_bytes_max: u64,
+    /// Builds of one tenant that run at once. Others wait.
+    pub builds_at_once: usize,
 }
 
 impl Default for Limits {
@@ -105,6 +111,9 @@ impl Default for Limits {
             connect_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(10),
             sandbox_timeout_max: SANDBOX_TIMEOUT_MAX,
+            upload_bytes_max: 1 << 30,
+            upload_tenant_bytes_max: 8 << 30,
+            builds_at_once: 2,
         }
     }
 }

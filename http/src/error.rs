@@ -3,6 +3,7 @@
 //! Called by every handler, by the proxy and by the connection driver. Refuses an error without the
 //! JSON body `{"code","message"}`: SDKs branch on `code` in the body as often as on the status.
 
+mod builds;
 mod host;
 
 use std::time::Duration;

@@ -14,6 +14,7 @@
 
 mod api;
 mod body;
+mod builds;
 mod config;
 mod conn;
 mod error;

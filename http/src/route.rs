@@ -7,6 +7,7 @@
 
 use hyper::Method;
 
+use crate::builds::route::BuildRoute;
 use crate::error::ApiError;
 use crate::percent;
 
@@ -52,6 +53,8 @@ pub enum Route {
     TemplateAlias(String),
     /// `PUT /templates/{id}/alias`
     SetTemplateAlias(String),
+    /// Anything about templates that clients build.
+    Build(BuildRoute),
     /// What E2B or CubeSandbox have there and this host has not; its name.
     NotOffered(&'static str),
 }
@@ -137,6 +140,23 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
     at(Method::POST, "/templates", |_| Route::NotOffered(CUBE_BUILDS)),
     at(Method::GET, "/v2/templates", |_| Route::Templates(Version::V2)),
     at(Method::GET, "/default-templates", |_| Route::DefaultTemplates),
+    at(Method::POST, "/v3/templates", |_| Route::Build(BuildRoute::Announce)),
+    at(Method::PUT, "/build-files/{token}", |p| Route::Build(BuildRoute::Upload(named(p)))),
+    at(Method::POST, "/v2/templates/{templateID}/builds/{buildID}", |p| both(p, BuildRoute::Start)),
+    at(Method::GET, "/templates/{templateID}/builds/{buildID}/status", |p| {
+        both(p, BuildRoute::Status)
+    }),
+    at(Method::GET, "/templates/{templateID}/builds/{buildID}/logs", |p| both(p, BuildRoute::Logs)),
+    at(Method::GET, "/templates/{templateID}/files/{hash}", |p| both(p, BuildRoute::Files)),
+    at(Method::POST, "/templates/tags", |_| Route::Build(BuildRoute::AssignTags)),
+    at(Method::DELETE, "/templates/tags", |_| Route::Build(BuildRoute::RemoveTags)),
+    at(Method::GET, "/templates/{templateID}/tags", |p| Route::Build(BuildRoute::Tags(named(p)))),
+    at(Method::GET, "/templates/{templateID}/tags/count", |p| {
+        Route::Build(BuildRoute::TagCount(named(p)))
+    }),
+    at(Method::GET, "/templates/{templateID}/tags/exists", |p| {
+        Route::Build(BuildRoute::TagExists(named(p)))
+    }),
     at(Method::GET, "/templates/compat", |_| Route::NotOffered(CUBE_BUILDS)),
     at(Method::GET, "/templates/aliases/{alias}", |p| Route::TemplateAlias(named(p))),
     at(Method::GET, "/templates/{templateID}", |p| Route::Template(named(p))),
@@ -163,7 +183,7 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
 ];
 
 /// How many.
-pub const ENDPOINT_COUNT: usize = 52;
+pub const ENDPOINT_COUNT: usize = 63;
 
 const CUBE_BUILDS: &str = "CubeSandbox's way of building templates";
 const VOLUMES: &str = "volumes";
@@ -176,6 +196,10 @@ fn act(parameters: &[String], action: Action) -> Route {
 
 fn named(parameters: &[String]) -> String {
     parameters.first().cloned().unwrap_or_default()
+}
+
+fn both(parameters: &[String], make: fn(String, String) -> BuildRoute) -> Route {
+    Route::Build(make(named(parameters), parameters.get(1).cloned().unwrap_or_default()))
 }
 
 impl Endpoint {
@@ -279,6 +303,14 @@ mod tests {
             (Method::POST, "/sandboxes/iabc/refreshes", of(Action::Refresh)),
             (Method::GET, "/teams", Route::NotOffered(TEAMS)),
             (Method::DELETE, "/templates/ns%2Fx", Route::DeleteTemplate("ns/x".to_owned())),
+            (Method::POST, "/v3/templates", Route::Build(BuildRoute::Announce)),
+            (Method::DELETE, "/templates/tags", Route::Build(BuildRoute::RemoveTags)),
+            (Method::PUT, "/build-files/t", Route::Build(BuildRoute::Upload("t".to_owned()))),
+            (
+                Method::GET,
+                "/templates/n%3At/builds/b/status",
+                Route::Build(BuildRoute::Status("n:t".to_owned(), "b".to_owned())),
+            ),
         ] {
             assert_eq!(route(&method, path), Ok(expected), "{method} {path}");
         }

@@ -12,8 +12,9 @@ use mica_shards::{
     NetworkPolicy, OnTimeout, Once, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo,
     Usage,
 };
-use mica_units::{GuestPort, SandboxId, ShardId};
+use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
+use crate::builds;
 use crate::error::ApiError;
 use crate::keys::Caller;
 
@@ -42,6 +43,12 @@ impl<'a> TenantHost<'a> {
     async fn of(&self, id: SandboxId) -> Result<&Host, ShardError> {
         let owner = self.host.tenant_of(id).await?;
         if owner == self.caller.tenant { Ok(self.host) } else { Err(ShardError::NoSuchSandbox(id)) }
+    }
+
+    /// For builds of templates, whose store has every tenant's and asks itself whose is whose.
+    #[must_use]
+    pub fn builder(&self) -> (&Host, &TenantId) {
+        (self.host, &self.caller.tenant)
     }
 
     /// Room for so many more sandboxes of this key, or 429.
@@ -73,7 +80,8 @@ impl<'a> TenantHost<'a> {
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxInfo, ApiError> {
         let seat = self.seats(1)?.pop();
         let tenant = self.caller.tenant.clone();
-        Ok(self.host.create(CreateRequest { tenant, seat, ..request }).await?)
+        builds::create(self.host, &self.caller.tenant, CreateRequest { tenant, seat, ..request })
+            .await
     }
 
     /// [`Host::clone_sandbox`], counted for the key.

@@ -170,6 +170,7 @@ fn init(machine_id: &str) -> ControlRequest {
         env_vars: std::collections::BTreeMap::new(),
         wall_clock_unix_ns: 1,
         new_sandbox: true,
+        defaults: None,
     })
 }
 

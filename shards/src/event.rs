@@ -14,8 +14,8 @@ use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
 use crate::shell::PoolCounts;
 use crate::{
-    ConnectError, CreateRequest, LogLine, NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess,
-    ShardError, SnapshotInfo, Usage, Visitor,
+    BuiltFor, ConnectError, CreateRequest, LogLine, NetworkPolicy, OnTimeout, SandboxInfo,
+    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
 };
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
@@ -89,6 +89,8 @@ pub(crate) enum Purpose {
     Client(Option<String>),
     /// Copies of the sandbox, and nothing after them.
     Copies,
+    /// The sandboxes of a template that a client built.
+    Built(BuiltFor),
 }
 
 /// A way into a guest.

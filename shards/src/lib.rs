@@ -41,13 +41,18 @@ mod warmth;
 pub use account::{Account, Accounts, Seat, TooFast, TooMany};
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};
-pub use host::{CLONES_MAX, Doing, Host, Once};
+pub use host::{CLONES_MAX, Doing, Host, Once, defaults_for_agent};
 pub use memo::{Digest, MemoKey};
 pub use mica_numa::StopSignal;
+pub use mica_storage::{
+    BUILD_LOG_BYTES_MAX, BuildPhase, BuildRecord, BuildSlot, BuildStore, BuildStoreError, Built,
+    BuiltDefaults, BuiltTag, BuiltTemplate, DEFAULT_TAG, Reference, Upload, UploadGrant,
+};
 pub use run::run;
 pub use stream::GuestStream;
 pub use types::{
-    CreateRequest, HostCounters, Lifecycle, LogLine, LogSource, NEVER, NetworkPolicy, OnTimeout,
-    SandboxInfo, SandboxProcess, SnapshotInfo, TemplateInfo, Usage, Visitor,
+    BUILD_TENANT, BuiltFor, CreateRequest, HostCounters, Lifecycle, LogLine, LogSource, NEVER,
+    NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess, SnapshotInfo, TemplateInfo, Usage,
+    Visitor,
 };
 pub use warm::{WarmError, warm};

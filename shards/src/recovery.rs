@@ -18,6 +18,7 @@ use mica_storage::{SnapshotKind, StorageError, Store};
 use mica_units::SandboxId;
 use rustix::process::Pid;
 
+use crate::BUILD_TENANT;
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::sandbox::{Record, RecordedState, chain};
 use crate::shell::start_ticks;
@@ -53,7 +54,9 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
         match Record::decode(&bytes) {
             Ok(record) => {
                 let alive = is_alive(&record, &groups);
-                if survives(store, id, &record, alive) {
+                // The build it was made for ended with its daemon.
+                let builds = record.tenant == BUILD_TENANT;
+                if !builds && survives(store, id, &record, alive) {
                     survivors.push(Survivor { id, record, alive });
                 } else {
                     tracing::info!(%id, "this sandbox ended with its VM process or its host");
@@ -77,7 +80,8 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
     let rubbish: Vec<SandboxId> =
         groups.keys().filter(|name| !kept.contains(name.as_str())).copied().collect();
     cgroups.sweep(&rubbish)?;
-    let (snapshots, paused) = remove_passing(store, &survivors, &unreadable)?;
+    let named = store.builds().recover()?;
+    let (snapshots, paused) = remove_passing(store, &survivors, &unreadable, named.as_ref())?;
     let ids = survivors.iter().map(|survivor| survivor.id).chain(paused).collect();
     let removed = store.sweep_sandboxes_but(&ids)?;
     if !rubbish.is_empty() || removed + snapshots > 0 {
@@ -115,22 +119,26 @@ fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool 
     }
 }
 
-/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since; and what
-/// copies were started from. How many, and whose could not be told, because their record is unreadable:
+/// Removes snapshots of pauses that no sandbox waits in: never acknowledged, or resumed since; what
+/// copies were started from; and what was built for templates that do not name it. How many, and whose could not be told, because their record is unreadable:
 /// a client's data is not removed for that.
 fn remove_passing(
     store: &Store,
     survivors: &[Survivor],
     unreadable: &BTreeSet<SandboxId>,
+    named: Option<&BTreeSet<String>>,
 ) -> Result<(usize, BTreeSet<SandboxId>), StorageError> {
     let waited_in = |survivor: &Survivor| match &survivor.record.state {
         RecordedState::Paused { snapshot } => Some(snapshot.clone()),
         _ => None,
     };
     let used: BTreeSet<String> = survivors.iter().filter_map(waited_in).collect();
-    let is_passing = |kind| matches!(kind, SnapshotKind::Pause | SnapshotKind::Copies);
     let passing = store.select_snapshots(|manifest| {
-        let unused = is_passing(manifest.kind) && !used.contains(&manifest.id);
+        let unused = match manifest.kind {
+            SnapshotKind::Pause | SnapshotKind::Copies => !used.contains(&manifest.id),
+            SnapshotKind::Built => named.is_some_and(|named| !named.contains(&manifest.id)),
+            SnapshotKind::Template | SnapshotKind::Snapshot => false,
+        };
         unused.then(|| (manifest.id.clone(), manifest.kind, manifest.sandbox))
     })?;
     let (mut removed, mut paused) = (0, BTreeSet::new());

@@ -155,6 +155,7 @@ fn identity(record: &Record, accounts: &Accounts) -> Identity {
         network: NetworkPolicy::from(&record.network),
         // The key of an account may have been revoked meanwhile: then nobody counts.
         seat: account.map(Account::resume),
+        defaults: None,
     };
     Identity {
         request,

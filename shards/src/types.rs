@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_units::{Mebibytes, SandboxId, TemplateName, TenantId, VcpuCount};
+use mica_wire::guest::Defaults;
 
 use crate::Seat;
 
@@ -109,6 +110,9 @@ pub struct CreateRequest {
     pub network: NetworkPolicy,
     /// What counts it, where somebody counts.
     pub seat: Option<Seat>,
+    /// What a built template says that its processes start with. In no record: the agent keeps it, in
+    /// memory that is saved with the sandbox.
+    pub defaults: Option<Defaults>,
 }
 
 impl CreateRequest {
@@ -127,6 +131,7 @@ impl CreateRequest {
             tenant: TenantId::default(),
             network: NetworkPolicy::default(),
             seat: None,
+            defaults: None,
         }
     }
 }
@@ -265,6 +270,21 @@ pub struct TemplateInfo {
     pub spawn_count: u64,
     /// When the last of them was made.
     pub last_spawned_at: Option<SystemTime>,
+}
+
+/// Whose the sandboxes are in which templates are built: no client's, so that none sees them. The next start
+/// removes what is left of them.
+pub const BUILD_TENANT: &str = "mica-builds";
+
+/// The template that a snapshot is made for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BuiltFor {
+    /// Its id.
+    pub template_id: String,
+    /// Its name.
+    pub template_name: TemplateName,
+    /// Whose it is.
+    pub tenant: TenantId,
 }
 
 /// A snapshot that a client made.

@@ -68,6 +68,9 @@ pub fn run(args: KeyArgs) -> Result<()> {
     let path = args.key_db;
     match args.command {
         KeyCommand::Create { tenant, sandboxes_max, creates_per_second, name } => {
+            if tenant.as_str() == mica_shards::BUILD_TENANT {
+                bail!("the tenant {tenant} is the host's own; give yours another name");
+            }
             let key = random_key()?;
             let since = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock")?;
             let record = KeyRecord {

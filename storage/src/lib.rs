@@ -11,6 +11,7 @@
 //! <root>/snapshots/<id>/            what sandboxes start from: see `snapshot.rs`
 //! <root>/snapshots.lock             flock: shared while a snapshot is made
 //! <root>/sandboxes/<sandbox id>/    see `sandbox.rs`
+//! <root>/builds/                    templates that clients build: see `builds/mod.rs`
 //! ```
 //!
 //! One symlink, replaced by one rename, is both the index by name and the commit point. So the
@@ -22,6 +23,7 @@
 #![warn(missing_docs)]
 
 mod archive;
+mod builds;
 #[cfg(test)]
 mod crash_tests;
 mod crashsafe;
@@ -47,6 +49,10 @@ mod working_set;
 mod writer;
 
 pub use archive::{Imported, OnExisting, write_archive};
+pub use builds::{
+    BUILD_LOG_BYTES_MAX, BuildPhase, BuildRecord, BuildSlot, BuildStore, BuildStoreError, Built,
+    BuiltDefaults, BuiltTag, BuiltTemplate, DEFAULT_TAG, Reference, Upload, UploadGrant,
+};
 pub use error::{Result, StorageError};
 pub use flatten::{FlattenLimits, FlattenStep, Flattened, Shape};
 pub use layer::{

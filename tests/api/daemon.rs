@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client::{Connection, PATIENCE, Reply};
-use crate::programs::{guest, vm_program, write_vm_program};
+use crate::programs::{
+    WITHOUT_LOGIN_FILES, guest, guest_agent, vm_program, write_vm_program, write_vm_script,
+};
 use crate::template::{TEMPLATE, make_template};
 
 /// How much of a name the kernel keeps.
@@ -164,6 +166,17 @@ impl Daemon {
     pub fn use_real_agent(&self) {
         let options = format!("--guest '{}'", guest().display());
         write_vm_program(&self.directory.join("vm"), &options);
+    }
+
+    /// Gives the VM processes from now on the real agent, so that commands run in their sandboxes: as plain
+    /// processes of this machine.
+    pub fn use_guest_agent(&self) {
+        write_vm_script(&self.directory.join("vm"), WITHOUT_LOGIN_FILES, &guest_agent());
+    }
+
+    /// Where it keeps everything.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// What the daemon holds: open files; and of sandboxes their VM processes, their cgroups, and

@@ -11,6 +11,7 @@
 )]
 
 mod bad_input;
+mod builds;
 mod client;
 mod conflicts;
 mod control_plane;

@@ -17,8 +17,25 @@ pub fn vm_program(directory: &Path) -> PathBuf {
 }
 
 pub fn write_vm_program(script: &Path, options: &str) {
+    write_vm_script(script, "", options);
+}
+
+/// Has the stand-in run the real agent, as a plain process of this machine.
+pub fn guest_agent() -> String {
+    format!("--guest '{}'", guest().display())
+}
+
+/// In a mount namespace of its own: login shells read nothing of whoever runs the tests.
+pub const WITHOUT_LOGIN_FILES: &str = r#"[ -n "$QUIET_LOGIN" ] || QUIET_LOGIN=1 exec unshare --mount "$0" "$@"
+for file in ~root/.bash_profile ~root/.bash_login ~root/.profile ~root/.bashrc /etc/profile.d/*; do
+  [ ! -f "$file" ] || mount --bind /dev/null "$file"
+done
+"#;
+
+/// The same, with lines before the program starts.
+pub fn write_vm_script(script: &Path, before: &str, options: &str) {
     let standin = standin_vm().display();
-    let text = format!("#!/bin/sh\nexec '{standin}' {options} \"$@\"\n");
+    let text = format!("#!/bin/sh\n{before}exec '{standin}' {options} \"$@\"\n");
     // Written beside and renamed: a script that is being run cannot be written to.
     let new = script.with_extension("new");
     std::fs::write(&new, text).expect("a script");

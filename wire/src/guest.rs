@@ -149,6 +149,25 @@ pub struct InitRequest {
     /// Whether this is another sandbox than the state was saved in (a create or a clone), and not
     /// the same one going on (a resume or a rollback).
     pub new_sandbox: bool,
+    /// What processes start with, where a built template says so. The agent keeps it, and its memory is
+    /// saved with the sandbox: `None` leaves what was said last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub defaults: Option<Defaults>,
+}
+
+/// What processes of a sandbox start with when their client says nothing else: over the settings in the
+/// template's file, under [`InitRequest::env_vars`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Defaults {
+    /// Environment.
+    pub env: BTreeMap<String, String>,
+    /// Directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    /// User.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
 }
 
 /// The agent's answer to a [`ControlRequest`].
@@ -171,6 +190,24 @@ mod tests {
         }
         // Golden: an agent in an old template must be understood by a new host.
         assert_eq!(Preamble::Tcp(GuestPort::ENVD).encode(), *b"MICA\x01\x01\x3f\xc3");
+    }
+
+    #[test]
+    fn defaults_may_be_missing_on_either_side() {
+        let old = r#"{"init":{"sandbox_id":"a","template_id":"t","machine_id":"m","access_token":null,
+            "env_vars":{},"wall_clock_unix_ns":1,"new_sandbox":true}}"#;
+        let Ok(ControlRequest::Init(mut init)) = serde_json::from_str(old) else {
+            panic!("a host of before there were defaults is understood");
+        };
+        assert_eq!(init.defaults, None);
+        assert!(!serde_json::to_string(&init).unwrap().contains("defaults"));
+        let user = Some("root".to_owned());
+        init.defaults = Some(Defaults { user, ..Defaults::default() });
+        let sent = serde_json::to_string(&ControlRequest::Init(init.clone())).unwrap();
+        assert_eq!(
+            serde_json::from_str::<ControlRequest>(&sent).unwrap(),
+            ControlRequest::Init(init)
+        );
     }
 
     #[test]

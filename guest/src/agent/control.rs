@@ -177,6 +177,7 @@ mod tests {
             env_vars: std::collections::BTreeMap::new(),
             wall_clock_unix_ns: 1,
             new_sandbox: true,
+            defaults: None,
         });
         let mut line = serde_json::to_vec(&request).unwrap();
         line.push(b'\n');

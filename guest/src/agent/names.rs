@@ -167,6 +167,7 @@ mod tests {
             env_vars: BTreeMap::new(),
             wall_clock_unix_ns: 1,
             new_sandbox: true,
+            defaults: None,
         }
     }
 

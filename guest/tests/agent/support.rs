@@ -33,6 +33,7 @@ pub fn identity(sandbox_id: &str) -> InitRequest {
         env_vars: [("OF_THE_SANDBOX".to_owned(), "1".to_owned())].into(),
         wall_clock_unix_ns: 1,
         new_sandbox: false,
+        defaults: None,
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use mica_shards::{CreateRequest, OnTimeout};
+use mica_shards::{CreateRequest, OnTimeout, Reference};
 use mica_units::IdError;
 use mica_wire::api::{NewSandbox, OnTimeoutWish};
 use serde::Deserialize;
@@ -75,11 +75,11 @@ fn at_its_end(wanted: &NewSandbox) -> Result<(OnTimeout, bool), ApiError> {
 }
 
 /// Ids and names have one alphabet. A path separator or a dot is in neither, so what passes here
-/// can never leave the store's directory.
+/// can never leave the store's directory. What has a namespace or a tag is a name of [`crate::builds`].
 fn template(text: &str) -> Result<String, ApiError> {
     let in_form = matches!(text.len(), 1..=TEMPLATE_CHARS_MAX)
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
-    if in_form {
+    if in_form || text.len() <= TEMPLATE_CHARS_MAX && Reference::parse(text).is_some() {
         return Ok(text.to_owned());
     }
     let problem = IdError::TemplateName;

@@ -4,7 +4,7 @@
 //! a key, except `GET /health`, `GET /openapi.json` and the preflights of browsers.
 
 mod create;
-mod json;
+pub mod json;
 mod life;
 mod list;
 mod logs;
@@ -29,6 +29,8 @@ use mica_shards::Host;
 use mica_wire::api::Health;
 
 use crate::body::{self, Body};
+use crate::builds;
+use crate::builds::route::BuildRoute;
 use crate::config::HttpConfig;
 use crate::error::ApiError;
 use crate::openapi;
@@ -56,16 +58,20 @@ pub async fn answer(
 }
 
 /// One request on its way through the handlers.
-struct Call<'a> {
+pub struct Call<'a> {
     /// The host as the caller may see it. There is no way from here to what is another tenant's.
-    host: &'a TenantHost<'a>,
-    config: &'a HttpConfig,
+    pub host: &'a TenantHost<'a>,
+    pub config: &'a HttpConfig,
     /// Taken where the route has one.
-    body: &'a mut Option<Incoming>,
+    pub body: &'a mut Option<Incoming>,
 }
 
 impl Call<'_> {
-    async fn read(&mut self) -> Result<Vec<u8>, ApiError> {
+    /// The body, whole.
+    ///
+    /// # Errors
+    /// See [`body::read`].
+    pub async fn read(&mut self) -> Result<Vec<u8>, ApiError> {
         match self.body.take() {
             Some(body) => body::read(body, &self.config.limits).await,
             None => Ok(Vec::new()),
@@ -81,9 +87,13 @@ async fn handle(
     request: &Parts,
 ) -> Result<Response<Body>, ApiError> {
     let route = route(&request.method, request.uri.path())?;
-    match route {
+    match &route {
         Route::Health => return healthy(),
         Route::OpenApi => return openapi::answer(),
+        // Whoever has the URL was given it by somebody with a key.
+        Route::Build(BuildRoute::Upload(token)) => {
+            return builds::upload(host, &config.limits, request, token, body).await;
+        }
         _ => {}
     }
     let caller = config.keys.admit(&request.headers).ok_or_else(ApiError::unauthorized)?;
@@ -104,13 +114,20 @@ async fn handle(
         Route::TemplateAlias(alias) => templates::find_alias(call.host, &alias).await,
         Route::UpdateTemplate(id) => {
             let body = call.read().await?;
-            templates::update(call.host, &id, &body).await
+            match builds::update(call.host.builder(), &id, &body).await? {
+                Some(updated) => Ok(updated),
+                None => templates::update(call.host, &id, &body).await,
+            }
         }
         Route::SetTemplateAlias(id) => {
             let body = call.read().await?;
             templates::set_alias(call.host, &id, &body).await
         }
-        Route::DeleteTemplate(id) => templates::delete(call.host, &id).await,
+        Route::DeleteTemplate(id) => match builds::delete(call.host.builder(), &id).await? {
+            Some(deleted) => Ok(deleted),
+            None => templates::delete(call.host, &id).await,
+        },
+        Route::Build(route) => builds::answer(call, request, route).await,
         Route::NotOffered(what) => Err(ApiError::not_offered(what)),
         Route::OpenApi => openapi::answer(),
     }

@@ -11,6 +11,8 @@ use mica_wire::api::{
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
+use crate::builds::wish::{AnnounceBody, StartBody, TagsBody};
+
 /// Makes a schema.
 type MakeSchema = fn(&mut SchemaGenerator) -> Schema;
 
@@ -69,6 +71,11 @@ pub struct Operation {
 /// The schema of a type.
 fn of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     generator.subschema_for::<T>()
+}
+
+/// Any object: what it has is in `docs/templates.md`.
+fn object(generator: &mut SchemaGenerator) -> Schema {
+    of::<serde_json::Map<String, serde_json::Value>>(generator)
 }
 
 const fn op(method: &'static str, path: &'static str, summary: &'static str) -> Operation {
@@ -205,6 +212,20 @@ const START_ERRORS: &[u16] = &[403, 404, 409, 422, 504, 507];
 const SANDBOX_ERRORS: &[u16] = &[404];
 const BUSY_ERRORS: &[u16] = &[404, 409, 507];
 const TEMPLATE_ERRORS: &[u16] = &[403, 404];
+const BUILD_ERRORS: &[u16] = &[403, 404, 409, 507];
+const LOG_LEVEL: Parameter =
+    query("level", Kind::OneOf(&["debug", "info", "warn", "error"]), "Nothing below it.");
+const BUILD_STATUS: [Parameter; 3] = [
+    query("logsOffset", Kind::Integer(0, i64::MAX), "Entries of the log that are known."),
+    query("limit", Kind::Integer(0, 100), "Entries of the answer."),
+    LOG_LEVEL,
+];
+const BUILD_LOGS: [Parameter; 4] = [
+    query("cursor", Kind::Integer(0, i64::MAX), "Milliseconds since 1970: where to start."),
+    query("limit", Kind::Integer(0, 100), "Entries of the answer."),
+    query("direction", Kind::OneOf(&["forward", "backward"]), "Oldest or newest first."),
+    LOG_LEVEL,
+];
 
 /// Every endpoint.
 pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
@@ -307,6 +328,62 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
     op("GET", "/default-templates", "Templates that clients use unless they are told another.")
         .json(200, of::<Vec<Template>>)
         .about("templates"),
+    op("POST", "/v3/templates", "Announces the build of a template.")
+        .takes(of::<AnnounceBody>)
+        .json(202, object)
+        .about("builds")
+        .fails(&[403, 409, 507]),
+    op(
+        "PUT",
+        "/build-files/{token}",
+        "Takes a file for a build, from whoever was given its address.",
+    )
+    .json(200, object)
+    .about("builds")
+    .fails(&[404, 411, 500, 507])
+    .open(),
+    op("POST", "/v2/templates/{templateID}/builds/{buildID}", "Starts a build.")
+        .takes(of::<StartBody>)
+        .json(202, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/builds/{buildID}/status", "How far a build is.")
+        .asks(&BUILD_STATUS)
+        .json(200, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/builds/{buildID}/logs", "What was written in a build.")
+        .asks(&BUILD_LOGS)
+        .json(200, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/files/{hash}", "Where a file for a build is to go.")
+        .json(201, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("POST", "/templates/tags", "Gives a build more tags.")
+        .takes(of::<TagsBody>)
+        .json(201, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("DELETE", "/templates/tags", "Takes tags from a template.")
+        .takes(of::<TagsBody>)
+        .nothing()
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/tags", "The tags of a template.")
+        .json(200, of::<Vec<serde_json::Map<String, serde_json::Value>>>)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/tags/count", "How many tags a template has.")
+        .json(200, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/tags/exists", "Whether a template has a tag.")
+        .asks(&[query("tag", Kind::Text, "The tag.")])
+        .json(200, object)
+        .about("builds")
+        .fails(BUILD_ERRORS),
     none("GET", "/templates/compat"),
     op("GET", "/templates/aliases/{alias}", "What a name stands for.")
         .json(200, of::<TemplateAlias>)

@@ -106,6 +106,7 @@ fn greet(vm: &OneVm) -> Result<()> {
             SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos(),
         )?,
         new_sandbox: true,
+        defaults: None,
     });
     near.write_all(&Preamble::Control.encode())?;
     near.write_all(&serde_json::to_vec(&request)?)?;

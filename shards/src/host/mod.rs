@@ -3,10 +3,12 @@
 //! Called by `http` on every shard. Refuses to hold any sandbox itself.
 
 mod bench;
+mod builds;
 mod copies;
 mod memos;
 mod operations;
 
+pub use builds::defaults_for_agent;
 pub use copies::CLONES_MAX;
 pub use memos::{Doing, Once};
 pub(crate) use operations::snapshot_info;

@@ -240,7 +240,7 @@ impl Host {
     }
 }
 
-fn storage(operation: &'static str) -> impl Fn(StorageError) -> ShardError {
+pub(super) fn storage(operation: &'static str) -> impl Fn(StorageError) -> ShardError {
     move |error| match error {
         StorageError::NoSpace { .. } => ShardError::NoSpace,
         error => ShardError::Storage { operation, source: Arc::new(error) },

@@ -156,7 +156,11 @@ impl Sandbox {
 
     /// What it may be made from.
     pub(crate) fn origin(&self) -> Origin {
-        Origin { tenant: self.tenant().clone(), of_copies: self.identity.of_copies }
+        Origin {
+            tenant: self.tenant().clone(),
+            of_copies: self.identity.of_copies,
+            of_built: self.identity.request.defaults.is_some(),
+        }
     }
 
     /// Counts no more: nothing of it is left.

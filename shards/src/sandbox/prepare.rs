@@ -30,6 +30,8 @@ pub(crate) struct Origin {
     pub(crate) tenant: TenantId,
     /// Whether it is one of several copies.
     pub(crate) of_copies: bool,
+    /// Whether it was asked for by the name of a template that a client built.
+    pub(crate) of_built: bool,
 }
 
 impl Origin {
@@ -41,6 +43,8 @@ impl Origin {
             SnapshotKind::Template => true,
             SnapshotKind::Snapshot => is_own(),
             SnapshotKind::Copies => self.of_copies && is_own(),
+            // Whose template it is, and whether others may use it, was asked when the name was looked up.
+            SnapshotKind::Built => self.of_built,
             // A resume asks for no leave, and nothing else starts from it.
             SnapshotKind::Pause => false,
         }
@@ -229,9 +233,10 @@ mod tests {
 
     #[test]
     fn sandboxes_are_made_from_templates_and_from_what_is_their_tenants() {
-        use SnapshotKind::{Copies, Pause, Snapshot, Template};
+        use SnapshotKind::{Built, Copies, Pause, Snapshot, Template};
         let may = |tenant: &str, of_copies, kind, owner| {
-            let origin = Origin { tenant: tenant.parse().unwrap(), of_copies };
+            let tenant = tenant.parse().unwrap();
+            let origin = Origin { tenant, of_copies, of_built: owner == Some("built") };
             origin.may_use(&manifest(kind, owner))
         };
         for of_copies in [false, true] {
@@ -242,6 +247,8 @@ mod tests {
             assert!(may("default", of_copies, Snapshot, None));
             assert!(!may("a", of_copies, Pause, Some("a")));
         }
+        assert!(may("a", false, Built, Some("built")));
+        assert!(!may("a", false, Built, Some("a")), "but by its template's name");
         assert!(may("a", true, Copies, Some("a")));
         assert!(!may("a", true, Copies, Some("b")));
         assert!(!may("a", false, Copies, Some("a")), "but for the copies it was made for");

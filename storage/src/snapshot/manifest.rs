@@ -44,6 +44,8 @@ pub enum SnapshotKind {
     Pause,
     /// What copies of a sandbox start from; of no use once they are there.
     Copies,
+    /// What sandboxes of a template start from that a client built; see `builds`.
+    Built,
 }
 
 /// What a snapshot is. Immutable once committed, but for its layers: flattening puts others in their

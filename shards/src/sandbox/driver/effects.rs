@@ -291,6 +291,7 @@ impl Driver {
             env_vars: identity.request.env_vars.clone(),
             wall_clock_unix_ns: unix_ns(),
             new_sandbox,
+            defaults: identity.request.defaults.clone(),
         }
     }
 

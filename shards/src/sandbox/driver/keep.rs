@@ -183,8 +183,15 @@ fn whole_ms(time: Duration) -> u64 {
 impl Driver {
     pub(super) fn manifest_draft(&self, pausing: bool) -> Option<Draft> {
         let shape = self.shape.clone()?;
+        let mut template = (shape.template_id, shape.template_name);
+        let mut tenant = self.sandbox.identity.request.tenant.clone();
         let (kind, name) = match &self.request {
             _ if pausing => (SnapshotKind::Pause, None),
+            Some(Request::Snapshot(Purpose::Built(built), _)) => {
+                template = (built.template_id.clone(), built.template_name.clone());
+                tenant = built.tenant.clone();
+                (SnapshotKind::Built, None)
+            }
             Some(Request::Snapshot(Purpose::Client(name), _)) => {
                 (SnapshotKind::Snapshot, name.clone())
             }
@@ -195,11 +202,11 @@ impl Driver {
             id: String::new(),
             kind,
             name,
-            template_id: shape.template_id,
-            template_name: shape.template_name,
+            template_id: template.0,
+            template_name: template.1,
             parent: self.image.as_ref().map(|image| image.manifest.id.clone()),
             sandbox: Some(self.sandbox.id),
-            tenant: Some(self.sandbox.identity.request.tenant.clone()),
+            tenant: Some(tenant),
             created_unix_ms: unix_ms(SystemTime::now()),
             vcpus: shape.vcpus,
             memory: shape.memory,

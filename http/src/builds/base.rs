@@ -1,0 +1,243 @@
+//! What a client means by a template: one that it built, one of the operator's, or an image that stands for
+//! one of those.
+//!
+//! Called by creates and by builds. Refuses images that stand for no template: nothing is pulled.
+
+use mica_shards::{
+    Built, BuiltDefaults, BuiltTemplate, CreateRequest, DEFAULT_TAG, Host, Reference, SandboxInfo,
+    ShardError, TemplateInfo, defaults_for_agent,
+};
+use mica_units::TenantId;
+
+use super::steps::StepError;
+use super::wish::From;
+use crate::error::ApiError;
+
+/// Images, without their tags, and the templates they stand for.
+const IMAGES: [(&str, &str); 2] =
+    [("e2bdev/base", "base"), ("e2bdev/code-interpreter", "code-interpreter-v1")];
+
+/// Times a create starts again because the template was built anew meanwhile.
+const CREATE_TRIES: usize = 3;
+/// Tags that also stand for a template of the operator's, which has no others.
+const PLAIN_TAGS: [&str; 2] = [DEFAULT_TAG, "latest"];
+
+/// What a build starts from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// For a create.
+    pub template: String,
+    /// What its own build set, if it had one.
+    pub defaults: Option<BuiltDefaults>,
+}
+
+/// Makes a sandbox of what a client calls a template.
+///
+/// # Errors
+/// As the host's create; 404 for a template without a build of that tag.
+pub async fn create(
+    host: &Host,
+    tenant: &TenantId,
+    wanted: CreateRequest,
+) -> Result<SandboxInfo, ApiError> {
+    let name = plain(&wanted.template);
+    if let Some(name) = &name {
+        let request = CreateRequest { template: name.clone(), ..wanted.clone() };
+        match host.create(request).await {
+            // Every other template is one that somebody built.
+            Err(ShardError::NoSuchTemplate(_)) => {}
+            made => return Ok(made?),
+        }
+    }
+    let gone = || ApiError::no_such_template(&wanted.template);
+    for _ in 0..CREATE_TRIES {
+        let built = find(host, tenant, &wanted.template).await?.ok_or_else(gone)?;
+        let request = CreateRequest {
+            template: built.snapshot_id,
+            defaults: Some(defaults_for_agent(&built.defaults)),
+            ..wanted.clone()
+        };
+        match host.create(request).await {
+            // Built anew, or deleted, since it was looked up.
+            Err(ShardError::NoSuchTemplate(_)) => {}
+            made => return Ok(made?),
+        }
+    }
+    Err(gone())
+}
+
+/// The build that a name stands for. `None`: nobody built a template of that name.
+///
+/// # Errors
+/// 404 when its template is there, without a build of that tag that is done.
+pub async fn find(host: &Host, tenant: &TenantId, name: &str) -> Result<Option<Built>, ApiError> {
+    let Some(reference) = Reference::parse(name) else { return Ok(None) };
+    let Some(template) = find_template(host, tenant, &reference).await? else { return Ok(None) };
+    match template.tagged(reference.tag()) {
+        Some(built) => Ok(Some(built.clone())),
+        None => Err(ApiError::not_found(format!(
+            "template `{}` has no build tagged `{}` that is ready",
+            template.name,
+            reference.tag()
+        ))),
+    }
+}
+
+/// The built template that a tenant means.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn find_template(
+    host: &Host,
+    tenant: &TenantId,
+    reference: &Reference,
+) -> Result<Option<BuiltTemplate>, ApiError> {
+    let (tenant, reference) = (tenant.clone(), reference.clone());
+    Ok(host.with_builds(move |builds| Ok(builds.find_built(&tenant, &reference)?)).await??)
+}
+
+/// What a build is to start from, in the size that was asked for.
+///
+/// # Errors
+/// [`StepError`], which says what there is.
+pub async fn of_build(
+    host: &Host,
+    tenant: &TenantId,
+    from: &From,
+    size: (Option<u32>, Option<u32>),
+) -> Result<Base, StepError> {
+    let templates = host.templates().await?;
+    let wanted = match from {
+        From::Template(name) => name.clone(),
+        From::Image(image) => of_image(image, &templates)?,
+    };
+    if let Some(name) = plain(&wanted)
+        && let Some(found) = templates.iter().find(|t| t.name.as_str() == name || t.id == name)
+    {
+        return of_operator(found, size, &templates);
+    }
+    let found =
+        find(host, tenant, &wanted).await.map_err(|error| StepError(error.to_body().message))?;
+    let Some(built) = found else {
+        return Err(StepError(format!(
+            "there is no template `{}`; build on one of {}",
+            wanted.chars().take(100).collect::<String>(),
+            names(&templates)
+        )));
+    };
+    if !fits(size, built.vcpus, built.memory_mib) {
+        return Err(wrong_size(&wanted, size, (built.vcpus, built.memory_mib)));
+    }
+    Ok(Base { template: built.snapshot_id, defaults: Some(built.defaults) })
+}
+
+/// A template of the operator's in this size: itself, or the variant whose name says it.
+fn of_operator(
+    found: &TemplateInfo,
+    size: (Option<u32>, Option<u32>),
+    templates: &[TemplateInfo],
+) -> Result<Base, StepError> {
+    let size_of = |t: &TemplateInfo| (u32::from(t.vcpus.get()), t.memory.count());
+    let (vcpus, memory) = size_of(found);
+    let base = |t: &TemplateInfo| Base { template: t.name.to_string(), defaults: None };
+    if fits(size, vcpus, memory) {
+        return Ok(base(found));
+    }
+    let wanted = (size.0.unwrap_or(vcpus), size.1.unwrap_or(memory));
+    let variant = format!("{}-{}x{}", found.name, wanted.0, wanted.1);
+    let variant = templates.iter().find(|t| t.name.as_str() == variant && size_of(t) == wanted);
+    match variant {
+        Some(variant) => Ok(base(variant)),
+        None => Err(wrong_size(found.name.as_str(), size, (vcpus, memory))),
+    }
+}
+
+fn fits(size: (Option<u32>, Option<u32>), vcpus: u32, memory_mib: u32) -> bool {
+    size.0.is_none_or(|wanted| wanted == vcpus) && size.1.is_none_or(|wanted| wanted == memory_mib)
+}
+
+fn wrong_size(name: &str, size: (Option<u32>, Option<u32>), has: (u32, u32)) -> StepError {
+    let wanted = (size.0.unwrap_or(has.0), size.1.unwrap_or(has.1));
+    StepError(format!(
+        "`{name}` is a running machine with cpuCount {} and memoryMB {}, and what is built on it has the \
+         same size; asked for were {} and {}. Ask for its size, or have the operator make a template \
+         `{name}-{}x{}` of the size wanted",
+        has.0, has.1, wanted.0, wanted.1, wanted.0, wanted.1
+    ))
+}
+
+/// The template that an image stands for.
+fn of_image(image: &str, templates: &[TemplateInfo]) -> Result<String, StepError> {
+    let path = image.strip_prefix("docker.io/").unwrap_or(image);
+    let path = path.split('@').next().unwrap_or(path);
+    // A colon before the last slash belongs to the registry's port.
+    let (path, _) = match path.rsplit_once(':') {
+        Some((path, tag)) if !tag.contains('/') => (path, tag),
+        _ => (path, ""),
+    };
+    let known = IMAGES.iter().find(|(known, _)| *known == path);
+    known.map(|(_, template)| (*template).to_owned()).ok_or_else(|| {
+        let images: Vec<&str> = IMAGES.iter().map(|(image, _)| *image).collect();
+        StepError(format!(
+            "image `{}` is not pulled: this host builds on templates. Use `fromTemplate` with one of {}, or \
+             one of the images {}, and install what is missing in a RUN step",
+            image.chars().take(100).collect::<String>(),
+            names(templates),
+            images.join(", ")
+        ))
+    })
+}
+
+fn names(templates: &[TemplateInfo]) -> String {
+    let names: Vec<String> = templates.iter().map(|t| format!("`{}`", t.name)).collect();
+    if names.is_empty() {
+        "none, for this host has no template yet".to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+/// What of a name can be a template of the operator's, or an id: without a namespace, and without a tag that
+/// such a template cannot have.
+fn plain(text: &str) -> Option<String> {
+    let (name, tag) = text.split_once(':').unwrap_or((text, DEFAULT_TAG));
+    let is_plain = !name.contains('/') && PLAIN_TAGS.contains(&tag);
+    is_plain.then(|| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_stand_for_templates_or_are_refused_with_a_way_out() {
+        for image in ["e2bdev/base", "e2bdev/base:latest", "docker.io/e2bdev/base@sha256:00"] {
+            assert_eq!(of_image(image, &[]).unwrap(), "base", "{image}");
+        }
+        let known = of_image("e2bdev/code-interpreter:v1", &[]).unwrap();
+        assert_eq!(known, "code-interpreter-v1");
+        for image in ["python:3.12", "ubuntu", "localhost:5000/e2bdev", "evil/e2bdev/base"] {
+            let said = of_image(image, &[]).unwrap_err().0;
+            assert!(said.contains(image) && said.contains("fromTemplate"), "{said}");
+        }
+    }
+
+    #[test]
+    fn plain_names() {
+        assert_eq!(plain("base").as_deref(), Some("base"));
+        assert_eq!(plain("base:latest").as_deref(), Some("base"));
+        assert_eq!(plain("base:v2"), None);
+        assert_eq!(plain("ns/base"), None);
+    }
+
+    #[test]
+    fn sizes() {
+        assert!(fits((None, None), 2, 512) && fits((Some(2), Some(512)), 2, 512));
+        assert!(!fits((Some(1), None), 2, 512) && !fits((None, Some(1024)), 2, 512));
+        let said = wrong_size("base", (Some(4), None), (2, 512)).0;
+        assert!(
+            said.contains("cpuCount 2 and memoryMB 512") && said.contains("base-4x512"),
+            "{said}"
+        );
+    }
+}

@@ -1,0 +1,340 @@
+//! Templates that clients build: `Template.build` of E2B's SDKs and its command line.
+//!
+//! Called by the API for every route of [`route::BuildRoute`], and for creates and deletes of templates.
+//! What lasts is in the store, where every shard finds it; a build itself is a task of the shard that was
+//! asked to start it. Refuses images that stand for no template, and to unpack what a client uploads: guests
+//! do.
+//!
+//! ```text
+//!  announce ─▶ files ─▶ upload ─▶ start ─▶ run: a sandbox of the base ─▶ steps ─▶ snapshot ─▶ tags
+//!                                              guest: the agent in it       log ◀─ status
+//! ```
+
+mod background;
+mod base;
+mod connect;
+#[cfg(test)]
+mod copy_tests;
+mod guest;
+mod log;
+pub mod route;
+mod run;
+mod show;
+mod steps;
+mod upload;
+pub mod wish;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use http::request::Parts;
+use hyper::header::HOST;
+use hyper::{Response, StatusCode};
+use mica_shards::{
+    BuildPhase, BuildRecord, BuildStore, BuiltTemplate, DEFAULT_TAG, Host, Reference,
+};
+use mica_units::TenantId;
+use serde_json::json;
+
+pub use base::create;
+use log::Level;
+use route::BuildRoute;
+use show::{ENTRIES_MAX, PageQuery};
+pub use upload::take as upload;
+
+use crate::api::{Call, json};
+use crate::body::Body;
+use crate::error::ApiError;
+use crate::percent;
+
+type Answer = Result<Response<Body>, ApiError>;
+
+/// Answers one request.
+///
+/// # Errors
+/// What to answer instead.
+pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> Answer {
+    let (host, tenant) = call.host.builder();
+    let query = request.uri.query().unwrap_or_default();
+    match route {
+        BuildRoute::Upload(token) => {
+            upload::take(host, &call.config.limits, request, &token, call.body).await
+        }
+        BuildRoute::Announce => announce(host, tenant, &call.read().await?).await,
+        BuildRoute::Files(template, hash) => files(host, tenant, request, &template, &hash).await,
+        BuildRoute::Start(template, build) => start(call, tenant, &template, &build).await,
+        BuildRoute::Status(template, build) => {
+            let page = page(query)?.0;
+            let (record, log) = record_and_log(host, tenant, &template, &build).await?;
+            json::answer(StatusCode::OK, &show::status(&record, &log, page))
+        }
+        BuildRoute::Logs(template, build) => {
+            let (page, cursor, backward) = page(query)?;
+            let (_, log) = record_and_log(host, tenant, &template, &build).await?;
+            json::answer(StatusCode::OK, &show::logs(&log, page, cursor, backward))
+        }
+        BuildRoute::AssignTags => assign_tags(host, tenant, &call.read().await?).await,
+        BuildRoute::RemoveTags => remove_tags(host, tenant, &call.read().await?).await,
+        BuildRoute::Tags(id) => {
+            let template = template(host, tenant, &id).await?;
+            json::answer(StatusCode::OK, &show::tags(&template))
+        }
+        BuildRoute::TagCount(id) => {
+            let count = template(host, tenant, &id).await?.tags.len();
+            json::answer(StatusCode::OK, &json!({ "total": count }))
+        }
+        BuildRoute::TagExists(id) => {
+            let wanted = parameter(query, "tag")?.unwrap_or_default().to_ascii_lowercase();
+            let exists = template(host, tenant, &id).await?.tagged(&wanted).is_some();
+            json::answer(StatusCode::OK, &json!({ "exists": exists, "normalizedTag": wanted }))
+        }
+    }
+}
+
+async fn announce(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
+    let wanted = wish::announced(body, tenant.as_str())?;
+    let theirs = host.templates().await?;
+    if theirs.iter().any(|template| template.name.as_str() == wanted.name) {
+        return Err(ApiError::conflict(format!(
+            "`{}` is a template of this host's operator; give yours another name",
+            wanted.name
+        )));
+    }
+    let tenant = tenant.clone();
+    let record = host.with_builds(move |builds| {
+        let template = builds.template_for(&tenant, &wanted.name)?;
+        builds.announce(BuildRecord {
+            id: String::new(),
+            template_id: template.id,
+            tenant: template.tenant,
+            name: template.name,
+            tags: wanted.tags,
+            vcpus: wanted.vcpus,
+            memory_mib: wanted.memory_mib,
+            created_unix_ms: 0,
+            updated_unix_ms: 0,
+            phase: BuildPhase::Announced,
+        })
+    });
+    json::answer(StatusCode::ACCEPTED, &show::announced(&record.await??))
+}
+
+async fn files(host: &Host, tenant: &TenantId, request: &Parts, id: &str, hash: &str) -> Answer {
+    template(host, tenant, id).await?;
+    if !BuildStore::is_hash(hash) {
+        let message = "the hash of a file is made of letters and digits, at most 128";
+        return Err(ApiError::bad_request(message));
+    }
+    let (tenant, hash) = (tenant.clone(), hash.to_owned());
+    let token = host.with_builds(move |builds| match builds.has_upload(&tenant, &hash)? {
+        true => Ok(None),
+        false => builds.grant_upload(&tenant, &hash).map(Some),
+    });
+    let answer = match token.await?? {
+        None => json!({ "present": true }),
+        Some(token) => json!({ "present": false, "url": url(request, &token)? }),
+    };
+    json::answer(StatusCode::CREATED, &answer)
+}
+
+/// Where an upload goes: the same place that the client came to.
+fn url(request: &Parts, token: &str) -> Result<String, ApiError> {
+    let text = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
+    let authority = request.uri.authority().map(http::uri::Authority::as_str);
+    let host = authority.or_else(|| text(HOST)).filter(|host| !host.is_empty());
+    let host = host.ok_or_else(|| ApiError::bad_request("the request has no Host"))?;
+    let forwarded = request.headers.get("x-forwarded-proto");
+    let scheme = match forwarded.is_some_and(|scheme| scheme == "https") {
+        true => "https",
+        false => "http",
+    };
+    Ok(format!("{scheme}://{host}/build-files/{token}"))
+}
+
+async fn start(call: &mut Call<'_>, tenant: &TenantId, template: &str, build: &str) -> Answer {
+    let wanted = wish::started(&call.read().await?)?;
+    let host = call.host.builder().0;
+    let record = record(host, tenant, template, build).await?;
+    let begun = host.with_builds(move |builds| Ok(builds.begin_run(record)?)).await??;
+    let Some(record) = begun else {
+        return Err(ApiError::conflict("this build was started before; announce another"));
+    };
+    run::spawn(host.clone(), &call.config.limits, record, wanted);
+    let mut accepted = Response::new(Body::empty());
+    *accepted.status_mut() = StatusCode::ACCEPTED;
+    Ok(accepted)
+}
+
+/// A build of a tenant's, for this template.
+async fn record(
+    host: &Host,
+    tenant: &TenantId,
+    template: &str,
+    build: &str,
+) -> Result<BuildRecord, ApiError> {
+    Ok(record_and(host, tenant, template, build, |_, _| Ok(())).await?.0)
+}
+
+async fn record_and_log(
+    host: &Host,
+    tenant: &TenantId,
+    template: &str,
+    build: &str,
+) -> Result<(BuildRecord, Vec<u8>), ApiError> {
+    record_and(host, tenant, template, build, |builds, id| Ok(builds.read_log(id)?)).await
+}
+
+/// The record first: what it calls over has its whole log.
+async fn record_and<T: Send + 'static>(
+    host: &Host,
+    tenant: &TenantId,
+    template: &str,
+    build: &str,
+    then: impl FnOnce(&BuildStore, &str) -> Result<T, mica_shards::BuildStoreError> + Send + 'static,
+) -> Result<(BuildRecord, T), ApiError> {
+    let (owner, template, id) = (tenant.clone(), template.to_owned(), build.to_owned());
+    let found = host.with_builds(move |builds| {
+        let named = |run: &BuildRecord| run.template_id == template || run.name == template;
+        let Some(run) = builds.run(&owner, &id)?.filter(named) else { return Ok(None) };
+        let more = then(builds, &run.id)?;
+        Ok(Some((run, more)))
+    });
+    let shown: String = build.chars().take(64).collect();
+    found.await??.ok_or_else(|| ApiError::not_found(format!("there is no build `{shown}`")))
+}
+
+/// A template that a tenant built, or may use.
+async fn template(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
+    let unknown = || ApiError::no_such_template(&id.chars().take(64).collect::<String>());
+    let reference = Reference::parse(id).ok_or_else(unknown)?;
+    base::find_template(host, tenant, &reference).await?.ok_or_else(unknown)
+}
+
+/// One that is the tenant's own, so that it may be changed.
+async fn own(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
+    let found = template(host, tenant, id).await?;
+    match found.tenant == tenant.as_str() {
+        true => Ok(found),
+        false => Err(ApiError::with_status(
+            StatusCode::FORBIDDEN,
+            format!("template `{}` belongs to another tenant", found.name),
+        )),
+    }
+}
+
+async fn assign_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
+    let (target, tags) = wish::tags(body)?;
+    let template = own(host, tenant, &target.name).await?;
+    let (from, moved) = (target.tag().to_owned(), tags.clone());
+    let assigned =
+        host.with_builds(move |builds| builds.assign_tags(&template.id, &from, &moved)).await??;
+    let Some((build, freed)) = assigned else {
+        let message = format!("`{}` has no build tagged `{}`", target.name, target.tag());
+        return Err(ApiError::not_found(message));
+    };
+    forget_snapshots(host, freed).await;
+    json::answer(StatusCode::CREATED, &json!({ "tags": tags, "buildID": build }))
+}
+
+async fn remove_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
+    let (target, tags) = wish::tags(body)?;
+    if tags.iter().any(|tag| tag == DEFAULT_TAG) {
+        let message = format!("the tag `{DEFAULT_TAG}` stays; delete the template instead");
+        return Err(ApiError::bad_request(message));
+    }
+    let template = own(host, tenant, &target.name).await?;
+    let removed = host.with_builds(move |builds| Ok(builds.remove_tags(&template.id, &tags)?));
+    let Some(freed) = removed.await?? else {
+        let message = format!("`{}` does not have all of these tags", target.name);
+        return Err(ApiError::not_found(message));
+    };
+    forget_snapshots(host, freed).await;
+    Ok(no_content())
+}
+
+/// Changes a template that a tenant built. `None`: it built none of that name.
+///
+/// # Errors
+/// When it is another's, or cannot be changed.
+pub async fn update(
+    (host, tenant): (&Host, &TenantId),
+    id: &str,
+    body: &[u8],
+) -> Result<Option<Response<Body>>, ApiError> {
+    let Some(reference) = Reference::parse(id) else { return Ok(None) };
+    if base::find_template(host, tenant, &reference).await?.is_none() {
+        return Ok(None);
+    }
+    let public = wish::public(body)?;
+    let mut template = own(host, tenant, id).await?;
+    if let Some(public) = public {
+        let id = template.id.clone();
+        let set = host.with_builds(move |builds| Ok(builds.set_public(&id, public)?)).await??;
+        template = set.ok_or_else(|| ApiError::no_such_template(&template.id))?;
+    }
+    let names = [format!("{}/{}", template.tenant, template.name)];
+    json::answer(StatusCode::OK, &json!({ "names": names })).map(Some)
+}
+
+/// Deletes a template that a tenant built. `None`: it built none of that name.
+///
+/// # Errors
+/// When it is another's, or cannot be deleted.
+pub async fn delete(
+    (host, tenant): (&Host, &TenantId),
+    id: &str,
+) -> Result<Option<Response<Body>>, ApiError> {
+    let Some(reference) = Reference::parse(id) else { return Ok(None) };
+    let Some(found) = base::find_template(host, tenant, &reference).await? else { return Ok(None) };
+    let template = own(host, tenant, &found.id).await?;
+    let removed = host.with_builds(move |builds| Ok(builds.remove_built(&template.id)?)).await??;
+    let Some(freed) = removed else { return Ok(None) };
+    forget_snapshots(host, freed).await;
+    Ok(Some(no_content()))
+}
+
+/// Deletes snapshots that no template names any more. What cannot be deleted goes with the next start.
+async fn forget_snapshots(host: &Host, snapshots: Vec<String>) {
+    for snapshot in snapshots {
+        if let Err(error) = host.delete_built(&snapshot).await {
+            tracing::warn!(snapshot, %error, "a snapshot of nobody's stays until the next start");
+        }
+    }
+}
+
+/// A page of a log, where it starts in time, and whether it goes backward.
+fn page(query: &str) -> Result<(PageQuery, Option<u64>, bool), ApiError> {
+    let number = |name: &str| -> Result<Option<u64>, ApiError> {
+        let Some(text) = parameter(query, name)? else { return Ok(None) };
+        let parsed = text.parse().map(Some);
+        parsed.map_err(|_| ApiError::bad_request(format!("`{name}` must be a number of 0 or more")))
+    };
+    let size = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    let level = match parameter(query, "level")? {
+        None => Level::Debug,
+        Some(text) => Level::parse(&text).ok_or_else(|| {
+            ApiError::bad_request("`level` must be `debug`, `info`, `warn` or `error`")
+        })?,
+    };
+    let limit = number("limit")?.map_or(ENTRIES_MAX, size).min(ENTRIES_MAX);
+    let offset = number("logsOffset")?.map_or(0, size);
+    let backward = parameter(query, "direction")?.is_some_and(|direction| direction == "backward");
+    Ok((PageQuery { offset, limit, level }, number("cursor")?, backward))
+}
+
+fn parameter(query: &str, name: &str) -> Result<Option<String>, ApiError> {
+    let pairs = percent::query_pairs(query)
+        .map_err(|error| ApiError::bad_request(format!("the query is not valid: {error}")))?;
+    Ok(pairs.into_iter().find_map(|(key, value)| (key == name).then_some(value)))
+}
+
+fn no_content() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response
+}
+
+/// Milliseconds since 1970.
+fn now_unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

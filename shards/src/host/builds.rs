@@ -1,0 +1,63 @@
+//! Templates that clients build: the way to what the store keeps of them, and to their snapshots.
+//!
+//! Called by `http` through [`Host`], which knows how a build goes. Refuses to delete any other snapshot
+//! than a build's.
+
+use mica_numa::rt;
+use mica_storage::{BuildStore, BuildStoreError, BuiltDefaults, SnapshotKind, StorageError};
+use mica_units::SandboxId;
+use mica_wire::guest::Defaults;
+
+use super::Host;
+use super::operations::storage;
+use crate::event::Purpose;
+use crate::{BuiltFor, ShardError, SnapshotInfo};
+
+impl Host {
+    /// Does something with what the store keeps of builds, on a thread that may block.
+    ///
+    /// # Errors
+    /// `Ok(Err(_))` is the store's own; [`ShardError::Busy`] when no thread takes it.
+    pub async fn with_builds<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&BuildStore) -> Result<T, BuildStoreError> + Send + 'static,
+    ) -> Result<Result<T, BuildStoreError>, ShardError> {
+        let builds = self.0.shard.workshop.store.builds();
+        rt::blocking(move || work(&builds)).await.map_err(|_| ShardError::Busy)
+    }
+
+    /// Makes the snapshot that sandboxes of a built template start from. Durable when this returns, and
+    /// gone with the next start unless the template names it.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn snapshot_built(
+        &self,
+        id: SandboxId,
+        built: BuiltFor,
+    ) -> Result<SnapshotInfo, ShardError> {
+        self.snapshot_for(id, Purpose::Built(built)).await
+    }
+
+    /// Deletes a snapshot that no template names any more. Sandboxes made from it go on.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. The next start removes it then.
+    pub async fn delete_built(&self, snapshot: &str) -> Result<bool, ShardError> {
+        self.delete_if(snapshot, |manifest| manifest.kind == SnapshotKind::Built).await
+    }
+}
+
+impl ShardError {
+    /// What a failure of the store is, with what was being done.
+    #[must_use]
+    pub fn from_storage(operation: &'static str, error: StorageError) -> Self {
+        storage(operation)(error)
+    }
+}
+
+/// As the agent is told.
+pub fn defaults_for_agent(built: &BuiltDefaults) -> Defaults {
+    let BuiltDefaults { env, workdir, user } = built.clone();
+    Defaults { env, workdir, user }
+}
