@@ -8,7 +8,7 @@ SHELL := /bin/bash
 STATIC_TARGET := x86_64-unknown-linux-gnu
 PROFILE := lab
 OUT := target/mica
-HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http mica-bench
+HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http bench-proxy mica-bench
 STATIC_PROGRAMS := mica-vm mica-guest
 CARGO := cargo
 

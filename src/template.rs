@@ -25,7 +25,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use mica_storage::{Imported, OnExisting, Part, ReadyWhen, Store, TemplateSpec, write_archive};
 use mica_units::{Mebibytes, TemplateName, VcpuCount};
 
-use preset::Preset;
+use preset::{Kernel, Preset};
 use warm::WarmArgs;
 
 /// Where templates are built from.
@@ -134,6 +134,9 @@ struct BuildArgs {
     /// More PyPI packages, separated by commas.
     #[arg(long, value_name = "X,Y", default_value = "")]
     pip: String,
+    /// One more language of the code interpreter; may be given several times.
+    #[arg(long = "kernel", value_enum, value_name = "LANGUAGE")]
+    kernels: Vec<Kernel>,
     #[command(flatten)]
     size: SizeArgs,
     /// Size of the root disk, in MiB. It is sparse: unused space takes none on the host.
@@ -241,7 +244,13 @@ fn run_build(store: &Path, args: &BuildArgs) -> Result<()> {
         .join("templates");
     let request = build::BuildRequest {
         name: args.name.clone(),
-        contents: build::contents(&args.name, args.preset, &args.packages, &args.pip)?,
+        contents: build::contents(
+            &args.name,
+            args.preset,
+            &args.packages,
+            &args.pip,
+            &args.kernels,
+        )?,
         vcpus: VcpuCount::new(args.size.vcpus)?,
         memory: Mebibytes::new(args.size.memory),
         disk_mib: args.disk_mib,

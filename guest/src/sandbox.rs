@@ -38,6 +38,8 @@ pub struct TemplateSettings {
 pub struct Services {
     /// The code interpreter on 49999.
     pub interpreter: bool,
+    /// The languages, besides Python, whose kernels start with the agent.
+    pub kernels: Vec<String>,
 }
 
 impl Default for TemplateSettings {

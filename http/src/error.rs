@@ -223,6 +223,15 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, message)
     }
 
+    /// A client wants to change what only the operator may.
+    #[must_use]
+    pub fn template_stays(name: &str) -> Self {
+        let message = format!(
+            "\"{name}\" is a template of this host's operator: it is public and keeps its name"
+        );
+        Self::new(StatusCode::FORBIDDEN, message)
+    }
+
     /// The agent of a sandbox has to answer before a pause, and does not.
     #[must_use]
     pub fn guest_unresponsive(id: SandboxId) -> Self {

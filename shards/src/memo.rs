@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,13 +40,12 @@ pub struct MemoKey {
 }
 
 impl MemoKey {
-    /// The shard that keeps it. Nothing of it outlives the daemon, so the hash may change.
+    /// The shard that keeps it: the same on all of them. Nothing of it outlives the daemon, so the next
+    /// one may hash otherwise.
     pub(crate) fn shard(&self, shards: ShardCount) -> ShardId {
-        let bytes = self.tenant.as_str().bytes().chain([0]).chain(self.name.bytes());
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-        let wide = u128::from(hash) * u128::from(shards.get());
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        let wide = u128::from(hasher.finish()) * u128::from(shards.get());
         ShardId::new(u16::try_from(wide >> 64).unwrap_or(0))
     }
 }

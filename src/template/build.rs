@@ -14,7 +14,7 @@ use super::boot;
 use super::cache::{Cache, Key};
 use super::debian::{KernelPackage, Mirrors};
 use super::image;
-use super::preset::{BASE_PACKAGES, Contents, Preset};
+use super::preset::{BASE_PACKAGES, Contents, Kernel, Preset};
 use super::rootfs;
 use super::runner::Runner;
 
@@ -206,7 +206,8 @@ pub fn contents(
     preset: Option<Preset>,
     packages: &str,
     pip: &str,
+    kernels: &[Kernel],
 ) -> Result<Contents> {
     let preset = preset.unwrap_or_else(|| Preset::for_name(name.as_str()));
-    preset.contents(&split_list(packages), &split_list(pip))
+    preset.contents(&split_list(packages), &split_list(pip), kernels)
 }

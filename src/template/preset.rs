@@ -32,16 +32,60 @@ pub const BASE_PACKAGES: [&str; 22] = [
     "zip",
 ];
 /// What a code interpreter needs of PyPI.
-const INTERPRETER_PIP: [&str; 5] = ["ipykernel", "numpy", "pandas", "matplotlib", "e2b_charts"];
+const INTERPRETER_PIP: [&str; 7] =
+    ["ipykernel", "numpy", "pandas", "matplotlib", "e2b_charts", "bash_kernel", "deno"];
+
+/// The kernels, besides Python's, that run when a sandbox of the interpreter starts.
+const INTERPRETER_KERNELS: [&str; 2] = ["javascript", "bash"];
 
 /// A built-in set of contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Preset {
     /// Python, git, curl, and the user `user` with sudo.
     Base,
-    /// `base`, and a Jupyter kernel with numpy, pandas and matplotlib.
+    /// `base`, and Jupyter kernels for Python with numpy, pandas and matplotlib, for JavaScript,
+    /// TypeScript and bash.
     #[value(name = "code-interpreter-v1")]
     CodeInterpreterV1,
+}
+
+/// A language that the code interpreter has only where it is asked for: its kernel starts with the
+/// first cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kernel {
+    /// R, with `IRkernel`.
+    R,
+    /// Java 17, with `jjava`.
+    Java,
+    /// Go: each cell is compiled and run.
+    Go,
+}
+
+impl Kernel {
+    /// Its name in the recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::R => "r",
+            Self::Java => "java",
+            Self::Go => "go",
+        }
+    }
+
+    fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::R => &["r-cran-irkernel"],
+            Self::Java => &["openjdk-17-jdk-headless"],
+            Self::Go => &["golang-go"],
+        }
+    }
+
+    fn pip(self) -> &'static [&'static str] {
+        match self {
+            // There are only pre-releases, and pip takes one where it is named.
+            Self::Java => &["jjava>=1.0a8"],
+            Self::R | Self::Go => &[],
+        }
+    }
 }
 
 /// What goes into a root file system on top of the base.
@@ -53,6 +97,8 @@ pub struct Contents {
     pub pip: Vec<String>,
     /// Whether the code interpreter is started.
     pub interpreter: bool,
+    /// Its optional kernels.
+    pub kernels: Vec<Kernel>,
 }
 
 impl Preset {
@@ -67,8 +113,13 @@ impl Preset {
     /// Its contents and the additions.
     ///
     /// # Errors
-    /// When an addition is not a name.
-    pub fn contents(self, packages: &[String], pip: &[String]) -> Result<Contents> {
+    /// When an addition is not a name, and for kernels without the interpreter.
+    pub fn contents(
+        self,
+        packages: &[String],
+        pip: &[String],
+        kernels: &[Kernel],
+    ) -> Result<Contents> {
         if let Some(bad) = packages.iter().find(|name| !is_package(name)) {
             bail!("`{bad}` is not the name of a Debian package (NAME or NAME=VERSION)");
         }
@@ -76,20 +127,44 @@ impl Preset {
             bail!("`{bad}` is not a PyPI requirement (NAME, NAME[EXTRA], NAME==VERSION)");
         }
         let interpreter = self == Self::CodeInterpreterV1;
+        if !interpreter && !kernels.is_empty() {
+            bail!("--kernel adds to the code interpreter; give --preset code-interpreter-v1 too");
+        }
         let built_in: &[&str] = if interpreter { &INTERPRETER_PIP } else { &[] };
-        let mut all: Vec<String> = built_in.iter().map(|&name| name.to_owned()).collect();
-        all.extend(pip.iter().filter(|&text| !built_in.contains(&text.as_str())).cloned());
-        Ok(Contents { packages: packages.to_vec(), pip: all, interpreter })
+        let of_kernels = |list: fn(Kernel) -> &'static [&'static str]| {
+            kernels.iter().flat_map(move |kernel| list(*kernel)).map(|&name| name.to_owned())
+        };
+        let all = built_in.iter().map(|&name| name.to_owned()).chain(of_kernels(Kernel::pip));
+        Ok(Contents {
+            packages: once(of_kernels(Kernel::packages).chain(packages.iter().cloned())),
+            pip: once(all.chain(pip.iter().cloned())),
+            interpreter,
+            kernels: kernels.to_vec(),
+        })
     }
+}
+
+/// The items in their order, each the first time only.
+fn once(items: impl Iterator<Item = String>) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for item in items {
+        if !all.contains(&item) {
+            all.push(item);
+        }
+    }
+    all
 }
 
 impl Contents {
     /// The agent's configuration file in the root file system.
     pub fn template_json(&self) -> String {
+        let kernels: &[&str] = if self.interpreter { &INTERPRETER_KERNELS } else { &[] };
+        let quoted: Vec<String> = kernels.iter().map(|name| format!("\"{name}\"")).collect();
         format!(
             "{{\"default_user\":\"user\",\"workdir\":\"/home/user\",\"env\":{{}},\
-             \"services\":{{\"interpreter\":{}}}}}\n",
-            self.interpreter
+             \"services\":{{\"interpreter\":{},\"kernels\":[{}]}}}}\n",
+            self.interpreter,
+            quoted.join(",")
         )
     }
 }
@@ -101,13 +176,29 @@ mod tests {
     #[test]
     fn additions_come_after_the_presets_own() {
         let pip = ["scipy".to_owned(), "numpy".to_owned()];
-        let contents = Preset::CodeInterpreterV1.contents(&[], &pip).unwrap();
+        let contents = Preset::CodeInterpreterV1.contents(&[], &pip, &[]).unwrap();
         assert_eq!(contents.pip.last().map(String::as_str), Some("scipy"));
         assert_eq!(contents.pip.iter().filter(|p| *p == "numpy").count(), 1);
-        assert!(contents.template_json().contains("\"interpreter\":true"));
+        let json = contents.template_json();
+        assert!(
+            json.contains("\"interpreter\":true,\"kernels\":[\"javascript\",\"bash\"]"),
+            "{json}"
+        );
         assert_eq!(Preset::for_name("base"), Preset::Base);
         assert_eq!(Preset::for_name("code-interpreter-v1"), Preset::CodeInterpreterV1);
-        assert!(Preset::Base.contents(&["--force-yes".to_owned()], &[]).is_err());
-        assert!(Preset::Base.contents(&[], &["-rx".to_owned()]).is_err());
+        assert!(Preset::Base.contents(&["--force-yes".to_owned()], &[], &[]).is_err());
+        assert!(Preset::Base.contents(&[], &["-rx".to_owned()], &[]).is_err());
+    }
+
+    #[test]
+    fn kernels_bring_their_packages() {
+        let packages = ["golang-go".to_owned(), "jq".to_owned()];
+        let kernels = [Kernel::R, Kernel::Go, Kernel::Java];
+        let contents = Preset::CodeInterpreterV1.contents(&packages, &[], &kernels).unwrap();
+        let wanted = ["r-cran-irkernel", "golang-go", "openjdk-17-jdk-headless", "jq"];
+        assert_eq!(contents.packages, wanted);
+        assert!(contents.pip.contains(&"jjava>=1.0a8".to_owned()));
+        let error = Preset::Base.contents(&[], &[], &[Kernel::R]).unwrap_err();
+        assert!(error.to_string().contains("--preset code-interpreter-v1"), "{error}");
     }
 }

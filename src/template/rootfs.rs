@@ -108,7 +108,8 @@ pub fn layer(
             recipe(runner, cache, "rootfs pip", &root, PIP, &contents.pip)?;
         }
         if contents.interpreter {
-            recipe::<&str>(runner, cache, "rootfs interpreter", &root, INTERPRETER, &[])?;
+            let kernels: Vec<&str> = contents.kernels.iter().map(|kernel| kernel.name()).collect();
+            recipe(runner, cache, "rootfs interpreter", &root, INTERPRETER, &kernels)?;
         }
         let json = root.join("etc/mica/template.json");
         fs::create_dir_all(root.join("etc/mica"))

@@ -30,6 +30,7 @@ mod programs;
 mod proxy_faults;
 mod proxy_framing;
 mod proxy_h2;
+mod proxy_private;
 mod proxy_routing;
 mod proxy_stops;
 mod proxy_streaming;

@@ -118,6 +118,8 @@ impl Drop for RequestBody {
         if http_body::Body::is_end_stream(&body) {
             return;
         }
+        // Without a runtime the connection is over as well.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let read_on = async move {
             let mut left = DRAIN_BYTES_MAX;
             while let Some(Ok(frame)) = body.frame().await {
@@ -128,7 +130,7 @@ impl Drop for RequestBody {
             }
         };
         // Too slow is as good as too much: the connection is closed either way.
-        tokio::spawn(async {
+        runtime.spawn(async {
             tokio::time::timeout(DRAIN_TIME_MAX, read_on).await.unwrap_or_default();
         });
     }

@@ -2,7 +2,7 @@
 //!
 //! Called by [`super::session`], one cell after another. Refuses to hold more than
 //! [`PENDING_BYTES_MAX`] for a slow client (the kernel's output is then left unread), and gives up
-//! on a kernel that does not give way to [`INTERRUPTS_MAX`] interrupts.
+//! on a kernel that does not give way to as many interrupts as its row says.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::events::Event;
 use super::kernel::{Kernel, Signalled};
+use super::languages::{Kind, Upkeep};
 use super::protocol::{Body, Incoming};
 
 /// Most bytes of events that wait for a slow client before the kernel's output is left unread.
@@ -21,11 +22,8 @@ const PENDING_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// The kernel drops output when it is not read fast enough, and the end marker with it.
 const SILENCE_AFTER_REPLY: Duration = Duration::from_secs(10);
 
-/// A cell that nobody waits for is interrupted again this often...
+/// A cell that nobody waits for is interrupted again this often.
 const INTERRUPT_EVERY: Duration = Duration::from_secs(5);
-
-/// ...and its kernel replaced after so many times.
-const INTERRUPTS_MAX: u32 = 12;
 
 /// One cell.
 #[derive(Debug)]
@@ -61,7 +59,12 @@ pub struct Run {
     pub code: String,
     pub env: BTreeMap<String, String>,
     pub rehearsal: bool,
+    kind: &'static Kind,
     events: mpsc::Sender<Event>,
+    /// The silent request behind the cell, where there is one.
+    last: Option<Last>,
+    /// The kernel could not read the cell, and did not say why.
+    unread: Option<Body>,
     pending: VecDeque<Event>,
     pending_bytes: usize,
     begun: bool,
@@ -72,13 +75,23 @@ pub struct Run {
     next_interrupt: Instant,
 }
 
+/// The silent request that comes after a cell.
+struct Last {
+    id: String,
+    /// Whether it ends with a message of its own behind all output, and not when it is idle.
+    flushes: bool,
+}
+
 impl Run {
-    pub fn new(job: Job) -> Self {
+    pub fn new(job: Job, kind: &'static Kind) -> Self {
         Self {
             code: job.code,
             env: job.env,
             rehearsal: job.rehearsal,
+            kind,
             events: job.events,
+            last: None,
+            unread: None,
             pending: VecDeque::new(),
             pending_bytes: 0,
             begun: false,
@@ -129,7 +142,8 @@ impl Run {
                         Signalled::Message(message) if message.parent_id == id => {
                             self.take(message);
                         }
-                        Signalled::Message(_) => {}
+                        Signalled::Message(message) => self.take_last(message),
+                        Signalled::OwnStdout(text) => self.own_stdout(text),
                         Signalled::Unreadable(error) => self.note(&error.to_string()),
                         Signalled::Ended(status) => return Err(Ending::Died(status)),
                     }
@@ -137,7 +151,7 @@ impl Run {
                 () = events.closed(), if !gone => self.next_interrupt = Instant::now(),
                 () = sleep_until(wake) => {
                     if gone {
-                        self.interrupt(kernel)?;
+                        self.interrupt(kernel).await?;
                     } else if self.replied_at.is_some() && self.pending.is_empty() {
                         return Ok(());
                     }
@@ -146,14 +160,69 @@ impl Run {
         }
     }
 
-    fn interrupt(&mut self, kernel: &Kernel) -> Result<(), Ending> {
-        if self.interrupts >= INTERRUPTS_MAX {
+    async fn interrupt(&mut self, kernel: &mut Kernel) -> Result<(), Ending> {
+        if self.interrupts >= self.kind.interrupts_max {
             return Err(Ending::Died("it did not give way to interrupts".to_owned()));
         }
         self.interrupts += 1;
         self.next_interrupt = Instant::now() + INTERRUPT_EVERY;
-        kernel.interrupt();
-        Ok(())
+        kernel.interrupt().await.map_err(|error| Ending::Died(error.to_string()))
+    }
+
+    /// Waits for the silent request behind the cell, and takes what of the cell's output comes late.
+    pub async fn drain(
+        &mut self,
+        kernel: &mut Kernel,
+        id: String,
+        flushes: bool,
+        restarts: &mut mpsc::Receiver<Restart>,
+    ) -> Result<(), Ending> {
+        (self.idle, self.replied_at) = (false, None);
+        self.last = Some(Last { id, flushes });
+        // No request has this id: what belongs to the cell itself is output as any other now.
+        self.drive(kernel, "", restarts).await
+    }
+
+    fn take_last(&mut self, message: Incoming) {
+        let Some(last) = &self.last else { return };
+        let is_own = message.parent_id == last.id;
+        match message.body {
+            Body::Flushed => self.idle = true,
+            Body::Idle if is_own && !last.flushes => self.idle = true,
+            Body::ReplyOk | Body::ReplyError { .. } | Body::ReplyAborted if is_own => {
+                self.replied_at = Some(Instant::now());
+            }
+            Body::Stdout(_) | Body::Stderr(_) | Body::Display(_) | Body::MainResult(_) => {
+                self.take(message);
+            }
+            _ => {}
+        }
+    }
+
+    fn own_stdout(&mut self, text: String) {
+        if !text.is_empty() {
+            self.push(Event::Stdout { text, timestamp: super::kernel::now() });
+        }
+    }
+
+    /// Whether the kernel could not read the cell, and did not say why.
+    pub fn is_unread(&self) -> bool {
+        self.unread.is_some()
+    }
+
+    /// Tells what was wrong with it: the reason where there is one, or what the kernel said.
+    pub fn explain(&mut self, reason: Option<Body>) {
+        let said = self.unread.take();
+        if let Some(Body::ReplyError { name, value, traceback }) = reason.or(said) {
+            self.error(name, value, traceback);
+        }
+    }
+
+    /// Whether this is all that a kernel says about a cell that it could not read.
+    fn says_unread(&self, value: &str, traceback: &str) -> bool {
+        let Upkeep::Code(snippets) = self.kind.upkeep else { return false };
+        let unread = snippets.unread.map(|(text, _)| text);
+        unread == Some(value) && traceback.is_empty() && !self.errored
     }
 
     fn take(&mut self, message: Incoming) {
@@ -173,7 +242,11 @@ impl Run {
             Body::Error { name, value, traceback } => self.error(name, value, traceback),
             Body::ReplyError { name, value, traceback } => {
                 self.replied_at = Some(Instant::now());
-                self.error(name, value, traceback);
+                if self.says_unread(&value, &traceback) {
+                    self.unread = Some(Body::ReplyError { name, value, traceback });
+                } else {
+                    self.error(name, value, traceback);
+                }
             }
             Body::ReplyAborted => {
                 self.replied_at = Some(Instant::now());
@@ -185,7 +258,7 @@ impl Run {
             Body::ReplyOk => self.replied_at = Some(Instant::now()),
             Body::Idle => self.idle = true,
             Body::Unreadable => self.note("its content is not valid JSON"),
-            Body::Busy | Body::KernelInfo | Body::Other => {}
+            Body::Busy | Body::KernelInfo | Body::Flushed | Body::Other => {}
         }
     }
 
@@ -257,7 +330,8 @@ mod tests {
     fn run() -> (Run, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(16);
         let (code, env) = (String::new(), BTreeMap::new());
-        (Run::new(Job { code, env, rehearsal: false, events }), receiver)
+        let kind = super::super::languages::find(None).unwrap().kind;
+        (Run::new(Job { code, env, rehearsal: false, events }, kind), receiver)
     }
 
     fn message(body: Body) -> Incoming {

@@ -8,18 +8,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
-use super::PYTHON;
 use super::cell::Job;
 use super::events::Event;
 use super::kernel::{KernelConfig, KernelError, random_id};
-use super::launch::Launcher;
+use super::languages::{self, Language};
+use super::launch::{Launcher, find_program};
 use super::session::{self, Handle, SessionConfig, State};
 use crate::sandbox::Sandbox;
 use crate::users::UserError;
 
-/// Most contexts at once: each is a Python process.
+/// Most contexts at once: each is a process.
 pub const CONTEXTS_MAX: usize = 64;
 
 /// Events a client may be behind before its cell's output is gathered in the session.
@@ -32,8 +32,13 @@ pub enum ContextError {
     #[error("Context {0} not found")]
     NotFound(String),
     /// No kernel for this language.
-    #[error("language '{0}' is not available in this template; available: {PYTHON}")]
-    Language(String),
+    #[error("language '{asked}' is not available in this template; available: {available}")]
+    Language {
+        /// What was asked for.
+        asked: String,
+        /// The languages there are, in one text.
+        available: String,
+    },
     /// The directory is missing.
     #[error("cwd '{0}' does not exist or is not a directory")]
     Cwd(String),
@@ -59,7 +64,7 @@ pub enum ContextError {
 pub struct ContextInfo {
     /// Names it in requests.
     pub id: String,
-    /// Always Python for now.
+    /// The language of its cells.
     pub language: &'static str,
     /// Where its kernel started.
     pub cwd: String,
@@ -69,12 +74,23 @@ pub struct ContextInfo {
 struct Context {
     info: ContextInfo,
     handle: Handle,
+    /// Clients list contexts in the order that they were made in.
+    number: u64,
 }
 
 #[derive(Debug, Default)]
 struct Contexts {
     by_id: BTreeMap<String, Context>,
-    default: Option<String>,
+    /// By the language that a kernel's own default context has: JavaScript's is TypeScript's too,
+    /// because a second Deno would take another 170 MiB.
+    defaults: BTreeMap<&'static str, String>,
+    made: u64,
+}
+
+impl Contexts {
+    fn default_of(&self, language: &Language) -> Option<&Context> {
+        self.by_id.get(self.defaults.get(language.kind.default_language)?)
+    }
 }
 
 /// The interpreter of one sandbox.
@@ -108,27 +124,68 @@ impl Interpreter {
         self.contexts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts the default kernel in the background. Needs a Tokio runtime.
+    /// Starts the template's kernels in the background. Needs a Tokio runtime.
     ///
     /// # Errors
-    /// When there is no such user or directory.
+    /// When there is no such language, user or directory.
     pub fn warm(&self) -> Result<(), ContextError> {
-        self.default_id().map(drop)
+        self.warm_languages()?.into_iter().try_for_each(|row| self.default_id(row).map(drop))
     }
 
-    /// Runs what cells commonly do first through the default kernel, on the way that a client's
+    /// The languages that the template wants to be there at once: Python before all.
+    fn warm_languages(&self) -> Result<Vec<&'static Language>, ContextError> {
+        let named = self.sandbox.settings().services.kernels.iter();
+        let mut rows = vec![self.language(None)?];
+        for name in named {
+            let row = self.language(Some(name))?;
+            if !rows.iter().any(|held| held.kind.default_language == row.kind.default_language) {
+                rows.push(row);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// The row of a language that has its program here.
+    fn language(&self, asked: Option<&str>) -> Result<&'static Language, ContextError> {
+        let is_here =
+            |row: &&Language| find_program(row.kind.program, &self.kernel.python).is_some();
+        languages::find(asked).filter(is_here).ok_or_else(|| ContextError::Language {
+            asked: asked.unwrap_or_default().to_owned(),
+            available: languages::all()
+                .filter(is_here)
+                .map(|row| row.name)
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+    }
+
+    /// Runs what cells commonly do first through the template's kernels, on the way that a client's
     /// cells go, and checks what comes back. Leaves no trace that a later cell could see.
     ///
     /// # Errors
-    /// When a cell does not give what it must.
+    /// When a kernel does not start, and when a cell does not give what it must.
     pub async fn rehearse(&self) -> Result<(), ContextError> {
-        self.rehearse_cell("1+1", Some("2")).await?;
-        self.rehearse_cell("__import__('_mica').warm()", None).await
+        for row in self.warm_languages()? {
+            let id = self.default_id(row)?;
+            let state = self.lock().by_id.get(&id).map(|context| context.handle.state.clone());
+            if let State::Failed(reason) = settled(state).await {
+                return Err(ContextError::Kernel(format!("{}: {reason}", row.kind.display)));
+            }
+            for (code, wanted) in row.kind.rehearsals {
+                self.rehearse_cell(&id, code, *wanted).await?;
+            }
+        }
+        Ok(())
     }
 
-    async fn rehearse_cell(&self, code: &str, wanted: Option<&str>) -> Result<(), ContextError> {
+    async fn rehearse_cell(
+        &self,
+        id: &str,
+        code: &str,
+        wanted: Option<&str>,
+    ) -> Result<(), ContextError> {
         let mut result = None;
-        let mut events = self.queue(code.to_owned(), BTreeMap::new(), None, true)?;
+        let mut events = self.queue(code.to_owned(), BTreeMap::new(), id, true)?;
         while let Some(event) = events.recv().await {
             match event {
                 Event::Error { name, value, .. } => {
@@ -145,43 +202,54 @@ impl Interpreter {
         Err(ContextError::Kernel(format!("`{code}` gave {given:?} and not {wanted:?}")))
     }
 
-    /// How the default kernel is.
+    /// How the first of the template's kernels is.
     pub(super) fn default_state(&self) -> State {
         let contexts = self.lock();
-        let default = contexts.default.as_ref().and_then(|id| contexts.by_id.get(id));
+        let default = languages::find(None).and_then(|row| contexts.default_of(row));
         default.map_or(State::Starting, |context| context.handle.state.borrow().clone())
     }
 
-    fn default_id(&self) -> Result<String, ContextError> {
+    fn default_id(&self, row: &'static Language) -> Result<String, ContextError> {
         let mut contexts = self.lock();
-        let held = contexts.default.clone().filter(|id| contexts.by_id.contains_key(id));
-        if let Some(id) = held {
-            return Ok(id);
+        if let Some(context) = contexts.default_of(row) {
+            return Ok(context.info.id.clone());
         }
-        let info = self.add(&mut contexts, None)?;
-        contexts.default = Some(info.id.clone());
+        let row = self.language(Some(row.kind.default_language))?;
+        let info = self.add(&mut contexts, row, None)?;
+        contexts.defaults.insert(row.name, info.id.clone());
         Ok(info.id)
     }
 
-    fn add(&self, contexts: &mut Contexts, cwd: Option<&str>) -> Result<ContextInfo, ContextError> {
+    fn add(
+        &self,
+        contexts: &mut Contexts,
+        row: &'static Language,
+        cwd: Option<&str>,
+    ) -> Result<ContextInfo, ContextError> {
         if contexts.by_id.len() >= CONTEXTS_MAX {
             return Err(ContextError::TooMany);
         }
         let user = self.sandbox.user(None)?;
-        let path = self.sandbox.resolve_path(cwd.unwrap_or("~"), &user);
+        let mut path = self.sandbox.resolve_path(cwd.unwrap_or("~"), &user);
+        let shown = path.display().to_string();
+        if !path.is_dir() && row.kind.may_miss_cwd && cwd.is_some() {
+            path = user.home.clone();
+        }
         if !path.is_dir() {
-            return Err(ContextError::Cwd(path.display().to_string()));
+            return Err(ContextError::Cwd(shown));
         }
         let id = random_id().map_err(ContextError::Id)?;
-        let info =
-            ContextInfo { id: id.clone(), language: PYTHON, cwd: path.display().to_string() };
+        let info = ContextInfo { id: id.clone(), language: row.name, cwd: shown };
         let handle = session::start(SessionConfig {
             kernel: self.kernel.clone(),
+            kind: row.kind,
             sandbox: Arc::clone(&self.sandbox),
             user,
             cwd: path,
         });
-        contexts.by_id.insert(id, Context { info: info.clone(), handle });
+        contexts.made += 1;
+        let number = contexts.made;
+        contexts.by_id.insert(id, Context { info: info.clone(), handle, number });
         Ok(info)
     }
 
@@ -191,30 +259,29 @@ impl Interpreter {
         language: Option<&str>,
         cwd: Option<&str>,
     ) -> Result<ContextInfo, ContextError> {
-        check_language(language)?;
-        let (info, mut state) = {
+        let row = self.language(language)?;
+        let (info, state) = {
             let mut contexts = self.lock();
-            let info = self.add(&mut contexts, cwd)?;
+            let info = self.add(&mut contexts, row, cwd)?;
             let state = contexts.by_id.get(&info.id).map(|context| context.handle.state.clone());
             (info, state)
         };
-        let settled = match &mut state {
-            Some(state) => state.wait_for(|state| *state != State::Starting).await.ok(),
-            None => None,
-        };
-        match settled.map(|state| state.clone()) {
-            Some(State::Failed(reason)) => {
+        match settled(state).await {
+            State::Failed(reason) => {
                 self.lock().by_id.remove(&info.id);
                 Err(ContextError::Kernel(reason))
             }
-            Some(_) => Ok(info),
-            None => Err(ContextError::NotFound(info.id)),
+            State::Ready => Ok(info),
+            State::Starting => Err(ContextError::NotFound(info.id)),
         }
     }
 
-    /// Every context once.
+    /// Every context once, the oldest first.
     pub(super) fn list(&self) -> Vec<ContextInfo> {
-        self.lock().by_id.values().map(|context| context.info.clone()).collect()
+        let contexts = self.lock();
+        let mut all: Vec<&Context> = contexts.by_id.values().collect();
+        all.sort_by_key(|context| context.number);
+        all.into_iter().map(|context| context.info.clone()).collect()
     }
 
     /// Ends a context and its kernel.
@@ -244,23 +311,23 @@ impl Interpreter {
         context_id: Option<&str>,
         language: Option<&str>,
     ) -> Result<mpsc::Receiver<Event>, ContextError> {
-        check_language(language)?;
-        self.queue(code, env, context_id, false)
+        let id = match context_id {
+            Some(id) => id.to_owned(),
+            None => self.default_id(self.language(language)?)?,
+        };
+        self.queue(code, env, &id, false)
     }
 
     fn queue(
         &self,
         code: String,
         env: BTreeMap<String, String>,
-        context_id: Option<&str>,
+        id: &str,
         rehearsal: bool,
     ) -> Result<mpsc::Receiver<Event>, ContextError> {
-        let id = match context_id {
-            Some(id) => id.to_owned(),
-            None => self.default_id()?,
-        };
         let contexts = self.lock();
-        let context = contexts.by_id.get(&id).ok_or(ContextError::NotFound(id))?;
+        let context =
+            contexts.by_id.get(id).ok_or_else(|| ContextError::NotFound(id.to_owned()))?;
         let (events, receiver) = mpsc::channel(EVENTS_AHEAD);
         let job = Job { code, env, rehearsal, events };
         context.handle.jobs.try_send(job).map_err(|_| ContextError::Busy)?;
@@ -268,10 +335,9 @@ impl Interpreter {
     }
 }
 
-fn check_language(language: Option<&str>) -> Result<(), ContextError> {
-    let wanted = language.unwrap_or("").trim().to_lowercase();
-    match wanted.as_str() {
-        "" | PYTHON | "py" | "python3" => Ok(()),
-        _ => Err(ContextError::Language(wanted)),
-    }
+/// How the kernel of a context came up; still starting means that the context has gone meanwhile.
+async fn settled(state: Option<watch::Receiver<State>>) -> State {
+    let Some(mut state) = state else { return State::Starting };
+    let settled = state.wait_for(|state| *state != State::Starting).await;
+    settled.map_or(State::Starting, |state| state.clone())
 }

@@ -93,15 +93,13 @@ fn value_weight(value: &Value) -> usize {
         }
 }
 
-/// A Python string shows as its repr; the quotes around it are not part of the answer.
+/// A string shows as the literal it would be in code; the quotes around it are not part of the
+/// answer.
 fn unquoted(value: Value) -> Value {
-    match value {
-        Value::String(text) => {
-            let inner = text.strip_prefix('\'').and_then(|rest| rest.strip_suffix('\''));
-            Value::String(inner.map_or(text.clone(), str::to_owned))
-        }
-        other => other,
-    }
+    let Value::String(text) = value else { return value };
+    let within = |quote| text.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote));
+    let inner = within('\'').or_else(|| within('"')).map(str::to_owned);
+    Value::String(inner.unwrap_or(text))
 }
 
 #[cfg(test)]
@@ -151,7 +149,8 @@ mod tests {
         assert_eq!(text("'a'"), "a");
         assert_eq!(text("''"), "");
         assert_eq!(text("'"), "'");
-        assert_eq!(text("\"it's\""), "\"it's\"");
+        assert_eq!(text("\"it's\""), "it's");
+        assert_eq!(text("\"'"), "\"'");
         assert_eq!(text("['a']"), "['a']");
     }
 

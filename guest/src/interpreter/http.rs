@@ -178,7 +178,7 @@ fn done(outcome: Result<(), ContextError>) -> Result<Response, HttpError> {
 fn refused(error: &ContextError) -> Response {
     let status = match error {
         ContextError::NotFound(_) => StatusCode::NOT_FOUND,
-        ContextError::Language(_) | ContextError::Cwd(_) => StatusCode::BAD_REQUEST,
+        ContextError::Language { .. } | ContextError::Cwd(_) => StatusCode::BAD_REQUEST,
         ContextError::TooMany | ContextError::Busy => StatusCode::TOO_MANY_REQUESTS,
         ContextError::Kernel(_) | ContextError::User(_) | ContextError::Id(_) => {
             StatusCode::INTERNAL_SERVER_ERROR

@@ -1,34 +1,31 @@
-//! One ipykernel process and its ZeroMQ connection.
+//! One kernel process and its ZeroMQ connection.
 //!
-//! Called by [`super::session`]. The sockets are unix sockets in a directory that only the
-//! kernel's user and root may enter, so no other user of the guest can speak to a kernel and no
-//! port of the guest is taken. Refuses to wait longer than its deadline for a kernel to come up.
+//! Called by [`super::session`]. What it starts and how it speaks to it stands in the kernel's row
+//! (`languages`), where they meet in `endpoints`. Refuses to wait longer than its deadline for a
+//! kernel to come up.
 //!
 //! A message's size is looked at when it has been received: the `zeromq` crate has no limit of its
 //! own. So user code that writes an endless frame into a kernel's socket can exhaust the guest's
 //! memory, which it can do in any process of its sandbox, and in its own sandbox only.
 
-use std::collections::VecDeque;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::process::{Pid, Signal, kill_process_group};
-use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::process::Child;
+use tokio::process::{Child, ChildStdout};
 use tokio::time::{Instant, sleep, timeout_at};
 use zeromq::{DealerSocket, Socket as _, SocketRecv as _, SocketSend as _, SubSocket, ZmqMessage};
 
-use super::launch::{LaunchError, LaunchSpec, Launcher};
+use super::endpoints::{self, Channel, Endpoints, Home};
+use super::languages::{Arg, Interrupt, Kind};
+use super::launch::{LaunchError, LaunchSpec, Launcher, find_program, find_shared};
 use super::protocol::{self, Body, Incoming, Key, ProtocolError, Request};
 use crate::users::User;
-
-/// What every kernel process runs. Written beside its connection file: the agent brings its own,
-/// whatever template it is in.
-const PROGRAM: &str = include_str!("kernel.py");
 
 /// How long a kernel may take to come up. A guest under nested emulation needs over a minute.
 pub const START_DEADLINE: Duration = Duration::from_secs(600);
@@ -39,6 +36,13 @@ const POLL: Duration = Duration::from_millis(10);
 /// How long one question for the kernel's state waits before it is asked again. A subscription
 /// may reach the kernel after its first answers have gone out.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// How often a kernel is started that ends at once: somebody may have taken a port of its own in
+/// the moment between the choice and the start.
+const STARTS_MAX: usize = 3;
+
+/// Most that is read of the process's own output at once.
+const OWN_OUTPUT_BYTES: usize = 16 * 1024;
 
 /// What is kept of the process's own output, to explain a start that failed.
 const OUTPUT_TAIL_BYTES: usize = 4096;
@@ -57,6 +61,10 @@ pub enum KernelError {
     },
     #[error("cannot prepare the kernel process")]
     Launch(#[source] LaunchError),
+    #[error("{name} is not in this template")]
+    Missing { name: &'static str },
+    #[error("cannot choose ports for the kernel")]
+    Ports(#[source] std::io::Error),
     #[error("cannot start {program}; the template needs Python with ipykernel")]
     Spawn {
         program: PathBuf,
@@ -86,6 +94,8 @@ pub struct KernelConfig {
 #[derive(Debug)]
 pub enum Signalled {
     Message(Incoming),
+    /// What the process itself, or one that it started, wrote to its standard output.
+    OwnStdout(String),
     /// A message that could not be read; the connection goes on.
     Unreadable(ProtocolError),
     /// The process has ended: its status, as text.
@@ -96,11 +106,18 @@ pub enum Signalled {
 pub struct Kernel {
     child: Child,
     pid: Option<Pid>,
+    interrupt: Interrupt,
     shell: DealerSocket,
     iopub: SubSocket,
+    control: DealerSocket,
     key: Key,
     session: String,
     directory: PathBuf,
+    endpoints: Endpoints,
+    /// Read here where it is the cell's output, and otherwise for the tail.
+    stdout: Option<ChildStdout>,
+    /// The beginning of a character whose end has not been read.
+    stdout_rest: Vec<u8>,
     tail: Tail,
 }
 
@@ -138,109 +155,116 @@ impl Kernel {
     /// See [`KernelError`]; nothing is left behind.
     pub async fn start(
         config: &KernelConfig,
+        kind: &Kind,
         user: &User,
         cwd: &Path,
-        env: std::collections::BTreeMap<String, String>,
+        env: BTreeMap<String, String>,
     ) -> Result<Self, KernelError> {
         let deadline = Instant::now() + START_DEADLINE;
-        let directory = config.directory.join(protocol::hex(&random::<6>()?));
-        let key = Key::new(protocol::hex(&random::<32>()?));
-        let (program, connection) = make_directory(&directory, &key, user)?;
-        let spec = LaunchSpec {
-            program: config.python.clone(),
-            args: vec![
-                program.into_os_string(),
-                "-f".into(),
-                connection.into_os_string(),
-                // Kernels would share one history file, each writing to the disk for every cell.
-                "--HistoryManager.hist_file=:memory:".into(),
-            ],
-            env,
-            cwd: cwd.to_owned(),
-            user: user.clone(),
-        };
-        let started = Self::spawn(config, spec, directory.clone(), key);
-        let mut kernel = match started {
-            Ok(kernel) => kernel,
-            Err(error) => {
-                remove_directory(&directory);
+        let mut starts = 0;
+        loop {
+            starts += 1;
+            let mut kernel = Self::spawn(config, kind, user, cwd, env.clone())?;
+            let Err(error) = kernel.come_up(deadline).await else { return Ok(kernel) };
+            let is_tcp = matches!(kernel.endpoints, Endpoints::Tcp(_));
+            kernel.stop().await;
+            let may_be_taken = is_tcp && matches!(error, KernelError::EndedEarly { .. });
+            if !may_be_taken || starts == STARTS_MAX {
                 return Err(error);
-            }
-        };
-        match kernel.come_up(deadline).await {
-            Ok(()) => Ok(kernel),
-            Err(error) => {
-                kernel.stop().await;
-                Err(error)
             }
         }
     }
 
     fn spawn(
         config: &KernelConfig,
-        spec: LaunchSpec,
-        directory: PathBuf,
-        key: Key,
+        kind: &Kind,
+        user: &User,
+        cwd: &Path,
+        env: BTreeMap<String, String>,
     ) -> Result<Self, KernelError> {
-        let mut command = (config.launcher)(&spec).map_err(KernelError::Launch)?;
-        command
-            .stdin(std::process::Stdio::null())
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped())
-            .kill_on_drop(true);
-        let mut child = command
-            .spawn()
-            .map_err(|source| KernelError::Spawn { program: spec.program.clone(), source })?;
-        let tail = Tail::default();
-        if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(keep_tail(stdout, Arc::clone(&tail)));
-        }
-        if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(keep_tail(stderr, Arc::clone(&tail)));
-        }
-        let pid = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-        Ok(Self {
+        let program = find_program(kind.program, &config.python)
+            .ok_or(KernelError::Missing { name: kind.display })?;
+        let directory = config.directory.join(protocol::hex(&random::<6>()?));
+        let key = Key::new(protocol::hex(&random::<32>()?));
+        let session = random_id()?;
+        let endpoints =
+            Endpoints::choose(kind.transport, &directory).map_err(KernelError::Ports)?;
+        let home = Home::make(directory, kind, &endpoints, &key, user)?;
+        let args = arguments(kind, &home, &config.python);
+        let spec = LaunchSpec { program, args, env, cwd: cwd.to_owned(), user: user.clone() };
+        let child = match start_process(config, &spec) {
+            Ok(child) => child,
+            Err(error) => {
+                endpoints::remove(&home.directory);
+                return Err(error);
+            }
+        };
+        let mut kernel = Self {
+            pid: child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw),
             child,
-            pid,
+            interrupt: kind.interrupt,
             shell: DealerSocket::new(),
             iopub: SubSocket::new(),
+            control: DealerSocket::new(),
             key,
-            session: random_id()?,
-            directory,
-            tail,
-        })
+            session,
+            directory: home.directory,
+            endpoints,
+            stdout: None,
+            stdout_rest: Vec::new(),
+            tail: Tail::default(),
+        };
+        kernel.read_output(kind.shows_own_stdout);
+        Ok(kernel)
+    }
+
+    fn read_output(&mut self, shows_own_stdout: bool) {
+        if let Some(stderr) = self.child.stderr.take() {
+            tokio::spawn(keep_tail(stderr, Arc::clone(&self.tail)));
+        }
+        match self.child.stdout.take() {
+            Some(stdout) if shows_own_stdout => self.stdout = Some(stdout),
+            Some(stdout) => drop(tokio::spawn(keep_tail(stdout, Arc::clone(&self.tail)))),
+            None => {}
+        }
     }
 
     async fn come_up(&mut self, deadline: Instant) -> Result<(), KernelError> {
-        for port in [Port::Shell, Port::Iopub] {
-            let path = port.path(&self.directory);
-            while !path.exists() {
+        for channel in [Channel::Shell, Channel::Iopub, Channel::Control] {
+            while !self.endpoints.is_open(channel).await {
                 self.still_starting(deadline, POLL).await?;
             }
         }
-        let shell = endpoint(Port::Shell, &self.directory);
-        let iopub = endpoint(Port::Iopub, &self.directory);
+        let address = |channel| self.endpoints.address(channel);
         let connect = async {
-            self.iopub.connect(&iopub).await?;
+            self.iopub.connect(&address(Channel::Iopub)).await?;
             self.iopub.subscribe("").await?;
-            self.shell.connect(&shell).await
+            if self.interrupt == Interrupt::Message {
+                self.control.connect(&address(Channel::Control)).await?;
+            }
+            self.shell.connect(&address(Channel::Shell)).await
         };
         match timeout_at(deadline, connect).await {
             Ok(connected) => connected.map_err(KernelError::Connection)?,
             Err(_) => return Err(KernelError::TimedOut { output: text(&self.tail) }),
         }
         let (mut answered, mut heard) = (false, false);
+        let (mut asked, mut pause) = (Vec::new(), ASK_AGAIN);
         while !(answered && heard) {
-            let asked = self.send(&Request::KernelInfo).await?;
-            let again = Instant::now() + ASK_AGAIN;
+            asked.push(self.send(&Request::KernelInfo).await?);
+            let again = Instant::now() + pause;
+            // A slow kernel must get through what it is asked faster than it is asked more.
+            pause *= 2;
             while !(answered && heard) && Instant::now() < again {
                 match timeout_at(again, self.next()).await {
                     Ok(Signalled::Message(message)) => match message.body {
                         Body::KernelInfo => answered = true,
-                        Body::Busy | Body::Idle if message.parent_id == asked => heard = true,
+                        Body::Busy | Body::Idle if asked.contains(&message.parent_id) => {
+                            heard = true;
+                        }
                         _ => {}
                     },
-                    Ok(Signalled::Unreadable(_)) | Err(_) => {}
+                    Ok(Signalled::Unreadable(_) | Signalled::OwnStdout(_)) | Err(_) => {}
                     Ok(Signalled::Ended(status)) => {
                         return Err(KernelError::EndedEarly { status, output: text(&self.tail) });
                     }
@@ -279,20 +303,35 @@ impl Kernel {
     /// # Errors
     /// When the connection is gone.
     pub async fn send(&mut self, request: &Request<'_>) -> Result<String, KernelError> {
+        let (id, message) = self.message(request)?;
+        self.shell.send(message).await.map_err(KernelError::Connection)?;
+        Ok(id)
+    }
+
+    fn message(&self, request: &Request<'_>) -> Result<(String, ZmqMessage), KernelError> {
         let id = random_id()?;
         let frames = protocol::encode(request, &id, &self.session, &now(), &self.key);
         // `encode` always makes six frames, so this is never the empty message.
         let message = ZmqMessage::try_from(frames).map_err(|_| {
             KernelError::Connection(zeromq::ZmqError::Other("a request without frames"))
         })?;
-        self.shell.send(message).await.map_err(KernelError::Connection)?;
-        Ok(id)
+        Ok((id, message))
     }
 
     /// The next thing that happens. May be dropped and called again at any point.
     pub async fn next(&mut self) -> Signalled {
+        let mut own = [0; OWN_OUTPUT_BYTES];
         let received = tokio::select! {
             biased;
+            // First: what was written before a message is there before it.
+            read = read_some(self.stdout.as_mut(), &mut own), if self.stdout.is_some() => {
+                let count = read.unwrap_or(0);
+                if count == 0 {
+                    self.stdout = None;
+                }
+                self.stdout_rest.extend(own.iter().take(count));
+                return Signalled::OwnStdout(take_text(&mut self.stdout_rest));
+            }
             message = self.iopub.recv() => message,
             message = self.shell.recv() => message,
             status = self.child.wait() => return Signalled::Ended(status_text(status)),
@@ -308,9 +347,17 @@ impl Kernel {
         }
     }
 
-    /// Raises `KeyboardInterrupt` in the cell, and interrupts what it has started.
-    pub fn interrupt(&self) {
-        self.signal(Signal::INT);
+    /// Has the kernel give up its cell; by signal, what the cell has started is interrupted too.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub async fn interrupt(&mut self) -> Result<(), KernelError> {
+        if self.interrupt == Interrupt::Signal {
+            self.signal(Signal::INT);
+            return Ok(());
+        }
+        let (_, message) = self.message(&Request::Interrupt)?;
+        self.control.send(message).await.map_err(KernelError::Connection)
     }
 
     fn signal(&self, signal: Signal) {
@@ -334,7 +381,7 @@ impl Kernel {
         self.pid = None;
         // One that has only just begun does not lead a group yet. It may also have ended.
         self.child.start_kill().unwrap_or_default();
-        remove_directory(&self.directory);
+        endpoints::remove(&self.directory);
     }
 }
 
@@ -345,78 +392,46 @@ impl Drop for Kernel {
     }
 }
 
-/// The channels of a kernel, by the number in the name of their sockets.
-#[derive(Clone, Copy, Debug)]
-enum Port {
-    Shell = 1,
-    Iopub = 2,
-    Stdin = 3,
-    Control = 4,
-    Heartbeat = 5,
+fn start_process(config: &KernelConfig, spec: &LaunchSpec) -> Result<Child, KernelError> {
+    let mut command = (config.launcher)(spec).map_err(KernelError::Launch)?;
+    command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .kill_on_drop(true);
+    command.spawn().map_err(|source| KernelError::Spawn { program: spec.program.clone(), source })
 }
 
-impl Port {
-    /// Jupyter puts a dash and the port behind the `ip` of an ipc connection.
-    fn path(self, directory: &Path) -> PathBuf {
-        directory.join(format!("k-{}", self as u8))
+fn arguments(kind: &Kind, home: &Home, python: &Path) -> Vec<OsString> {
+    let argument = |arg: &Arg| match arg {
+        Arg::Text(text) => OsString::from(text),
+        Arg::File(name, _) => home.directory.join(name).into_os_string(),
+        Arg::Connection => home.connection.clone().into_os_string(),
+        // Where it is not there, the program says which file it misses.
+        Arg::Shared(name) => {
+            find_shared(name, python).unwrap_or_else(|| PathBuf::from(name)).into_os_string()
+        }
+    };
+    kind.args.iter().map(argument).collect()
+}
+
+async fn read_some(stdout: Option<&mut ChildStdout>, buffer: &mut [u8]) -> std::io::Result<usize> {
+    match stdout {
+        Some(stdout) => stdout.read(buffer).await,
+        None => Ok(0),
     }
 }
 
-fn endpoint(port: Port, directory: &Path) -> String {
-    format!("ipc://{}", port.path(directory).display())
-}
-
-/// Makes the kernel's directory, with its program and its connection file in it.
-fn make_directory(
-    directory: &Path,
-    key: &Key,
-    user: &User,
-) -> Result<(PathBuf, PathBuf), KernelError> {
-    let fail = |source| KernelError::Directory { path: directory.to_owned(), source };
-    if let Some(parent) = directory.parent() {
-        std::fs::create_dir_all(parent).map_err(fail)?;
-    }
-    std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(fail)?;
-    let program = directory.join("kernel.py");
-    let path = directory.join("connection.json");
-    let connection = json!({
-        "transport": "ipc",
-        "ip": directory.join("k").display().to_string(),
-        "shell_port": Port::Shell as u8,
-        "iopub_port": Port::Iopub as u8,
-        "stdin_port": Port::Stdin as u8,
-        "control_port": Port::Control as u8,
-        "hb_port": Port::Heartbeat as u8,
-        "key": key.text(),
-        "signature_scheme": "hmac-sha256",
-        "kernel_name": "python3",
-    });
-    let made = write_private(&path, connection.to_string().as_bytes())
-        .and_then(|()| write_private(&program, PROGRAM.as_bytes()))
-        .and_then(|()| give(&path, user))
-        .and_then(|()| give(&program, user))
-        .and_then(|()| give(directory, user));
-    if let Err(source) = made {
-        remove_directory(directory);
-        return Err(fail(source));
-    }
-    Ok((program, path))
-}
-
-fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write as _;
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true).mode(0o600).open(path)?.write_all(bytes)
-}
-
-fn give(path: &Path, user: &User) -> std::io::Result<()> {
-    std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid))
-}
-
-fn remove_directory(directory: &Path) {
-    // What cannot be removed is a few empty sockets in the guest's own memory file system; the
-    // name is never used again.
-    drop(std::fs::remove_dir_all(directory));
+/// The whole characters among the bytes; the beginning of one more stays.
+fn take_text(bytes: &mut Vec<u8>) -> String {
+    let whole = match std::str::from_utf8(bytes) {
+        Err(error) if error.error_len().is_none() => error.valid_up_to(),
+        _ => bytes.len(),
+    };
+    let rest = bytes.split_off(whole);
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    *bytes = rest;
+    text
 }
 
 fn status_text(status: std::io::Result<std::process::ExitStatus>) -> String {
@@ -471,20 +486,13 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_is_private() {
-        use std::os::unix::fs::PermissionsExt as _;
-        let base = std::env::temp_dir().join(format!("mica-kernel-{}", random_id().unwrap()));
-        let user = crate::users::find("root").unwrap();
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: needs root to give files away");
-            return;
-        }
-        let directory = base.join("x");
-        let (_, connection) = make_directory(&directory, &Key::new("k".into()), &user).unwrap();
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(&directory), 0o700);
-        assert_eq!(mode(&connection), 0o600);
-        assert!(make_directory(&directory, &Key::new("k".into()), &user).is_err(), "taken");
-        std::fs::remove_dir_all(base).unwrap();
+    fn a_character_that_comes_in_two_parts_stays_whole() {
+        let mut bytes = "aé".as_bytes()[..2].to_vec();
+        assert_eq!(take_text(&mut bytes), "a");
+        bytes.extend([0xa9, b'b']);
+        assert_eq!(take_text(&mut bytes), "éb");
+        let mut bytes = vec![b'a', 0xff, b'b'];
+        assert_eq!(take_text(&mut bytes), "a\u{fffd}b");
+        assert!(bytes.is_empty());
     }
 }

@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::languages::Program;
 use crate::users::User;
 
 /// Where a template keeps the Python that has ipykernel.
@@ -47,6 +48,25 @@ pub struct LaunchError {
 /// with it.
 pub type Launcher =
     Arc<dyn Fn(&LaunchSpec) -> Result<tokio::process::Command, LaunchError> + Send + Sync>;
+
+/// Where Debian's and pip's packages put what belongs to Jupyter.
+const SHARED: [&str; 2] = ["/usr/local/share/jupyter", "/usr/share/jupyter"];
+
+/// The program of a kernel: beside its Python or in the agent's search path, if it is there.
+pub fn find_program(program: Program, python: &Path) -> Option<PathBuf> {
+    let Program::Named(name) = program else { return Some(python.to_owned()) };
+    let path = std::env::var_os("PATH").unwrap_or_else(|| super::SEARCH_PATH.into());
+    let beside = python.parent().filter(|parent| parent.is_absolute()).map(Path::to_owned);
+    let mut places = beside.into_iter().chain(std::env::split_paths(&path));
+    places.find_map(|place| Some(place.join(name)).filter(|path| path.is_file()))
+}
+
+/// A file that a package has put below `share/jupyter`.
+pub fn find_shared(name: &str, python: &Path) -> Option<PathBuf> {
+    let own = python.parent().and_then(Path::parent).map(|prefix| prefix.join("share/jupyter"));
+    let mut places = own.into_iter().chain(SHARED.map(PathBuf::from));
+    places.find_map(|place| Some(place.join(name)).filter(|path| path.is_file()))
+}
 
 /// The interpreter that kernels run in: the template's own if it is there.
 pub fn find_python() -> PathBuf {

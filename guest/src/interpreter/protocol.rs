@@ -90,6 +90,8 @@ struct Header {
 pub enum Request<'a> {
     /// Asks whether the kernel is up.
     KernelInfo,
+    /// Asks it, on the control channel, to give up its cell.
+    Interrupt,
     /// Runs code as a cell, numbered unless it is `unnumbered`; `orders` are for our own part of the
     /// kernel, which carries them out around the cell.
     Execute { code: &'a str, unnumbered: bool, orders: &'a Value },
@@ -108,6 +110,7 @@ pub fn encode(
     let nothing = || json!({});
     let (msg_type, metadata, content) = match request {
         Request::KernelInfo => ("kernel_info_request", nothing(), nothing()),
+        Request::Interrupt => ("interrupt_request", nothing(), nothing()),
         Request::Execute { code, unnumbered, orders } => {
             let content = execute_content(code, false, !unnumbered);
             ("execute_request", json!({ "mica": orders }), content)
@@ -182,6 +185,8 @@ pub enum Body {
     },
     ReplyAborted,
     KernelInfo,
+    /// All output of the cell has come, of a kernel that says so: see `snippets`.
+    Flushed,
     /// Content that is not JSON we can read, for example with half of a surrogate pair.
     Unreadable,
     /// A kind we do not act on.
@@ -253,6 +258,7 @@ fn body(msg_type: &str, mut content: Value) -> Body {
             },
         },
         "kernel_info_reply" => Body::KernelInfo,
+        "mica_flushed" => Body::Flushed,
         _ => Body::Other,
     }
 }
@@ -386,6 +392,7 @@ mod tests {
         assert_eq!(read("execute_reply", r#"{"status":"ok"}"#), Body::ReplyOk);
         assert_eq!(read("execute_reply", r#"{"status":"aborted"}"#), Body::ReplyAborted);
         assert_eq!(read("kernel_info_reply", "{}"), Body::KernelInfo);
+        assert_eq!(read("mica_flushed", "{}"), Body::Flushed);
         assert_eq!(read("comm_open", "{}"), Body::Other);
     }
 

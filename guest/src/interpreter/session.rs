@@ -8,8 +8,9 @@
 //! sandbox that is restored from there. What it has of the former one, environment and random
 //! state, is made good with its next cell and not when the sandbox gets its identity: most of a
 //! kernel's memory is shared between all that were restored from it until it runs, so one that is
-//! never used costs nothing, and the answer that a client waits for does not wait for Python. It
-//! travels in the cell's own message, so it costs no round trip either.
+//! never used costs nothing, and the answer that a client waits for does not wait for it. Where a
+//! part of the kernel is ours it travels in the cell's own message, so it costs no round trip
+//! either; other kernels are told in silent cells of their language around the client's.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,13 +18,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
 use super::cell::{Cell, Ending, Job, Restart, Run};
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
+use super::languages::{Kind, Upkeep};
 use super::protocol::{Body, Request};
+use super::snippets::{Changes, Snippets};
 use crate::sandbox::{Sandbox, Standing};
 use crate::users::User;
 
@@ -57,6 +61,7 @@ pub struct Handle {
 #[derive(Clone)]
 pub struct SessionConfig {
     pub kernel: KernelConfig,
+    pub kind: &'static Kind,
     pub sandbox: Arc<Sandbox>,
     pub user: User,
     pub cwd: PathBuf,
@@ -135,16 +140,16 @@ impl Session {
         self.sandboxes = standing.sandboxes;
         self.env.clone_from(&env);
         let config = &self.config;
-        let mut kernel = Kernel::start(&config.kernel, &config.user, &config.cwd, env).await?;
-        // IPython makes a few things at its first cell only; now they are made before anyone waits.
-        match silent(&mut kernel, "pass").await {
+        let (kind, user, cwd) = (config.kind, &config.user, &config.cwd);
+        let mut kernel = Kernel::start(&config.kernel, kind, user, cwd, env).await?;
+        match silent(&mut kernel, kind.begin).await {
             Ok(()) => Ok(kernel),
             Err(Silent::Ended(status)) => {
                 kernel.stop().await;
                 Err(KernelError::EndedEarly { status, output: "none".to_owned() })
             }
             // It answers, and what a cell of its client does is the client's to see.
-            Err(Silent::Failed) => Ok(kernel),
+            Err(Silent::Failed(_)) => Ok(kernel),
             Err(Silent::Kernel(error)) => {
                 kernel.stop().await;
                 Err(error)
@@ -162,11 +167,11 @@ impl Session {
             ("LOGNAME", user.name.clone()),
             ("PATH", search_path(&self.config.kernel.python)),
             ("LANG", "C.UTF-8".to_owned()),
-            // Python would otherwise hold back what a child process prints after it.
-            ("PYTHONUNBUFFERED", "1".to_owned()),
-            ("MPLBACKEND", "module://matplotlib_inline.backend_inline".to_owned()),
         ] {
             env.entry(name.to_owned()).or_insert(value);
+        }
+        for (name, value) in self.config.kind.env {
+            env.entry((*name).to_owned()).or_insert_with(|| (*value).to_owned());
         }
         env
     }
@@ -242,36 +247,79 @@ impl Session {
     }
 
     async fn cell(&mut self, kernel: &mut Kernel, job: Job) -> Cell {
-        let mut run = Run::new(job);
+        let mut run = Run::new(job, self.config.kind);
         let standing = self.config.sandbox.standing();
         let wanted = self.environment(&standing);
         let reseed = standing.sandboxes != self.sandboxes;
-        let orders =
-            Orders { become_: Changes::between(&self.env, &wanted, reseed), push: &run.env };
-        // Texts, lists and maps of texts always serialise.
-        let orders = serde_json::to_value(&orders).unwrap_or_default();
-        let (code, unnumbered) = (run.code.as_str(), run.rehearsal);
-        let sent = kernel.send(&Request::Execute { code, unnumbered, orders: &orders }).await;
-        (self.env, self.sandboxes) = (wanted, standing.sandboxes);
-        let outcome = match sent {
-            Ok(id) => run.drive(kernel, &id, &mut self.restarts).await,
-            Err(error) => Err(Ending::Died(error.to_string())),
+        let changes = Changes::between(&self.env, &wanted, reseed);
+        let outcome = match self.config.kind.upkeep {
+            Upkeep::Orders => {
+                let orders = Orders { become_: changes, push: &run.env };
+                // Texts, lists and maps of texts always serialise.
+                let orders = serde_json::to_value(&orders).unwrap_or_default();
+                execute(kernel, &mut run, &orders, &mut self.restarts).await
+            }
+            Upkeep::Code(snippets) => {
+                let before = snippets.before(changes.as_ref(), &run.env);
+                let restarts = &mut self.restarts;
+                around(kernel, &mut run, snippets, &before, &wanted, restarts).await
+            }
         };
+        (self.env, self.sandboxes) = (wanted, standing.sandboxes);
         if let Err(ending) = outcome {
             return run.broken(ending).await;
         }
-        let settled = if run.rehearsal {
-            silent(kernel, "__import__('_mica').settle()").await
-        } else {
-            Ok(())
-        };
+        let settled =
+            if run.rehearsal { silent(kernel, self.config.kind.settle).await } else { Ok(()) };
         run.finish().await;
-        match settled {
-            Ok(()) | Err(Silent::Failed) => Cell::Done,
-            Err(Silent::Ended(status)) => Cell::Broken(Ending::Died(status)),
-            Err(Silent::Kernel(error)) => Cell::Broken(Ending::Died(error.to_string())),
+        match settled.map_err(Silent::ending) {
+            Err(Some(ending)) => Cell::Broken(ending),
+            Ok(()) | Err(None) => Cell::Done,
         }
     }
+}
+
+/// Runs the cell itself.
+async fn execute(
+    kernel: &mut Kernel,
+    run: &mut Run,
+    orders: &Value,
+    restarts: &mut mpsc::Receiver<Restart>,
+) -> Result<(), Ending> {
+    let (code, unnumbered) = (run.code.as_str(), run.rehearsal);
+    let request = Request::Execute { code, unnumbered, orders };
+    let id = kernel.send(&request).await.map_err(|error| Ending::Died(error.to_string()))?;
+    run.drive(kernel, &id, restarts).await
+}
+
+/// Runs the cell between silent ones that set its variables and put them back.
+async fn around(
+    kernel: &mut Kernel,
+    run: &mut Run,
+    snippets: &Snippets,
+    before: &str,
+    standing: &BTreeMap<String, String>,
+    restarts: &mut mpsc::Receiver<Restart>,
+) -> Result<(), Ending> {
+    if let Some(ending) = silent(kernel, before).await.err().and_then(Silent::ending) {
+        return Err(ending);
+    }
+    execute(kernel, run, &Value::Null, restarts).await?;
+    if let (Some((_, reason)), true) = (snippets.unread, run.is_unread()) {
+        let why = silent(kernel, &reason(&run.code)).await;
+        match why {
+            Ok(()) => run.explain(None),
+            Err(Silent::Failed(error)) => run.explain(Some(*error)),
+            Err(other) => return Err(other.ending().unwrap_or(Ending::Closed)),
+        }
+    }
+    let after = snippets.after(&run.env, standing);
+    if after.is_empty() {
+        return Ok(());
+    }
+    let request = Request::Silent { code: &after };
+    let id = kernel.send(&request).await.map_err(|error| Ending::Died(error.to_string()))?;
+    run.drain(kernel, id, !snippets.flush.is_empty(), restarts).await
 }
 
 /// What comes with a cell for our own part of the kernel: it carries the first out before the cell,
@@ -284,43 +332,10 @@ struct Orders<'a> {
     push: &'a BTreeMap<String, String>,
 }
 
-/// What a kernel that has been saved in one sandbox and restored in another must change.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-struct Changes<'a> {
-    set: BTreeMap<&'a str, &'a str>,
-    unset: Vec<&'a str>,
-    /// Every kernel restored from the same state would draw the same random numbers.
-    reseed: bool,
-}
-
-impl<'a> Changes<'a> {
-    /// None, where nothing changes. What stays the same is left alone: a cell may have changed it,
-    /// and then it is the user's.
-    fn between(
-        held: &'a BTreeMap<String, String>,
-        wanted: &'a BTreeMap<String, String>,
-        reseed: bool,
-    ) -> Option<Self> {
-        if !reseed && held == wanted {
-            return None;
-        }
-        let differs = |(name, value): &(&String, &String)| held.get(*name) != Some(*value);
-        let pair = |(name, value): (&'a String, &'a String)| (name.as_str(), value.as_str());
-        let gone = |name: &&String| !wanted.contains_key(*name);
-        Some(Self {
-            set: wanted.iter().filter(differs).map(pair).collect(),
-            unset: held.keys().filter(gone).map(String::as_str).collect(),
-            reseed,
-        })
-    }
-}
-
 /// The agent's own search path, with the kernel's Python first: `!pip` in a cell must install for
 /// the kernel that the cell runs in.
 fn search_path(python: &Path) -> String {
-    let own = std::env::var("PATH").unwrap_or_else(|_| {
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()
-    });
+    let own = std::env::var("PATH").unwrap_or_else(|_| super::SEARCH_PATH.to_owned());
     match python.parent().filter(|parent| parent.is_absolute()) {
         Some(parent) => format!("{}:{own}", parent.display()),
         None => own,
@@ -339,12 +354,27 @@ async fn wait_for_job(jobs: &mpsc::Receiver<Job>) {
 /// Why a silent request did not succeed.
 enum Silent {
     Ended(String),
-    Failed,
+    /// It raised what the body says.
+    Failed(Box<Body>),
     Kernel(KernelError),
 }
 
-/// Runs code that no client sees, to its end.
+impl Silent {
+    /// None, where the kernel goes on.
+    fn ending(self) -> Option<Ending> {
+        match self {
+            Self::Ended(status) => Some(Ending::Died(status)),
+            Self::Kernel(error) => Some(Ending::Died(error.to_string())),
+            Self::Failed(_) => None,
+        }
+    }
+}
+
+/// Runs code that no client sees, to its end. No code is none.
 async fn silent(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
+    if code.is_empty() {
+        return Ok(());
+    }
     timeout(SILENT_MAX, silent_unbounded(kernel, code))
         .await
         .unwrap_or_else(|_| Err(Silent::Ended("it did not answer in time".to_owned())))
@@ -357,29 +387,12 @@ async fn silent_unbounded(kernel: &mut Kernel, code: &str) -> Result<(), Silent>
             Signalled::Ended(status) => return Err(Silent::Ended(status)),
             Signalled::Message(message) if message.parent_id == id => match message.body {
                 Body::ReplyOk => return Ok(()),
-                Body::ReplyError { .. } | Body::ReplyAborted => return Err(Silent::Failed),
+                body @ (Body::ReplyError { .. } | Body::ReplyAborted) => {
+                    return Err(Silent::Failed(Box::new(body)));
+                }
                 _ => {}
             },
-            Signalled::Message(_) | Signalled::Unreadable(_) => {}
+            Signalled::Message(_) | Signalled::Unreadable(_) | Signalled::OwnStdout(_) => {}
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_differs_is_changed() {
-        let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
-            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
-        };
-        let held = map(&[("GONE", "1"), ("SAME", "1"), ("OTHER", "1")]);
-        let wanted = map(&[("SAME", "1"), ("OTHER", "2"), ("NEW", "1")]);
-        let changes = Changes::between(&held, &wanted, true).unwrap();
-        assert_eq!(changes.set, BTreeMap::from([("NEW", "1"), ("OTHER", "2")]));
-        assert_eq!((changes.unset, changes.reseed), (vec!["GONE"], true));
-        assert_eq!(Changes::between(&held, &held, false), None);
-        assert!(Changes::between(&held, &held, true).unwrap().set.is_empty());
     }
 }

@@ -282,3 +282,20 @@ fn update(table: &Table, request: &UpdateRequest) -> Result<Nothing, ConnectErro
     }
     Ok(Nothing {})
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_guest_is_told_apart_from_a_fault_of_ours() {
+        let os = |errno: Errno| {
+            start_error(&SpawnError::Os { what: "start the shim", source: errno.into() }).code
+        };
+        assert_eq!(os(Errno::AGAIN), Code::ResourceExhausted);
+        assert_eq!(os(Errno::NOMEM), Code::ResourceExhausted);
+        assert_eq!(os(Errno::IO), Code::Internal);
+        let refused = start_error(&SpawnError::Refused("fork/exec x".to_owned()));
+        assert_eq!(refused.code, Code::InvalidArgument);
+    }
+}

@@ -129,7 +129,7 @@ async fn handle(
         },
         Route::Build(route) => builds::answer(call, request, route).await,
         Route::NotOffered(what) => Err(ApiError::not_offered(what)),
-        Route::OpenApi => openapi::answer(),
+        Route::OpenApi => Ok(openapi::answer()),
     }
 }
 

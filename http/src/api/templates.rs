@@ -107,12 +107,12 @@ pub async fn find_alias(host: &TenantHost<'_>, alias: &str) -> Answer {
 /// `PATCH /templates/{id}`: a template is everybody's, and stays so.
 ///
 /// # Errors
-/// 501 for a template that is to be nobody else's.
+/// 403 for a template that is to be nobody else's.
 pub async fn update(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     let UpdateTemplate { public } = json::read_or_default(body)?;
     let template = find(host, id).await?;
     if public == Some(false) {
-        return Err(ApiError::not_offered("templates that are not public"));
+        return Err(ApiError::template_stays(template.name.as_str()));
     }
     json::answer(StatusCode::OK, &TemplateNames { names: vec![template.name.to_string()] })
 }
@@ -120,12 +120,12 @@ pub async fn update(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
 /// `PUT /templates/{id}/alias`: a template keeps the one name it has.
 ///
 /// # Errors
-/// 501 for another.
+/// 403 for another.
 pub async fn set_alias(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     let SetAlias { alias } = json::read_or_default(body)?;
     let template = find(host, id).await?;
     if alias.as_deref() != Some(template.name.as_str()) {
-        return Err(ApiError::not_offered("another name for a template of the operator's"));
+        return Err(ApiError::template_stays(template.name.as_str()));
     }
     json::answer(StatusCode::OK, &alias_of(template))
 }

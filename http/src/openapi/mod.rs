@@ -15,7 +15,6 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use crate::body::Body;
-use crate::error::ApiError;
 use operations::{Answer, Kind, OPERATIONS, Operation, Parameter};
 
 /// What every operation may be answered with instead, and why.
@@ -41,16 +40,13 @@ const ERRORS: [(u16, &str); 15] = [
 const COMMON_ERRORS: [u16; 7] = [400, 401, 408, 413, 429, 500, 503];
 
 /// Answers.
-///
-/// # Errors
-/// 500, when the document does not encode.
-pub fn answer() -> Result<Response<Body>, ApiError> {
+pub fn answer() -> Response<Body> {
     static TEXT: OnceLock<Vec<u8>> = OnceLock::new();
     let text = TEXT.get_or_init(|| document().to_string().into_bytes());
     let mut response = Response::new(Body::full(text.as_slice()));
     let json = HeaderValue::from_static("application/json; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, json);
-    Ok(response)
+    response
 }
 
 fn document() -> Value {

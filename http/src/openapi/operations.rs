@@ -398,7 +398,7 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .may_take(of::<UpdateTemplate>)
         .json(200, of::<TemplateNames>)
         .about("templates")
-        .fails(&[403, 404, 501]),
+        .fails(TEMPLATE_ERRORS),
     op("DELETE", "/templates/{templateID}", "Deletes a snapshot.")
         .nothing()
         .about("templates")
@@ -407,12 +407,12 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .may_take(of::<UpdateTemplate>)
         .json(200, of::<TemplateNames>)
         .about("templates")
-        .fails(&[403, 404, 501]),
+        .fails(TEMPLATE_ERRORS),
     op("PUT", "/templates/{templateID}/alias", "Gives a template a name.")
         .may_take(of::<SetAlias>)
         .json(200, of::<TemplateAlias>)
         .about("templates")
-        .fails(&[403, 404, 501]),
+        .fails(TEMPLATE_ERRORS),
     none("GET", "/volumes"),
     none("POST", "/volumes"),
     none("GET", "/volumes/{volumeID}"),

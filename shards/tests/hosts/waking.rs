@@ -26,7 +26,8 @@ async fn is_paused(host: &Host, id: SandboxId) -> bool {
 /// How much longer it lives, in whole seconds.
 async fn seconds_left(host: &Host, id: SandboxId) -> u64 {
     let end = host.get(id).await.unwrap().end_at.unwrap();
-    end.duration_since(SystemTime::now()).unwrap_or_default().as_secs_f64().round() as u64
+    let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+    (left + Duration::from_millis(500)).as_secs()
 }
 
 #[test]

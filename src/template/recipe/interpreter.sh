@@ -1,4 +1,5 @@
-# Makes the first Python cell of a sandbox fast. Runs inside the root file system.
+# Makes the first Python cell of a sandbox fast, and looks whether all kernels are there.
+# Arguments: the optional kernels. Runs inside the root file system.
 
 # Only a debugger front end needs it, and importing it doubles the start of a kernel.
 python3 -m pip uninstall --break-system-packages --root-user-action=ignore -q -y debugpy
@@ -53,4 +54,15 @@ for user in user root; do
     setpriv --reuid "$user" --regid "$user" --init-groups \
         env -i PATH="$PATH" HOME="$home" LANG=C.UTF-8 MPLBACKEND=agg \
         sh -c 'cd && python3 /run/mica-build/probe.py'
+done
+
+# The other kernels of the preset are started when the template is warmed up; optional ones are not.
+deno --version
+python3 -I -c 'import bash_kernel.kernel'
+for kernel in "$@"; do
+    case "$kernel" in
+    r) R --no-echo --no-save -e 'library(IRkernel)' ;;
+    java) javac -version && test -f /usr/local/share/jupyter/kernels/java/jjava.jar ;;
+    go) go version ;;
+    esac
 done

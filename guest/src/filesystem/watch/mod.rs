@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{StatFs, statfs};
+use rustix::fs::statfs;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -127,7 +127,7 @@ fn check(path: &Path, allow_network_mounts: bool) -> Result<(), ConnectError> {
     let system = statfs(path).map_err(|errno| {
         ConnectError::io(&format!("cannot look at the file system of {shown}"), &errno.into())
     })?;
-    if is_network(&system) && !allow_network_mounts {
+    if is_network(system.f_type) && !allow_network_mounts {
         return Err(ConnectError::invalid_argument(format!(
             "cannot watch path on network filesystem: {shown}; set allowNetworkMounts to watch it \
              all the same"
@@ -136,10 +136,9 @@ fn check(path: &Path, allow_network_mounts: bool) -> Result<(), ConnectError> {
     Ok(())
 }
 
-fn is_network(system: &StatFs) -> bool {
-    // The kernel's magic numbers have 32 bits, whatever the width and the sign of the field.
-    let magic = u32::try_from(system.f_type & 0xffff_ffff).unwrap_or(0);
-    NETWORK_MAGIC.contains(&magic)
+/// By `f_type`. The kernel's magic numbers have 32 bits, whatever the width and the sign of the field.
+fn is_network(f_type: i64) -> bool {
+    u32::try_from(f_type & 0xffff_ffff).is_ok_and(|magic| NETWORK_MAGIC.contains(&magic))
 }
 
 fn describe(root: &Path, happened: Vec<Happened>, with_entries: bool) -> Vec<FilesystemEvent> {
@@ -171,4 +170,20 @@ fn describe(root: &Path, happened: Vec<Happened>, with_entries: bool) -> Vec<Fil
 pub(super) fn decodes(codec: crate::connect::Codec, data: &[u8]) -> usize {
     use crate::untrusted::decodes;
     decodes::<WatchRequest>(codec, data) + decodes::<messages::WatcherId>(codec, data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn network_file_systems_are_known_by_their_numbers() {
+        for magic in [0x6969, 0xff53_4d42, -0x00ac_b2be, 0x6573_5546] {
+            assert!(is_network(magic), "{magic:x}");
+        }
+        // ext4, tmpfs, overlayfs.
+        for magic in [0xef53, 0x0102_1994, 0x794c_7630] {
+            assert!(!is_network(magic), "{magic:x}");
+        }
+    }
 }
