@@ -12,12 +12,13 @@ HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http bench-pr
 STATIC_PROGRAMS := mica-vm mica-guest
 CARGO := cargo
 
-.PHONY: help packages build demo test check unit lab-test lab-endurance bench bench-lab bench-smoke clean
+.PHONY: help packages build demo test check unit test-clients-fast test-clients lab-test lab-endurance bench bench-lab bench-smoke clean
 
 help:
 	@echo 'make demo         bring up a host, build the template, run examples/hello.py'
 	@echo 'make test         format, lints, unit, tidy, KVM and end-to-end tests'
 	@echo 'make build        the programs, into $(OUT)/'
+	@echo 'make test-clients  every client of docs/clients.md through every feature, in the lab: half an hour'
 	@echo 'make lab-endurance  kills of the daemon under load, power cuts: long'
 	@echo 'make bench        what every operation of the engine costs here, beside its floor'
 	@echo 'make bench-lab    the same through HTTP, with Linux guests in the lab, beside a cold boot'
@@ -41,7 +42,7 @@ build: packages
 demo: build
 	@tools/demo $(OUT)
 
-test: check unit lab-test
+test: check unit test-clients-fast lab-test
 
 check: packages
 	$(CARGO) fmt --all --check
@@ -53,6 +54,14 @@ unit: build
 	$(CARGO) test --locked --profile $(PROFILE) -p mica-vmm --features breakout --test breakout
 	MICA_BIN_DIR=$(CURDIR)/$(OUT) MICA_TEST_PYTHON="$$(tools/python-env)/bin/python" \
 	  $(CARGO) test --locked --profile $(PROFILE) --workspace
+
+# A few clients against the stand-in, at native speed; see docs/clients.md.
+test-clients-fast: build
+	@tools/test-clients $(OUT) standin
+
+# All of them, with Linux guests.
+test-clients: build
+	@tools/test-clients $(OUT) lab
 
 lab-test: build
 	@tools/lab-test $(OUT)

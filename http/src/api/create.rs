@@ -41,7 +41,8 @@ pub fn create_request(
     let life = life::of_create(version, wanted.timeout, wanted.lifecycle.is_some(), limits)?;
     let (on_timeout, auto_resume) = at_its_end(&wanted)?;
     Ok(CreateRequest {
-        secure: wanted.secure.unwrap_or(true),
+        // Clients of the first version that do not ask for a token do not send one to every service.
+        secure: wanted.secure.unwrap_or(version == Version::V2),
         idle: life.idle,
         on_timeout,
         auto_resume,
@@ -138,6 +139,9 @@ mod tests {
         let life = |version| create_request(version, body, &Limits::default()).unwrap().timeout;
         assert_eq!(life(Version::V1), Duration::from_secs(15));
         assert_eq!(life(Version::V2), Duration::from_secs(300));
+        let secure = |version| create_request(version, body, &Limits::default()).unwrap().secure;
+        assert!(!secure(Version::V1));
+        assert!(secure(Version::V2));
     }
 
     #[test]

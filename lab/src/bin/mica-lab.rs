@@ -55,6 +55,12 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Restart the daemon. An `up` that brings new programs starts it without the options.
+    Restart {
+        /// What else `mica serve` is told, after `--`.
+        #[arg(last = true)]
+        options: Vec<String>,
+    },
     /// Switch the host off.
     Down {
         /// Also remove the store with its templates, and the API key.
@@ -125,6 +131,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let own = std::env::current_exe().context("find the path of mica-lab itself")?;
             ensure::ensure(&home, &own.with_file_name("mica"), &template, &build)?;
         }
+        Verb::Restart { options } => up::restart(&home, &options)?,
         Verb::Down { wipe } => down::down(&home, wipe)?,
         Verb::Inside => inside()?,
     }

@@ -1,10 +1,8 @@
 //! The same operations as an HTTP client sees them: a daemon as a child, and one connection to it.
 //!
-//! Called by the benchmark's program. The client is a few lines over one kept-alive loopback connection, so
-//! that next to nothing of the time is its own. Refuses every answer but the one expected.
+//! Called by the benchmark's program. Refuses every answer but the one expected.
 
 use std::fs;
-use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::client::Client;
 use super::floor::Floor;
 use super::place::{Places, TEMPLATE};
 use super::series::Book;
@@ -23,8 +22,6 @@ const POOL: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// For so long no VM process may have run before a round begins.
 const QUIET: Duration = Duration::from_millis(10);
-/// Longest answer that is read.
-const ANSWER_BYTES_MAX: usize = 64 << 10;
 
 /// Creates and ends over HTTP. One round more warms up.
 ///
@@ -44,14 +41,14 @@ pub fn creates(
         let life = floor.life()?;
         daemon.quiet()?;
         let begun = Instant::now();
-        let answer = client.call("POST", "/sandboxes", &body, 201)?;
+        let answer = client.call("POST", "/sandboxes", body.as_bytes(), 201)?;
         let create = begun.elapsed();
-        let made: serde_json::Value = serde_json::from_str(&answer)?;
+        let made: serde_json::Value = serde_json::from_slice(&answer)?;
         let id = made["sandboxID"].as_str().context("an answer without an id")?;
         daemon.quiet()?;
         let path = format!("/sandboxes/{id}");
         let begun = Instant::now();
-        client.call("DELETE", &path, "", 204)?;
+        client.call("DELETE", &path, b"", 204)?;
         let destroy = begun.elapsed();
         if round > 0 {
             book.add("create_http", create, life.hit);
@@ -105,15 +102,8 @@ impl Daemon {
     fn client(&self) -> Result<Client> {
         let keys = fs::read_to_string(&self.keys).context("read the keys")?;
         let key = keys.lines().find(|line| !line.is_empty() && !line.starts_with('#'));
-        let stream = TcpStream::connect(self.address)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let head = format!(
-            "Host: {}\r\nX-API-Key: {}\r\nContent-Type: application/json\r\n",
-            self.address,
-            key.context("no key")?.trim()
-        );
-        Ok(Client { stream, head })
+        let key = key.context("no key")?.trim();
+        Client::open(self.address, &[("X-API-Key", key), ("Content-Type", "application/json")])
     }
 
     /// Waits until the pool is full and no VM process does anything.
@@ -156,68 +146,5 @@ impl Drop for Daemon {
         if let Err(error) = self.stop() {
             eprintln!("mica-bench: {error:#}");
         }
-    }
-}
-
-/// One connection.
-struct Client {
-    stream: TcpStream,
-    head: String,
-}
-
-impl Client {
-    /// Sends one request and reads its answer's body.
-    fn call(&mut self, method: &str, path: &str, body: &str, wanted: u16) -> Result<String> {
-        let length = body.len();
-        let head = &self.head;
-        let request =
-            format!("{method} {path} HTTP/1.1\r\n{head}Content-Length: {length}\r\n\r\n{body}");
-        self.stream.write_all(request.as_bytes())?;
-        let (status, body) = self.answer()?;
-        ensure!(status == wanted, "{method} {path} gave {status}: {body}");
-        Ok(body)
-    }
-
-    fn answer(&mut self) -> Result<(u16, String)> {
-        let mut bytes = Vec::new();
-        let mut piece = [0u8; 4096];
-        loop {
-            if let Some((status, at, length)) = head_of(&bytes)? {
-                let body = bytes.get(at..at + length);
-                if let Some(body) = body {
-                    return Ok((status, String::from_utf8(body.to_vec())?));
-                }
-            }
-            let count = self.stream.read(&mut piece)?;
-            ensure!(count > 0 && bytes.len() < ANSWER_BYTES_MAX, "the answer is cut off");
-            bytes.extend_from_slice(&piece[..count]);
-        }
-    }
-}
-
-/// Status, start and length of the body, once the head is there.
-fn head_of(bytes: &[u8]) -> Result<Option<(u16, usize, usize)>> {
-    let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return Ok(None) };
-    let head = std::str::from_utf8(&bytes[..end])?;
-    let mut lines = head.split("\r\n");
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
-    let lengths = lines.filter_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        if name.eq_ignore_ascii_case("content-length") { value.trim().parse().ok() } else { None }
-    });
-    Ok(Some((status.context("no status")?, end + 4, lengths.last().unwrap_or(0))))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn heads_say_where_the_body_is() {
-        let answer = b"HTTP/1.1 201 Created\r\nA: b\r\ncontent-length: 2\r\n\r\n{}";
-        assert_eq!(head_of(answer).unwrap(), Some((201, answer.len() - 2, 2)));
-        assert_eq!(head_of(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap(), Some((204, 27, 0)));
-        assert_eq!(head_of(&answer[..30]).unwrap(), None);
-        assert!(head_of(b"nonsense\r\n\r\n").is_err());
     }
 }

@@ -1,11 +1,13 @@
 //! What the engine's operations cost.
 //!
 //! Called by `mica-bench`. `place` is where it works, `operations` and `density` are what it measures at the
-//! shard, `http` at a client; `floor` is the physical limit that the figures are printed beside, and
+//! shard, `http` and `exec` at a client; `floor` is the physical limit that the figures are printed beside, and
 //! `report` prints them. Refuses to judge.
 
+pub mod client;
 pub mod density;
 pub mod dirt;
+pub mod exec;
 pub mod floor;
 pub mod http;
 pub mod memory;

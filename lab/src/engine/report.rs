@@ -89,7 +89,9 @@ impl Report<'_> {
     }
 }
 
-fn row(series: &Series) -> Value {
+/// One operation, as programs read it.
+#[must_use]
+pub fn row(series: &Series) -> Value {
     let Series { op, times, floor } = series;
     json!({
         "op": op,
@@ -98,7 +100,8 @@ fn row(series: &Series) -> Value {
         "p95_us": us(times, 95),
         "p99_us": us(times, 99),
         "max_us": us(times, 100),
-        "floor_p50_us": us(floor, 50),
+        // Of a time that has none, none.
+        "floor_p50_us": (!floor.is_empty()).then(|| us(floor, 50)),
     })
 }
 

@@ -51,9 +51,11 @@ pub fn command_line() -> Vec<String> {
     .to_vec()
 }
 
-/// Starts or restarts the daemon and waits until it answers on `api_port`.
-pub fn start(channel: &Channel, api_port: u16) -> Result<()> {
-    let started = channel.call(Request::DaemonStart { argv: command_line() }, STOP_MAX);
+/// Starts or restarts the daemon, with more `options` than the usual ones, and waits until it answers on
+/// `api_port`.
+pub fn start(channel: &Channel, api_port: u16, options: &[String]) -> Result<()> {
+    let argv = [command_line(), options.to_vec()].concat();
+    let started = channel.call(Request::DaemonStart { argv }, STOP_MAX);
     if let Err(error) = started {
         return Err(error.context(log_tail(channel)).context("start the daemon in the host"));
     }

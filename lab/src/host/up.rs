@@ -66,6 +66,16 @@ pub fn up(home: &Home, request: &Request) -> Result<()> {
     finish(home, &lab)
 }
 
+/// Restarts the daemon of a lab that runs, with more options of `mica serve`.
+pub fn restart(home: &Home, options: &[String]) -> Result<()> {
+    let _lock = home.lock()?;
+    let lab = home.running()?;
+    ensure!(lab.daemon, "the lab was started without a daemon; `mica lab up` starts one");
+    daemon::start(&lab.channel(), lab.api_port, options)?;
+    say("daemon restarted");
+    Ok(())
+}
+
 /// The lab runs: bring its programs up to date.
 fn refresh(home: &Home, mut lab: Lab, request: &Request, programs: &Programs) -> Result<()> {
     if lab.shape != request.shape || lab.api_port != request.api_port {
@@ -184,7 +194,7 @@ fn finish(home: &Home, lab: &Lab) -> Result<()> {
         return Ok(());
     }
     let started = Instant::now();
-    daemon::start(&lab.channel(), lab.api_port)?;
+    daemon::start(&lab.channel(), lab.api_port, &[])?;
     say(&format!("daemon up ({:.1} s)", started.elapsed().as_secs_f64()));
     say(&format!("the API is at {}; for clients: eval \"$(mica lab env{flag})\"", lab.api_url()));
     Ok(())

@@ -1,8 +1,8 @@
 //! `mica-bench`, run as `mica bench`: what the engine's operations cost on this machine, beside the same
-//! work as bare system calls.
+//! work as bare system calls; and what code and commands cost a client of a host.
 //!
-//! Called by people, by `make bench`, and briefly by a test. Needs root, `/dev/kvm` of any kind, cgroup v2
-//! and a directory on a disk; nothing else of a host. Refuses to leave anything behind, and says so with its
+//! Called by people, by `make bench`, and briefly by tests. `engine` needs root, `/dev/kvm` of any kind,
+//! cgroup v2 and a directory on a disk; nothing else of a host. `exec` needs a host that runs. Refuses to leave anything behind, and says so with its
 //! exit code where the engine does.
 
 #![forbid(unsafe_code)]
@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use mica_lab::engine::density::{self, Idle, Left};
 use mica_lab::engine::dirt::Dirt;
+use mica_lab::engine::exec;
 use mica_lab::engine::floor::{Config, Floor};
 use mica_lab::engine::http;
 use mica_lab::engine::memory::{Machine, ours};
@@ -44,6 +45,31 @@ struct Cli {
 enum Command {
     /// Every operation on sandboxes, at the shard and over HTTP, with a tiny guest of 2 vCPUs and 2 GiB.
     Engine(EngineArgs),
+    /// Code and commands in warm sandboxes of a host that runs, from 1, 10 and 100 clients at once.
+    Exec(ExecArgs),
+}
+
+#[derive(Args, Debug)]
+struct ExecArgs {
+    /// The host.
+    #[arg(long, value_name = "URL", env = "E2B_API_URL")]
+    url: String,
+    /// One of its keys.
+    #[arg(long, value_name = "KEY", env = "E2B_API_KEY", hide_env_values = true)]
+    api_key: String,
+    /// What the sandboxes are made of; it must have a code interpreter.
+    #[arg(long, value_name = "NAME", default_value = "code-interpreter-v1")]
+    template: String,
+    /// Sandboxes that the clients share, at most one for each client. Cells of one sandbox run one after the
+    /// other.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    sandboxes: u16,
+    /// How often everything is done at each number of clients, and at least once by each.
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    calls: u32,
+    /// Write the results to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -133,8 +159,11 @@ fn main() -> ExitCode {
     // `MICA_LOG=mica_shards=trace` shows every step of every sandbox, at some cost.
     let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(logs).with_writer(std::io::stderr).init();
-    let Command::Engine(args) = Cli::parse().command;
-    match engine(&args) {
+    let done = match Cli::parse().command {
+        Command::Engine(args) => engine(&args),
+        Command::Exec(args) => measure_exec(&args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mica-bench: {error:#}");
@@ -164,6 +193,28 @@ fn engine(args: &EngineArgs) -> Result<()> {
     print(&report.table())?;
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report.json())?;
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn measure_exec(args: &ExecArgs) -> Result<()> {
+    let loads = exec::measure(&exec::Config {
+        url: args.url.clone(),
+        api_key: args.api_key.clone(),
+        template: args.template.clone(),
+        sandboxes: args.sandboxes.into(),
+        calls: usize::try_from(args.calls)?,
+    })?;
+    print(&exec::table(&loads))?;
+    if let Some(path) = &args.json {
+        // The machine of the clients; the host may be another.
+        let host = report::host(Path::new("/"))?;
+        let results = exec::rows(&loads);
+        let found = serde_json::json!({
+            "host": host, "url": args.url, "sandboxes": args.sandboxes, "results": results,
+        });
+        let text = serde_json::to_string_pretty(&found)?;
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }
     Ok(())
