@@ -12,13 +12,14 @@ HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http bench-pr
 STATIC_PROGRAMS := mica-vm mica-guest
 CARGO := cargo
 
-.PHONY: help packages build demo test check unit test-clients-fast test-clients lab-test lab-endurance bench bench-lab bench-smoke clean
+.PHONY: help packages build demo test check unit fuzz-smoke fuzz test-clients-fast test-clients lab-test lab-endurance bench bench-lab bench-smoke clean
 
 help:
 	@echo 'make demo         bring up a host, build the template, run examples/hello.py'
 	@echo 'make test         format, lints, unit, tidy, KVM and end-to-end tests'
 	@echo 'make build        the programs, into $(OUT)/'
 	@echo 'make test-clients  every client of docs/clients.md through every feature, in the lab: half an hour'
+	@echo 'make fuzz         ten minutes of each fuzz target'
 	@echo 'make lab-endurance  kills of the daemon under load, power cuts: long'
 	@echo 'make bench        what every operation of the engine costs here, beside its floor'
 	@echo 'make bench-lab    the same through HTTP, with Linux guests in the lab, beside a cold boot'
@@ -42,7 +43,7 @@ build: packages
 demo: build
 	@tools/demo $(OUT)
 
-test: check unit test-clients-fast lab-test
+test: check unit fuzz-smoke test-clients-fast lab-test
 
 check: packages
 	$(CARGO) fmt --all --check
@@ -54,6 +55,13 @@ unit: build
 	$(CARGO) test --locked --profile $(PROFILE) -p mica-vmm --features breakout --test breakout
 	MICA_BIN_DIR=$(CURDIR)/$(OUT) MICA_TEST_PYTHON="$$(tools/python-env)/bin/python" \
 	  $(CARGO) test --locked --profile $(PROFILE) --workspace
+
+# Every fuzz target for a moment, from its committed corpus; see docs/testing.md.
+fuzz-smoke: packages
+	@tools/fuzz 5
+
+fuzz: packages
+	@tools/fuzz 600
 
 # A few clients against the stand-in, at native speed; see docs/clients.md.
 test-clients-fast: build

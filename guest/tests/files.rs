@@ -63,6 +63,7 @@ async fn server() -> Server {
         env_vars: BTreeMap::new(),
         wall_clock_unix_ns: 0,
         new_sandbox: true,
+        defaults: None,
     };
     sandbox.set_identity(identity);
     let mut router = Router::new(sandbox);

@@ -18,6 +18,8 @@ mod builds;
 mod config;
 mod conn;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod ids;
 mod keys;
 mod openapi;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use mica_shards::{
     ConnectError, CreateRequest, Digest, GuestStream, Host, HostCounters, LogLine, MemoKey,
-    NetworkPolicy, OnTimeout, Once, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo,
-    Usage,
+    NetworkPolicy, OnTimeout, Once, Reference, SandboxInfo, Seat, ShardError, SnapshotInfo,
+    TemplateInfo, Usage,
 };
 use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
@@ -278,12 +278,30 @@ impl<'a> TenantHost<'a> {
         self.host.delete_snapshot_of(self.caller.tenant.clone(), id).await
     }
 
-    /// [`Host::templates`]: they are the operator's, and all tenants see them.
+    /// [`Host::templates`], which are the operator's and all tenants see, and those that this tenant
+    /// built.
     ///
     /// # Errors
     /// See [`ShardError`].
-    pub async fn templates(&self) -> Result<Vec<TemplateInfo>, ShardError> {
-        self.host.templates().await
+    pub async fn templates(&self) -> Result<Vec<TemplateInfo>, ApiError> {
+        let mut all = self.host.templates().await?;
+        all.extend(builds::listed(self.host, &self.caller.tenant).await?);
+        Ok(all)
+    }
+
+    /// The template of this id or name, in any form that a create takes.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn template(&self, id: &str) -> Result<Option<TemplateInfo>, ApiError> {
+        let operators = self.host.templates().await?;
+        let named = |template: &TemplateInfo| template.id == id || template.name.as_str() == id;
+        if let Some(found) = operators.into_iter().find(named) {
+            return Ok(Some(found));
+        }
+        let Some(reference) = Reference::parse(id) else { return Ok(None) };
+        let found = builds::find_template(self.host, &self.caller.tenant, &reference).await?;
+        Ok(found.as_ref().and_then(builds::info_of))
     }
 
     /// [`Host::counters`]: sums of the whole host, which name nobody.

@@ -270,6 +270,10 @@ pub struct TemplateInfo {
     pub spawn_count: u64,
     /// When the last of them was made.
     pub last_spawned_at: Option<SystemTime>,
+    /// Whether other tenants may make sandboxes of it.
+    pub public: bool,
+    /// The build that it is; none of one of the operator's.
+    pub build_id: Option<String>,
 }
 
 /// Whose the sandboxes are in which templates are built: no client's, so that none sees them. The next start

@@ -99,7 +99,7 @@ fn ids_and_paths_out_of_form() {
         ("GET", "/nothing/here", 404),
         ("PUT", "/sandboxes", 405),
         ("DELETE", "/templates", 405),
-        ("GET", "/templates/base", 405),
+        ("PUT", "/templates/base", 405),
         ("GET", "/sandboxes/i00000000000000000000/pause", 405),
         ("DELETE", "/snapshots", 405),
         ("POST", "/sandboxes/i00000000000000000000/explode", 404),

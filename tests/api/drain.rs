@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::daemon::{Daemon, eventually};
+use crate::daemon::{Daemon, eventually, patiently};
 use crate::upstream::{Upstream, gate};
 
 #[test]
@@ -74,7 +74,9 @@ fn paused_sandboxes_wait_for_the_next_daemon_and_running_ones_if_told() {
             assert_eq!(daemon.delete(&running).status, 204);
         }
         assert_eq!(daemon.state(&paused), "paused", "{options:?}");
-        let reply = daemon.act_with(&paused, "resume", &json!({ "timeout": 60 }));
+        let resume = || daemon.act_with(&paused, "resume", &json!({ "timeout": 60 }));
+        // The daemon may still be taking it over.
+        let reply = patiently(resume);
         assert_eq!(reply.status, 201, "{options:?}: {reply:?}");
         assert_eq!(daemon.delete(&paused).status, 204);
         eventually("nothing of them is left", || daemon.holdings()[1..] == [0, 0, 0]);

@@ -159,13 +159,17 @@ def teller(client):
     return told
 
 
-def run_matrix(host, clients, features, verbose, json_file):
+def run_matrix(host_of, clients, features, verbose, json_file):
     """The rows of the table. Those that are done are written while the others run."""
     rows = []
     for client in clients:
         begun = time.monotonic()
-        unreachable = host.unreachable(client)
-        if unreachable:
+        host = host_of(client)
+        unreachable = host.unreachable(client) if host else None
+        if host is None:
+            reason = "the client sends no key, and the host wants one; see `mica serve --open`"
+            cells = {name: {"status": "absent", "reason": reason} for name in features}
+        elif unreachable:
             cells = {name: {"status": "fail", "reason": unreachable} for name in features}
         else:
             words, cwd = environments.command(client)
@@ -176,9 +180,26 @@ def run_matrix(host, clients, features, verbose, json_file):
         print(f"{client['name']}: {time.monotonic() - begun:.0f} s, failed: {', '.join(failed) or 'none'}", flush=True)
         rows.append(row)
         if json_file:
-            found = {"isolated": host.isolated, "rows": rows}
+            found = {"rows": rows}
             json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return rows
+
+
+def standin_hosts(stack, args):
+    """Which daemon a client gets: the one, or, when it sends no key, another that asks for none."""
+    started = {}
+
+    def host_of(client):
+        keyless = client.get("keyless", False)
+        daemon = standin.Daemon(args.standin, keyless)
+        if keyless and not daemon.can("--open"):
+            return None
+        if keyless not in started:
+            stack.enter_context(daemon)
+            started[keyless] = Host(daemon.url, daemon.api_key, False, args.patience, daemon.domain, daemon.ca)
+        return started[keyless]
+
+    return host_of
 
 
 def arguments():
@@ -220,11 +241,14 @@ def main():
     features = chosen(args.features, listed["features"], "feature")
     with contextlib.ExitStack() as stack:
         if args.standin:
-            daemon = stack.enter_context(standin.Daemon(args.standin))
-            host = Host(daemon.url, daemon.api_key, False, args.patience, daemon.domain, daemon.ca)
+            host_of = standin_hosts(stack, args)
         else:
             host = Host(args.url, args.api_key, True, args.patience, args.domain, args.ca)
-        rows = run_matrix(host, clients.values(), features, args.verbose, args.json)
+
+            def host_of(client):
+                return None if client.get("keyless") else host
+
+        rows = run_matrix(host_of, clients.values(), features, args.verbose, args.json)
     print("\n" + report.table(rows, features))
     failed = report.failures(rows)
     print(report.details(failed))

@@ -42,7 +42,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 const STARTS_MAX: usize = 3;
 
 /// Most that is read of the process's own output at once.
-const OWN_OUTPUT_BYTES: usize = 16 * 1024;
+const OWN_OUTPUT_BYTES: usize = 4 * 1024;
 
 /// What is kept of the process's own output, to explain a start that failed.
 const OUTPUT_TAIL_BYTES: usize = 4096;

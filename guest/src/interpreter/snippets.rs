@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+/// The code that fails with the reason why a cell could not be read.
+type Reason = fn(&str) -> String;
+
 /// How to say it in one language.
 #[derive(Debug)]
 pub struct Snippets {
@@ -21,7 +24,7 @@ pub struct Snippets {
     pub flush: &'static str,
     /// For a kernel that does not say what it could not read: the text it has instead, and code
     /// that fails with the reason, and runs nothing of the cell.
-    pub unread: Option<(&'static str, fn(&str) -> String)>,
+    pub unread: Option<(&'static str, Reason)>,
 }
 
 /// What a kernel that has been saved in one sandbox and restored in another must change.

@@ -209,8 +209,8 @@ async fn bad_requests_are_answered_in_text() {
         ("/execute", "{", 400),
         ("/execute", "", 400),
         ("/execute", r#"{"code":"1","context_id":"../../etc"}"#, 404),
-        ("/contexts", r#"{"language":"r"}"#, 400),
-        ("/contexts", r#"{"cwd":"/no/such/place"}"#, 400),
+        ("/contexts", r#"{"language":"cobol"}"#, 400),
+        ("/contexts", r#"{"language":"bash","cwd":"/no/such/place"}"#, 400),
     ] {
         let (status, text) = server.ask("POST", path, body).await;
         assert_eq!(status, wanted, "{path} {body}: {text}");

@@ -82,6 +82,7 @@ pub async fn server_of(
         env_vars,
         wall_clock_unix_ns: 0,
         new_sandbox: true,
+        defaults: None,
     };
     // A unique name: the address of a listener that is still held.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

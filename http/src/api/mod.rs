@@ -89,7 +89,7 @@ async fn handle(
     let route = route(&request.method, request.uri.path())?;
     match &route {
         Route::Health => return healthy(),
-        Route::OpenApi => return openapi::answer(),
+        Route::OpenApi => return Ok(openapi::answer()),
         // Whoever has the URL was given it by somebody with a key.
         Route::Build(BuildRoute::Upload(token)) => {
             return builds::upload(host, &config.limits, request, token, body).await;
@@ -186,4 +186,22 @@ fn preflight(request: &Request<Incoming>) -> Response<Body> {
     headers.insert(ACCESS_CONTROL_ALLOW_METHODS, methods);
     headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("7200"));
     response
+}
+
+/// The queries of lists, for fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use super::{ListQuery, SnapshotQuery};
+    use crate::route::Version;
+
+    /// Whether a query asks for a list of sandboxes, of either version.
+    pub fn list_query(query: &str) -> bool {
+        let of = |version| ListQuery::parse(version, query).is_ok();
+        of(Version::V1) & of(Version::V2)
+    }
+
+    /// Whether a query asks for a list of snapshots.
+    pub fn snapshot_query(query: &str) -> bool {
+        SnapshotQuery::parse(query).is_ok()
+    }
 }

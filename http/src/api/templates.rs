@@ -131,17 +131,12 @@ pub async fn set_alias(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
 }
 
 fn alias_of(template: TemplateInfo) -> TemplateAlias {
-    TemplateAlias { template_id: template.id, public: true }
+    TemplateAlias { template_id: template.id, public: template.public }
 }
 
 async fn find(host: &TenantHost<'_>, id: &str) -> Result<TemplateInfo, ApiError> {
-    let templates = host.templates().await?;
-    let found = templates.into_iter().find(|template| is_called(template, id));
+    let found = host.template(id).await?;
     found.ok_or_else(|| ApiError::no_such_template(&operate::shown(id)))
-}
-
-fn is_called(template: &TemplateInfo, id: &str) -> bool {
-    template.id == id || template.name.as_str() == id
 }
 
 /// Forgets a snapshot. Sandboxes made from it go on, so the answer comes at once. Templates are the
@@ -157,8 +152,7 @@ pub async fn delete(host: &TenantHost<'_>, id: &str) -> Answer {
     if host.delete_snapshot(id).await? {
         return Ok(status(StatusCode::NO_CONTENT));
     }
-    let templates = host.templates().await?;
-    match templates.iter().find(|template| is_called(template, id)) {
+    match host.template(id).await? {
         Some(template) => Err(ApiError::template_is_kept(template.name.as_str())),
         None => Err(unknown()),
     }
@@ -172,7 +166,7 @@ fn shown(info: TemplateInfo) -> Template {
         cpu_count: u32::from(info.vcpus.get()),
         memory_mib: info.memory.count(),
         disk_size_mib: info.disk.count(),
-        public: true,
+        public: info.public,
         aliases: vec![info.name.to_string()],
         names: vec![info.name.to_string()],
         updated_at: created_at.clone(),
@@ -188,6 +182,9 @@ fn shown(info: TemplateInfo) -> Template {
 
 /// A UUID, as clients demand it: the same for the same template (version 8 of RFC 9562).
 fn build_id(info: &TemplateInfo) -> String {
+    if let Some(built) = &info.build_id {
+        return built.clone();
+    }
     /// FNV-1a, 128 bits.
     const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
@@ -222,6 +219,8 @@ mod tests {
             created_at: UNIX_EPOCH + Duration::from_secs(1),
             spawn_count: 0,
             last_spawned_at: None,
+            public: true,
+            build_id: None,
         }
     }
 

@@ -3,11 +3,13 @@
 //!
 //! Called by creates and by builds. Refuses images that stand for no template: nothing is pulled.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use mica_shards::{
     Built, BuiltDefaults, BuiltTemplate, CreateRequest, DEFAULT_TAG, Host, Reference, SandboxInfo,
     ShardError, TemplateInfo, defaults_for_agent,
 };
-use mica_units::TenantId;
+use mica_units::{Mebibytes, TenantId, VcpuCount};
 
 use super::steps::StepError;
 use super::wish::From;
@@ -94,6 +96,34 @@ pub async fn find_template(
 ) -> Result<Option<BuiltTemplate>, ApiError> {
     let (tenant, reference) = (tenant.clone(), reference.clone());
     Ok(host.with_builds(move |builds| Ok(builds.find_built(&tenant, &reference)?)).await??)
+}
+
+/// The templates that a tenant built, and whose builds are done.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn listed(host: &Host, tenant: &TenantId) -> Result<Vec<TemplateInfo>, ApiError> {
+    let tenant = tenant.clone();
+    let built = host.with_builds(move |builds| Ok(builds.built_templates(&tenant)?)).await??;
+    Ok(built.iter().filter_map(info_of).collect())
+}
+
+/// As it is listed beside the operator's. `None` until a build of it is done.
+pub fn info_of(template: &BuiltTemplate) -> Option<TemplateInfo> {
+    let built = template.tagged(DEFAULT_TAG).or(template.builds.last())?;
+    Some(TemplateInfo {
+        id: template.id.clone(),
+        name: template.name.parse().ok()?,
+        vcpus: VcpuCount::new(built.vcpus).ok()?,
+        memory: Mebibytes::new(built.memory_mib),
+        disk: Mebibytes::new(built.disk_mib),
+        envd_version: built.envd_version.clone(),
+        created_at: UNIX_EPOCH + Duration::from_millis(template.created_unix_ms),
+        spawn_count: 0,
+        last_spawned_at: None,
+        public: template.public,
+        build_id: Some(built.build_id.clone()),
+    })
 }
 
 /// What a build is to start from, in the size that was asked for.

@@ -35,7 +35,7 @@ use mica_shards::{
 use mica_units::TenantId;
 use serde_json::json;
 
-pub use base::create;
+pub use base::{create, find_template, info_of, listed};
 use log::Level;
 use route::BuildRoute;
 use show::{ENTRIES_MAX, PageQuery};

@@ -217,7 +217,7 @@ fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// Whether a path means a route of envd that clients may not use, however it is written.
-fn is_internal(path: &str) -> bool {
+pub fn is_internal(path: &str) -> bool {
     let Ok(path) = percent::decode_segment(path) else {
         // Not decodable here, so no server should take it for one of ours; but do not bet on it.
         return true;

@@ -271,5 +271,7 @@ fn template_info(template: &Template, spawns: &BTreeMap<String, Spawned>) -> Tem
         created_at: UNIX_EPOCH + Duration::from_millis(manifest.created_unix_ms),
         spawn_count: spawned.map_or(0, |spawned| spawned.count),
         last_spawned_at: spawned.map(|spawned| spawned.last),
+        public: true,
+        build_id: None,
     }
 }

@@ -29,6 +29,14 @@ impl Sandbox {
         if request.idle { self.life.get() } else { request.timeout.max(least) }
     }
 
+    /// The life that a resume for `wanted` gives it: one without an end, or that lives by its requests,
+    /// keeps at least what it had.
+    pub(crate) fn life_after_resume(&self, wanted: Duration) -> Duration {
+        let had = self.life.get();
+        let keeps = self.identity.request.idle || from_now(had).1.is_none();
+        if keeps { had.max(wanted) } else { wanted }
+    }
+
     /// It lives for `left`, and from each request on for `life` if it lives by them.
     pub(crate) fn goes_on_for(&self, left: Duration, life: Duration) {
         self.deadline.set(from_now(left).0);

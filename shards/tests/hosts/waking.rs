@@ -132,6 +132,9 @@ fn ends_are_extended_set_and_taken_away() {
         assert_eq!(host.get(id).await.unwrap().end_at, None);
         host.extend(id, Duration::from_secs(60)).await.unwrap();
         assert_eq!(host.get(id).await.unwrap().end_at, None, "and never ends what has no end");
+        host.pause(id).await.unwrap();
+        let (woken, _) = host.ensure_running(id, Duration::from_secs(60)).await.unwrap();
+        assert_eq!(woken.end_at, None, "nor does a resume");
         let began = Instant::now();
         host.set_timeout(id, Duration::from_millis(1500)).await.unwrap();
         eventually("it ends", async || host.get(id).await.is_err()).await;

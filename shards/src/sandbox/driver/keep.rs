@@ -415,7 +415,7 @@ impl Driver {
             .detach();
         }
         let Some(Request::Resume(wake, sender)) = self.request.take() else { return };
-        self.sandbox.set_life(wake.life);
+        self.sandbox.set_life(self.sandbox.life_after_resume(wake.life));
         if let Some(on_timeout) = wake.on_timeout {
             self.sandbox.on_timeout.set(on_timeout);
         }
