@@ -228,12 +228,8 @@ impl ServeArgs {
         };
         host.check()?;
         let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;
-        if self.open && !self.listen.ip().is_loopback() {
-            bail!(
-                "--open serves whoever can connect, so --listen must be a loopback address such as \
-                 127.0.0.1:3000, not {}; leave --open out to serve others, who then need a key",
-                self.listen
-            );
+        if self.open {
+            refuse_open(&[("--listen", Some(self.listen)), ("--tls-listen", self.tls.listen())])?;
         }
         let keys = Keys::new(self.open);
         let http = HttpConfig { listen: self.listen, tls: None, domain, keys, limits };
@@ -242,6 +238,19 @@ impl ServeArgs {
         let (tls, plan) = (self.tls, self.plan);
         Ok(ServeConfig { http, tls, host, plan, keys, open: self.open, needs_usable_kvm })
     }
+}
+
+/// A host that asks for no key serves its own machine.
+fn refuse_open(addresses: &[(&str, Option<SocketAddr>)]) -> Result<()> {
+    for (option, address) in addresses {
+        if let Some(address) = address.filter(|address| !address.ip().is_loopback()) {
+            bail!(
+                "--open serves whoever can connect, so {option} must be a loopback address such as \
+                 127.0.0.1:3000, not {address}; leave --open out to serve others, who then need a key"
+            );
+        }
+    }
+    Ok(())
 }
 
 fn seconds(count: u32) -> Duration {
@@ -274,6 +283,18 @@ pub fn checked_domain(text: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_open_host_is_its_own_machines_on_every_port() {
+        let at = |text: &str| Some(text.parse().unwrap());
+        let check = |plain, tls| refuse_open(&[("--listen", plain), ("--tls-listen", tls)]);
+        assert!(check(at("127.0.0.1:3000"), None).is_ok());
+        assert!(check(at("127.0.0.1:3000"), at("[::1]:443")).is_ok());
+        let error = check(at("127.0.0.1:3000"), at("0.0.0.0:443")).unwrap_err().to_string();
+        assert!(error.contains("--tls-listen"), "{error}");
+        let error = check(at("10.0.0.1:3000"), None).unwrap_err().to_string();
+        assert!(error.contains("--listen"), "{error}");
+    }
 
     #[test]
     fn domains() {

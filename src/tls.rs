@@ -50,6 +50,11 @@ pub struct TlsArgs {
 }
 
 impl TlsArgs {
+    /// Where TLS alone is listened for.
+    pub fn listen(&self) -> Option<SocketAddr> {
+        self.tls_listen
+    }
+
     /// Reads the certificate, and starts to look after it.
     ///
     /// # Errors

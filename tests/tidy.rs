@@ -291,6 +291,8 @@ fn is_reachable(path: &str, tree: &BTreeMap<String, String>) -> bool {
     let entry = matches!(stem, "lib" | "main" | "build");
     // Cargo finds these by itself.
     let target = dir.ends_with("/bin")
+        // Its manifest names them, and `tools/fuzz` runs each.
+        || dir == "tests/fuzz/fuzz_targets"
         || ["tests", "benches", "examples"]
             .iter()
             .any(|t| dir == *t || dir.ends_with(&format!("/{t}")));

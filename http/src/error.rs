@@ -186,6 +186,14 @@ impl ApiError {
         Self::soon(StatusCode::SERVICE_UNAVAILABLE, "this host is busy; try again in a moment")
     }
 
+    /// A paused sandbox has no end that could be moved.
+    #[must_use]
+    pub fn paused_has_no_time(id: SandboxId) -> Self {
+        let text =
+            format!("Sandbox \"{id}\" is paused, so it has no time to set; connect or resume it");
+        Self::new(StatusCode::NOT_FOUND, text)
+    }
+
     /// The shard has as many streams into sandboxes as it may.
     #[must_use]
     pub fn too_many_streams(id: SandboxId) -> Self {

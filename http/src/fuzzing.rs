@@ -22,7 +22,7 @@ pub fn target(
     domain: Option<&str>,
 ) -> Result<Option<(SandboxId, u16)>, u16> {
     let target = proxy::target::target(version, method, uri, headers, domain);
-    match target.map_err(|error| error.status().as_u16())? {
+    match target.map_err(|error| error.to_body().code)? {
         Target::ControlPlane | Target::SignedFile => Ok(None),
         Target::Sandbox(id, port) | Target::Path(id, port, _) => Ok(Some((id, port.get()))),
     }

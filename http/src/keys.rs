@@ -12,12 +12,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use hyper::HeaderMap;
-use hyper::header::{AUTHORIZATION, ORIGIN};
+use hyper::header::{AUTHORIZATION, HOST, ORIGIN};
 use mica_shards::{Account, Accounts};
 use mica_units::TenantId;
 use sha2::{Digest, Sha256};
@@ -211,7 +212,7 @@ impl Keys {
         let grant = offered(headers).and_then(|key| self.find(key));
         match grant {
             Some(grant) => Some(Caller { tenant: grant.tenant.clone(), grant: Some(grant) }),
-            None if self.open && !is_foreign_page(headers) => {
+            None if self.open && !is_foreign_page(headers) && !has_foreign_host(headers) => {
                 Some(Caller { tenant: TenantId::default(), grant: None })
             }
             None => None,
@@ -239,6 +240,25 @@ fn is_foreign_page(headers: &HeaderMap) -> bool {
             _ => host,
         });
         !matches!(name, Some("localhost" | "127.0.0.1" | "[::1]"))
+    })
+}
+
+/// Whether the request was sent to a name that is not this machine's own: a page whose name a stranger's
+/// DNS turns into this machine's address sends its requests here as if they were to itself.
+fn has_foreign_host(headers: &HeaderMap) -> bool {
+    headers.get_all(HOST).iter().any(|host| {
+        let name = host.to_str().ok().map(|host| match host.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+            _ => host,
+        });
+        let is_own = |name: &str| {
+            name.parse::<Ipv4Addr>().is_ok()
+                || name.starts_with('[')
+                // `localhost`, and the names that a local network gives its machines.
+                || !name.contains('.')
+                || name.ends_with(".localhost")
+        };
+        !name.is_some_and(is_own)
     })
 }
 

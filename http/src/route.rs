@@ -157,6 +157,10 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
     at(Method::GET, "/templates/{templateID}/tags/exists", |p| {
         Route::Build(BuildRoute::TagExists(named(p)))
     }),
+    at(Method::GET, "/templates/{templateID}/tags/groups", |_| Route::NotOffered(TAG_HISTORY)),
+    at(Method::GET, "/templates/{templateID}/tags/{tag}/assignments", |_| {
+        Route::NotOffered(TAG_HISTORY)
+    }),
     at(Method::GET, "/templates/compat", |_| Route::NotOffered(CUBE_BUILDS)),
     at(Method::GET, "/templates/aliases/{alias}", |p| Route::TemplateAlias(named(p))),
     at(Method::GET, "/templates/{templateID}", |p| Route::Template(named(p))),
@@ -183,9 +187,10 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
 ];
 
 /// How many.
-pub const ENDPOINT_COUNT: usize = 63;
+pub const ENDPOINT_COUNT: usize = 65;
 
 const CUBE_BUILDS: &str = "CubeSandbox's way of building templates";
+const TAG_HISTORY: &str = "the history of a template's tags";
 const VOLUMES: &str = "volumes";
 const SECRETS: &str = "secrets";
 const TEAMS: &str = "teams";

@@ -5,6 +5,7 @@
 //! answered as what is not there, in the same words. Here is also where a key's limits are kept. Refuses
 //! a sandbox to whoever has as many as the key may have.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use mica_shards::{
@@ -52,12 +53,18 @@ impl<'a> TenantHost<'a> {
     }
 
     /// Room for so many more sandboxes of this key, or 429.
-    fn seats(&self, count: usize) -> Result<Vec<Seat>, ApiError> {
+    fn reserved(&self, count: usize) -> Result<Vec<Seat>, ApiError> {
         let Some(grant) = &self.caller.grant else { return Ok(Vec::new()) };
         let most = grant.limits.sandboxes_max;
-        let seats = grant.account.reserve(count, most).map_err(|too_many| {
+        grant.account.reserve(count, most).map_err(|too_many| {
             ApiError::too_many_sandboxes(too_many.live, most.unwrap_or(u32::MAX))
-        })?;
+        })
+    }
+
+    /// The same, counted against the key's rate too.
+    fn seats(&self, count: usize) -> Result<Vec<Seat>, ApiError> {
+        let Some(grant) = &self.caller.grant else { return Ok(Vec::new()) };
+        let seats = self.reserved(count)?;
         if let Some(rate) = grant.limits.creates_per_second {
             grant.account.spend(count, rate).map_err(|error| ApiError::too_fast(error.wait))?;
         }
@@ -78,10 +85,15 @@ impl<'a> TenantHost<'a> {
     /// # Errors
     /// 429 beyond the key's limits; see [`ShardError`].
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxInfo, ApiError> {
-        let seat = self.seats(1)?.pop();
+        // A try that fails gives its seat back, so each has one of its own; the rate counts them as one.
+        let first = Cell::new(Some(self.seats(1)?.pop()));
+        let seat = || match first.take() {
+            Some(seat) => Ok(seat),
+            None => Ok(self.reserved(1)?.pop()),
+        };
         let tenant = self.caller.tenant.clone();
-        builds::create(self.host, &self.caller.tenant, CreateRequest { tenant, seat, ..request })
-            .await
+        let request = CreateRequest { tenant, ..request };
+        builds::create(self.host, &self.caller.tenant, request, &seat).await
     }
 
     /// [`Host::clone_sandbox`], counted for the key.

@@ -114,9 +114,15 @@ impl KeyBook {
         if self.seen == Some(stamps) {
             return Ok(false);
         }
-        // Also when they are not in form: that is said once, not four times a second.
-        self.seen = Some(stamps);
-        let all = self.read()?;
+        let read = self.read();
+        // Also when they are not in form: that is said once, not four times a second. One that could not
+        // be read is read again, for it may hold back that a key was revoked.
+        let is_out_of_form =
+            |error: &anyhow::Error| error.downcast_ref::<std::io::Error>().is_none();
+        if read.as_ref().err().is_none_or(is_out_of_form) {
+            self.seen = Some(stamps);
+        }
+        let all = read?;
         self.keys.publish(all, &mut self.accounts);
         Ok(true)
     }

@@ -242,7 +242,6 @@ fn a_deleted_template_leaves_its_sandboxes() {
     assert_eq!(daemon.snapshots_kept(), before);
     daemon.ask("DELETE", &format!("/templates/{template}"), None).error(404);
     daemon.pause(&sandbox);
-    assert_eq!(daemon.act(&sandbox, "connect").status, 400, "it needs a body on v1");
     assert_eq!(daemon.act_with(&sandbox, "connect", &json!({ "timeout": 60 })).status, 201);
 }
 
@@ -457,4 +456,18 @@ print("fine")
         .expect("python");
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(said.trim(), "fine", "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn sandboxes_of_a_built_template_count_for_their_key() {
+    let (daemon, _) = daemon(&[]);
+    let (_, done) = build(&daemon, "counted", &json!([run("true")]));
+    assert_eq!(done["status"], "ready", "{done}");
+    nothing_runs(&daemon);
+    // Of the tenant that built it.
+    let key = daemon.make_key(&["--tenant", "default", "--sandboxes-max", "1"]);
+    let body = json!({ "templateID": "counted", "timeout": 300 });
+    let create = || daemon.ask_as(&key, "POST", "/v2/sandboxes", Some(&body));
+    assert_eq!(create().status, 201);
+    create().error(429);
 }

@@ -88,6 +88,9 @@ fn an_open_host_needs_no_key_and_is_only_its_machines() {
     assert_eq!(with(&daemon, "x-api-key: anything\r\n").status, 200);
     assert_eq!(with(&daemon, "origin: http://localhost:5173\r\n").status, 200);
     with(&daemon, "origin: https://elsewhere.example\r\n").error(401);
+    // A page's own name, which its DNS has turned into this machine's address.
+    let rebound = "GET /v2/sandboxes HTTP/1.1\r\nhost: elsewhere.example:3000\r\n\r\n";
+    daemon.connect().send(rebound).reply().error(401);
     let id = daemon.create();
     // A key is still its tenant's, once it is known: until then it is as good as none.
     let key = daemon.make_key(&["--tenant", "other"]);

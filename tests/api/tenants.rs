@@ -344,7 +344,7 @@ fn pauses_are_started_from_by_nobody_and_tenants_outlive_the_daemon() {
         for key in [&world.owner, &world.other, world.daemon.key()] {
             let body = json!({ "templateID": pause });
             let reply = world.daemon.ask_as(key, "POST", "/v2/sandboxes", Some(&body));
-            assert!(reply.error(404).contains("does not exist"), "{reply:?}");
+            assert!(reply.error(404).contains("neither a template nor a snapshot"), "{reply:?}");
         }
         for id in [&paused, &world.sandbox] {
             world.other("GET", &format!("/sandboxes/{id}"), None).error(404);

@@ -86,6 +86,9 @@ def test_environment(sandboxes):
         assert out(sandbox, show, "js") == f"{number} undefined\n"
         assert out(sandbox, "echo $OWN $CALL", "bash", envs={"CALL": "1"}) == f"{number} 1\n"
         assert out(sandbox, "echo $OWN $CALL", "bash") == f"{number}\n"
+        # The next shell is another, in the same sandbox.
+        run(sandbox, "exit", "bash")
+        assert out(sandbox, "echo $OWN $CALL", "bash") == f"{number}\n"
 
 
 @pytest.mark.parametrize("language", list(DRAWS))

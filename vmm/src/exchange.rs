@@ -152,6 +152,6 @@ mod tests {
         }
         assert!(exchange.write(&[0; 4097]).is_err());
         assert!(exchange.write_at(&[0; 2], 4095).is_err());
-        assert_eq!(exchange.read(PAGE_BYTES, 0).unwrap(), []);
+        assert!(exchange.read(PAGE_BYTES, 0).unwrap().is_empty());
     }
 }

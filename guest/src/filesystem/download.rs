@@ -19,6 +19,9 @@ use super::conditional::{Conditions, Validators, Verdict};
 use super::range::{self, Part};
 use crate::http::BodySender;
 
+/// Larger files are sent as they are to whoever takes them so.
+const GZIP_BYTES_MAX: u64 = 1 << 20;
+
 /// Bytes read at once.
 const CHUNK_BYTES: usize = 64 * 1024;
 
@@ -71,6 +74,16 @@ pub struct Head {
 pub struct Wanted {
     pub conditions: Conditions,
     pub gzip: bool,
+    /// Whether what is not coded will do.
+    pub identity: bool,
+}
+
+impl Wanted {
+    /// Coding a large file costs both sides more time than its bytes do on a local network.
+    fn is_gzip(&self, size: Option<u64>) -> bool {
+        let is_large = size.is_none_or(|bytes| bytes > GZIP_BYTES_MAX);
+        self.gzip && size != Some(0) && !(is_large && self.identity)
+    }
 }
 
 /// Opens the file, answers with its head, and sends it. Blocks; `body` needs `runtime` to wait.
@@ -146,7 +159,7 @@ fn open(path: &Path, wanted: &Wanted) -> Result<Opened, DownloadError> {
     let mut head = Head {
         size,
         part: Part::Whole,
-        is_gzip: wanted.gzip && size != Some(0),
+        is_gzip: wanted.is_gzip(size),
         modified: modified.as_secs(),
         etag,
         is_unmodified: false,

@@ -52,6 +52,14 @@ pub fn accepted(header: &str) -> Option<Encoding> {
     }
 }
 
+/// Whether what is not coded will do, however the client likes it.
+pub fn takes_identity(header: &str) -> bool {
+    // Whoever is not offered gzip says what it thinks of the rest.
+    let without_gzip: Vec<&str> =
+        header.split(',').filter(|item| !item.to_ascii_lowercase().contains("gzip")).collect();
+    accepted(&without_gzip.join(",")) == Some(Encoding::Identity)
+}
+
 /// Undoes gzip piece by piece. The output of one piece is bounded by gzip's ratio of about 1000
 /// times [`PIECE_BYTES`].
 #[derive(Debug)]

@@ -55,7 +55,8 @@ async fn get(call: Call) -> Result<Response, HttpError> {
     let user = user(&call.sandbox, call.query.get("username"))?;
     let path = target(&call.sandbox, &user, call.query.get("path").unwrap_or(""))?;
     let headers = call.request.headers();
-    let encoding = encoding::accepted(text(headers, header::ACCEPT_ENCODING).unwrap_or(""));
+    let accepts = text(headers, header::ACCEPT_ENCODING).unwrap_or("");
+    let (encoding, identity) = (encoding::accepted(accepts), encoding::takes_identity(accepts));
     let Some(encoding) = encoding else {
         return Err(HttpError::new(
             StatusCode::NOT_ACCEPTABLE,
@@ -64,7 +65,7 @@ async fn get(call: Call) -> Result<Response, HttpError> {
     };
     let conditions = Conditions::of(headers);
     let gzip = encoding == Encoding::Gzip && !conditions.any();
-    let wanted = Wanted { conditions, gzip };
+    let wanted = Wanted { conditions, gzip, identity };
     let (body_sender, body) = channel(CHUNKS_AHEAD);
     let (head_sender, head) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();

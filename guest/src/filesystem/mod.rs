@@ -22,7 +22,7 @@ mod entry;
 mod files;
 mod identity;
 mod metadata;
-mod multipart;
+pub mod multipart;
 mod operations;
 mod path;
 mod post;
@@ -55,7 +55,7 @@ pub(crate) fn multipart_bytes(body: &[u8], step: usize) -> Result<usize, HttpErr
     let mut bytes = 0;
     for piece in body.chunks(step) {
         splitter.push(piece);
-        while let Some(piece) = splitter.next().map_err(bad)? {
+        while let Some(piece) = splitter.next_piece().map_err(bad)? {
             if let multipart::Piece::Data(data) = piece {
                 bytes += data.len();
             }

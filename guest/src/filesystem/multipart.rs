@@ -105,7 +105,7 @@ impl Splitter {
         })
     }
 
-    /// Adds bytes of the body. Call when [`Splitter::next`] has no more pieces.
+    /// Adds bytes of the body. Call when [`Splitter::next_piece`] has no more pieces.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.state != State::Done {
             self.buffer.extend_from_slice(bytes);
@@ -116,7 +116,7 @@ impl Splitter {
     ///
     /// # Errors
     /// When the body is not in form.
-    pub fn next(&mut self) -> Result<Option<Piece>, MultipartError> {
+    pub fn next_piece(&mut self) -> Result<Option<Piece>, MultipartError> {
         loop {
             match self.state {
                 State::Preamble => {
@@ -302,7 +302,7 @@ mod tests {
         let mut open = false;
         for chunk in body.chunks(step) {
             splitter.push(chunk);
-            while let Some(piece) = splitter.next()? {
+            while let Some(piece) = splitter.next_piece()? {
                 match piece {
                     Piece::Begin(head) => {
                         assert!(!std::mem::replace(&mut open, true));

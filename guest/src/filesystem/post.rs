@@ -128,7 +128,7 @@ async fn parts(
     let mut open: Option<Receiving> = None;
     while let Some(data) = source.next().await? {
         splitter.push(&data);
-        while let Some(piece) = splitter.next().map_err(bad)? {
+        while let Some(piece) = splitter.next_piece().map_err(bad)? {
             match piece {
                 // Fields of other names are not files.
                 Piece::Begin(head) if head.name.as_deref() != Some("file") => {}

@@ -14,6 +14,7 @@ use super::events::Event;
 use super::kernel::{Kernel, Signalled};
 use super::languages::{Kind, Upkeep};
 use super::protocol::{Body, Incoming};
+use super::snippets::Snippets;
 
 /// Most bytes of events that wait for a slow client before the kernel's output is left unread.
 const PENDING_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -68,6 +69,8 @@ pub struct Run {
     pending: VecDeque<Event>,
     pending_bytes: usize,
     begun: bool,
+    /// The interpreter has ended and begun again under the cell.
+    pub is_anew: bool,
     errored: bool,
     idle: bool,
     replied_at: Option<Instant>,
@@ -95,6 +98,7 @@ impl Run {
             pending: VecDeque::new(),
             pending_bytes: 0,
             begun: false,
+            is_anew: false,
             errored: false,
             idle: false,
             replied_at: None,
@@ -235,7 +239,12 @@ impl Run {
                 self.begun = true;
                 self.push(Event::NumberOfExecutions { execution_count });
             }
-            Body::Stdout(text) => self.push(Event::Stdout { text, timestamp }),
+            Body::Stdout(text) => {
+                if let Upkeep::Code(Snippets { anew: Some(end), .. }) = self.kind.upkeep {
+                    self.is_anew |= text.trim_end().ends_with(end);
+                }
+                self.push(Event::Stdout { text, timestamp });
+            }
             Body::Stderr(text) => self.push(Event::Stderr { text, timestamp }),
             Body::Display(bundle) => self.push(Event::result(bundle, false)),
             Body::MainResult(bundle) => self.push(Event::result(bundle, true)),

@@ -252,7 +252,7 @@ impl Kernel {
         let (mut asked, mut pause) = (Vec::new(), ASK_AGAIN);
         while !(answered && heard) {
             asked.push(self.send(&Request::KernelInfo).await?);
-            let again = Instant::now() + pause;
+            let again = (Instant::now() + pause).min(deadline);
             // A slow kernel must get through what it is asked faster than it is asked more.
             pause *= 2;
             while !(answered && heard) && Instant::now() < again {

@@ -78,6 +78,7 @@ pub fn start(config: SessionConfig) -> Handle {
         restarts: restarts_in,
         state: state_out,
         env: BTreeMap::new(),
+        born: BTreeMap::new(),
         sandboxes: 0,
     };
     tokio::spawn(session.run());
@@ -91,6 +92,8 @@ struct Session {
     state: watch::Sender<State>,
     /// The sandbox's variables as the kernel has them.
     env: BTreeMap<String, String>,
+    /// What it was started with.
+    born: BTreeMap<String, String>,
     /// [`Standing::sandboxes`] when the kernel's random state was made.
     sandboxes: u64,
 }
@@ -139,6 +142,7 @@ impl Session {
         let env = self.environment(&standing);
         self.sandboxes = standing.sandboxes;
         self.env.clone_from(&env);
+        self.born.clone_from(&env);
         let config = &self.config;
         let (kind, user, cwd) = (config.kind, &config.user, &config.cwd);
         let mut kernel = Kernel::start(&config.kernel, kind, user, cwd, env).await?;
@@ -265,7 +269,8 @@ impl Session {
                 around(kernel, &mut run, snippets, &before, &wanted, restarts).await
             }
         };
-        (self.env, self.sandboxes) = (wanted, standing.sandboxes);
+        let held = if run.is_anew { self.born.clone() } else { wanted };
+        (self.env, self.sandboxes) = (held, standing.sandboxes);
         if let Err(ending) = outcome {
             return run.broken(ending).await;
         }

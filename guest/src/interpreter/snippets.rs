@@ -25,6 +25,9 @@ pub struct Snippets {
     /// For a kernel that does not say what it could not read: the text it has instead, and code
     /// that fails with the reason, and runs nothing of the cell.
     pub unread: Option<(&'static str, Reason)>,
+    /// The end of what a kernel prints when its interpreter has ended and it has started another, with
+    /// the environment that the kernel itself was started with.
+    pub anew: Option<&'static str>,
 }
 
 /// What a kernel that has been saved in one sandbox and restored in another must change.
@@ -146,6 +149,7 @@ Math.random = function random() {
 return ((next() >>> 5) * 67108864 + (next() >>> 6)) / 9007199254740992; }; }",
     flush: "await Deno.jupyter.broadcast('mica_flushed', {});",
     unread: Some(("Execution failed", deno_reason)),
+    anew: None,
 };
 
 /// A module whose first line throws is read as a whole, and nothing else of it is run.
@@ -169,6 +173,7 @@ pub static BASH: Snippets = Snippets {
     reseed: "RANDOM=$(od -An -N2 -tu2 /dev/urandom)",
     flush: "",
     unread: None,
+    anew: Some("Restarting Bash"),
 };
 
 pub static R: Snippets = Snippets {
@@ -179,6 +184,7 @@ pub static R: Snippets = Snippets {
     reseed: "set.seed(NULL)",
     flush: "",
     unread: None,
+    anew: None,
 };
 
 /// As E2B has it: a call's variables are system properties, because a Java process cannot change
@@ -189,6 +195,7 @@ pub static JAVA: Snippets = Snippets {
     reseed: "",
     flush: "",
     unread: None,
+    anew: None,
 };
 
 #[cfg(test)]

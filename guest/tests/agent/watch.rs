@@ -35,8 +35,12 @@ fn about(path: &std::path::Path) -> Value {
 
 /// Kind and name of the next event of a stream.
 fn next(answer: &mut Answer) -> (String, String) {
-    let event = answer.event().unwrap();
-    pair(&event["filesystem"])
+    loop {
+        let event = answer.event().unwrap();
+        if event.get("keepalive").is_none() {
+            return pair(&event["filesystem"]);
+        }
+    }
 }
 
 fn pair(event: &Value) -> (String, String) {

@@ -6,8 +6,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper::{Response, StatusCode};
-use mica_shards::ConnectError;
 use mica_shards::rt::time;
+use mica_shards::{ConnectError, Lifecycle};
 use mica_units::{GuestPort, SandboxId};
 use mica_wire::api::{ForkResult, READY, RolledBack};
 
@@ -43,7 +43,13 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             Ok(status(StatusCode::NO_CONTENT))
         }
         Action::SetTimeout => {
-            host.set_timeout(id, operate::timeout(&body, limits)?).await?;
+            let life = operate::timeout(&body, limits)?;
+            // As E2B answers, and its old clients wait for: they set a time first, and resume a sandbox
+            // that is not there to have one.
+            if host.get(id).await?.state == Lifecycle::Paused {
+                return Err(ApiError::paused_has_no_time(id));
+            }
+            host.set_timeout(id, life).await?;
             Ok(status(StatusCode::NO_CONTENT))
         }
         Action::Refresh => {

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use mica_shards::{
     Built, BuiltDefaults, BuiltTemplate, CreateRequest, DEFAULT_TAG, Host, Reference, SandboxInfo,
-    ShardError, TemplateInfo, defaults_for_agent,
+    Seat, ShardError, TemplateInfo, defaults_for_agent,
 };
 use mica_units::{Mebibytes, TenantId, VcpuCount};
 
@@ -33,7 +33,7 @@ pub struct Base {
     pub defaults: Option<BuiltDefaults>,
 }
 
-/// Makes a sandbox of what a client calls a template.
+/// Makes a sandbox of what a client calls a template. `seat` counts it, anew for every try.
 ///
 /// # Errors
 /// As the host's create; 404 for a template without a build of that tag.
@@ -41,10 +41,11 @@ pub async fn create(
     host: &Host,
     tenant: &TenantId,
     wanted: CreateRequest,
+    seat: &dyn Fn() -> Result<Option<Seat>, ApiError>,
 ) -> Result<SandboxInfo, ApiError> {
     let name = plain(&wanted.template);
     if let Some(name) = &name {
-        let request = CreateRequest { template: name.clone(), ..wanted.clone() };
+        let request = CreateRequest { template: name.clone(), seat: seat()?, ..wanted.clone() };
         match host.create(request).await {
             // Every other template is one that somebody built.
             Err(ShardError::NoSuchTemplate(_)) => {}
@@ -57,6 +58,7 @@ pub async fn create(
         let request = CreateRequest {
             template: built.snapshot_id,
             defaults: Some(defaults_for_agent(&built.defaults)),
+            seat: seat()?,
             ..wanted.clone()
         };
         match host.create(request).await {

@@ -29,6 +29,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use http::request::Parts;
 use hyper::header::HOST;
 use hyper::{Response, StatusCode};
+use mica_shards::rt::{self, oneshot};
 use mica_shards::{
     BuildPhase, BuildRecord, BuildStore, BuiltTemplate, DEFAULT_TAG, Host, Reference,
 };
@@ -154,11 +155,23 @@ async fn start(call: &mut Call<'_>, tenant: &TenantId, template: &str, build: &s
     let wanted = wish::started(&call.read().await?)?;
     let host = call.host.builder().0;
     let record = record(host, tenant, template, build).await?;
-    let begun = host.with_builds(move |builds| Ok(builds.begin_run(record)?)).await??;
-    let Some(record) = begun else {
+    // In a task of its own: a client that leaves meanwhile must not leave a build that nobody runs.
+    let (host, limits) = (host.clone(), call.config.limits.clone());
+    let (sender, started) = oneshot::channel();
+    rt::spawn(async move {
+        let begin = async {
+            let begun = host.with_builds(move |builds| Ok(builds.begin_run(record)?)).await??;
+            let begun = begun.map(|record| run::spawn(host.clone(), &limits, record, wanted));
+            Ok::<_, ApiError>(begun.is_some())
+        };
+        if sender.send(begin.await).is_err() {
+            tracing::debug!("nobody waits for a build to start any more");
+        }
+    })
+    .detach();
+    if !started.await.unwrap_or_else(|| Err(ApiError::internal()))? {
         return Err(ApiError::conflict("this build was started before; announce another"));
-    };
-    run::spawn(host.clone(), &call.config.limits, record, wanted);
+    }
     let mut accepted = Response::new(Body::empty());
     *accepted.status_mut() = StatusCode::ACCEPTED;
     Ok(accepted)

@@ -18,7 +18,7 @@ use crate::body::Body;
 use operations::{Answer, Kind, OPERATIONS, Operation, Parameter};
 
 /// What every operation may be answered with instead, and why.
-const ERRORS: [(u16, &str); 15] = [
+const ERRORS: [(u16, &str); 16] = [
     (400, "The request is out of form; the message says what to change."),
     (401, "No API key, or none that is valid here."),
     (403, "The operator's, or not for this key."),
@@ -26,6 +26,7 @@ const ERRORS: [(u16, &str); 15] = [
     (405, "The path is there, the method is not."),
     (408, "The body did not arrive in time."),
     (409, "Something else has it, or it is not in a state for that."),
+    (411, "The body has no length."),
     (413, "The body is too long."),
     (422, "The same idempotency key came with another request before."),
     (429, "Too many requests, or as many sandboxes as this key may have."),

@@ -384,6 +384,8 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .json(200, object)
         .about("builds")
         .fails(BUILD_ERRORS),
+    none("GET", "/templates/{templateID}/tags/groups"),
+    none("GET", "/templates/{templateID}/tags/{tag}/assignments"),
     none("GET", "/templates/compat"),
     op("GET", "/templates/aliases/{alias}", "What a name stands for.")
         .json(200, of::<TemplateAlias>)

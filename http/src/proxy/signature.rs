@@ -24,6 +24,12 @@ const FILES: &str = "/files";
 /// Searches of one shard at a time. Each asks all shards, and hashes once for every sandbox.
 const SEARCHES_MAX: u32 = 4;
 
+/// `v1_` and the unpadded base64 of 32 bytes.
+const SIGNATURE_CHARS: usize = 3 + 43;
+
+/// A colon and the longest number of seconds.
+const EXPIRATION_CHARS_MAX: usize = 1 + 20;
+
 /// Whether the request is for a file and carries a signature.
 #[must_use]
 pub fn is_signed_file(method: &Method, uri: &Uri) -> bool {
@@ -62,11 +68,20 @@ impl Signed {
         })
     }
 
-    fn is_made_with(&self, token: &str) -> bool {
-        let mut hash = Sha256::new();
-        for part in [&self.before_token, token, &self.after_token] {
-            hash.update(part);
-        }
+    /// Whether it could be a signature at all: hashing costs more than looking.
+    fn is_in_form(&self) -> bool {
+        self.signature.len() == SIGNATURE_CHARS && self.after_token.len() <= EXPIRATION_CHARS_MAX
+    }
+
+    /// What comes before the token, hashed once for all tokens.
+    fn begun(&self) -> Sha256 {
+        Sha256::new_with_prefix(&self.before_token)
+    }
+
+    fn is_made_with(&self, token: &str, begun: &Sha256) -> bool {
+        let mut hash = begun.clone();
+        hash.update(token);
+        hash.update(&self.after_token);
         let wanted = format!("v1_{}", STANDARD_NO_PAD.encode(hash.finalize()));
         let pairs = wanted.bytes().zip(self.signature.bytes());
         let differing = pairs.fold(0, |all, (a, b)| black_box(all | (a ^ b)));
@@ -89,15 +104,16 @@ impl Searches {
         method: &Method,
         uri: &Uri,
     ) -> Result<SandboxId, ApiError> {
-        let Some(signed) = Signed::read(method, uri) else {
+        let Some(signed) = Signed::read(method, uri).filter(Signed::is_in_form) else {
             return Err(ApiError::unknown_signature());
         };
         let _search = Search::begin(&self.0).ok_or_else(ApiError::busy)?;
         let sandboxes = host.list().await?;
+        let begun = signed.begun();
         let made_it = sandboxes.iter().find(|info| {
             let token = info.access_token.as_deref();
             info.state == Lifecycle::Running
-                && token.is_some_and(|token| signed.is_made_with(token))
+                && token.is_some_and(|token| signed.is_made_with(token, &begun))
         });
         made_it.map(|info| info.id).ok_or_else(ApiError::unknown_signature)
     }
@@ -130,6 +146,10 @@ mod tests {
         Signed::read(method, &uri.parse().unwrap())
     }
 
+    fn is_made(signed: &Signed, token: &str) -> bool {
+        signed.is_in_form() && signed.is_made_with(token, &signed.begun())
+    }
+
     #[test]
     fn only_requests_for_files_with_a_signature_count() {
         let is = |method, uri: &str| is_signed_file(&method, &uri.parse().unwrap());
@@ -148,11 +168,11 @@ mod tests {
         let query = "path=%2Fa+b&username=user&signature_expiration=17";
         let uri = format!("/files?{query}&signature={}", made.replace('+', "%2B"));
         let with_end = signed(&Method::GET, &uri).unwrap();
-        assert!(with_end.is_made_with("t0ken"));
-        assert!(!with_end.is_made_with("t0kem") && !with_end.is_made_with(""));
-        assert!(!signed(&Method::POST, &uri).unwrap().is_made_with("t0ken"), "another action");
+        assert!(is_made(&with_end, "t0ken"));
+        assert!(!is_made(&with_end, "t0kem") && !is_made(&with_end, ""));
+        assert!(!is_made(&signed(&Method::POST, &uri).unwrap(), "t0ken"), "another action");
         let later = uri.replace("=17", "=18");
-        assert!(!signed(&Method::GET, &later).unwrap().is_made_with("t0ken"), "another end");
+        assert!(!is_made(&signed(&Method::GET, &later).unwrap(), "t0ken"), "another end");
         assert!(signed(&Method::GET, "/files?signature=%zz").is_none());
     }
 

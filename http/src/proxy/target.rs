@@ -28,6 +28,8 @@ use crate::proxy::signature;
 const ID_HEADER: &str = "e2b-sandbox-id";
 const PORT_HEADER: &str = "e2b-sandbox-port";
 
+const ENVD_PORT: &str = "49983";
+
 /// Paths of the third kind begin so.
 const PATH_PREFIX: &str = "/sandbox/";
 
@@ -67,6 +69,11 @@ pub fn target(
     match (headers.get(ID_HEADER), headers.get(PORT_HEADER)) {
         (None, None) if signature::is_signed_file(method, uri) => Ok(Target::SignedFile),
         (None, None) => Ok(Target::ControlPlane),
+        // Some clients send their headers for the agent with what they ask of the host, too. The agent
+        // has no such path.
+        (Some(_), Some(port)) if port == ENVD_PORT && is_about_sandboxes(uri.path()) => {
+            Ok(Target::ControlPlane)
+        }
         (Some(id), Some(port)) => {
             if host.is_some_and(|host| !may_name_by_headers(&host, domain)) {
                 return Err(ApiError::foreign_host());
@@ -78,6 +85,12 @@ pub fn target(
         (None, Some(_)) => Err(missing("E2b-Sandbox-Id")),
         (Some(_), None) => Err(missing("E2b-Sandbox-Port")),
     }
+}
+
+/// Whether a path is one of the control plane's about a sandbox.
+fn is_about_sandboxes(path: &str) -> bool {
+    let plain = path.strip_prefix("/v2").unwrap_or(path);
+    plain.starts_with("/sandboxes/")
 }
 
 /// Whether headers count under this host name: one that no page of a stranger has, unlike a name that
@@ -200,6 +213,18 @@ mod tests {
 
     fn envd() -> Result<Target, u16> {
         Ok(Target::Sandbox(ID.parse().unwrap(), GuestPort::ENVD))
+    }
+
+    #[test]
+    fn headers_for_the_agent_do_not_turn_away_what_is_asked_of_the_host() {
+        let headers =
+            [("host", "localhost"), ("e2b-sandbox-id", ID), ("e2b-sandbox-port", "49983")];
+        for path in [format!("/sandboxes/{ID}/connect"), format!("/v2/sandboxes/{ID}/connect")] {
+            assert_eq!(find(&path, &headers, None), Ok(Target::ControlPlane), "{path}");
+        }
+        let port = [headers[0], headers[1], ("e2b-sandbox-port", "8000")];
+        let user = Target::Sandbox(ID.parse().unwrap(), GuestPort::new(8000).unwrap());
+        assert_eq!(find("/sandboxes/x", &port, None), Ok(user), "a server in it may have any path");
     }
 
     #[test]

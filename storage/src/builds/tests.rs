@@ -50,8 +50,12 @@ fn tags(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
 #[test]
-fn what_is_sealed_is_read_again_and_damage_shows() {
+fn the_golden_files_are_read_and_written_the_same() {
     let defaults = BuiltDefaults {
         env: [("A".to_owned(), "1".to_owned())].into(),
         workdir: Some("/app".to_owned()),
@@ -74,12 +78,19 @@ fn what_is_sealed_is_read_again_and_damage_shows() {
     };
     let failed = BuildPhase::Failed { message: "no".to_owned(), step: Some("3".to_owned()) };
     let record = BuildRecord { id: built(1).build_id, phase: failed, ..announced(&template) };
-    let sealed = template.encode().unwrap();
-    assert_eq!(BuiltTemplate::decode(&sealed).unwrap(), template);
-    let sealed = record.encode().unwrap();
-    assert_eq!(BuildRecord::decode(&sealed).unwrap(), record);
-    assert!(BuiltTemplate::decode(&sealed).is_err(), "one kind is not another");
-    let mut damaged = sealed;
+    // `MICA_WRITE_GOLDENS=1` writes them, for a new version of a format only.
+    if std::env::var_os("MICA_WRITE_GOLDENS").is_some() {
+        fs::write(golden("built-template-v1.bin"), template.encode().unwrap()).unwrap();
+        fs::write(golden("build-record-v1.bin"), record.encode().unwrap()).unwrap();
+        return;
+    }
+    let stored = fs::read(golden("built-template-v1.bin")).unwrap();
+    assert_eq!(BuiltTemplate::decode(&stored).unwrap(), template);
+    assert_eq!(template.encode().unwrap(), stored);
+    let stored = fs::read(golden("build-record-v1.bin")).unwrap();
+    assert_eq!(BuildRecord::decode(&stored).unwrap(), record);
+    assert_eq!(record.encode().unwrap(), stored);
+    let mut damaged = stored;
     *damaged.last_mut().unwrap() ^= 1;
     assert!(BuildRecord::decode(&damaged).is_err());
 }

@@ -21,6 +21,8 @@ use crate::template::open_read;
 
 /// Links that may be open at one time, of all tenants together.
 const LINKS_MAX: usize = 4096;
+/// Those of one tenant.
+const TENANT_LINKS_MAX: usize = 512;
 /// How long a link works.
 const LINK_MS_MAX: u64 = 3600 * 1000;
 /// A file that was not used for so long goes at the next start.
@@ -112,11 +114,23 @@ impl BuildStore {
         hash: &str,
     ) -> std::result::Result<String, BuildStoreError> {
         let dir = self.dir("links")?;
-        if names(&dir)?.len() >= LINKS_MAX && self.remove_old_links(&dir)? >= LINKS_MAX {
-            let text = "too many uploads are on their way; try again in some minutes".to_owned();
-            return Err(BuildStoreError::TooMany(text));
+        // A tenant's links begin alike, so that they can be counted without being read.
+        let mark = format!("{:08x}", crc32c::crc32c(tenant.as_str().as_bytes()));
+        let is_full = || -> Result<bool> {
+            let links = names(&dir)?;
+            let own = links.iter().filter(|link| link.starts_with(&mark)).count();
+            Ok(links.len() >= LINKS_MAX || own >= TENANT_LINKS_MAX)
+        };
+        if is_full()? {
+            self.remove_old_links(&dir)?;
+            if is_full()? {
+                let text =
+                    "too many uploads are on their way; try again in some minutes".to_owned();
+                return Err(BuildStoreError::TooMany(text));
+            }
         }
-        let token = random_hex::<TOKEN_BYTES>()?;
+        let mut token = random_hex::<TOKEN_BYTES>()?;
+        token.replace_range(..mark.len(), &mark);
         let (tenant, hash) = (tenant.as_str().to_owned(), hash.to_owned());
         let grant = UploadGrant { tenant, hash, created_unix_ms: now_unix_ms() };
         self.put(&dir, &token, &encoded(grant.encode())?)?;

@@ -25,7 +25,7 @@ fn split(input: &Input<'_>, cuts: &[u8]) -> Result<Parts, MultipartError> {
     let (mut parts, mut open, mut rest) = (Parts::new(), false, input.body);
     let mut cuts = cuts.iter().cycle();
     loop {
-        while let Some(piece) = splitter.next()? {
+        while let Some(piece) = splitter.next_piece()? {
             match piece {
                 Piece::Begin(head) => {
                     assert!(!open, "a part begins in another");

@@ -136,11 +136,16 @@ impl Tree {
         if is_drained {
             // What may have been told twice would have come by now, and the other half of a move.
             self.found.clear();
-            if let Some((_, path)) = self.moved.take() {
-                self.forget(&path);
-            }
+            self.settle();
         }
         Ok((happened, is_drained))
+    }
+
+    /// Lets a directory go that was moved to where nobody watches.
+    fn settle(&mut self) {
+        if let Some((_, former)) = self.moved.take() {
+            self.forget(&former);
+        }
     }
 
     fn read_raw(&self) -> Result<(Vec<Raw>, bool), ConnectError> {
@@ -216,9 +221,14 @@ impl Tree {
         } else if is_directory && has(ReadFlags::MOVED_TO) {
             match self.moved.take_if(|(cookie, _)| *cookie == event.cookie) {
                 Some((_, from)) => self.rename(&from, &path),
-                None => self.adopt(vec![path], None)?,
+                None => {
+                    self.settle();
+                    self.adopt(vec![path], None)?;
+                }
             }
         } else if is_directory && has(ReadFlags::CREATE) {
+            // It may have the name of one that has just gone.
+            self.settle();
             self.adopt(vec![path], Some(out))?;
         }
         Ok(())
