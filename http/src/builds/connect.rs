@@ -62,11 +62,15 @@ pub fn frame(message: &[u8]) -> Vec<u8> {
 #[derive(Debug, Default)]
 pub struct Frames {
     buffer: Vec<u8>,
+    /// What has become events already. Let go when more comes, and not for every frame: a guest may send
+    /// many short ones at once.
+    used: usize,
 }
 
 impl Frames {
     /// Takes bytes as they come.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.drain(..std::mem::take(&mut self.used));
         self.buffer.extend_from_slice(bytes);
     }
 
@@ -75,8 +79,8 @@ impl Frames {
     /// # Errors
     /// [`FrameError`]; the stream is of no use then.
     pub fn next(&mut self) -> Result<Option<ProcessEvent>, FrameError> {
-        let Some((&[flags, a, b, c, d], rest)) = self.buffer.split_first_chunk::<HEADER_BYTES>()
-        else {
+        let unused = &self.buffer[self.used..];
+        let Some((&[flags, a, b, c, d], rest)) = unused.split_first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
         let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
@@ -86,7 +90,7 @@ impl Frames {
         let Some(message) = rest.get(..length) else { return Ok(None) };
         let event =
             if flags & END_OF_STREAM == 0 { event(message) } else { end_of_stream(message) };
-        self.buffer.drain(..HEADER_BYTES + length);
+        self.used += HEADER_BYTES + length;
         event.map(Some)
     }
 }

@@ -164,6 +164,8 @@ impl BuildStore {
         tenant_bytes_max: u64,
     ) -> std::result::Result<Upload, BuildStoreError> {
         let dir = self.dir(&format!("uploads/{}", grant.tenant))?;
+        // Measured and taken as one: else all that come at once find the same room.
+        let _held = self.lock()?;
         self.make_room_for(&dir, bytes, tenant_bytes_max)?;
         let temporary = dir.join(format!("{NEW_PREFIX}{}", random_hex::<8>()?));
         let file = self.store.disk.create_file(&temporary)?;
