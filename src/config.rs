@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use mica_http::{HttpConfig, Keys, Limits};
 use mica_numa::{PlanConfig, Reserved, Shards};
-use mica_shards::{Accounts, HostConfig};
+use mica_shards::{Accounts, HostConfig, NEVER};
 use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
@@ -133,6 +133,10 @@ pub struct ServeArgs {
     /// Longest life a client may give a sandbox, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400)]
     sandbox_timeout_max: u32,
+    /// Life of a sandbox whose create says nothing of it: seconds, or `never`. Clients of E2B that read an
+    /// end of every sandbox do not know what to make of one without.
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = life)]
+    sandbox_timeout_default: Duration,
     /// Most client connections of one shard.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     connections_max: u32,
@@ -194,11 +198,17 @@ impl ServeArgs {
             head_timeout: at_least_one("--client-timeout", self.client_timeout)?,
             body_timeout: at_least_one("--client-timeout", self.client_timeout)?,
             sandbox_timeout_max: at_least_one("--sandbox-timeout-max", self.sandbox_timeout_max)?,
+            sandbox_timeout_default: self.sandbox_timeout_default,
             upload_bytes_max: u64::from(self.upload_mib) << 20,
             upload_tenant_bytes_max: u64::from(self.uploads_mib) << 20,
             builds_at_once: usize::from(self.builds_at_once.max(1)),
             ..Limits::default()
         };
+        if limits.sandbox_timeout_default > limits.sandbox_timeout_max
+            && limits.sandbox_timeout_default != NEVER
+        {
+            bail!("--sandbox-timeout-default must not be more than --sandbox-timeout-max");
+        }
         let host = HostConfig {
             // The daemon may not keep its working directory, so paths are made absolute here.
             store_root: std::path::absolute(&self.store).context("--store")?,
@@ -257,6 +267,16 @@ fn seconds(count: u32) -> Duration {
     Duration::from_secs(u64::from(count))
 }
 
+/// Seconds, or `never`.
+fn life(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(0) => Err("a sandbox lives for at least 1 second".to_owned()),
+        Ok(count) => Ok(seconds(count)),
+        Err(_) if text == "never" => Ok(NEVER),
+        Err(_) => Err("write seconds, or `never`".to_owned()),
+    }
+}
+
 fn at_least_one(option: &str, count: u32) -> Result<Duration> {
     if count == 0 {
         bail!("{option} must be at least 1");
@@ -294,6 +314,15 @@ mod tests {
         assert!(error.contains("--tls-listen"), "{error}");
         let error = check(at("10.0.0.1:3000"), None).unwrap_err().to_string();
         assert!(error.contains("--listen"), "{error}");
+    }
+
+    #[test]
+    fn a_life_is_seconds_or_never() {
+        assert_eq!(life("15"), Ok(Duration::from_secs(15)));
+        assert_eq!(life("never"), Ok(NEVER));
+        for bad in ["0", "-1", "", "1h", "4294967296"] {
+            assert!(life(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -89,6 +89,8 @@ pub struct Limits {
     pub drain_timeout: Duration,
     /// The longest life a sandbox may be given.
     pub sandbox_timeout_max: Duration,
+    /// The life of a sandbox whose create says nothing of it. `NEVER` is a life without an end.
+    pub sandbox_timeout_default: Duration,
     /// One file that is uploaded for a template's build.
     pub upload_bytes_max: u64,
     /// All such files of one tenant together; those unused for longest go first.
@@ -111,12 +113,17 @@ impl Default for Limits {
             connect_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(10),
             sandbox_timeout_max: SANDBOX_TIMEOUT_MAX,
+            sandbox_timeout_default: SANDBOX_TIMEOUT_DEFAULT,
             upload_bytes_max: 1 << 30,
             upload_tenant_bytes_max: 8 << 30,
             builds_at_once: 2,
         }
     }
 }
+
+/// What E2B gives on its second version. Its first says 15 s, which none of its own clients ever sees: they
+/// say 300. CubeSandbox's newer clients say nothing, in clones too, and would lose what they made.
+const SANDBOX_TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
 
 /// Default limit of a control-plane body. Environment variables of a create travel on to the guest
 /// in one control line, and what fits here must fit there.

@@ -38,7 +38,7 @@ pub fn create_request(
     let wanted: NewSandbox = json::read(body)?;
     refuse_unsupported(&json::read(body)?)?;
     let template = template(&wanted.template_id)?;
-    let life = life::of_create(version, wanted.timeout, wanted.lifecycle.is_some(), limits)?;
+    let life = life::of_create(wanted.timeout, wanted.lifecycle.is_some(), limits)?;
     let (on_timeout, auto_resume) = at_its_end(&wanted)?;
     Ok(CreateRequest {
         // Clients of the first version that do not ask for a token do not send one to every service.
@@ -134,10 +134,10 @@ mod tests {
     }
 
     #[test]
-    fn defaults_differ_by_version() {
+    fn versions_differ_in_who_needs_a_token_and_not_in_the_life() {
         let body = br#"{"templateID":"base"}"#;
         let life = |version| create_request(version, body, &Limits::default()).unwrap().timeout;
-        assert_eq!(life(Version::V1), Duration::from_secs(15));
+        assert_eq!(life(Version::V1), Duration::from_secs(300));
         assert_eq!(life(Version::V2), Duration::from_secs(300));
         let secure = |version| create_request(version, body, &Limits::default()).unwrap().secure;
         assert!(!secure(Version::V1));

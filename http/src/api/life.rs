@@ -9,11 +9,10 @@ use mica_shards::NEVER;
 
 use crate::config::Limits;
 use crate::error::ApiError;
-use crate::route::Version;
 
-/// Of a create on v1, and of a resume.
+/// Of a resume on v1.
 pub const TIMEOUT_SECONDS_V1: i64 = 15;
-/// Of a create and of a connect on v2.
+/// Of a connect on v2.
 pub const TIMEOUT_SECONDS_V2: i64 = 300;
 
 /// What `timeout` says of a life without an end, as CubeSandbox's clients write it.
@@ -32,25 +31,21 @@ pub struct NewLife {
     pub idle: bool,
 }
 
-/// Of a create. CubeSandbox's clients write the same field and mean something else by it: seconds
+/// Of a create; one that says nothing gets the host's own. CubeSandbox's clients write the same field and mean something else by it: seconds
 /// since the last request, 0 for an end at once, nothing for no end. They are told from E2B's by
 /// `lifecycle`, which E2B's never send.
 ///
 /// # Errors
 /// 400, naming the bound.
 pub fn of_create(
-    version: Version,
     timeout: Option<i64>,
     has_lifecycle: bool,
     limits: &Limits,
 ) -> Result<NewLife, ApiError> {
-    let default = match version {
-        Version::V1 => TIMEOUT_SECONDS_V1,
-        Version::V2 => TIMEOUT_SECONDS_V2,
-    };
     let timeout = match (has_lifecycle, timeout) {
         (true, timeout) => remaining(timeout.unwrap_or(WITHOUT_END), limits)?,
-        (false, timeout) => of_new(timeout.unwrap_or(default), limits)?,
+        (false, Some(seconds)) => of_new(seconds, limits)?,
+        (false, None) => limits.sandbox_timeout_default,
     };
     let idle = has_lifecycle && timeout != NEVER && !timeout.is_zero();
     Ok(NewLife { timeout, idle })
@@ -119,26 +114,26 @@ mod tests {
 
     #[test]
     fn lives_of_new_sandboxes_in_both_spellings() {
-        let life = |version, timeout, has_lifecycle| {
-            of_create(version, timeout, has_lifecycle, &Limits::default()).ok()
+        let life = |timeout, has_lifecycle| {
+            of_create(timeout, has_lifecycle, &Limits::default()).ok()
         };
         let fixed = |seconds| Some(NewLife { timeout: Duration::from_secs(seconds), idle: false });
         let idle = |seconds| Some(NewLife { timeout: Duration::from_secs(seconds), idle: true });
         let never = Some(NewLife { timeout: NEVER, idle: false });
-        for (version, default) in [(Version::V1, 15), (Version::V2, 300)] {
-            assert_eq!(life(version, None, false), fixed(default));
-            assert_eq!(life(version, Some(7), false), fixed(7));
-            assert_eq!(life(version, Some(0), false), None);
-            assert_eq!(life(version, Some(-1), false), never);
-            assert_eq!(life(version, None, true), never);
-            assert_eq!(life(version, Some(-1), true), never);
-            assert_eq!(life(version, Some(0), true), fixed(0));
-            assert_eq!(life(version, Some(7), true), idle(7));
-            for bad in [-2, 86_401, i64::MIN, i64::MAX] {
-                assert_eq!(life(version, Some(bad), false), None, "{bad}");
-                assert_eq!(life(version, Some(bad), true), None, "{bad}");
-            }
+        assert_eq!(life(None, false), fixed(300));
+        assert_eq!(life(Some(7), false), fixed(7));
+        assert_eq!(life(Some(0), false), None);
+        assert_eq!(life(Some(-1), false), never);
+        assert_eq!(life(None, true), never);
+        assert_eq!(life(Some(-1), true), never);
+        assert_eq!(life(Some(0), true), fixed(0));
+        assert_eq!(life(Some(7), true), idle(7));
+        for bad in [-2, 86_401, i64::MIN, i64::MAX] {
+            assert_eq!(life(Some(bad), false), None, "{bad}");
+            assert_eq!(life(Some(bad), true), None, "{bad}");
         }
+        let limits = Limits { sandbox_timeout_default: NEVER, ..Limits::default() };
+        assert_eq!(of_create(None, false, &limits).ok(), never);
     }
 
     #[test]
