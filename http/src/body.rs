@@ -17,7 +17,7 @@ use mica_shards::rt::time;
 use crate::config::Limits;
 use crate::conn::InService;
 use crate::error::ApiError;
-use crate::proxy::FromSandbox;
+use crate::proxy::{Broken, FromSandbox};
 
 /// What is still read and thrown away of a body that is too long, so that the client gets to read
 /// the answer instead of a reset.
@@ -68,12 +68,12 @@ impl Body {
 
 impl HttpBody for Body {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = Broken;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         match &mut self.content {
             Content::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Content::Sandbox(body) => Pin::new(body).poll_frame(cx),

@@ -27,7 +27,7 @@ use crate::conn::Accepts;
 use crate::error::ApiError;
 use crate::proxy::signature::Searches;
 use crate::proxy::target::{Target, target};
-use crate::proxy::{Proxy, Switch};
+use crate::proxy::{Kept, Proxy, Switch};
 use crate::{api, conn};
 
 /// How long accepting rests when the process is out of descriptors.
@@ -131,23 +131,30 @@ impl Front {
     }
 
     async fn connection(self: Rc<Self>, stream: TcpStream, accepts: &Accepts, entry: &Entry) {
-        let front = Rc::clone(&self);
+        let (front, kept) = (Rc::clone(&self), self.proxy.client());
         let answer = move |request, switch: Option<Rc<Switch>>| {
-            let front = Rc::clone(&front);
-            async move { front.answer(request, switch.as_deref()).await }
+            let (front, kept) = (Rc::clone(&front), Rc::clone(&kept));
+            async move { front.answer(request, switch.as_deref(), &kept).await }
         };
         conn::drive(stream, accepts, &self.config.limits, entry, answer).await;
     }
 
-    async fn answer(&self, request: Request<Incoming>, switch: Option<&Switch>) -> Response<Body> {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        switch: Option<&Switch>,
+        kept: &Rc<Kept>,
+    ) -> Response<Body> {
         let outcome = match self.whom(&request).await {
             Ok(Target::ControlPlane | Target::SignedFile) => {
                 return open_to_browsers(api::answer(&self.host, &self.config, request).await);
             }
-            Ok(Target::Sandbox(id, port)) => self.proxy.forward(id, port, request, switch).await,
+            Ok(Target::Sandbox(id, port)) => {
+                self.proxy.forward(id, port, request, switch, kept).await
+            }
             Ok(Target::Path(id, port, rest)) => {
                 let request = with_path(request, rest);
-                self.proxy.forward(id, port, request, switch).await
+                self.proxy.forward(id, port, request, switch, kept).await
             }
             Err(error) => {
                 let (parts, unread) = request.into_parts();

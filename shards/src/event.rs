@@ -14,7 +14,7 @@ use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
 use crate::shell::PoolCounts;
 use crate::{
-    BuiltFor, ConnectError, CreateRequest, LogLine, NetworkPolicy, OnTimeout, SandboxInfo,
+    BuiltFor, ConnectError, CreateRequest, Epoch, LogLine, NetworkPolicy, OnTimeout, SandboxInfo,
     SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
 };
 
@@ -52,8 +52,9 @@ pub(crate) enum Operation {
     Logs(SandboxId),
     /// Keep what it used, if that is said, and say what it used before.
     Usage(SandboxId, Option<Usage>),
-    /// Make a stream to its gateway, which is to go on to this port.
-    Connect(SandboxId, GuestPort, Visitor),
+    /// Make a stream to its gateway, which is to go on to this port; or none, if one of this epoch is
+    /// still good.
+    Connect(SandboxId, GuestPort, Visitor, Option<Epoch>),
     /// Replace what its network is.
     SetNetwork(SandboxId, Box<NetworkPolicy>),
     /// Make a snapshot of it.
@@ -96,8 +97,10 @@ pub(crate) enum Purpose {
 /// A way into a guest.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    /// Our end, nothing said on it yet.
-    pub(crate) stream: OwnedFd,
+    /// Our end, nothing said on it yet. `None`: the one that the visitor has is as good.
+    pub(crate) stream: Option<OwnedFd>,
+    /// How long it is good.
+    pub(crate) epoch: Epoch,
     /// What the guest's server is to see as `Host`.
     pub(crate) mask: Option<String>,
 }

@@ -49,6 +49,7 @@ pub use mica_storage::{
     BuiltDefaults, BuiltTag, BuiltTemplate, DEFAULT_TAG, Reference, Upload, UploadGrant,
 };
 pub use run::run;
+pub(crate) use stream::Epoch;
 pub use stream::GuestStream;
 pub use types::{
     BUILD_TENANT, BuiltFor, CreateRequest, HostCounters, Lifecycle, LogLine, LogSource, NEVER,

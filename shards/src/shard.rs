@@ -22,7 +22,7 @@ use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Work
 use crate::shell::Pool;
 use crate::upkeep::Upkeep;
 use crate::{
-    ConnectError, CreateRequest, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
+    ConnectError, CreateRequest, Epoch, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
     SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
 };
 
@@ -141,8 +141,8 @@ impl Shard {
             Operation::Extend(id, life) => Reply::Done(self.extend(id, life)),
             Operation::Logs(id) => Reply::Logs(self.logs(id).await),
             Operation::Usage(id, now) => Reply::Usages(self.usages(id, now)),
-            Operation::Connect(id, port, visitor) => {
-                Reply::Stream(self.connect(id, port, &visitor).await)
+            Operation::Connect(id, port, visitor, kept) => {
+                Reply::Stream(self.connect(id, port, &visitor, kept).await)
             }
             Operation::SetNetwork(id, policy) => Reply::Done(self.set_network(id, *policy)),
             Operation::Snapshot(id, purpose) => Reply::Snapshot(self.snapshot(id, purpose).await),
@@ -313,17 +313,22 @@ impl Shard {
         id: SandboxId,
         port: GuestPort,
         visitor: &Visitor,
+        kept: Option<Epoch>,
     ) -> Result<Entry, ConnectError> {
         let sandbox = self.find(id).map_err(|_| ConnectError::NoSuchSandbox(id))?;
         if !sandbox.admits(port, visitor) {
             return Err(ConnectError::NotAdmitted(id));
         }
         let held = self.process_for(&sandbox, visitor).await?;
+        let (epoch, mask) = (sandbox.epoch(), sandbox.mask_of(port));
+        if kept == Some(epoch) {
+            return Ok(Entry { stream: None, epoch, mask });
+        }
         let stream = sandbox::open_stream(&held.control).await.map_err(|error| {
             tracing::info!(%id, error = sandbox::chain(&error), "no stream into a sandbox");
             ConnectError::Busy
         })?;
-        Ok(Entry { stream, mask: sandbox.mask_of(port) })
+        Ok(Entry { stream: Some(stream), epoch, mask })
     }
 
     fn set_network(&self, id: SandboxId, policy: NetworkPolicy) -> Result<(), ShardError> {

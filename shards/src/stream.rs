@@ -10,11 +10,24 @@ use std::task::{Context, Poll};
 use futures_lite::{AsyncRead, AsyncWrite};
 use mica_numa::rt::net::UnixStream;
 
+/// What a stream is good for: as long as its sandbox takes streams without a break. A pause, a rollback and
+/// a resume begin another, even where the old streams would live on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Epoch(u64);
+
+impl Epoch {
+    pub(crate) fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+}
+
 /// A connection to a port of a guest, past its verdict. Dropping it closes both directions.
 #[derive(Debug)]
 pub struct GuestStream {
     pub(crate) stream: UnixStream,
     pub(crate) mask: Option<String>,
+    pub(crate) epoch: Epoch,
+    pub(crate) kept: bool,
 }
 
 impl GuestStream {
@@ -22,6 +35,12 @@ impl GuestStream {
     #[must_use]
     pub fn masked_host(&self) -> Option<&str> {
         self.mask.as_deref()
+    }
+
+    /// Whether it was used before the visit that it is for.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.kept
     }
 }
 

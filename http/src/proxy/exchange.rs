@@ -1,21 +1,25 @@
-//! One request and one answer on a stream of their own.
+//! One request and its answer on a stream into a guest.
 //!
 //! Called by [`super`]. gRPC is spoken as HTTP/2 with prior knowledge, because its servers understand
 //! nothing else; everything else as HTTP/1.1. Neither side's body is held beyond a frame. Refuses an
 //! answer that leaves HTTP when nobody asked for it.
 
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
-use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use hyper::client::conn::{http1, http2};
+use futures_lite::AsyncRead;
+use hyper::client::conn::http2;
 use hyper::header::UPGRADE;
-use hyper::{Request, Response, Version};
+use hyper::{Method, Request, Response};
 use mica_shards::GuestStream;
-use mica_shards::rt::{self, Task};
+use mica_shards::rt;
 
+use super::answer::{BodyReader, Head, HeadReader, Malformed};
+use super::answering::{Answering, Beside, FromSandbox, READ_BYTES, Return};
+use super::outgoing::{Outgoing, Unsent};
 use super::repeat::{Heard, Listening, Upload};
 use super::streams::Open;
 use super::upgrade::{self, Switch, Tunnel};
@@ -23,11 +27,7 @@ use super::{grpc, headers};
 use crate::body::Body;
 use crate::conn::{Adapted, OnShard};
 
-/// Header fields of an answer from a sandbox.
-const RESPONSE_FIELDS_MAX: usize = 200;
-/// Bytes of the head of such an answer, and of what is read ahead of its body.
-const RESPONSE_BUFFER_BYTES_MAX: usize = 128 * 1024;
-/// The same for an answer over HTTP/2.
+/// Bytes of the head of an answer over HTTP/2.
 const RESPONSE_HEAD_BYTES_MAX: u32 = 64 * 1024;
 const WINDOW_BYTES: u32 = 256 * 1024;
 const SEND_BUFFER_BYTES_MAX: usize = 64 * 1024;
@@ -45,26 +45,21 @@ pub struct Failure {
 /// What can break.
 #[derive(Debug, thiserror::Error)]
 pub enum Broken {
-    /// The exchange.
+    /// A call over HTTP/2.
     #[error(transparent)]
-    Exchange(#[from] hyper::Error),
+    Call(#[from] hyper::Error),
+    /// The request was not sent to its end.
+    #[error(transparent)]
+    Unsent(#[from] Unsent),
+    /// The stream ended.
+    #[error("the stream into the sandbox broke")]
+    Stream(#[from] std::io::Error),
+    /// The answer is none.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
     /// The sandbox left HTTP by itself.
     #[error("the sandbox switched to a protocol that nobody asked for")]
     Switched,
-}
-
-impl Failure {
-    fn new(error: impl Into<Broken>, heard: &Heard) -> Self {
-        Self { error: error.into(), heard: heard.get(), unsent: None }
-    }
-
-    fn sending(
-        mut error: hyper::client::conn::TrySendError<Request<Upload>>,
-        heard: &Heard,
-    ) -> Self {
-        let unsent = error.take_message().map(Box::new);
-        Self { unsent, ..Self::new(error.into_error(), heard) }
-    }
 }
 
 /// A stream that waits for its request.
@@ -73,6 +68,8 @@ pub struct Line {
     pub stream: GuestStream,
     /// Its count.
     pub open: Open,
+    /// Where it goes when it has served the request.
+    pub then: Return,
 }
 
 /// Sends the request and waits for the head of the answer. An answer that leaves HTTP is left at
@@ -88,50 +85,120 @@ pub async fn exchange(
     over_h1(line, request, switch).await
 }
 
+/// A request over HTTP/1.1, and how far it is.
+struct Asking {
+    stream: GuestStream,
+    outgoing: Outgoing,
+    is_sent: bool,
+    /// The stream takes no more, which need not mean that the server says no more.
+    refused: Option<Unsent>,
+    answer: HeadReader,
+    heard: bool,
+}
+
+impl Asking {
+    /// Sends and reads until there is a head.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(Head, Vec<u8>), Broken>> {
+        if !self.is_sent && self.refused.is_none() {
+            match self.outgoing.poll_send(cx, &mut self.stream) {
+                Poll::Pending => {}
+                Poll::Ready(Ok(())) => self.is_sent = true,
+                Poll::Ready(Err(refused @ Unsent::Stream(_))) => self.refused = Some(refused),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
+            }
+        }
+        loop {
+            let mut scratch = [0; READ_BYTES];
+            let count = match ready!(Pin::new(&mut self.stream).poll_read(cx, &mut scratch)) {
+                Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
+                other => other,
+            };
+            let count = match (count, self.refused.take()) {
+                (Err(_), Some(refused)) => return Poll::Ready(Err(refused.into())),
+                (count, refused) => {
+                    self.refused = refused;
+                    count?
+                }
+            };
+            self.heard = true;
+            if let Some(answer) = self.answer.take(&scratch[..count])? {
+                return Poll::Ready(Ok(answer));
+            }
+        }
+    }
+}
+
 async fn over_h1(
     line: Line,
-    mut request: Request<Upload>,
+    request: Request<Upload>,
     switch: Option<&Switch>,
 ) -> Result<Response<Body>, Failure> {
-    *request.version_mut() = Version::HTTP_11;
-    let heard = Heard::default();
-    let (mut sender, mut connection) = http1::Builder::new()
-        .max_headers(RESPONSE_FIELDS_MAX)
-        .max_buf_size(RESPONSE_BUFFER_BYTES_MAX)
-        .handshake(Adapted(Listening::new(line.stream, Rc::clone(&heard))))
-        .await
-        .map_err(|error| Failure::new(error, &heard))?;
-    // Until it is done with HTTP: the stream may go on as something else.
-    let upstream = Upstream::new(rt::spawn(async move {
-        if let Err(error) = (&mut connection).await {
-            tracing::debug!(%error, "stream into a sandbox ended");
-            return None;
-        }
-        let parts = connection.into_parts();
-        Some((parts.io.0.into_stream(), parts.read_buf))
-    }));
+    let Line { stream, open, then } = line;
     let asked = request.headers().contains_key(UPGRADE);
-    let mut response =
-        sender.try_send_request(request).await.map_err(|error| Failure::sending(error, &heard))?;
-    let protocol = response.headers().get(UPGRADE).cloned();
-    headers::clean_response(response.headers_mut());
-    *response.version_mut() = Version::HTTP_11;
-    if !upgrade::is_switch(response.status()) {
-        return Ok(response.map(|body| FromSandbox::body(body, upstream, line.open)));
+    let to_head = *request.method() == Method::HEAD;
+    let (parts, body) = request.into_parts();
+    let outgoing = Outgoing::new(&parts, body);
+    let answer = HeadReader::new(to_head);
+    let mut asking =
+        Asking { stream, outgoing, is_sent: false, refused: None, answer, heard: false };
+    let (head, early) = match poll_fn(|cx| asking.poll(cx)).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            let unsent = asking.outgoing.untouched();
+            let unsent = unsent.map(|body| Box::new(Request::from_parts(parts, body)));
+            return Err(Failure { error, heard: asking.heard, unsent });
+        }
+    };
+    let switched = || Failure { error: Broken::Switched, heard: true, unsent: None };
+    let Head { status, reason, mut fields, framing, may_go_on } = head;
+    let protocol = fields.get(UPGRADE).cloned();
+    headers::clean_response(&mut fields);
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    *response.headers_mut() = fields;
+    if let Some(reason) = reason {
+        response.extensions_mut().insert(reason);
     }
-    let (Some(switch), Some(protocol), true) = (switch, protocol, asked) else {
-        return Err(Failure::new(Broken::Switched, &heard));
+    let Asking { stream, outgoing, is_sent, .. } = asking;
+    if upgrade::is_switch(status) {
+        let (Some(switch), Some(protocol), true, true) = (switch, protocol, asked, is_sent) else {
+            return Err(switched());
+        };
+        upgrade::announce(response.headers_mut(), protocol);
+        switch.put(Tunnel { guest: stream, early, _open: open });
+        return Ok(response);
+    }
+    let stream = Rc::new(RefCell::new(stream));
+    let upload = (!is_sent).then(|| send_the_rest(outgoing, Rc::clone(&stream)));
+    let mut answering = Answering {
+        stream: Some(stream),
+        body: BodyReader::new(framing),
+        early,
+        upload,
+        then: may_go_on.then_some(then),
+        open: Some(open),
     };
-    let Some((guest, early)) = upstream.finish().await else {
-        return Err(Failure::new(Broken::Switched, &heard));
-    };
-    upgrade::announce(response.headers_mut(), protocol);
-    switch.put(Tunnel { guest, early: early.to_vec(), _open: line.open });
-    Ok(response.map(|_| Body::empty()))
+    if answering.body.is_done() {
+        answering.end(!answering.early.is_empty());
+        return Ok(response);
+    }
+    Ok(response.map(|_| Body::sandbox(FromSandbox::H1(Box::new(answering)))))
+}
+
+/// What is left of a request whose answer has begun.
+fn send_the_rest(mut outgoing: Outgoing, stream: Rc<RefCell<GuestStream>>) -> Beside {
+    Beside::new(rt::spawn(async move {
+        let sent = poll_fn(|cx| outgoing.poll_send(cx, &mut *stream.borrow_mut())).await;
+        if let Err(error) = sent {
+            tracing::debug!(%error, "a request was not sent to its end");
+        }
+    }))
 }
 
 async fn over_h2(line: Line, request: Request<Upload>) -> Result<Response<Body>, Failure> {
     let heard = Heard::default();
+    let failure =
+        |error: hyper::Error| Failure { error: error.into(), heard: heard.get(), unsent: None };
     let (mut sender, connection) = http2::Builder::new(OnShard)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
@@ -139,75 +206,17 @@ async fn over_h2(line: Line, request: Request<Upload>) -> Result<Response<Body>,
         .max_header_list_size(RESPONSE_HEAD_BYTES_MAX)
         .handshake(Adapted(Listening::new(line.stream, Rc::clone(&heard))))
         .await
-        .map_err(|error| Failure::new(error, &heard))?;
-    let upstream = Upstream::new(rt::spawn(async move {
+        .map_err(failure)?;
+    let driver = Beside::new(rt::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "stream into a sandbox ended");
         }
-        None
     }));
-    let mut response =
-        sender.try_send_request(request).await.map_err(|error| Failure::sending(error, &heard))?;
+    let mut response = sender.try_send_request(request).await.map_err(|mut error| {
+        let unsent = error.take_message().map(Box::new);
+        Failure { unsent, ..failure(error.into_error()) }
+    })?;
     headers::clean_response(response.headers_mut());
-    Ok(response.map(|body| FromSandbox::body(body, upstream, line.open)))
-}
-
-/// What is left of a stream that hyper is done with.
-type Left = Option<(GuestStream, Bytes)>;
-
-/// The task that drives a stream into a guest. Dropping this drops the stream.
-#[derive(Debug)]
-struct Upstream(Option<Task<Left>>);
-
-impl Upstream {
-    fn new(task: Task<Left>) -> Self {
-        Self(Some(task))
-    }
-
-    /// Waits until hyper is done with the stream.
-    async fn finish(mut self) -> Left {
-        self.0.take()?.join().await?
-    }
-}
-
-impl Drop for Upstream {
-    fn drop(&mut self) {
-        if let Some(task) = &self.0 {
-            task.cancel();
-        }
-    }
-}
-
-/// The body of a sandbox's answer.
-#[derive(Debug)]
-pub struct FromSandbox {
-    body: Incoming,
-    _upstream: Upstream,
-    _open: Open,
-}
-
-impl FromSandbox {
-    fn body(body: Incoming, upstream: Upstream, open: Open) -> Body {
-        Body::sandbox(Self { body, _upstream: upstream, _open: open })
-    }
-}
-
-impl HttpBody for FromSandbox {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    Ok(response
+        .map(|body| Body::sandbox(FromSandbox::Call { body, _driver: driver, _open: line.open })))
 }

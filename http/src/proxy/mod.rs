@@ -1,26 +1,32 @@
 //! Requests to a port inside a sandbox, passed on as they come.
 //!
-//! Called by [`crate::serve`] for every request that names a sandbox. Every request has its own
-//! stream into the guest; neither side's body is ever held beyond one frame. When the client goes,
-//! the stream into the guest closes at once, and when that ends, so does the client's response.
-//! Refuses to send a request twice that may have had an effect.
+//! Called by [`crate::serve`] for every request that names a sandbox. Every request has a stream into
+//! the guest to itself; neither side's body is ever held beyond one frame. When the client goes,
+//! the stream into the guest closes at once, and when that ends, so does the client's response. After
+//! a whole answer it may carry the same client's next request. Refuses to send a request twice that may
+//! have had an effect.
 //!
 //! A sandbox that is frozen for a moment holds its streams open, so requests simply wait. A rollback
 //! closes them: what the guest knew of them is undone. A request that met one, without a byte of an
 //! answer, is sent once more if it was never sent or may be repeated.
 
+pub mod answer;
+mod answering;
 mod exchange;
 mod grpc;
 mod headers;
+mod kept;
+mod outgoing;
 mod repeat;
 pub mod signature;
 mod streams;
 pub mod target;
 mod upgrade;
 
+use std::rc::Rc;
 use std::time::Duration;
 
-use hyper::body::Incoming;
+use hyper::body::{Body as HttpBody, Incoming};
 use hyper::header::{COOKIE, HOST, HeaderValue};
 use hyper::{HeaderMap, Request, Response, Uri};
 use mica_shards::rt::time;
@@ -31,14 +37,20 @@ use crate::body::{self, Body};
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::percent;
-pub use exchange::FromSandbox;
+use answering::Return;
+pub use answering::{Broken, FromSandbox};
 use exchange::{Line, exchange};
+pub use kept::Kept;
+use kept::Shelf;
 use repeat::Upload;
 use streams::Streams;
 pub use upgrade::{Switch, Tunnel};
 
 /// A stream that broke within this time was not silent: somebody closed it.
 const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// How many of the streams that a shard may have may wait for a next request at most: one in so many.
+const KEPT_PART: usize = 4;
 
 /// Routes of envd between E2B's own host and its agent.
 const INTERNAL_ROUTES: [&str; 7] =
@@ -50,6 +62,7 @@ pub struct Proxy {
     host: Host,
     limits: Limits,
     streams: Streams,
+    shelf: Shelf,
 }
 
 /// Where a request goes, and who sends it.
@@ -59,13 +72,21 @@ struct Port<'p> {
     id: SandboxId,
     port: GuestPort,
     traffic_token: Option<String>,
+    kept: &'p Rc<Kept>,
 }
 
 impl Proxy {
     /// A proxy that has no streams.
     #[must_use]
     pub fn new(host: Host, limits: Limits) -> Self {
-        Self { host, limits, streams: Streams::default() }
+        let shelf = Shelf::new(limits.streams_max / KEPT_PART);
+        Self { host, limits, streams: Streams::default(), shelf }
+    }
+
+    /// Room for the streams that one connection of a client keeps.
+    #[must_use]
+    pub fn client(&self) -> Rc<Kept> {
+        self.shelf.client()
     }
 
     /// Passes one request on. An answer that leaves HTTP is left at `switch`.
@@ -78,10 +99,11 @@ impl Proxy {
         port: GuestPort,
         mut request: Request<Incoming>,
         switch: Option<&Switch>,
+        kept: &Rc<Kept>,
     ) -> Result<Response<Body>, ApiError> {
         let traffic_token = headers::take_traffic_token(request.headers_mut());
-        let to = Port { proxy: self, id, port, traffic_token };
-        let line = match to.enter(request.uri().path()).await {
+        let to = Port { proxy: self, id, port, traffic_token, kept };
+        let line = match to.enter(&request).await {
             Ok(line) => line,
             Err(error) => {
                 let (parts, unread) = request.into_parts();
@@ -98,7 +120,7 @@ impl Proxy {
         tracing::debug!(%id, %port, error = %failure.error, "no answer from the sandbox");
         let unheard = repeat.filter(|_| !failure.heard);
         if let Some(request) = failure.unsent.or(unheard)
-            && let Ok(line) = to.connect().await
+            && let Ok(line) = to.connect(None).await
             && let Ok(response) = exchange(line, *request, switch).await
         {
             return Ok(response);
@@ -110,28 +132,44 @@ impl Proxy {
 
 impl Port<'_> {
     /// A stream to the port, if this path may go there.
-    async fn enter(&self, path: &str) -> Result<Line, ApiError> {
-        if self.port == GuestPort::ENVD && is_internal(path) {
+    async fn enter<B: HttpBody>(&self, request: &Request<B>) -> Result<Line, ApiError> {
+        if self.port == GuestPort::ENVD && is_internal(request.uri().path()) {
             return Err(ApiError::internal_route(self.id.as_str()));
         }
-        self.connect().await
+        let kept = if self.may_take_kept(request) {
+            self.kept.take(self.id, self.port).await
+        } else {
+            None
+        };
+        self.connect(kept).await
     }
 
-    async fn connect(&self) -> Result<Line, ApiError> {
+    /// Whether a request may go where an earlier one went. A server may close a stream that is idle at the
+    /// moment at which a request is sent on it; what cannot be sent again goes to servers that are
+    /// known to wait for longer than any stream is kept. A gRPC call has HTTP/2 to itself.
+    fn may_take_kept<B: HttpBody>(&self, request: &Request<B>) -> bool {
+        let waits = matches!(self.port, GuestPort::ENVD | GuestPort::CODE_INTERPRETER);
+        (waits || repeat::is_repeatable(request)) && !grpc::is_call(request)
+    }
+
+    async fn connect(&self, kept: Option<GuestStream>) -> Result<Line, ApiError> {
         let most = self.proxy.limits.streams_max;
         let open = self.proxy.streams.open(most);
         let open = open.ok_or_else(|| ApiError::too_many_streams(self.id))?;
-        Ok(Line { stream: self.open().await?, open })
+        let stream = self.open(kept).await?;
+        let then = Return { kept: Rc::clone(self.kept), id: self.id, port: self.port };
+        Ok(Line { stream, open, then })
     }
 
     /// A stream to the port. One that breaks at once, before anything was sent on it, met a rollback
     /// or a guest in trouble; it is opened once more.
-    async fn open(&self) -> Result<GuestStream, ApiError> {
+    async fn open(&self, mut kept: Option<GuestStream>) -> Result<GuestStream, ApiError> {
         let Self { proxy: Proxy { host, limits, .. }, id, port, .. } = *self;
         let mut broken = false;
         loop {
             let began = time::Instant::now();
-            let visit = host.visit(id, port, Visitor::Client(self.traffic_token.clone()));
+            let visitor = Visitor::Client(self.traffic_token.clone());
+            let visit = host.visit_again(id, port, visitor, kept.take());
             let connected = time::timeout(limits.connect_timeout, visit).await;
             let error = match connected.unwrap_or(Err(ConnectError::Unreachable)) {
                 Ok(stream) => return Ok(stream),

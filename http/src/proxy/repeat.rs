@@ -15,14 +15,19 @@ use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::{Method, Request};
 use mica_shards::GuestStream;
 
-/// The same request once more, if repeating it is safe and takes no body. Methods are the ones that
-/// RFC 9110, 9.2.2 lets a client repeat by itself.
-pub fn prepare(request: &Request<Upload>) -> Option<Request<Upload>> {
+/// Whether a request may be sent a second time when nobody knows what came of the first.
+pub fn is_repeatable<B: HttpBody>(request: &Request<B>) -> bool {
     let idempotent = matches!(
         *request.method(),
         Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
     );
-    if !idempotent || !request.body().is_end_stream() {
+    idempotent && request.body().is_end_stream()
+}
+
+/// The same request once more, if repeating it is safe and takes no body. Methods are the ones that
+/// RFC 9110, 9.2.2 lets a client repeat by itself.
+pub fn prepare(request: &Request<Upload>) -> Option<Request<Upload>> {
+    if !is_repeatable(request) {
         return None;
     }
     let mut again = Request::new(Upload::Nothing);
@@ -85,11 +90,6 @@ impl Listening {
     /// Notes in `heard`.
     pub fn new(stream: GuestStream, heard: Heard) -> Self {
         Self { stream, heard }
-    }
-
-    /// Gives the stream back.
-    pub fn into_stream(self) -> GuestStream {
-        self.stream
     }
 }
 

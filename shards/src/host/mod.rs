@@ -189,8 +189,25 @@ impl Host {
         port: GuestPort,
         visitor: Visitor,
     ) -> Result<GuestStream, ConnectError> {
-        let asked = self.ask(self.owner(id), Operation::Connect(id, port, visitor)).await;
-        let Entry { stream, mask } = match asked {
+        self.visit_again(id, port, visitor, None).await
+    }
+
+    /// The same for one who has a stream to that port from an earlier visit, if it is still good: then it
+    /// comes back, with what is to be seen now. Who may not visit any more is refused, and the stream
+    /// closed.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn visit_again(
+        &self,
+        id: SandboxId,
+        port: GuestPort,
+        visitor: Visitor,
+        kept: Option<GuestStream>,
+    ) -> Result<GuestStream, ConnectError> {
+        let held = kept.as_ref().map(|kept| kept.epoch);
+        let asked = self.ask(self.owner(id), Operation::Connect(id, port, visitor, held)).await;
+        let Entry { stream, mask, epoch } = match asked {
             Ok(Reply::Stream(result)) => result?,
             Ok(other) => {
                 tracing::error!(?other, "a shard answered out of form");
@@ -199,10 +216,18 @@ impl Host {
             Err(ShardError::Busy) => return Err(ConnectError::Busy),
             Err(_) => return Err(ConnectError::NoSuchSandbox(id)),
         };
+        let stream = match (stream, kept) {
+            (Some(stream), _) => stream,
+            (None, Some(kept)) => return Ok(GuestStream { mask, kept: true, ..kept }),
+            (None, None) => {
+                tracing::error!(%id, "a shard gave no stream");
+                return Err(ConnectError::Unreachable);
+            }
+        };
         let mut stream = UnixStream::from_fd(stream);
         let greeted = greet(&mut stream, Preamble::Tcp(port));
         match time::timeout(CONNECT_DEADLINE, greeted).await {
-            Ok(Ok(())) => Ok(GuestStream { stream, mask }),
+            Ok(Ok(())) => Ok(GuestStream { stream, mask, epoch, kept: false }),
             Ok(Err(GatewayError::Refused)) => Err(ConnectError::PortNotOpen(port)),
             Ok(Err(GatewayError::Broken)) | Err(time::Elapsed) => Err(ConnectError::Unreachable),
         }

@@ -30,7 +30,8 @@ use mica_units::{GuestPort, SandboxId, TenantId};
 
 use crate::shell::Held;
 use crate::{
-    CreateRequest, Lifecycle, NEVER, NetworkPolicy, OnTimeout, SandboxInfo, ShardError, Visitor,
+    CreateRequest, Epoch, Lifecycle, NEVER, NetworkPolicy, OnTimeout, SandboxInfo, ShardError,
+    Visitor,
 };
 
 pub(crate) use asks::Request;
@@ -95,6 +96,8 @@ pub(crate) struct Sandbox {
     paused_at: Cell<Option<Instant>>,
     /// What happened to it, and what it used.
     journal: RefCell<Journal>,
+    /// How often it stopped taking streams: those from before are not good any more.
+    epoch: Cell<Epoch>,
     /// Requests that wait for a resume that one of them began.
     waking: RefCell<Option<Vec<oneshot::Sender<Woken>>>>,
     maker: RefCell<Option<oneshot::Sender<Made>>>,
@@ -126,6 +129,7 @@ impl Sandbox {
             life: Cell::new(life),
             put_off_at: Cell::new(None),
             journal: RefCell::default(),
+            epoch: Cell::default(),
             waking: RefCell::new(None),
             paused_at: Cell::new(None),
             maker: RefCell::new(maker),
@@ -204,6 +208,19 @@ impl Sandbox {
     pub(crate) fn process(&self) -> Option<Rc<Held>> {
         self.info.borrow().as_ref()?;
         if self.state.borrow().takes_streams() { self.held.borrow().clone() } else { None }
+    }
+
+    /// The epoch of the streams that it takes now.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch.get()
+    }
+
+    /// Tells what depends on the state that it has changed.
+    fn state_changed(&self) {
+        if !self.state.borrow().takes_streams() {
+            self.epoch.set(self.epoch.get().next());
+        }
+        self.tell_watchers();
     }
 
     /// Resolves when it is neither on its way to running nor away from it.

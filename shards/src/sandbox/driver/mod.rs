@@ -131,7 +131,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
             // With times of microseconds, these lines say where an operation spends them.
             tracing::trace!(id = %driver.sandbox.id, from = ?before, to = ?driver.sandbox.state.borrow());
             driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
-            driver.sandbox.tell_watchers();
+            driver.sandbox.state_changed();
         }
         driver.take_request(request, &effects);
         for effect in effects {
