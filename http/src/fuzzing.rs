@@ -3,10 +3,12 @@
 //! Called by the fuzz targets in `tests/fuzz`, and compiled for them alone. Refuses nothing itself: an
 //! answer is fine whatever it is, and a panic, a hang or a broken rule is the finding.
 
+use bytes::BytesMut;
 use hyper::{HeaderMap, Method, Uri, Version};
 use mica_units::SandboxId;
 
 use crate::api::fuzzing as api;
+use crate::proxy::answer::{BodyReader, HeadReader};
 use crate::proxy::target::Target;
 use crate::{percent, proxy, route as routes};
 
@@ -56,4 +58,56 @@ pub fn query_pairs(query: &str) -> Option<Vec<(String, String)>> {
 /// One segment of a path.
 pub fn decode_segment(text: &str) -> Option<String> {
     percent::decode_segment(text).ok()
+}
+
+/// What was read of an answer.
+#[derive(Debug, Default, PartialEq)]
+pub struct Answer {
+    /// The status and the fields, once the head is whole.
+    pub head: Option<(u16, HeaderMap)>,
+    /// Whether the stream may carry another answer.
+    pub may_go_on: bool,
+    /// The content, as far as it came.
+    pub content: Vec<u8>,
+    /// The fields behind it.
+    pub trailers: Option<HeaderMap>,
+    /// How many bytes stood behind its end, if it came.
+    pub behind: Option<usize>,
+    /// Whether it was refused.
+    pub is_refused: bool,
+}
+
+/// The answer of a server in a sandbox that comes in pieces of `step` bytes. `to_head`: one to a `HEAD`.
+#[must_use]
+pub fn answer(bytes: &[u8], step: usize, to_head: bool) -> Answer {
+    let mut read = Answer::default();
+    read.is_refused = take_answer(bytes, step.max(1), to_head, &mut read).is_none();
+    read
+}
+
+fn take_answer(bytes: &[u8], step: usize, to_head: bool, read: &mut Answer) -> Option<()> {
+    let (mut head, mut body, mut content) = (HeadReader::new(to_head), None, BytesMut::new());
+    let mut behind = 0;
+    let taken = bytes.chunks(step).try_for_each(|piece| {
+        let mut rest = Vec::new();
+        let piece = if body.is_some() {
+            piece
+        } else {
+            let Some((whole, early)) = head.take(piece).ok()? else { return Some(()) };
+            read.head = Some((whole.status.as_u16(), whole.fields));
+            read.may_go_on = whole.may_go_on;
+            body = Some(BodyReader::new(whole.framing));
+            rest.extend_from_slice(&early);
+            rest.as_slice()
+        };
+        let taken = body.as_mut()?.take(piece, &mut content).ok()?;
+        behind += piece.len() - taken;
+        Some(())
+    });
+    read.content = content.to_vec();
+    taken?;
+    let body = body.as_mut()?;
+    body.close().ok()?;
+    (read.trailers, read.behind) = (body.trailers(), Some(behind));
+    Some(())
 }

@@ -147,7 +147,9 @@ impl Front {
     ) -> Response<Body> {
         let outcome = match self.whom(&request).await {
             Ok(Target::ControlPlane | Target::SignedFile) => {
-                return open_to_browsers(api::answer(&self.host, &self.config, request).await);
+                // In a box: what an answer of ours needs, one of a sandbox has no use for.
+                let answer = Box::pin(api::answer(&self.host, &self.config, request));
+                return open_to_browsers(answer.await);
             }
             Ok(Target::Sandbox(id, port)) => {
                 self.proxy.forward(id, port, request, switch, kept).await

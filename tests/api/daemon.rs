@@ -200,6 +200,15 @@ impl Daemon {
         ]
     }
 
+    /// How much of the daemon's memory is its own and resident.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("a status");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        kib.expect("RssAnon") * 1024
+    }
+
     /// Directories of snapshots in the store: committed or not, paused sandboxes' and the template's.
     pub fn snapshots_kept(&self) -> usize {
         let entries = std::fs::read_dir(self.directory.join("store/snapshots"));

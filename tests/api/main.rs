@@ -30,6 +30,8 @@ mod programs;
 mod proxy_faults;
 mod proxy_framing;
 mod proxy_h2;
+mod proxy_kept;
+mod proxy_memory;
 mod proxy_private;
 mod proxy_routing;
 mod proxy_stops;

@@ -79,7 +79,8 @@ impl Call<'_> {
     }
 }
 
-/// Carries one request out.
+/// Carries one request out. What takes much room while it waits is in a box: every request would have
+/// that room otherwise.
 async fn handle(
     host: &Host,
     config: &HttpConfig,
@@ -92,7 +93,7 @@ async fn handle(
         Route::OpenApi => return Ok(openapi::answer()),
         // Whoever has the URL was given it by somebody with a key.
         Route::Build(BuildRoute::Upload(token)) => {
-            return builds::upload(host, &config.limits, request, token, body).await;
+            return Box::pin(builds::upload(host, &config.limits, request, token, body)).await;
         }
         _ => {}
     }
@@ -103,9 +104,9 @@ async fn handle(
     match route {
         Route::Metrics => metrics::answer(call.host).await,
         Route::Health => healthy(),
-        Route::Create(version) => once::create(call, version, &request.headers).await,
+        Route::Create(version) => Box::pin(once::create(call, version, &request.headers)).await,
         Route::List(version) => list(call.host, ListQuery::parse(version, query)?).await,
-        Route::Sandbox(id, action) => sandbox::act(call, &id, action, query).await,
+        Route::Sandbox(id, action) => Box::pin(sandbox::act(call, &id, action, query)).await,
         Route::SandboxesMetrics => usage::of_many(call.host, query).await,
         Route::Snapshots => snapshots(call.host, SnapshotQuery::parse(query)?).await,
         Route::Templates(version) => templates::list(call.host, version, query).await,
@@ -127,7 +128,7 @@ async fn handle(
             Some(deleted) => Ok(deleted),
             None => templates::delete(call.host, &id).await,
         },
-        Route::Build(route) => builds::answer(call, request, route).await,
+        Route::Build(route) => Box::pin(builds::answer(call, request, route)).await,
         Route::NotOffered(what) => Err(ApiError::not_offered(what)),
         Route::OpenApi => Ok(openapi::answer()),
     }

@@ -121,7 +121,7 @@ impl Proxy {
         let unheard = repeat.filter(|_| !failure.heard);
         if let Some(request) = failure.unsent.or(unheard)
             && let Ok(line) = to.connect(None).await
-            && let Ok(response) = exchange(line, *request, switch).await
+            && let Ok(response) = Box::pin(exchange(line, *request, switch)).await
         {
             return Ok(response);
         }
