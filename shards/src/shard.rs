@@ -308,7 +308,8 @@ impl Shard {
         })
     }
 
-    async fn connect(
+    /// A way into a sandbox of this shard, for who may visit it.
+    pub(crate) async fn connect(
         self: &Rc<Self>,
         id: SandboxId,
         port: GuestPort,

@@ -2,13 +2,14 @@
 //!
 //! Called by [`super`] before each request, and by the body of an answer at its end. What is kept
 //! belongs to one connection of one client: whatever a server says on it out of turn, no other client
-//! hears. Refuses to keep more than a few for a connection, more than its bound for a shard, and any for
-//! longer than [`IDLE_MAX`]: servers that close what is idle wait longer than that.
+//! hears. Refuses to keep more than a few for a connection, more than its bounds for a sandbox and for a
+//! shard, and any for longer than [`IDLE_MAX`]: servers that close what is idle wait longer than that.
 //!
 //! Keeping one proves nothing: each request asks the sandbox's owner again, who knows whether it may
 //! go there and whether the stream is still good.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
@@ -19,7 +20,7 @@ use futures_lite::AsyncRead;
 use mica_shards::GuestStream;
 use mica_shards::rt::time::Instant;
 use mica_shards::rt::{self, time};
-use mica_units::{GuestPort, SandboxId};
+use mica_units::{GuestPort, SandboxId, ShardCount};
 
 /// How long a stream may be idle. Node.js and uvicorn close theirs after 5 s.
 const IDLE_MAX: Duration = Duration::from_secs(3);
@@ -30,6 +31,10 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// Streams of one connection of a client.
 const OF_ONE_CLIENT_MAX: usize = 4;
 
+/// Streams into one sandbox, of all shards together. A sandbox takes 512 streams (`vmm/src/virtio/vsock`),
+/// and what only waits must not take them from what has something to say.
+const OF_ONE_SANDBOX_MAX: usize = 128;
+
 /// All that one shard keeps.
 #[derive(Clone, Debug)]
 pub struct Shelf(Rc<Shared>);
@@ -38,6 +43,9 @@ pub struct Shelf(Rc<Shared>);
 struct Shared {
     count: Cell<usize>,
     max: usize,
+    /// Of each sandbox that there are any of.
+    of_sandboxes: RefCell<HashMap<SandboxId, usize>>,
+    of_sandbox_max: usize,
     clients: RefCell<Vec<Weak<Kept>>>,
     is_swept: Cell<bool>,
 }
@@ -59,11 +67,39 @@ struct Idle {
 }
 
 impl Shelf {
-    /// An empty one with room for `max` streams.
+    /// An empty one with room for `max` streams, of a host with so many shards.
     #[must_use]
-    pub fn new(max: usize) -> Self {
-        let (clients, is_swept) = (RefCell::default(), Cell::new(false));
-        Self(Rc::new(Shared { count: Cell::new(0), max, clients, is_swept }))
+    pub fn new(max: usize, shards: ShardCount) -> Self {
+        Self(Rc::new(Shared {
+            count: Cell::new(0),
+            max,
+            of_sandboxes: RefCell::default(),
+            of_sandbox_max: (OF_ONE_SANDBOX_MAX / usize::from(shards.get())).max(1),
+            clients: RefCell::default(),
+            is_swept: Cell::new(false),
+        }))
+    }
+
+    /// Counts one more, if there is room.
+    fn add(&self, id: SandboxId) -> bool {
+        let mut of_sandboxes = self.0.of_sandboxes.borrow_mut();
+        let of_this = of_sandboxes.get(&id).copied().unwrap_or(0);
+        let fits = self.0.count.get() < self.0.max && of_this < self.0.of_sandbox_max;
+        if fits {
+            self.0.count.set(self.0.count.get() + 1);
+            of_sandboxes.insert(id, of_this + 1);
+        }
+        fits
+    }
+
+    /// Counts one less.
+    fn remove(&self, id: SandboxId) {
+        self.0.count.set(self.0.count.get() - 1);
+        let mut of_sandboxes = self.0.of_sandboxes.borrow_mut();
+        match of_sandboxes.get_mut(&id) {
+            Some(of_this) if *of_this > 1 => *of_this -= 1,
+            _ => drop(of_sandboxes.remove(&id)),
+        }
     }
 
     /// Room for what one connection keeps.
@@ -99,7 +135,7 @@ impl Kept {
                 let at = all.iter().rposition(|idle| idle.id == id && idle.port == port)?;
                 all.swap_remove(at)
             };
-            self.shelf.0.count.set(self.shelf.0.count.get() - 1);
+            self.shelf.remove(id);
             if idle.since.elapsed() < IDLE_MAX && is_quiet(&mut idle.stream).await {
                 return Some(idle.stream);
             }
@@ -108,21 +144,19 @@ impl Kept {
 
     /// Keeps a stream whose last answer has ended, if there is room.
     pub fn put(self: &Rc<Self>, id: SandboxId, port: GuestPort, stream: GuestStream) {
-        let shelf = &self.shelf.0;
-        if shelf.count.get() >= shelf.max {
-            return;
-        }
         let mut all = self.idle.borrow_mut();
         if all.len() >= OF_ONE_CLIENT_MAX {
             // The one that is idle for longest.
             let oldest = all.iter().enumerate().min_by_key(|(_, idle)| idle.since);
-            if let Some((at, _)) = oldest {
-                all.swap_remove(at);
-                shelf.count.set(shelf.count.get() - 1);
+            if let Some(at) = oldest.map(|(at, _)| at) {
+                self.shelf.remove(all.swap_remove(at).id);
             }
         }
+        if !self.shelf.add(id) {
+            return;
+        }
         all.push(Idle { id, port, stream, since: Instant::now() });
-        shelf.count.set(shelf.count.get() + 1);
+        let shelf = &self.shelf.0;
         if !self.is_listed.replace(true) {
             shelf.clients.borrow_mut().push(Rc::downgrade(self));
         }
@@ -134,10 +168,13 @@ impl Kept {
     /// Whether anything is left.
     fn expire(&self, now: Instant) -> bool {
         let mut all = self.idle.borrow_mut();
-        let before = all.len();
-        all.retain(|idle| now.saturating_duration_since(idle.since) < IDLE_MAX);
-        let count = &self.shelf.0.count;
-        count.set(count.get() - (before - all.len()));
+        all.retain(|idle| {
+            let stays = now.saturating_duration_since(idle.since) < IDLE_MAX;
+            if !stays {
+                self.shelf.remove(idle.id);
+            }
+            stays
+        });
         if all.is_empty() {
             // A connection that rests for long rests without this.
             *all = Vec::new();
@@ -148,8 +185,9 @@ impl Kept {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        let count = &self.shelf.0.count;
-        count.set(count.get() - self.idle.borrow().len());
+        for idle in self.idle.borrow().iter() {
+            self.shelf.remove(idle.id);
+        }
     }
 }
 
@@ -162,4 +200,29 @@ async fn is_quiet(stream: &mut GuestStream) -> bool {
         Poll::Ready(poll() && poll())
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_is_counted_for_its_sandbox_and_for_the_shard() {
+        let id = |last: char| format!("i{}{last}", "0".repeat(19)).parse::<SandboxId>().unwrap();
+        let shelf = Shelf::new(3, ShardCount::new(64).unwrap());
+        let (a, b) = (id('a'), id('b'));
+        assert!(shelf.add(a) && shelf.add(a));
+        assert!(!shelf.add(a), "its share on one of 64 shards");
+        assert!(shelf.add(b));
+        assert!(!shelf.add(id('c')), "the shard's share");
+        shelf.remove(a);
+        assert!(shelf.add(b), "there is room again");
+        for id in [a, b, b] {
+            shelf.remove(id);
+        }
+        assert_eq!(shelf.0.count.get(), 0);
+        assert!(shelf.0.of_sandboxes.borrow().is_empty());
+        let few = Shelf::new(3, ShardCount::new(1000).unwrap());
+        assert!(few.add(a) && !few.add(a), "there is always one");
+    }
 }

@@ -79,7 +79,7 @@ impl Proxy {
     /// A proxy that has no streams.
     #[must_use]
     pub fn new(host: Host, limits: Limits) -> Self {
-        let shelf = Shelf::new(limits.streams_max / KEPT_PART);
+        let shelf = Shelf::new(limits.streams_max / KEPT_PART, host.shard_count());
         Self { host, limits, streams: Streams::default(), shelf }
     }
 

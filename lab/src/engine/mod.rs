@@ -1,7 +1,7 @@
 //! What the engine's operations cost.
 //!
 //! Called by `mica-bench`. `place` is where it works, `operations` and `density` are what it measures at the
-//! shard, `http` and `exec` at a client; `floor` is the physical limit that the figures are printed beside, and
+//! shard, `http` and `exec` at a client; `scale` is what the daemon itself takes, with `standin` in the place of VMs; `floor` is the physical limit that the figures are printed beside, and
 //! `report` prints them. Refuses to judge.
 
 pub mod client;
@@ -14,4 +14,6 @@ pub mod memory;
 pub mod operations;
 pub mod place;
 pub mod report;
+pub mod scale;
 pub mod series;
+pub mod standin;

@@ -23,7 +23,7 @@ use std::time::Duration;
 use mica_numa::mailbox::Returned;
 use mica_numa::rt::net::UnixStream;
 use mica_numa::rt::{self, oneshot, time};
-use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardId, TenantId};
+use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId, TenantId};
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
@@ -71,6 +71,12 @@ impl Host {
     #[must_use]
     pub fn shard(&self) -> ShardId {
         self.0.shard.id
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn shard_count(&self) -> ShardCount {
+        self.0.shard.shards
     }
 
     /// Makes a sandbox and waits until it is ready. Dropping the future ends what was begun.
@@ -206,7 +212,17 @@ impl Host {
         kept: Option<GuestStream>,
     ) -> Result<GuestStream, ConnectError> {
         let held = kept.as_ref().map(|kept| kept.epoch);
-        let asked = self.ask(self.owner(id), Operation::Connect(id, port, visitor, held)).await;
+        let owner = self.owner(id);
+        let asked = if owner == self.shard() {
+            // Past what takes the room of every operation: of all that is asked this is asked most.
+            Ok(Reply::Stream(self.0.shard.connect(id, port, &visitor, held).await))
+        } else {
+            let pending = self.send(owner, Operation::Connect(id, port, visitor, held));
+            match pending {
+                Ok(pending) => pending.reply().await,
+                Err(error) => Err(error),
+            }
+        };
         let Entry { stream, mask, epoch } = match asked {
             Ok(Reply::Stream(result)) => result?,
             Ok(other) => {
@@ -293,7 +309,8 @@ impl Host {
 
     async fn ask(&self, shard: ShardId, operation: Operation) -> Result<Reply, ShardError> {
         if shard == self.shard() {
-            return Ok(Rc::clone(&self.0.shard).perform(operation).await);
+            // In a box, with the room of the largest operation: callers would have it many times over.
+            return Ok(Box::pin(Rc::clone(&self.0.shard).perform(operation)).await);
         }
         self.send(shard, operation)?.reply().await
     }

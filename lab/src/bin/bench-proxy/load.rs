@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use mica_lab::engine::standin::Daemon;
 
-use crate::daemon::Daemon;
 use crate::server::{BODY, Server};
 
 /// Longest wait for an answer.
@@ -85,7 +85,7 @@ pub fn idle(
     kind: Kind,
     streams: usize,
 ) -> Result<Held> {
-    let before = daemon.resident_bytes()?;
+    let before = daemon.resident_bytes()?.1;
     let mut open = Vec::new();
     for id in ids.iter().cycle().take(streams) {
         let (path, more) = match kind {
@@ -103,7 +103,7 @@ pub fn idle(
         open.push(stream);
     }
     thread::sleep(REST);
-    let with = daemon.resident_bytes()?;
+    let with = daemon.resident_bytes()?.1;
     drop(open);
     server.release();
     thread::sleep(REST);

@@ -7,7 +7,6 @@
 
 #![forbid(unsafe_code)]
 
-mod daemon;
 mod load;
 mod server;
 
@@ -16,9 +15,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use mica_lab::engine::standin::Daemon;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use daemon::Daemon;
 use load::Kind;
 use server::Server;
 

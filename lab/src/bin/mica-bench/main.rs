@@ -2,7 +2,8 @@
 //! work as bare system calls; and what code and commands cost a client of a host.
 //!
 //! Called by people, by `make bench`, and briefly by tests. `engine` needs root, `/dev/kvm` of any kind,
-//! cgroup v2 and a directory on a disk; nothing else of a host. `exec` needs a host that runs. Refuses to leave anything behind, and says so with its
+//! cgroup v2 and a directory on a disk; nothing else of a host. `exec` needs a host that runs. `scale` needs
+//! root and cgroup v2. Refuses to leave anything behind, and says so with its
 //! exit code where the engine does.
 
 #![forbid(unsafe_code)]
@@ -11,6 +12,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
@@ -23,6 +25,7 @@ use mica_lab::engine::memory::{Machine, ours};
 use mica_lab::engine::operations::Bench;
 use mica_lab::engine::place::{MEMORY, Places, vcpus};
 use mica_lab::engine::report::{self, Report};
+use mica_lab::engine::scale;
 use mica_lab::engine::series::Book;
 use mica_lab::one_vm::find_mica_vm;
 use mica_units::Mebibytes;
@@ -47,6 +50,25 @@ enum Command {
     Engine(EngineArgs),
     /// Code and commands in warm sandboxes of a host that runs, from 1, 10 and 100 clients at once.
     Exec(ExecArgs),
+    /// What the daemon itself takes: processor time of a request at one and at two shards, what a second shard
+    /// adds to a request, and what it takes idle. With a stand-in for VMs.
+    Scale(ScaleArgs),
+}
+
+#[derive(Args, Debug)]
+struct ScaleArgs {
+    /// The daemon. Default: mica beside this program.
+    #[arg(long, value_name = "FILE")]
+    mica: Option<PathBuf>,
+    /// The stand-in. Default: standin-vm beside this program.
+    #[arg(long, value_name = "FILE")]
+    standin: Option<PathBuf>,
+    /// Write the results to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// A little of everything: shows that it works, and no more.
+    #[arg(long)]
+    quick: bool,
 }
 
 #[derive(Args, Debug)]
@@ -162,6 +184,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Engine(args) => engine(&args),
         Command::Exec(args) => measure_exec(&args),
+        Command::Scale(args) => measure_scale(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -220,6 +243,29 @@ fn measure_exec(args: &ExecArgs) -> Result<()> {
     Ok(())
 }
 
+fn measure_scale(args: &ScaleArgs) -> Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this takes root, as the daemon does");
+    let [rounds, requests, creates, pairs] =
+        if args.quick { [2, 200, 2, 50] } else { [21, 2000, 10, 1000] };
+    let figures = scale::measure(&scale::Config {
+        mica: args.mica.clone().map_or_else(|| beside("mica", "--mica"), Ok)?,
+        standin: args.standin.clone().map_or_else(|| beside("standin-vm", "--standin"), Ok)?,
+        rounds,
+        requests,
+        creates,
+        pairs,
+        idle: Duration::from_secs(if args.quick { 2 } else { 20 }),
+    })?;
+    print(&scale::table(&figures)?)?;
+    if let Some(path) = &args.json {
+        let host = report::host(Path::new("/"))?;
+        let found = serde_json::json!({ "host": host, "results": scale::rows(&figures) });
+        let text = serde_json::to_string_pretty(&found)?;
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
 fn print(text: &str) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes()).context("print the table")
 }
@@ -269,7 +315,7 @@ impl Run<'_> {
             self.left = Some(left);
         }
         if self.wants(Part::Http) {
-            let mica = self.args.mica.clone().map_or_else(|| beside("mica"), Ok)?;
+            let mica = self.args.mica.clone().map_or_else(|| beside("mica", "--mica"), Ok)?;
             http::creates(&self.places, &mica, &self.floor, &mut self.book, effort.http)?;
         }
         Ok(())
@@ -304,9 +350,9 @@ async fn snapshots(bench: &mut Bench<'_>, effort: Effort) -> Result<()> {
     bench.snapshots("snapshot_256mb_dense", size(256), Dirt::Dense, large).await
 }
 
-fn beside(name: &str) -> Result<PathBuf> {
+fn beside(name: &str, option: &str) -> Result<PathBuf> {
     let this = std::env::current_exe().context("find this program")?;
     let path = this.with_file_name(name);
-    ensure!(Path::is_file(&path), "there is no {}; use --{name}", path.display());
+    ensure!(Path::is_file(&path), "there is no {}; use {option}", path.display());
     Ok(path)
 }

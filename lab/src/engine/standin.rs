@@ -1,13 +1,14 @@
 //! `mica serve` with the stand-in as its VM program, on a store of its own.
 //!
-//! Called by the benchmark. Refuses to leave anything behind.
+//! Called by the benchmarks of what has no need of a VM: `bench-proxy` and `mica bench scale`. Refuses to
+//! leave anything behind.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -17,6 +18,8 @@ use mica_storage::{
     run_blocking,
 };
 use mica_units::{Mebibytes, TemplateName, VcpuCount, frames_of};
+
+use super::client::Client;
 
 const TEMPLATE: &str = "base";
 const MEMORY: Mebibytes = Mebibytes::new(16);
@@ -28,7 +31,11 @@ const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
 const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
+/// How many daemons this process has started: each has places of its own.
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
 /// A running daemon.
+#[derive(Debug)]
 pub struct Daemon {
     child: Child,
     /// Where it listens.
@@ -38,13 +45,18 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// Starts one with so many shards and no pool.
+    ///
+    /// # Errors
+    /// When it does not come to listen.
     pub fn start(mica: &Path, standin: &Path, shards: u16) -> Result<Self> {
-        let name = format!("mica-bench-proxy-{}", std::process::id());
+        let standin = fs::canonicalize(standin).context("--standin")?;
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mica-bench-standin-{}-{number}", std::process::id());
         let directory = std::env::temp_dir().join(&name);
         fs::create_dir(&directory).context("cannot make a directory")?;
         make_template(&directory)?;
         let script = directory.join("vm");
-        let standin = fs::canonicalize(standin).context("--standin")?;
         let text = format!("#!/bin/sh\nexec '{}' --builtin-agent \"$@\"\n", standin.display());
         fs::write(&script, text)?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
@@ -78,33 +90,62 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Makes a sandbox and gives its id.
-    pub fn create(&self) -> Result<String> {
+    /// A connection to its API, with its key.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn client(&self) -> Result<Client> {
         let keys = fs::read_to_string(self.directory.join("keys")).context("no key file")?;
-        let body = format!(r#"{{"templateID":"{TEMPLATE}","timeout":3600,"secure":false}}"#);
-        let mut stream = TcpStream::connect(self.address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(
-            stream,
-            "POST /sandboxes HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
-             x-api-key: {}\r\ncontent-length: {}\r\n\r\n{body}",
-            keys.trim(),
-            body.len()
-        )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let body = answer.split_once("\r\n\r\n").context("no answer")?.1;
-        let made: serde_json::Value = serde_json::from_str(body).context("no JSON")?;
-        let id = made["sandboxID"].as_str().with_context(|| format!("no sandbox: {answer}"))?;
-        Ok(id.to_owned())
+        Client::open(self.address, &[("X-API-Key", keys.trim())])
     }
 
-    /// How much of its memory is resident, without what it shares with VM processes.
-    pub fn resident_bytes(&self) -> Result<u64> {
+    /// Makes a sandbox and gives its id.
+    ///
+    /// # Errors
+    /// When it is not made.
+    pub fn create(&self) -> Result<String> {
+        create(&mut self.client()?)
+    }
+
+    /// How much of its memory is resident: all, and without files and what it shares with VM processes.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn resident_bytes(&self) -> Result<(u64, u64)> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-        Ok(kib.context("no RssAnon")? * 1024)
+        let bytes = |name: &'static str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+            kib.map(|kib| kib * 1024).context(name)
+        };
+        Ok((bytes("VmRSS:")?, bytes("RssAnon:")?))
+    }
+
+    /// The time that its threads have run, with their names. Finer than what its process says, which is
+    /// counted in ticks.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn threads(&self) -> Result<Vec<(String, Duration)>> {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        let mut threads = Vec::new();
+        for task in fs::read_dir(tasks)?.flatten() {
+            // One may end while they are looked at.
+            let Ok(name) = fs::read_to_string(task.path().join("comm")) else { continue };
+            let Ok(times) = fs::read_to_string(task.path().join("schedstat")) else { continue };
+            let ran = times.split(' ').next().and_then(|ran| ran.parse().ok());
+            let ran = Duration::from_nanos(ran.context("no schedstat")?);
+            threads.push((name.trim().to_owned(), ran));
+        }
+        Ok(threads)
+    }
+
+    /// The time that all of them have run.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn ran(&self) -> Result<Duration> {
+        Ok(self.threads()?.iter().map(|(_, ran)| *ran).sum())
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -123,10 +164,21 @@ impl Daemon {
     }
 }
 
+/// Makes a sandbox of a connection's host and gives its id.
+///
+/// # Errors
+/// When it is not made.
+pub fn create(client: &mut Client) -> Result<String> {
+    let body = format!(r#"{{"templateID":"{TEMPLATE}","timeout":3600,"secure":false}}"#);
+    let answer = client.call("POST", "/sandboxes", body.as_bytes(), 201)?;
+    let made: serde_json::Value = serde_json::from_slice(&answer).context("no JSON")?;
+    Ok(made["sandboxID"].as_str().context("no sandbox")?.to_owned())
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Err(error) = self.stop() {
-            eprintln!("bench-proxy: {error:#}");
+            eprintln!("the daemon of the benchmark: {error:#}");
         }
         // The daemon removes what is inside; the directories are ours.
         drop(fs::remove_dir(&self.cgroup));
