@@ -210,7 +210,7 @@ impl HttpBody for FromSandbox {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::H1(answering) => {
-                answering.body.left().map_or_else(SizeHint::new, |left| SizeHint::with_exact(left))
+                answering.body.left().map_or_else(SizeHint::new, SizeHint::with_exact)
             }
             Self::Call { body, .. } => body.size_hint(),
         }

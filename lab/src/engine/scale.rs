@@ -69,9 +69,10 @@ pub fn measure(config: &Config) -> Result<Vec<Figure>> {
     let mut found = Vec::new();
     idle(&two, config.idle, &mut found)?;
     let mut pair = [Side::of(&one)?, Side::of(&two)?];
-    let health = in_turns(&mut pair, config, config.requests, Side::ask_health)?;
+    let health =
+        in_turns(&mut pair, config, config.requests, |side, number| side.ask_health(number))?;
     ratio(["health_cpu_1_shard", "health_cpu_2_shards", "health_cpu_ratio"], health, &mut found);
-    let creates = in_turns(&mut pair, config, config.creates, Side::make)?;
+    let creates = in_turns(&mut pair, config, config.creates, |side, number| side.make(number))?;
     ratio(["create_cpu_1_shard", "create_cpu_2_shards", "create_cpu_ratio"], creates, &mut found);
     drop(pair);
     crossing(&two, config.pairs, &mut found)?;

@@ -150,11 +150,11 @@ fn parse(block: Vec<u8>) -> Result<Option<HeaderMap>, Malformed> {
 mod tests {
     use super::*;
 
-    /// What is read in pieces of `cut` bytes: the content, the trailers, and how much was left over.
-    fn read(
-        input: &[u8],
-        cut: usize,
-    ) -> Result<(Vec<u8>, Option<HeaderMap>, Option<usize>), Malformed> {
+    /// The content, the trailers, and how much was left over.
+    type Read = (Vec<u8>, Option<HeaderMap>, Option<usize>);
+
+    /// What is read in pieces of `cut` bytes.
+    fn read(input: &[u8], cut: usize) -> Result<Read, Malformed> {
         let (mut chunked, mut content, mut taken) = (Chunked::default(), BytesMut::new(), 0);
         for piece in input.chunks(cut) {
             taken += chunked.take(piece, &mut content)?;
