@@ -5,6 +5,7 @@
 
 mod builds;
 mod host;
+mod proxy;
 
 use std::time::Duration;
 

@@ -25,8 +25,10 @@ pub fn target(
 ) -> Result<Option<(SandboxId, u16)>, u16> {
     let target = proxy::target::target(version, method, uri, headers, domain);
     match target.map_err(|error| error.to_body().code)? {
-        Target::ControlPlane | Target::SignedFile => Ok(None),
-        Target::Sandbox(id, port) | Target::Path(id, port, _) => Ok(Some((id, port.get()))),
+        Target::ControlPlane | Target::SignedFile | Target::TokenHolder => Ok(None),
+        Target::Sandbox(id, port) | Target::Shared(id, port) | Target::Path(id, port, _) => {
+            Ok(Some((id, port.get())))
+        }
     }
 }
 

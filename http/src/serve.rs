@@ -19,14 +19,16 @@ use hyper::{Method, Request, Response, Uri};
 use mica_shards::rt::net::{TcpListener, TcpStream};
 use mica_shards::rt::{self, time};
 use mica_shards::{Host, StopSignal};
-use mica_units::GuestPort;
+use mica_units::{GuestPort, SandboxId};
 
 use crate::body::{self, Body};
 use crate::config::HttpConfig;
 use crate::conn::Accepts;
 use crate::error::ApiError;
+use crate::proxy::origin::{self, Cookies};
 use crate::proxy::signature::Searches;
 use crate::proxy::target::{Target, target};
+use crate::proxy::token::Holders;
 use crate::proxy::{Kept, Proxy, Switch};
 use crate::{api, conn};
 
@@ -63,8 +65,9 @@ pub async fn serve(host: Host, config: HttpConfig, stop: StopSignal) -> Result<(
         "serving"
     );
     let proxy = Proxy::new(host.clone(), config.limits.clone());
-    let (connections, searches) = (Connections::default(), Searches::default());
-    let front = Rc::new(Front { host, config, proxy, connections, searches });
+    let (searches, holders) = (Searches::default(), Holders::default());
+    let connections = Connections::default();
+    let front = Rc::new(Front { host, config, proxy, connections, searches, holders });
     let both = front.accept_all(&listener, Accepts::Both(shared));
     let alone = async {
         match &tls_alone {
@@ -96,6 +99,7 @@ struct Front {
     proxy: Proxy,
     connections: Connections,
     searches: Searches,
+    holders: Holders,
 }
 
 impl Front {
@@ -146,7 +150,7 @@ impl Front {
         kept: &Rc<Kept>,
     ) -> Response<Body> {
         let outcome = match self.whom(&request).await {
-            Ok(Target::ControlPlane | Target::SignedFile) => {
+            Ok(Target::ControlPlane | Target::SignedFile | Target::TokenHolder) => {
                 // In a box: what an answer of ours needs, one of a sandbox has no use for.
                 let answer = Box::pin(api::answer(&self.host, &self.config, request));
                 return open_to_browsers(answer.await);
@@ -154,20 +158,35 @@ impl Front {
             Ok(Target::Sandbox(id, port)) => {
                 self.proxy.forward(id, port, request, switch, kept).await
             }
+            Ok(Target::Shared(id, port)) => {
+                let confined = self.confined(id, port, request, switch, kept);
+                confined.await.map(|answer| confine(answer, &Cookies::by_header(port)))
+            }
             Ok(Target::Path(id, port, rest)) => {
-                let request = with_path(request, rest);
-                self.proxy.forward(id, port, request, switch, kept).await
+                let confined = self.confined(id, port, with_path(request, rest), switch, kept);
+                confined.await.map(|answer| confine(answer, &Cookies::by_path(id, port)))
             }
-            Err(error) => {
-                let (parts, unread) = request.into_parts();
-                body::discard(&parts.headers, unread).await;
-                Err(error)
-            }
+            Err(error) => refuse(request, error).await,
         };
         outcome.unwrap_or_else(|error| open_to_browsers(error.into_response()))
     }
 
-    /// Whom a request is for, with signatures looked up.
+    /// Passes a request on that came under a name of this host.
+    async fn confined(
+        &self,
+        id: SandboxId,
+        port: GuestPort,
+        request: Request<Incoming>,
+        switch: Option<&Switch>,
+        kept: &Rc<Kept>,
+    ) -> Result<Response<Body>, ApiError> {
+        if origin::is_service_worker(request.headers()) {
+            return refuse(request, ApiError::no_service_worker()).await;
+        }
+        self.proxy.forward(id, port, request, switch, kept).await
+    }
+
+    /// Whom a request is for, with signatures and tokens looked up.
     async fn whom(&self, request: &Request<Incoming>) -> Result<Target, ApiError> {
         let (method, uri) = (request.method(), request.uri());
         if method == Method::CONNECT {
@@ -177,11 +196,28 @@ impl Front {
         match target(request.version(), method, uri, request.headers(), domain)? {
             Target::SignedFile => {
                 let id = self.searches.find(&self.host, method, uri).await?;
-                Ok(Target::Sandbox(id, GuestPort::ENVD))
+                Ok(Target::Shared(id, GuestPort::ENVD))
+            }
+            Target::TokenHolder => {
+                let found = self.holders.find(&self.host, &self.searches, request.headers());
+                Ok(Target::Shared(found.await?, GuestPort::ENVD))
             }
             other => Ok(other),
         }
     }
+}
+
+/// Answers with an error, when what the client still sends is out of the way.
+async fn refuse(request: Request<Incoming>, error: ApiError) -> Result<Response<Body>, ApiError> {
+    let (parts, unread) = request.into_parts();
+    body::discard(&parts.headers, unread).await;
+    Err(error)
+}
+
+/// Takes from an answer what no sandbox may say under a name of this host.
+fn confine(mut answer: Response<Body>, cookies: &Cookies) -> Response<Body> {
+    origin::confine(answer.headers_mut(), cookies);
+    answer
 }
 
 /// The same request for another path of the same host.

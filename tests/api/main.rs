@@ -32,6 +32,7 @@ mod proxy_framing;
 mod proxy_h2;
 mod proxy_kept;
 mod proxy_memory;
+mod proxy_origin;
 mod proxy_private;
 mod proxy_routing;
 mod proxy_stops;

@@ -156,3 +156,36 @@ fn a_signed_file_is_found_by_whose_token_signed_it() {
     get("localhost", "v1_").error(400);
     get("localhost", "%zz").error(400);
 }
+
+#[test]
+fn an_agent_is_found_by_the_token_that_the_client_shows() {
+    let daemon = Daemon::start();
+    let secure = || {
+        let body = json!({ "templateID": TEMPLATE, "timeout": 300, "secure": true });
+        let json = daemon.ask("POST", "/v2/sandboxes", Some(&body)).json();
+        let text = |name: &str| json[name].as_str().expect("a text").to_owned();
+        (text("sandboxID"), text("envdAccessToken"))
+    };
+    let made: Vec<_> = (0..3).map(|_| secure()).collect();
+    let ask = |path: &str, token: &str| {
+        let length = "content-length: 0";
+        let head = format!("host: any.example\r\nx-access-token: {token}\r\n{length}");
+        daemon.connect().send(format!("POST {path} HTTP/1.1\r\n{head}\r\n\r\n")).reply()
+    };
+    for (id, token) in &made {
+        // Twice: looked for, and remembered. The stand-in says in its own name that it has no agent.
+        for path in ["/filesystem.Filesystem/Stat", "/process.Process/List", "/files", "/health"] {
+            let reply = ask(path, token);
+            assert!(reply.error(502).contains("port is not open"), "{path}: {reply:?}");
+            assert_eq!(reply.json()["sandboxId"], **id);
+        }
+        // The control plane does not become the agent's.
+        ask("/sandboxes", token).error(401);
+    }
+    let (id, token) = &made[0];
+    assert_eq!(daemon.delete(id).status, 204);
+    for wrong in [token.as_str(), &token[1..], &"0".repeat(64), ""] {
+        let message = ask("/filesystem.Filesystem/Stat", wrong).error(502);
+        assert!(message.contains("The sandbox was not found"), "{wrong}: {message}");
+    }
+}

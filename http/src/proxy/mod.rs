@@ -16,11 +16,13 @@ mod exchange;
 mod grpc;
 mod headers;
 mod kept;
+pub mod origin;
 mod outgoing;
 mod repeat;
 pub mod signature;
 mod streams;
 pub mod target;
+pub mod token;
 mod upgrade;
 
 use std::rc::Rc;

@@ -94,6 +94,14 @@ impl Signed {
 pub struct Searches(Cell<u32>);
 
 impl Searches {
+    /// Room for one search.
+    ///
+    /// # Errors
+    /// 503 when as many are made as may be.
+    pub fn begin(&self) -> Result<Search<'_>, ApiError> {
+        Search::begin(&self.0).ok_or_else(ApiError::busy)
+    }
+
     /// The running sandbox whose token signed this request.
     ///
     /// # Errors
@@ -107,7 +115,7 @@ impl Searches {
         let Some(signed) = Signed::read(method, uri).filter(Signed::is_in_form) else {
             return Err(ApiError::unknown_signature());
         };
-        let _search = Search::begin(&self.0).ok_or_else(ApiError::busy)?;
+        let _search = self.begin()?;
         let sandboxes = host.list().await?;
         let begun = signed.begun();
         let made_it = sandboxes.iter().find(|info| {
@@ -120,7 +128,8 @@ impl Searches {
 }
 
 /// One search. Dropping it makes room for another.
-struct Search<'c>(&'c Cell<u32>);
+#[derive(Debug)]
+pub struct Search<'c>(&'c Cell<u32>);
 
 impl<'c> Search<'c> {
     fn begin(count: &'c Cell<u32>) -> Option<Self> {

@@ -9,10 +9,12 @@
 //!  E2b-Sandbox-Id: iabc…                 ─▶ that port of iabc…, under a host name that is ours
 //!  E2b-Sandbox-Port: 49983
 //!  GET /files?…&signature=v1_…           ─▶ the sandbox whose token signed it
+//!  X-Access-Token: …, for the agent      ─▶ the sandbox whose token it is
 //!  anything else                         ─▶ the control plane
 //! ```
 //! A page that a sandbox serves has an origin of the first kind. It must not reach another sandbox
-//! by adding headers or a path, so the host name wins.
+//! by adding headers or a path, so the host name wins. What is answered to the other kinds has the
+//! origin of the control plane, see [`super::origin`].
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -23,7 +25,7 @@ use mica_units::{GuestPort, SandboxId};
 
 use crate::error::ApiError;
 use crate::ids;
-use crate::proxy::signature;
+use crate::proxy::{signature, token};
 
 const ID_HEADER: &str = "e2b-sandbox-id";
 const PORT_HEADER: &str = "e2b-sandbox-port";
@@ -38,12 +40,16 @@ const PATH_PREFIX: &str = "/sandbox/";
 pub enum Target {
     /// This host.
     ControlPlane,
-    /// A port of a sandbox.
+    /// A port of a sandbox, under a host name that is the sandbox's own.
     Sandbox(SandboxId, GuestPort),
-    /// A port of a sandbox, which is to see this path instead of the one that was asked for.
+    /// The same, under a name of this host.
+    Shared(SandboxId, GuestPort),
+    /// The same, and the server there is to see this path instead of the one that was asked for.
     Path(SandboxId, GuestPort, PathAndQuery),
     /// A file of the sandbox whose token made the signature.
     SignedFile,
+    /// The agent of the sandbox whose token the client shows.
+    TokenHolder,
 }
 
 /// Finds out.
@@ -68,6 +74,7 @@ pub fn target(
     }
     match (headers.get(ID_HEADER), headers.get(PORT_HEADER)) {
         (None, None) if signature::is_signed_file(method, uri) => Ok(Target::SignedFile),
+        (None, None) if token::is_shown(uri.path(), headers) => Ok(Target::TokenHolder),
         (None, None) => Ok(Target::ControlPlane),
         // Some clients send their headers for the agent with what they ask of the host, too. The agent
         // has no such path.
@@ -80,7 +87,7 @@ pub fn target(
             }
             let (id, port) =
                 sandbox(id.to_str().unwrap_or_default(), port.to_str().unwrap_or_default())?;
-            Ok(Target::Sandbox(id, port))
+            Ok(Target::Shared(id, port))
         }
         (None, Some(_)) => Err(missing("E2b-Sandbox-Id")),
         (Some(_), None) => Err(missing("E2b-Sandbox-Port")),
@@ -215,6 +222,10 @@ mod tests {
         Ok(Target::Sandbox(ID.parse().unwrap(), GuestPort::ENVD))
     }
 
+    fn shared() -> Result<Target, u16> {
+        Ok(Target::Shared(ID.parse().unwrap(), GuestPort::ENVD))
+    }
+
     #[test]
     fn headers_for_the_agent_do_not_turn_away_what_is_asked_of_the_host() {
         let headers =
@@ -223,7 +234,7 @@ mod tests {
             assert_eq!(find(&path, &headers, None), Ok(Target::ControlPlane), "{path}");
         }
         let port = [headers[0], headers[1], ("e2b-sandbox-port", "8000")];
-        let user = Target::Sandbox(ID.parse().unwrap(), GuestPort::new(8000).unwrap());
+        let user = Target::Shared(ID.parse().unwrap(), GuestPort::new(8000).unwrap());
         assert_eq!(find("/sandboxes/x", &port, None), Ok(user), "a server in it may have any path");
     }
 
@@ -231,7 +242,7 @@ mod tests {
     fn by_headers() {
         for host in ["localhost:3000", "127.0.0.1:3000", "[::1]:3000", "sandbox.x.dev", "box:1"] {
             let headers = [("host", host), ("e2b-sandbox-id", ID), ("e2b-sandbox-port", "49983")];
-            assert_eq!(find("/x", &headers, None), envd(), "{host}");
+            assert_eq!(find("/x", &headers, None), shared(), "{host}");
             assert_eq!(find("/x", &headers[..1], None), Ok(Target::ControlPlane), "{host}");
             assert_eq!(find("/x", &headers[..2], None), Err(400), "the port is missing");
         }
@@ -240,7 +251,7 @@ mod tests {
                 [("host", "localhost"), ("e2b-sandbox-id", id), ("e2b-sandbox-port", port)];
             find("/", &headers, None)
         };
-        assert_eq!(ask(&format!("{ID}-6532622b"), "49983"), envd(), "old clients add theirs");
+        assert_eq!(ask(&format!("{ID}-6532622b"), "49983"), shared(), "old clients add theirs");
         assert_eq!(ask("unknown", "49983"), Err(502));
         assert_eq!(ask("../etc", "49983"), Err(400));
         assert_eq!(ask("", "49983"), Err(400));
@@ -295,14 +306,14 @@ mod tests {
             find("/", &headers, domain)
         };
         for host in ["sandbox.x.dev", "x.dev:443", "SANDBOX.X.DEV:8443", "10.0.0.1", "[fe80::1]"] {
-            assert_eq!(ask(host, Some("x.dev:8443")), envd(), "{host}");
+            assert_eq!(ask(host, Some("x.dev:8443")), shared(), "{host}");
         }
         for host in ["evil.example", "sandbox.evil.example", "api.x.dev", "127.0.0.1.evil.example"]
         {
             assert_eq!(ask(host, Some("x.dev")), Err(400), "{host}");
         }
         assert_eq!(ask("evil.example", None), Err(400));
-        assert_eq!(ask("sandbox.evil.example", None), envd(), "no domain was said to be ours");
+        assert_eq!(ask("sandbox.evil.example", None), shared(), "no domain was said to be ours");
     }
 
     #[test]
@@ -344,8 +355,26 @@ mod tests {
         let host = format!("49983-{ID}.any.dev");
         assert_eq!(find(file, &[("host", &host)], None), envd());
         let headers = [("host", "box"), ("e2b-sandbox-id", ID), ("e2b-sandbox-port", "49983")];
-        assert_eq!(find(file, &headers, None), envd());
+        assert_eq!(find(file, &headers, None), shared());
         let unsigned = find("/files?path=/a", &[("host", "localhost")], None);
         assert_eq!(unsigned, Ok(Target::ControlPlane));
+    }
+    #[test]
+    fn by_token() {
+        let stat = "/filesystem.Filesystem/Stat";
+        let headers = [("host", "any.example"), ("x-access-token", "t")];
+        for path in [stat, "/files", "/files?path=/a", "/process.Process/List", "/health"] {
+            assert_eq!(find(path, &headers, None), Ok(Target::TokenHolder), "{path}");
+            assert_eq!(find(path, &headers[..1], None), Ok(Target::ControlPlane), "{path}");
+        }
+        for path in ["/sandboxes", "/metrics", "/filesystem.Filesystem", "/init"] {
+            assert_eq!(find(path, &headers, None), Ok(Target::ControlPlane), "{path}");
+        }
+        let host = format!("49983-{ID}.any.dev");
+        assert_eq!(find(stat, &[("host", &host), headers[1]], None), envd());
+        let named =
+            [("host", "box"), headers[1], ("e2b-sandbox-id", ID), ("e2b-sandbox-port", "1")];
+        let port = Target::Shared(ID.parse().unwrap(), GuestPort::new(1).unwrap());
+        assert_eq!(find(stat, &named, None), Ok(port));
     }
 }
