@@ -2,8 +2,10 @@
 //!
 //! Called by `http` through [`crate::Host`], for creates that carry an idempotency key. One table for the
 //! whole host: each name is kept by one shard, which its hash names, and the others ask that one. Answers
-//! are opaque bytes, kept in memory alone. Refuses more names than its bound: finished ones go, the
-//! oldest first; while all are at work a new one is not begun.
+//! are opaque bytes, kept in memory alone. Refuses more names of a tenant than its bound, and more in all:
+//! a tenant's own finished ones make room for its next, and where all tenants together have too many, those
+//! of the tenant that has the most, the oldest first; while all are at work a new one is not begun. So no
+//! tenant can push out the answers of one that keeps fewer.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -16,6 +18,9 @@ use mica_units::{ShardCount, ShardId, TenantId};
 
 /// Names that one shard keeps.
 const MEMOS_MAX: usize = 4096;
+
+/// Those of one tenant.
+const TENANT_MEMOS_MAX: usize = 1024;
 
 /// Longest answer that is kept; a longer one is an answer, but to nobody who asks again.
 const ANSWER_BYTES_MAX: usize = 4096;
@@ -84,10 +89,13 @@ impl Entry {
     }
 }
 
+/// The names of one tenant.
+type Names = HashMap<String, Entry>;
+
 /// One shard's part of the table.
 #[derive(Debug, Default)]
 pub(crate) struct Memos {
-    entries: RefCell<HashMap<MemoKey, Entry>>,
+    tenants: RefCell<HashMap<TenantId, Names>>,
     next: Cell<u64>,
 }
 
@@ -98,30 +106,32 @@ impl Memos {
     }
 
     fn begin_at(&self, now: Instant, key: MemoKey, digest: Digest) -> Memo {
-        let mut entries = self.entries.borrow_mut();
-        if let Some(entry) = entries.get(&key).filter(|entry| !entry.is_over(now)) {
+        let mut tenants = self.tenants.borrow_mut();
+        let ours = tenants.get(&key.tenant);
+        let found = ours.and_then(|names| names.get(&key.name));
+        if let Some(entry) = found.filter(|entry| !entry.is_over(now)) {
             return match &entry.answer {
                 _ if entry.digest != digest => Memo::Mismatch,
                 Some(answer) => Memo::Done(Arc::clone(answer)),
                 None => Memo::Running,
             };
         }
-        if entries.len() >= MEMOS_MAX
-            && !entries.contains_key(&key)
-            && !make_room(&mut entries, now)
-        {
+        // One that is over makes its own room.
+        if found.is_none() && !make_room(&mut tenants, &key.tenant, now) {
             return Memo::Full;
         }
         let ticket = MemoTicket(self.next.get());
         self.next.set(ticket.0.wrapping_add(1));
-        entries.insert(key, Entry { digest, ticket, since: now, answer: None });
+        let entry = Entry { digest, ticket, since: now, answer: None };
+        tenants.entry(key.tenant).or_default().insert(key.name, entry);
         Memo::Begun(ticket)
     }
 
     /// Keeps the answer, or without one lets the name go: the next who asks begins again.
     pub(crate) fn end(&self, key: &MemoKey, ticket: MemoTicket, answer: Option<Vec<u8>>) {
-        let mut entries = self.entries.borrow_mut();
-        let Some(entry) = entries.get_mut(key).filter(|entry| entry.ticket == ticket) else {
+        let mut tenants = self.tenants.borrow_mut();
+        let Some(names) = tenants.get_mut(&key.tenant) else { return };
+        let Some(entry) = names.get_mut(&key.name).filter(|entry| entry.ticket == ticket) else {
             return;
         };
         match answer.filter(|answer| answer.len() <= ANSWER_BYTES_MAX) {
@@ -129,23 +139,52 @@ impl Memos {
                 entry.answer = Some(answer.into());
                 entry.since = Instant::now();
             }
-            None => drop(entries.remove(key)),
+            None => {
+                names.remove(&key.name);
+                tenants.retain(|_, names| !names.is_empty());
+            }
         }
     }
 }
 
-/// Drops what is over; where nothing is, the oldest answers, a part of the table at a time, so that not
-/// every further name walks all of it. Whether there is room now.
-fn make_room(entries: &mut HashMap<MemoKey, Entry>, now: Instant) -> bool {
-    entries.retain(|_, entry| !entry.is_over(now));
-    if entries.len() < MEMOS_MAX {
+fn count(tenants: &HashMap<TenantId, Names>) -> usize {
+    tenants.values().map(HashMap::len).sum()
+}
+
+/// Whether there is room for one more name of the tenant, made where it can be.
+fn make_room(tenants: &mut HashMap<TenantId, Names>, tenant: &TenantId, now: Instant) -> bool {
+    if let Some(names) = tenants.get_mut(tenant)
+        && names.len() >= TENANT_MEMOS_MAX
+    {
+        names.retain(|_, entry| !entry.is_over(now));
+        if names.len() >= TENANT_MEMOS_MAX && !drop_oldest(names) {
+            return false;
+        }
+    }
+    if count(tenants) < MEMOS_MAX {
         return true;
     }
+    tenants.retain(|_, names| {
+        names.retain(|_, entry| !entry.is_over(now));
+        !names.is_empty()
+    });
+    if count(tenants) < MEMOS_MAX {
+        return true;
+    }
+    // A tenant whose names are all at work has nothing to give.
+    let mut most: Vec<&mut Names> = tenants.values_mut().collect();
+    most.sort_unstable_by_key(|names| std::cmp::Reverse(names.len()));
+    most.into_iter().any(drop_oldest)
+}
+
+/// Drops the oldest answers, a part of them at a time, so that not every further name walks all of them.
+/// Whether there were any.
+fn drop_oldest(names: &mut Names) -> bool {
     let mut finished: Vec<Instant> =
-        entries.values().filter(|entry| entry.answer.is_some()).map(|entry| entry.since).collect();
+        names.values().filter(|entry| entry.answer.is_some()).map(|entry| entry.since).collect();
     finished.sort_unstable();
     let Some(oldest) = finished.get(finished.len() / 16) else { return false };
-    entries.retain(|_, entry| entry.answer.is_none() || entry.since > *oldest);
+    names.retain(|_, entry| entry.answer.is_none() || entry.since > *oldest);
     true
 }
 
@@ -155,6 +194,19 @@ mod tests {
 
     fn key(name: &str) -> MemoKey {
         MemoKey { tenant: TenantId::default(), name: name.to_owned() }
+    }
+
+    fn of(tenant: &str, n: usize) -> MemoKey {
+        MemoKey { tenant: tenant.parse().unwrap(), name: n.to_string() }
+    }
+
+    fn done(memos: &Memos, key: &MemoKey) {
+        let ticket = begun(&memos.begin(key.clone(), [1; 32]));
+        memos.end(key, ticket, Some(Vec::new()));
+    }
+
+    fn is_done(memos: &Memos, key: MemoKey) -> bool {
+        matches!(memos.begin(key, [1; 32]), Memo::Done(_))
     }
 
     fn begun(memo: &Memo) -> MemoTicket {
@@ -206,16 +258,57 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_bounded_and_what_is_at_work_stays() {
+    fn a_tenant_is_bounded_and_what_is_at_work_stays() {
         let memos = Memos::default();
-        let tickets: Vec<MemoTicket> =
-            (0..MEMOS_MAX).map(|n| begun(&memos.begin(key(&n.to_string()), [1; 32]))).collect();
+        let tickets: Vec<MemoTicket> = (0..TENANT_MEMOS_MAX)
+            .map(|n| begun(&memos.begin(key(&n.to_string()), [1; 32])))
+            .collect();
         assert_eq!(memos.begin(key("more"), [1; 32]), Memo::Full);
+        begun(&memos.begin(of("other", 0), [1; 32]));
         memos.end(&key("7"), tickets[7], Some(Vec::new()));
         begun(&memos.begin(key("more"), [1; 32]));
         assert_eq!(memos.begin(key("8"), [1; 32]), Memo::Running);
-        assert!(memos.entries.borrow().len() <= MEMOS_MAX);
+        assert_eq!(count(&memos.tenants.borrow()), TENANT_MEMOS_MAX + 1);
         assert_eq!(memos.begin(key("7"), [1; 32]), Memo::Full, "the finished one made room");
+    }
+
+    #[test]
+    fn a_tenant_pushes_out_its_own_answers_and_no_others() {
+        let memos = Memos::default();
+        for n in 0..10 {
+            done(&memos, &of("quiet", n));
+        }
+        for n in 0..3 * MEMOS_MAX {
+            done(&memos, &of("busy", n));
+        }
+        assert!((0..10).all(|n| is_done(&memos, of("quiet", n))));
+        assert!(!is_done(&memos, of("busy", 0)) && is_done(&memos, of("busy", 3 * MEMOS_MAX - 1)));
+        assert!(count(&memos.tenants.borrow()) <= TENANT_MEMOS_MAX + 10);
+    }
+
+    #[test]
+    fn where_all_together_have_too_many_the_largest_gives() {
+        let memos = Memos::default();
+        for n in 0..10 {
+            done(&memos, &of("quiet", n));
+        }
+        for tenant in ["a", "b", "c", "d", "e"] {
+            for n in 0..TENANT_MEMOS_MAX - 1 {
+                done(&memos, &of(tenant, n));
+            }
+        }
+        assert!(count(&memos.tenants.borrow()) <= MEMOS_MAX);
+        assert!((0..10).all(|n| is_done(&memos, of("quiet", n))));
+        let last = |tenant: &str| is_done(&memos, of(tenant, TENANT_MEMOS_MAX - 2));
+        assert!(["a", "b", "c", "d", "e"].into_iter().all(last), "each keeps its newest");
+    }
+
+    #[test]
+    fn nothing_is_kept_of_a_tenant_without_names() {
+        let memos = Memos::default();
+        let ticket = begun(&memos.begin(of("a", 1), [1; 32]));
+        memos.end(&of("a", 1), ticket, None);
+        assert!(memos.tenants.borrow().is_empty());
     }
 
     #[test]
