@@ -3,7 +3,10 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
+import threading
+import time
 import urllib.request
 
 import pytest
@@ -19,8 +22,8 @@ def daemon():
         yield one
 
 
-def bench(daemon, *options):
-    words = [PROGRAMS / "mica-bench", "exec", "--url", daemon.url, "--api-key", daemon.api_key, *options]
+def bench(daemon, *options, url=None):
+    words = [PROGRAMS / "mica-bench", "exec", "--url", url or daemon.url, "--api-key", daemon.api_key, *options]
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -35,6 +38,41 @@ def test_every_operation_has_a_row(daemon, tmp_path):
         assert row["n"] == max(20, row["clients"]), row
         assert 0 < row["p50_us"] <= row["p95_us"] <= row["max_us"], row
         assert row["per_s"] > 0 and op in ran.stdout, row
+
+
+def forward_slowly(target):
+    """A port that leads to `target` as one that QEMU forwards: room for one connection that waits, taken slowly."""
+    front = socket.create_server(("127.0.0.1", 0), backlog=1)
+
+    def pump(source, sink):
+        try:
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def serve():
+        while True:
+            try:
+                client, _ = front.accept()
+            except OSError:
+                return
+            time.sleep(0.02)
+            server = socket.create_connection(target)
+            for ends in ((client, server), (server, client)):
+                threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return front
+
+
+def test_a_port_with_room_for_one_is_enough(daemon):
+    host, port = daemon.url.removeprefix("http://").split(":")
+    with forward_slowly((host, int(port))) as front:
+        url = f"http://127.0.0.1:{front.getsockname()[1]}"
+        ran = bench(daemon, "--calls", "10", "--sandboxes", "4", url=url)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_nothing_stays_and_failures_are_told(daemon):

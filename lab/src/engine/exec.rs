@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::sync::Barrier;
+use std::sync::{Barrier, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -137,7 +137,9 @@ fn all_levels(address: SocketAddr, sandboxes: &[Sandbox], calls: usize) -> Resul
     Ok(loads)
 }
 
-/// `clients` threads, each with `calls` calls after one that warms its connection.
+/// `clients` threads, each with `calls` calls after one that warms its connection. They connect one after the
+/// other, each when the one before was answered: a port that QEMU forwards has room for one connection that
+/// nobody has taken yet, and those above it are reset once they have sent something.
 fn load(
     address: SocketAddr,
     sandboxes: &[Sandbox],
@@ -146,16 +148,20 @@ fn load(
     clients: usize,
     calls: usize,
 ) -> Result<Load> {
-    let ready = Barrier::new(clients);
+    let (ready, door) = (Barrier::new(clients), Mutex::new(()));
     let results: Vec<Result<(Instant, Vec<Duration>, Instant)>> = thread::scope(|scope| {
         let threads: Vec<_> = sandboxes
             .iter()
             .cycle()
             .take(clients)
             .map(|sandbox| {
-                let ready = &ready;
+                let (ready, door) = (&ready, &door);
                 scope.spawn(move || {
-                    let warm = warm(address, sandbox, work);
+                    let warm = {
+                        // What is guarded is nothing that a panic could have broken.
+                        let _turn = door.lock().unwrap_or_else(PoisonError::into_inner);
+                        warm(address, sandbox, work)
+                    };
                     // Also one that failed lets the others begin.
                     ready.wait();
                     let mut client = warm?;
