@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! builds/templates/<template id>       a name of a tenant's, its tags and the snapshots they stand for
+//! builds/tenants/<tenant>/<template id> which templates are a tenant's: empty, and made again by each start
 //! builds/runs/<build id>/state         how far a build is
 //! builds/runs/<build id>/log           its log, whose form the API knows
 //! builds/uploads/<tenant>/<hash>       files for COPY, as they were uploaded

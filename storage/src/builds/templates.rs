@@ -1,7 +1,8 @@
 //! Templates that clients built: finding them, and what moves their tags.
 //!
 //! Called by the API through [`BuildStore`]. Refuses names and tags out of form, and more templates of a
-//! tenant than [`TEMPLATES_MAX`]. What changes a template gives back the snapshots that none names any more;
+//! tenant than [`TEMPLATES_MAX`]. Looking a name up reads the tenant's own templates alone: an index of empty
+//! files says which those are. A start makes it again from the templates, so it is only ever a hint. What changes a template gives back the snapshots that none names any more;
 //! who asked for the change deletes them.
 
 use std::collections::BTreeSet;
@@ -103,6 +104,7 @@ impl BuildStore {
             tags: Vec::new(),
             builds: Vec::new(),
         };
+        self.enter(&template)?;
         self.store_template(&template)?;
         Ok(template)
     }
@@ -112,8 +114,7 @@ impl BuildStore {
     /// # Errors
     /// When the directory cannot be read.
     pub fn built_templates(&self, tenant: &TenantId) -> Result<Vec<BuiltTemplate>> {
-        let (mut all, _) = self.all_templates()?;
-        all.retain(|template| template.tenant == tenant.as_str());
+        let mut all = self.templates_of(tenant)?;
         all.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
         Ok(all)
     }
@@ -139,9 +140,8 @@ impl BuildStore {
             return Ok(Some(found).filter(may));
         }
         // Without a namespace a name is one of the tenant's own.
-        let owner = space.unwrap_or(tenant.as_str());
-        let (all, _) = self.all_templates()?;
-        let found = all.into_iter().find(|t| t.tenant == owner && t.name == reference.name);
+        let Ok(owner) = space.unwrap_or(tenant.as_str()).parse() else { return Ok(None) };
+        let found = self.templates_of(&owner)?.into_iter().find(|t| t.name == reference.name);
         Ok(found.filter(may))
     }
 
@@ -219,12 +219,18 @@ impl BuildStore {
         let _alone = self.lock()?;
         let Some(template) = self.read_template(template_id)? else { return Ok(None) };
         self.store.disk.remove_name(&self.templates_dir(), template_id)?;
+        let entry = self.index_of(&template.tenant).join(template_id);
+        if let Err(error) = self.store.disk.remove_file_if_there(&entry) {
+            // An entry without a template is none.
+            tracing::warn!(error = chain(&error), "a deleted template stays in the index");
+        }
         Ok(Some(template.builds.into_iter().map(|built| built.snapshot_id).collect()))
     }
 
-    /// The snapshots that templates name. `None` when one of them cannot be read.
+    /// The snapshots that templates name, with the index made again. `None` when one of them cannot be read.
     pub(super) fn named_snapshots(&self) -> Result<Option<BTreeSet<String>>> {
         let (all, unreadable) = self.all_templates()?;
+        self.index_again(&all)?;
         let named = all.into_iter().flat_map(|template| template.builds);
         let named = named.map(|built| built.snapshot_id).collect();
         Ok((unreadable == 0).then_some(named))
@@ -242,10 +248,53 @@ impl BuildStore {
         Ok(found.filter(|template| template.id == id))
     }
 
+    /// The entries of a tenant in the index.
+    fn index_of(&self, tenant: &str) -> PathBuf {
+        self.store.root().join("builds/tenants").join(tenant)
+    }
+
+    /// Puts a template into the index.
+    fn enter(&self, template: &BuiltTemplate) -> Result<()> {
+        // A name that is a part of a path: what is out of form was never one of a tenant's.
+        let Ok(tenant) = template.tenant.parse::<TenantId>() else { return Ok(()) };
+        let entry = self.dir(&format!("tenants/{tenant}"))?.join(&template.id);
+        match self.store.disk.create_file(&entry) {
+            Err(error) if !error.is_already_there() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the index what the templates say, also where an earlier version kept none.
+    fn index_again(&self, all: &[BuiltTemplate]) -> Result<()> {
+        for template in all {
+            self.enter(template)?;
+        }
+        let known: BTreeSet<String> = names(&self.templates_dir())?.into_iter().collect();
+        let tenants = self.store.root().join("builds/tenants");
+        for tenant in names(&tenants)? {
+            let index = tenants.join(tenant);
+            for id in names(&index)?.iter().filter(|id| !known.contains(*id)) {
+                self.store.disk.remove_file_if_there(&index.join(id))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A tenant's templates. What cannot be read is left out, and logged.
+    fn templates_of(&self, tenant: &TenantId) -> Result<Vec<BuiltTemplate>> {
+        let (mut found, _) = self.read_templates(names(&self.index_of(tenant.as_str()))?);
+        found.retain(|template| template.tenant == tenant.as_str());
+        Ok(found)
+    }
+
     /// Every template, and how many cannot be read.
     fn all_templates(&self) -> Result<(Vec<BuiltTemplate>, usize)> {
+        Ok(self.read_templates(names(&self.templates_dir())?))
+    }
+
+    fn read_templates(&self, ids: Vec<String>) -> (Vec<BuiltTemplate>, usize) {
         let (mut all, mut unreadable) = (Vec::new(), 0);
-        for id in names(&self.templates_dir())? {
+        for id in ids {
             match self.read_template(&id) {
                 Ok(found) => all.extend(found),
                 Err(error) => {
@@ -254,7 +303,7 @@ impl BuildStore {
                 }
             }
         }
-        Ok((all, unreadable))
+        (all, unreadable)
     }
 
     fn store_template(&self, template: &BuiltTemplate) -> Result<()> {

@@ -240,3 +240,29 @@ fn uploads_come_whole_or_not_at_all_and_the_oldest_go() {
         assert!(builds.grant_of(bad).unwrap().is_none());
     }
 }
+
+#[test]
+fn a_lookup_reads_the_templates_of_one_tenant_alone() {
+    let (directory, builds) = store();
+    let (acme, other) = (tenant("acme"), tenant("other"));
+    let ours = builds.template_for(&acme, "app").unwrap();
+    let theirs = builds.template_for(&other, "app").unwrap();
+    let root = directory.path().join("store/builds");
+    // What is not in the other's index is not looked at, whatever lies among the templates.
+    fs::remove_file(root.join("tenants/other").join(&theirs.id)).unwrap();
+    let names = |of: &TenantId| builds.built_templates(of).unwrap().len();
+    assert_eq!((names(&acme), names(&other)), (1, 0));
+    let app = Reference::parse("app").unwrap();
+    assert_eq!(builds.find_built(&acme, &app).unwrap(), Some(ours.clone()));
+    assert_eq!(builds.find_built(&other, &app).unwrap(), None);
+    // A store of a version without an index, and one whose index has what is gone.
+    fs::remove_dir_all(root.join("tenants/other")).unwrap();
+    fs::write(root.join("tenants/acme/0123456789abcdefghij"), "").unwrap();
+    assert_eq!(names(&acme), 1);
+    builds.recover().unwrap();
+    assert_eq!((names(&acme), names(&other)), (1, 1));
+    assert!(!root.join("tenants/acme/0123456789abcdefghij").exists());
+    assert_eq!(builds.find_built(&other, &app).unwrap(), Some(theirs));
+    builds.remove_built(&ours.id).unwrap().unwrap();
+    assert_eq!(fs::read_dir(root.join("tenants/acme")).unwrap().count(), 0);
+}
