@@ -125,16 +125,15 @@ impl Run {
                 self.pending.clear();
                 self.pending_bytes = 0;
             }
-            let wake = match (gone, self.replied_at) {
-                (true, _) => self.next_interrupt,
-                (false, Some(at)) => at + SILENCE_AFTER_REPLY,
-                (false, None) => Instant::now() + Duration::from_secs(3600),
-            };
+            let patience = self.replied_at.map(|at| at + SILENCE_AFTER_REPLY);
             tokio::select! {
                 biased;
                 restart = restarts.recv() => {
                     return Err(restart.map_or(Ending::Closed, Ending::Restart));
                 }
+                // Before the kernel: one that writes without pause is interrupted all the same.
+                () = sleep_until(self.next_interrupt), if gone => self.interrupt(kernel).await?,
+                () = events.closed(), if !gone => self.next_interrupt = Instant::now(),
                 permit = events.reserve(), if !self.pending.is_empty() => {
                     if let (Ok(permit), Some(event)) = (permit, self.pending.pop_front()) {
                         self.pending_bytes = self.pending_bytes.saturating_sub(event.weight());
@@ -152,13 +151,11 @@ impl Run {
                         Signalled::Ended(status) => return Err(Ending::Died(status)),
                     }
                 }
-                () = events.closed(), if !gone => self.next_interrupt = Instant::now(),
-                () = sleep_until(wake) => {
-                    if gone {
-                        self.interrupt(kernel).await?;
-                    } else if self.replied_at.is_some() && self.pending.is_empty() {
-                        return Ok(());
-                    }
+                // After it: what is there to be read is no silence.
+                () = sleep_until(patience.unwrap_or_else(Instant::now)),
+                    if !gone && patience.is_some() && self.pending.is_empty() =>
+                {
+                    return Ok(());
                 }
             }
         }

@@ -8,22 +8,22 @@
 //! own. So user code that writes an endless frame into a kernel's socket can exhaust the guest's
 //! memory, which it can do in any process of its sandbox, and in its own sandbox only.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::process::{Child, ChildStdout};
+use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout_at};
 use zeromq::{DealerSocket, Socket as _, SocketRecv as _, SocketSend as _, SubSocket, ZmqMessage};
 
 use super::endpoints::{self, Channel, Endpoints, Home};
 use super::languages::{Arg, Interrupt, Kind};
 use super::launch::{LaunchError, LaunchSpec, Launcher, find_program, find_shared};
+use super::output::{OwnOutput, PIPE_BYTES, Tail, keep_tail, text};
 use super::protocol::{self, Body, Incoming, Key, ProtocolError, Request};
 use crate::users::User;
 
@@ -40,15 +40,6 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// How often a kernel is started that ends at once: somebody may have taken a port of its own in
 /// the moment between the choice and the start.
 const STARTS_MAX: usize = 3;
-
-/// Most that is read of the process's own output at once.
-const OWN_OUTPUT_BYTES: usize = 4 * 1024;
-
-/// What is kept of the process's own output, to explain a start that failed.
-const OUTPUT_TAIL_BYTES: usize = 4096;
-
-/// The end of what a process wrote.
-type Tail = Arc<Mutex<VecDeque<u8>>>;
 
 /// Why a kernel is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -115,9 +106,11 @@ pub struct Kernel {
     directory: PathBuf,
     endpoints: Endpoints,
     /// Read here where it is the cell's output, and otherwise for the tail.
-    stdout: Option<ChildStdout>,
-    /// The beginning of a character whose end has not been read.
-    stdout_rest: Vec<u8>,
+    own: OwnOutput,
+    /// What has happened, and is told when what was written before it has been.
+    held: Option<Signalled>,
+    /// Bytes of own output since then.
+    own_since_held: usize,
     tail: Tail,
 }
 
@@ -210,8 +203,9 @@ impl Kernel {
             session,
             directory: home.directory,
             endpoints,
-            stdout: None,
-            stdout_rest: Vec::new(),
+            own: OwnOutput::default(),
+            held: None,
+            own_since_held: 0,
             tail: Tail::default(),
         };
         kernel.read_output(kind.shows_own_stdout);
@@ -223,7 +217,7 @@ impl Kernel {
             tokio::spawn(keep_tail(stderr, Arc::clone(&self.tail)));
         }
         match self.child.stdout.take() {
-            Some(stdout) if shows_own_stdout => self.stdout = Some(stdout),
+            Some(stdout) if shows_own_stdout => self.own = OwnOutput::of(stdout),
             Some(stdout) => drop(tokio::spawn(keep_tail(stdout, Arc::clone(&self.tail)))),
             None => {}
         }
@@ -320,26 +314,42 @@ impl Kernel {
 
     /// The next thing that happens. May be dropped and called again at any point.
     pub async fn next(&mut self) -> Signalled {
-        let mut own = [0; OWN_OUTPUT_BYTES];
-        let received = tokio::select! {
-            biased;
-            // First: what was written before a message is there before it.
-            read = read_some(self.stdout.as_mut(), &mut own), if self.stdout.is_some() => {
-                let count = read.unwrap_or(0);
-                if count == 0 {
-                    self.stdout = None;
+        loop {
+            // What was written before a message is there before it. But that is no more than a pipe holds:
+            // who writes without pause must not hold back that his cell is over.
+            if self.held.is_some() {
+                if self.own_since_held < PIPE_BYTES
+                    && let Some((text, count)) = self.own.at_once()
+                {
+                    self.own_since_held += count;
+                    return Signalled::OwnStdout(text);
                 }
-                self.stdout_rest.extend(own.iter().take(count));
-                return Signalled::OwnStdout(take_text(&mut self.stdout_rest));
+                self.own_since_held = 0;
+                if let Some(held) = self.held.take() {
+                    return held;
+                }
             }
-            message = self.iopub.recv() => message,
-            message = self.shell.recv() => message,
-            status = self.child.wait() => return Signalled::Ended(status_text(status)),
-        };
-        // The sockets fail when the process ends; its end is reported, not their failure.
-        let Ok(message) = received else {
-            return Signalled::Ended(status_text(self.child.wait().await));
-        };
+            let received = tokio::select! {
+                biased;
+                message = self.iopub.recv() => message,
+                message = self.shell.recv() => message,
+                status = self.child.wait() => {
+                    self.held = Some(Signalled::Ended(status_text(status)));
+                    continue;
+                }
+                text = self.own.next(), if self.own.is_open() => {
+                    return Signalled::OwnStdout(text);
+                }
+            };
+            self.held = Some(match received {
+                Ok(message) => self.read(message),
+                // The sockets fail when the process ends; its end is reported, not their failure.
+                Err(_) => Signalled::Ended(status_text(self.child.wait().await)),
+            });
+        }
+    }
+
+    fn read(&self, message: ZmqMessage) -> Signalled {
         let frames: Vec<Bytes> = message.into_vec();
         match protocol::decode(&frames, &self.key) {
             Ok(message) => Signalled::Message(message),
@@ -415,43 +425,8 @@ fn arguments(kind: &Kind, home: &Home, python: &Path) -> Vec<OsString> {
     kind.args.iter().map(argument).collect()
 }
 
-async fn read_some(stdout: Option<&mut ChildStdout>, buffer: &mut [u8]) -> std::io::Result<usize> {
-    match stdout {
-        Some(stdout) => stdout.read(buffer).await,
-        None => Ok(0),
-    }
-}
-
-/// The whole characters among the bytes; the beginning of one more stays.
-fn take_text(bytes: &mut Vec<u8>) -> String {
-    let whole = match std::str::from_utf8(bytes) {
-        Err(error) if error.error_len().is_none() => error.valid_up_to(),
-        _ => bytes.len(),
-    };
-    let rest = bytes.split_off(whole);
-    let text = String::from_utf8_lossy(bytes).into_owned();
-    *bytes = rest;
-    text
-}
-
 fn status_text(status: std::io::Result<std::process::ExitStatus>) -> String {
     status.map_or_else(|error| error.to_string(), |status| status.to_string())
-}
-
-/// Reads a process's output to its end and keeps the last of it.
-async fn keep_tail(mut output: impl AsyncRead + Unpin, tail: Tail) {
-    let mut buffer = [0_u8; 1024];
-    while let Ok(count @ 1..) = output.read(&mut buffer).await {
-        let Ok(mut tail) = tail.lock() else { return };
-        tail.extend(buffer.iter().take(count));
-        let excess = tail.len().saturating_sub(OUTPUT_TAIL_BYTES);
-        tail.drain(..excess);
-    }
-}
-
-fn text(tail: &Tail) -> String {
-    let bytes: Vec<u8> = tail.lock().map(|tail| tail.iter().copied().collect()).unwrap_or_default();
-    String::from_utf8_lossy(&bytes).trim().to_owned()
 }
 
 /// The current time in ISO 8601.
@@ -472,27 +447,5 @@ mod tests {
         assert_ne!(a, b);
         let lengths: Vec<usize> = a.split('-').map(str::len).collect();
         assert_eq!(lengths, [8, 4, 4, 4, 12]);
-    }
-
-    #[tokio::test]
-    async fn only_the_end_of_the_output_is_kept() {
-        let tail = Tail::default();
-        let mut output = vec![b'a'; 10_000];
-        output.extend(b"the end");
-        keep_tail(&output[..], Arc::clone(&tail)).await;
-        let kept = text(&tail);
-        assert_eq!(kept.len(), OUTPUT_TAIL_BYTES);
-        assert!(kept.ends_with("the end"));
-    }
-
-    #[test]
-    fn a_character_that_comes_in_two_parts_stays_whole() {
-        let mut bytes = "aé".as_bytes()[..2].to_vec();
-        assert_eq!(take_text(&mut bytes), "a");
-        bytes.extend([0xa9, b'b']);
-        assert_eq!(take_text(&mut bytes), "éb");
-        let mut bytes = vec![b'a', 0xff, b'b'];
-        assert_eq!(take_text(&mut bytes), "a\u{fffd}b");
-        assert!(bytes.is_empty());
     }
 }

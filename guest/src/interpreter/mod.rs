@@ -21,6 +21,7 @@ mod http;
 mod kernel;
 mod languages;
 mod launch;
+mod output;
 mod protocol;
 mod session;
 mod snippets;

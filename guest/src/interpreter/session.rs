@@ -26,6 +26,7 @@ use super::cell::{Cell, Ending, Job, Restart, Run};
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
 use super::languages::{Kind, Upkeep};
+use super::output::PIPE_BYTES;
 use super::protocol::{Body, Request};
 use super::snippets::{Changes, Snippets};
 use crate::sandbox::{Sandbox, Standing};
@@ -202,19 +203,26 @@ impl Session {
 
     async fn serve(&mut self, mut kernel: Kernel) -> Ending {
         let since = Instant::now();
+        // Bytes that were printed without a pause.
+        let mut printed = 0;
         let ending = loop {
+            // First the kernel, to see that it has ended; but not for as long as somebody prints.
+            let is_heard = printed < PIPE_BYTES;
             tokio::select! {
                 biased;
                 restart = self.restarts.recv() => {
                     break restart.map_or(Ending::Closed, Ending::Restart);
                 }
-                signalled = kernel.next() => {
+                signalled = kernel.next(), if is_heard => {
                     // Between cells a kernel may still print from a thread; nobody asked for it.
-                    if let Signalled::Ended(status) = signalled {
-                        break Ending::Died(status);
+                    match signalled {
+                        Signalled::Ended(status) => break Ending::Died(status),
+                        Signalled::OwnStdout(text) => printed += text.len(),
+                        Signalled::Message(_) | Signalled::Unreadable(_) => printed = 0,
                     }
                 }
                 job = self.jobs.recv() => {
+                    printed = 0;
                     let Some(job) = job else { break Ending::Closed };
                     if job.events.is_closed() {
                         continue;
@@ -223,6 +231,7 @@ impl Session {
                         break ending;
                     }
                 }
+                () = std::future::ready(()), if !is_heard => printed = 0,
             }
         };
         kernel.stop().await;

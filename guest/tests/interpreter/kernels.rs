@@ -172,11 +172,33 @@ async fn a_client_that_leaves_interrupts_any_kernel() {
     assert_eq!(stdout, "undefined\n");
 }
 
-/// Sends a cell that prints and does not end, and hangs up when it has printed.
+/// What a child of a cell prints without pause holds back neither the end of the cell, nor the next cell, nor
+/// the interrupt of one whose client has gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_floods_holds_nothing_back() {
+    let Some(server) = server(&[]).await else { return };
+    let flood = "var flood = new Deno.Command('yes', {args: ['flood'], stdin: 'null', \
+                 stdout: 'inherit', stderr: 'null'}).spawn();";
+    let within = |request| timeout(Duration::from_secs(60), server.run(request));
+    // One is enough to keep the pipe full for as long as it lives.
+    let events = within(js(&format!("{flood} 'started'"))).await.expect("the cell ends");
+    assert_eq!(text(&events), "started");
+    // The next cell, which is run while the child prints.
+    let events = within(js("1 + 1")).await.expect("the next cell runs");
+    assert_eq!(text(&events), "2");
+    leave(&server, "js", "console.log('begun'); while (true) {}").await;
+    let events = within(js("flood.kill(); 'gave way'")).await.expect("it is interrupted");
+    assert_eq!(text(&events), "gave way");
+    // What was still in the pipe goes to whoever runs next, and then there is no more.
+    within(js("await flood.status; 0")).await.expect("the child has ended");
+}
+
+/// Sends a cell that prints that it has begun and does not end, and hangs up then.
 async fn leave(server: &Server, language: &str, code: &str) {
     let request = json!({"code": code, "language": language}).to_string();
     let (_, mut reader) = server.open("POST", "/execute", &request).await;
-    while next_event(&mut reader).await.unwrap()["type"] != "stdout" {}
+    let begun = |event: Value| event["text"].as_str().is_some_and(|text| text.contains("begun"));
+    while !begun(next_event(&mut reader).await.unwrap()) {}
 }
 
 #[tokio::test(flavor = "multi_thread")]
