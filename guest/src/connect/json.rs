@@ -1,11 +1,34 @@
-//! proto3 JSON's own ideas of numbers and bytes, for `#[serde(with = ...)]`.
+//! proto3 JSON's own ideas of numbers, bytes and `null`, for `#[serde(with = ...)]`.
 //!
-//! Called by the message types of the services. Refuses text that is not the number or the
-//! base64 it should be.
+//! Called by the message types of the services. `null` is every field's default; a member of a oneof that is
+//! `null` is not there. Refuses text that is not the number or the base64 it should be.
+
+/// A number, or its text.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Either<T> {
+    Number(T),
+    Text(String),
+}
+
+/// Reads a number in either form; `None` for `null`.
+fn number<'de, D, T>(from: D) -> Result<Option<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: serde::Deserialize<'de> + std::str::FromStr,
+{
+    use serde::Deserialize as _;
+    let wrong = || serde::de::Error::custom("this is no number that the field can hold");
+    match Option::<Either<T>>::deserialize(from).map_err(|_| wrong())? {
+        None => Ok(None),
+        Some(Either::Number(number)) => Ok(Some(number)),
+        Some(Either::Text(text)) => text.parse().map(Some).map_err(|_| wrong()),
+    }
+}
 
 /// A 64-bit integer: written as a string, read from a string or a number.
 pub mod int64 {
-    use serde::{Deserialize, Deserializer, Serializer};
+    use serde::{Deserializer, Serializer};
 
     /// Writes it as a string.
     ///
@@ -20,22 +43,13 @@ pub mod int64 {
     /// # Errors
     /// When it is neither.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<i64, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Either {
-            Number(i64),
-            Text(String),
-        }
-        match Either::deserialize(from)? {
-            Either::Number(number) => Ok(number),
-            Either::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
+        super::number(from).map(Option::unwrap_or_default)
     }
 }
 
 /// A 32-bit unsigned integer that may come as a string as well.
 pub mod uint32 {
-    use serde::{Deserialize, Deserializer, Serializer};
+    use serde::{Deserializer, Serializer};
 
     /// Writes it as a number.
     ///
@@ -50,16 +64,15 @@ pub mod uint32 {
     /// # Errors
     /// When it is neither, or too large.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Either {
-            Number(u32),
-            Text(String),
-        }
-        match Either::deserialize(from)? {
-            Either::Number(number) => Ok(number),
-            Either::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
+        super::number(from).map(Option::unwrap_or_default)
+    }
+
+    /// The same for a member of a oneof.
+    ///
+    /// # Errors
+    /// As [`deserialize`].
+    pub fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+        super::number(from)
     }
 }
 
@@ -83,12 +96,21 @@ pub mod base64 {
     /// # Errors
     /// When it is not base64.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        optional(from).map(Option::unwrap_or_default)
+    }
+
+    /// The same for a member of a oneof.
+    ///
+    /// # Errors
+    /// As [`deserialize`].
+    pub fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<u8>>, D::Error> {
         const LENIENT: GeneralPurpose = GeneralPurpose::new(
             &base64::alphabet::STANDARD,
             GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
         );
-        let text = String::deserialize(from)?.replace('-', "+").replace('_', "/");
-        LENIENT.decode(text).map_err(serde::de::Error::custom)
+        let Some(text) = Option::<String>::deserialize(from)? else { return Ok(None) };
+        let text = text.replace('-', "+").replace('_', "/");
+        LENIENT.decode(text).map(Some).map_err(serde::de::Error::custom)
     }
 }
 
@@ -133,13 +155,9 @@ impl<T: Named> Names<T> {
     /// # Errors
     /// When there is no such name.
     pub fn deserialize<'de, D: serde::Deserializer<'de>>(from: D) -> Result<i32, D::Error> {
-        #[derive(serde::Deserialize)]
-        #[serde(untagged)]
-        enum Either {
-            Number(i32),
-            Text(String),
-        }
-        match serde::Deserialize::deserialize(from)? {
+        let given: Option<Either<i32>> = serde::Deserialize::deserialize(from)?;
+        let Some(given) = given else { return Ok(0) };
+        match given {
             Either::Number(number) => Ok(number),
             Either::Text(text) => T::NAMES
                 .iter()
@@ -170,6 +188,9 @@ mod tests {
         for text in [written, r#"{"size":-5,"pid":"7","data":"aGk-"}"#] {
             assert_eq!(serde_json::from_str::<All>(text).unwrap(), all);
         }
+        let nothing = All { size: 0, pid: 0, data: Vec::new() };
+        let null = r#"{"size":null,"pid":null,"data":null}"#;
+        assert_eq!(serde_json::from_str::<All>(null).unwrap(), nothing);
         assert!(serde_json::from_str::<All>(r#"{"size":"x","pid":7,"data":""}"#).is_err());
         assert!(serde_json::from_str::<All>(r#"{"size":1,"pid":-7,"data":""}"#).is_err());
         assert!(serde_json::from_str::<All>(r#"{"size":1,"pid":7,"data":"!"}"#).is_err());

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::entry::EntryInfo;
 use super::identity::{self, Kind};
 use super::{operations, path, watch};
-use crate::connect::json::uint32;
+use crate::connect::json::{or_default, uint32};
 use crate::connect::{ConnectError, Context, Nothing, unary};
 use crate::http::Router;
 use crate::http::error::chain;
@@ -20,6 +20,7 @@ use crate::users::User;
 #[serde(default)]
 struct PathRequest {
     #[prost(string, tag = "1")]
+    #[serde(deserialize_with = "or_default")]
     path: String,
 }
 
@@ -27,6 +28,7 @@ struct PathRequest {
 #[serde(default)]
 struct ListRequest {
     #[prost(string, tag = "1")]
+    #[serde(deserialize_with = "or_default")]
     path: String,
     #[prost(uint32, tag = "2")]
     #[serde(with = "uint32")]
@@ -37,8 +39,10 @@ struct ListRequest {
 #[serde(default)]
 struct MoveRequest {
     #[prost(string, tag = "1")]
+    #[serde(deserialize_with = "or_default")]
     source: String,
     #[prost(string, tag = "2")]
+    #[serde(deserialize_with = "or_default")]
     destination: String,
 }
 
@@ -130,4 +134,21 @@ pub(super) fn decodes(codec: crate::connect::Codec, data: &[u8]) -> usize {
     decodes::<PathRequest>(codec, data)
         + decodes::<ListRequest>(codec, data)
         + decodes::<MoveRequest>(codec, data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connect::{Codec, Request};
+
+    fn is_default<T: Request + PartialEq>(text: &str) -> bool {
+        Codec::Json.decode::<T>(text.as_bytes()).unwrap() == T::default()
+    }
+
+    #[test]
+    fn null_is_the_default_of_every_field() {
+        assert!(is_default::<PathRequest>(r#"{"path":null}"#));
+        assert!(is_default::<ListRequest>(r#"{"path":null,"depth":null}"#));
+        assert!(is_default::<MoveRequest>(r#"{"source":null,"destination":null}"#));
+    }
 }

@@ -16,6 +16,7 @@ use crate::connect::{ConnectError, Nothing, json};
 pub struct ProcessConfig {
     /// Program: a path, or a name to look up in `PATH`.
     #[prost(string, tag = "1")]
+    #[serde(deserialize_with = "json::or_default")]
     pub cmd: String,
     /// Its arguments.
     #[prost(string, repeated, tag = "2")]
@@ -73,12 +74,12 @@ pub struct StartRequest {
 }
 
 /// Which process.
-#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Selector {
     /// By process id.
     #[prost(uint32, tag = "1")]
-    Pid(#[serde(with = "json::uint32")] u32),
+    Pid(#[serde(serialize_with = "json::uint32::serialize")] u32),
     /// By the tag it was started with.
     #[prost(string, tag = "2")]
     Tag(String),
@@ -86,12 +87,32 @@ pub enum Selector {
 
 /// Which process, as a message around [`Selector`].
 #[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(try_from = "SelectorFields")]
 pub struct ProcessSelector {
     /// Which.
     #[prost(oneof = "Selector", tags = "1, 2")]
     #[serde(flatten)]
     pub selector: Option<Selector>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct SelectorFields {
+    #[serde(deserialize_with = "json::uint32::optional")]
+    pid: Option<u32>,
+    tag: Option<String>,
+}
+
+impl TryFrom<SelectorFields> for ProcessSelector {
+    type Error = &'static str;
+
+    fn try_from(fields: SelectorFields) -> Result<Self, Self::Error> {
+        let selector = match (fields.pid, fields.tag) {
+            (Some(_), Some(_)) => return Err("send `pid` or `tag`, not both"),
+            (pid, tag) => pid.map(Selector::Pid).or(tag.map(Selector::Tag)),
+        };
+        Ok(Self { selector })
+    }
 }
 
 /// The process that a request names.
@@ -235,20 +256,20 @@ pub struct ProcessInfo {
 }
 
 /// Bytes for a process.
-#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Input {
     /// To its standard input.
     #[prost(bytes = "vec", tag = "1")]
-    Stdin(#[serde(with = "json::base64")] Vec<u8>),
+    Stdin(#[serde(serialize_with = "json::base64::serialize")] Vec<u8>),
     /// To its terminal.
     #[prost(bytes = "vec", tag = "2")]
-    Pty(#[serde(with = "json::base64")] Vec<u8>),
+    Pty(#[serde(serialize_with = "json::base64::serialize")] Vec<u8>),
 }
 
 /// The message around [`Input`].
 #[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(try_from = "InputFields")]
 pub struct ProcessInput {
     /// The bytes.
     #[prost(oneof = "Input", tags = "1, 2")]
@@ -256,15 +277,34 @@ pub struct ProcessInput {
     pub input: Option<Input>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct InputFields {
+    #[serde(deserialize_with = "json::base64::optional")]
+    stdin: Option<Vec<u8>>,
+    #[serde(deserialize_with = "json::base64::optional")]
+    pty: Option<Vec<u8>>,
+}
+
+impl TryFrom<InputFields> for ProcessInput {
+    type Error = &'static str;
+
+    fn try_from(fields: InputFields) -> Result<Self, Self::Error> {
+        let input = match (fields.stdin, fields.pty) {
+            (Some(_), Some(_)) => return Err("send `stdin` or `pty`, not both"),
+            (stdin, pty) => stdin.map(Input::Stdin).or(pty.map(Input::Pty)),
+        };
+        Ok(Self { input })
+    }
+}
+
 /// The bytes that a request brings.
 ///
 /// # Errors
-/// `invalid_argument` when there are none in form.
+/// `invalid_argument` when there are none.
 pub fn brought(input: Option<&ProcessInput>) -> Result<&Input, ConnectError> {
     input.and_then(|input| input.input.as_ref()).ok_or_else(|| {
-        ConnectError::invalid_argument(
-            "the input is neither `stdin` nor `pty`, or its bytes are not base64",
-        )
+        ConnectError::invalid_argument("the request has no input; send `stdin` or `pty`")
     })
 }
 
@@ -282,7 +322,7 @@ pub struct SendInputRequest {
 
 /// `StreamInput`: the process first, then input for it.
 #[derive(Clone, PartialEq, Eq, Message, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(try_from = "StreamInputFields")]
 pub struct StreamInputRequest {
     /// What the client says.
     #[prost(oneof = "InputEvent", tags = "1, 2, 3")]
@@ -290,8 +330,31 @@ pub struct StreamInputRequest {
     pub event: Option<InputEvent>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct StreamInputFields {
+    start: Option<SelectRequest>,
+    data: Option<InputData>,
+    keepalive: Option<Nothing>,
+}
+
+impl TryFrom<StreamInputFields> for StreamInputRequest {
+    type Error = &'static str;
+
+    fn try_from(fields: StreamInputFields) -> Result<Self, Self::Error> {
+        let start = fields.start.map(InputEvent::Start);
+        let data = fields.data.map(InputEvent::Data);
+        let keepalive = fields.keepalive.map(InputEvent::Keepalive);
+        let mut events = [start, data, keepalive].into_iter().flatten();
+        match (events.next(), events.next()) {
+            (_, Some(_)) => Err("send one of `start`, `data` and `keepalive` in a message"),
+            (event, None) => Ok(Self { event }),
+        }
+    }
+}
+
 /// One message of a [`StreamInputRequest`].
-#[derive(Clone, PartialEq, Eq, Oneof, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Oneof, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum InputEvent {
     /// Which process the input is for, from here on.
@@ -386,17 +449,56 @@ mod tests {
             read(r#"{"process":{"tag":"t","later":1},"input":{"stdin":"aGk="}}"#);
         assert_eq!(named(request.process.as_ref()), Ok(&Selector::Tag("t".to_owned())));
         assert_eq!(brought(request.input.as_ref()), Ok(&Input::Stdin(b"hi".to_vec())));
-        for text in [r#"{"process":{}}"#, "{}", r#"{"process":{"pid":-7}}"#] {
+        for text in [r#"{"process":{}}"#, "{}", r#"{"process":{"pid":null,"tag":null}}"#] {
             let request: SelectRequest = read(text);
             named(request.process.as_ref()).unwrap_err();
         }
-        let request: SendInputRequest = read(r#"{"input":{"stdin":"!"}}"#);
-        brought(request.input.as_ref()).unwrap_err();
         let request: StreamInputRequest = read(r#"{"start":{"process":{"pid":"42"}}}"#);
         let Some(InputEvent::Start(start)) = request.event else { panic!("{request:?}") };
         assert_eq!(named(start.process.as_ref()), Ok(&Selector::Pid(42)));
         let request: StreamInputRequest = read(r#"{"keepalive":{}}"#);
         assert_eq!(request.event, Some(InputEvent::Keepalive(Nothing {})));
+    }
+
+    #[test]
+    fn what_is_out_of_form_is_said_to_be() {
+        fn refused<T: crate::connect::Request + std::fmt::Debug>(text: &str, why: &str) {
+            let error = Codec::Json.decode::<T>(text.as_bytes()).unwrap_err();
+            assert_eq!(error.code, crate::connect::Code::InvalidArgument, "{text}");
+            assert!(error.message.contains(why), "{text}: {}", error.message);
+        }
+        refused::<SelectRequest>(r#"{"process":{"pid":-7}}"#, "no number");
+        refused::<SelectRequest>(r#"{"process":{"pid":1,"tag":"t"}}"#, "not both");
+        refused::<SendInputRequest>(r#"{"input":{"stdin":"!"}}"#, "Invalid");
+        refused::<SendInputRequest>(r#"{"input":{"stdin":"","pty":""}}"#, "not both");
+        refused::<StreamInputRequest>(r#"{"start":{},"keepalive":{}}"#, "one of");
+    }
+
+    #[test]
+    fn null_is_the_default_of_every_field() {
+        fn same<T: crate::connect::Request + PartialEq + std::fmt::Debug>(null: &str, plain: &str) {
+            assert_eq!(read::<T>(null), read::<T>(plain), "{null}");
+        }
+        same::<StartRequest>(r#"{"process":null,"pty":null,"tag":null,"stdin":null}"#, "{}");
+        same::<StartRequest>(
+            r#"{"process":{"cmd":null,"args":null,"envs":null,"cwd":null},"pty":{"size":null}}"#,
+            r#"{"process":{},"pty":{}}"#,
+        );
+        same::<UpdateRequest>(
+            r#"{"process":{"pid":1,"tag":null},"pty":{"size":{"cols":null,"rows":null}}}"#,
+            r#"{"process":{"pid":1},"pty":{"size":{}}}"#,
+        );
+        same::<UpdateRequest>(r#"{"process":null,"pty":null}"#, "{}");
+        let by_tag = r#"{"process":{"tag":"t"}}"#;
+        same::<SelectRequest>(r#"{"process":{"pid":null,"tag":"t"}}"#, by_tag);
+        let typed = r#"{"input":{"pty":"aGk="}}"#;
+        same::<SendInputRequest>(r#"{"process":null,"input":{"stdin":null,"pty":"aGk="}}"#, typed);
+        same::<SendInputRequest>(r#"{"input":null}"#, "{}");
+        same::<StreamInputRequest>(
+            r#"{"start":null,"data":{"input":null},"keepalive":null}"#,
+            r#"{"data":{}}"#,
+        );
+        same::<SendSignalRequest>(r#"{"process":null,"signal":null}"#, "{}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use prost::{Enumeration, Message, Oneof};
 use serde::{Deserialize, Serialize};
 
 use crate::connect::Nothing;
-use crate::connect::json::{Named, Names};
+use crate::connect::json::{Named, Names, or_default};
 use crate::filesystem::entry::EntryInfo;
 
 /// `WatchDir` and `CreateWatcher`.
@@ -14,16 +14,18 @@ use crate::filesystem::entry::EntryInfo;
 #[serde(rename_all = "camelCase", default)]
 pub struct WatchRequest {
     #[prost(string, tag = "1")]
+    #[serde(deserialize_with = "or_default")]
     pub path: String,
     #[prost(bool, tag = "2")]
+    #[serde(deserialize_with = "or_default")]
     pub recursive: bool,
     /// Each event says what the entry is, where it is still there.
     #[prost(bool, tag = "3")]
-    #[serde(alias = "include_entry")]
+    #[serde(alias = "include_entry", deserialize_with = "or_default")]
     pub include_entry: bool,
     /// Directories of network file systems are watched too, though not every event is seen there.
     #[prost(bool, tag = "4")]
-    #[serde(alias = "allow_network_mounts")]
+    #[serde(alias = "allow_network_mounts", deserialize_with = "or_default")]
     pub allow_network_mounts: bool,
 }
 
@@ -96,7 +98,7 @@ impl From<WatchEvent> for WatchReply {
 #[serde(rename_all = "camelCase", default)]
 pub struct WatcherId {
     #[prost(string, tag = "1")]
-    #[serde(alias = "watcher_id")]
+    #[serde(alias = "watcher_id", deserialize_with = "or_default")]
     pub watcher_id: String,
 }
 
@@ -128,6 +130,11 @@ mod tests {
         let from_json: WatchRequest = Codec::Json.decode(text).unwrap();
         let from_proto: WatchRequest = Codec::Proto.decode(b"\x0a\x02/x\x10\x01\x18\x01").unwrap();
         assert_eq!(from_json, from_proto);
+        let nulls =
+            br#"{"path":null,"recursive":null,"includeEntry":null,"allowNetworkMounts":null}"#;
+        assert_eq!(Codec::Json.decode::<WatchRequest>(nulls).unwrap(), WatchRequest::default());
+        let null = br#"{"watcherId":null}"#;
+        assert_eq!(Codec::Json.decode::<WatcherId>(null).unwrap(), WatcherId::default());
         let id: WatcherId = Codec::Json.decode(br#"{"watcherId":"w1"}"#).unwrap();
         assert_eq!(id.watcher_id, "w1");
     }

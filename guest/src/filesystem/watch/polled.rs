@@ -2,13 +2,16 @@
 //!
 //! Called by the service. A task per watcher moves events from the kernel to a queue. Refuses a queue
 //! of more than [`EVENTS_MAX`] events or [`BYTES_MAX`] bytes: the watcher then only tells that it
-//! has lost some.
+//! has lost some. Refuses to keep a watcher that nobody asks: after [`UNASKED_MAX`] it
+//! goes when the next is made, and before that when its place is wanted and it was left alone longest.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use super::Watch;
 use super::messages::FilesystemEvent;
@@ -22,6 +25,12 @@ pub const EVENTS_MAX: usize = 8192;
 
 /// Most bytes of them, in all watchers together about 256 MiB if a client wants it so.
 pub const BYTES_MAX: usize = 1024 * 1024;
+
+/// How long a watcher is kept that nobody asks for its events: its client is gone, and never removed it.
+pub const UNASKED_MAX: Duration = Duration::from_secs(15 * 60);
+
+/// A watcher that was asked more lately than this is in use, and no other takes its place.
+const IN_USE: Duration = Duration::from_secs(60);
 
 /// What an event holds besides its texts.
 const EVENT_BYTES: usize = size_of::<FilesystemEvent>();
@@ -79,6 +88,8 @@ fn size_of_event(event: &FilesystemEvent) -> usize {
 struct Polled {
     queue: Arc<Mutex<Queue>>,
     task: AbortHandle,
+    /// When somebody last asked for its events, or made it.
+    asked: Instant,
     /// Kept until the watcher is removed, and not only until it fails: that bounds how many there
     /// are to be kept at all.
     _place: Option<OwnedSemaphorePermit>,
@@ -97,6 +108,22 @@ pub struct PolledWatchers(Mutex<HashMap<String, Polled>>);
 impl PolledWatchers {
     fn all(&self) -> MutexGuard<'_, HashMap<String, Polled>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the watchers that were forgotten. Where that frees none and `is_full`, the one that was left alone
+    /// longest goes, unless it is in use.
+    pub fn make_room(&self, is_full: impl Fn() -> bool) {
+        let now = Instant::now();
+        let mut all = self.all();
+        all.retain(|_, polled| now.duration_since(polled.asked) < UNASKED_MAX);
+        if !is_full() {
+            return;
+        }
+        let oldest = all.iter().min_by_key(|(_, polled)| polled.asked);
+        let unused = oldest.filter(|(_, polled)| now.duration_since(polled.asked) >= IN_USE);
+        if let Some(id) = unused.map(|(id, _)| id.clone()) {
+            all.remove(&id);
+        }
     }
 
     /// Starts a watcher and gives its name, which nobody can guess.
@@ -124,7 +151,8 @@ impl PolledWatchers {
                 }
             }
         });
-        let polled = Polled { queue, task: task.abort_handle(), _place: place };
+        let polled =
+            Polled { queue, task: task.abort_handle(), asked: Instant::now(), _place: place };
         self.all().insert(id.clone(), polled);
         Ok(id)
     }
@@ -134,8 +162,9 @@ impl PolledWatchers {
     /// # Errors
     /// `not_found`, or what ended the watcher.
     pub fn take(&self, id: &str) -> Result<Vec<FilesystemEvent>, ConnectError> {
-        let all = self.all();
-        let polled = all.get(id).ok_or_else(|| not_found(id))?;
+        let mut all = self.all();
+        let polled = all.get_mut(id).ok_or_else(|| not_found(id))?;
+        polled.asked = Instant::now();
         let mut queue = polled.queue.lock().unwrap_or_else(PoisonError::into_inner);
         queue.take()
     }
@@ -184,5 +213,47 @@ mod tests {
             }
             assert!(!queue.put(events), "and holds nothing any more");
         }
+    }
+
+    fn polled(place: Option<OwnedSemaphorePermit>) -> Polled {
+        let task = tokio::spawn(std::future::pending::<()>()).abort_handle();
+        Polled { queue: Arc::default(), task, asked: Instant::now(), _place: place }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_forgotten_watcher_goes_and_one_that_is_asked_stays() {
+        let watchers = PolledWatchers::default();
+        watchers.all().insert("asked".to_owned(), polled(None));
+        watchers.all().insert("forgotten".to_owned(), polled(None));
+        let forgotten = watchers.all()["forgotten"].task.clone();
+        tokio::time::advance(UNASKED_MAX / 2).await;
+        watchers.take("asked").unwrap();
+        watchers.make_room(|| false);
+        assert_eq!(watchers.all().len(), 2);
+        tokio::time::advance(UNASKED_MAX / 2).await;
+        watchers.make_room(|| false);
+        assert_eq!(watchers.all().keys().collect::<Vec<_>>(), ["asked"]);
+        tokio::task::yield_now().await;
+        assert!(forgotten.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_all_places_are_taken_the_one_left_alone_longest_gives_its_own() {
+        let places = Arc::new(tokio::sync::Semaphore::new(2));
+        let watchers = PolledWatchers::default();
+        for id in ["first", "second"] {
+            let place = Arc::clone(&places).try_acquire_owned().unwrap();
+            watchers.all().insert(id.to_owned(), polled(Some(place)));
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        let is_full = || places.available_permits() == 0;
+        watchers.make_room(is_full);
+        assert!(is_full(), "both are in use");
+        tokio::time::advance(IN_USE).await;
+        watchers.take("first").unwrap();
+        watchers.make_room(is_full);
+        assert_eq!(watchers.all().keys().collect::<Vec<_>>(), ["first"]);
+        watchers.make_room(is_full);
+        assert_eq!(watchers.all().len(), 1, "no more than needed");
     }
 }

@@ -18,14 +18,18 @@ pub fn add_methods(router: &mut Router) {
     let polled = Arc::new(PolledWatchers::default());
     let keepalive: fn() -> WatchReply = || WatchEvent::Keepalive(Nothing {}).into();
 
-    let p = Arc::clone(&places);
-    let watch = move |context, request, out| watch(Arc::clone(&p), context, request, out);
+    let (p, others) = (Arc::clone(&places), Arc::clone(&polled));
+    let watch = move |context, request, out| {
+        make_room(&p, &others);
+        watch(Arc::clone(&p), context, request, out)
+    };
     server_stream(router, "filesystem.Filesystem/WatchDir", Some(keepalive), watch);
 
     let p = Arc::clone(&polled);
     unary(router, "filesystem.Filesystem/CreateWatcher", move |context: Context, request| {
         let (places, polled) = (Arc::clone(&places), Arc::clone(&p));
         async move {
+            make_room(&places, &polled);
             let watch = Watch::open(&places, &context, &request).await?;
             Ok(WatcherId { watcher_id: polled.add(watch)? })
         }
@@ -41,6 +45,10 @@ pub fn add_methods(router: &mut Router) {
         let removed = polled.remove(&request.watcher_id);
         async move { removed.map(|()| Nothing {}) }
     });
+}
+
+fn make_room(places: &Semaphore, polled: &PolledWatchers) {
+    polled.make_room(|| places.available_permits() == 0);
 }
 
 async fn watch(
