@@ -42,6 +42,8 @@ pub(crate) enum Operation {
     Get(SandboxId),
     /// Show all of its sandboxes.
     List,
+    /// Wake the builds that wait for another to be over.
+    BuildOver,
     /// End a sandbox, and answer when nothing of it is left.
     Kill(SandboxId),
     /// Set its remaining time.

@@ -31,6 +31,7 @@ mod shard;
 mod shell;
 mod stream;
 mod takeover;
+mod turns;
 mod types;
 mod uids;
 mod upkeep;

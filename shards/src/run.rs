@@ -127,6 +127,12 @@ where
             true
         }
     });
+    if ran.is_ok()
+        && let Err(error) = base.workshop.store.builds().end_at_stop()
+    {
+        let error = crate::sandbox::chain(&error);
+        tracing::warn!(error, "builds that ran are not marked as over; the next start does it");
+    }
     match ran {
         Ok(started) if started.iter().all(|started| *started) => Ok(()),
         Ok(_) => Err(RunError::Machine("a shard could not start; the log says why".into())),

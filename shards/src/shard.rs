@@ -20,6 +20,7 @@ use crate::memo::Memos;
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
+use crate::turns::Turns;
 use crate::upkeep::Upkeep;
 use crate::{
     ConnectError, CreateRequest, Epoch, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
@@ -84,6 +85,8 @@ pub(crate) struct Shard {
     spawns: RefCell<BTreeMap<String, Spawned>>,
     /// Answers to what is to be done once.
     memos: Memos,
+    /// Builds that wait for another.
+    pub(crate) turns: Turns,
     draining: Cell<bool>,
 }
 
@@ -112,6 +115,7 @@ impl Shard {
             sandboxes: RefCell::default(),
             spawns: RefCell::default(),
             memos: Memos::default(),
+            turns: Turns::default(),
             draining: Cell::new(false),
         }
     }
@@ -136,6 +140,10 @@ impl Shard {
             Operation::TenantOf(id) => Reply::Tenant(self.tenant_of(id)),
             Operation::Get(id) => Reply::Sandbox(self.get(id)),
             Operation::List => Reply::Sandboxes(self.list()),
+            Operation::BuildOver => {
+                self.turns.wake();
+                Reply::Done(Ok(()))
+            }
             Operation::Kill(id) => Reply::Done(self.kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
             Operation::Extend(id, life) => Reply::Done(self.extend(id, life)),

@@ -389,9 +389,11 @@ fn builds_wait_for_their_turn_and_a_restart_ends_them() {
     });
     assert_eq!(status(&daemon, &builds[1])["status"], "waiting");
     std::fs::write(&go, "").expect("a file");
-    for build in &builds {
-        once(&daemon, build, &["ready"]);
-    }
+    once(&daemon, &builds[0], &["ready"]);
+    let over = Instant::now();
+    once(&daemon, &builds[1], &["ready"]);
+    // It is woken: by itself it would look every 30 s.
+    assert!(over.elapsed() < Duration::from_secs(20), "{:?}", over.elapsed());
     std::fs::remove_file(&go).expect("a file");
     let third = announce(&daemon, "three");
     start(&daemon, &third, &body);
@@ -408,6 +410,24 @@ fn builds_wait_for_their_turn_and_a_restart_ends_them() {
     assert_eq!(daemon.snapshots_kept(), before + 2, "those that were done are there");
     std::fs::write(&go, "").expect("a file");
     assert_eq!(create(&daemon, "one").status, 201);
+}
+
+#[test]
+fn a_build_that_runs_when_the_host_is_stopped_ends_with_it() {
+    let (mut daemon, site) = daemon(&[]);
+    let wait = run(&format!("until test -e {}; do sleep 0.1; done", site.join("go").display()));
+    let build = announce(&daemon, "one");
+    start(&daemon, &build, &json!({ "fromTemplate": "base", "steps": [wait] }));
+    once(&daemon, &build, &["building"]);
+    daemon.signal("TERM");
+    assert!(daemon.wait().success());
+    daemon.restart();
+    let done = status(&daemon, &build);
+    assert_eq!(done["status"], "error", "{done}");
+    // In the words of the stop: the start that came after it had nothing to end.
+    let message = done["reason"]["message"].as_str().expect("a message");
+    assert!(message.contains("was stopped"), "{message}");
+    nothing_runs(&daemon);
 }
 
 /// The unmodified SDK, where `MICA_TEST_PYTHON` names a Python that has it.

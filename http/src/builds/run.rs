@@ -26,8 +26,9 @@ use crate::config::Limits;
 const BUILD_TIME_MAX: Duration = Duration::from_secs(4 * 3600);
 /// More than that, so that it is the build that ends its sandbox.
 const SANDBOX_LIFE: Duration = Duration::from_secs(4 * 3600 + 600);
-/// How often a build that waits looks whether it is its turn.
-const TURN_PAUSE: Duration = Duration::from_millis(500);
+/// How long a build waits to be woken before it looks by itself whether it is its turn: a shard that is
+/// overrun may not have been told.
+const TURN_UNTOLD_MAX: Duration = Duration::from_secs(30);
 /// Tries to end the sandbox while its shard is busy, and the time between them.
 const KILL_TRIES: u32 = 50;
 const KILL_RETRY: Duration = Duration::from_millis(200);
@@ -77,6 +78,7 @@ impl Build {
         tracing::info!(build = self.record.id, ?phase, "a build is over");
         self.set_phase(phase).await;
         drop(slot);
+        self.host.build_over().await;
     }
 
     /// Waits until fewer builds of the tenant run than may. Where the host ends first, the next start ends
@@ -84,6 +86,8 @@ impl Build {
     async fn wait_for_turn(&self, tenant: &TenantId, at_once: usize, log: &mut Log) -> BuildSlot {
         let mut said = false;
         loop {
+            // Before it looks, so that no end in between is missed.
+            let next = self.host.next_turn();
             let tenant = tenant.clone();
             let slot = self.host.with_builds(move |builds| Ok(builds.take_slot(&tenant, at_once)?));
             match slot.await {
@@ -96,7 +100,9 @@ impl Build {
                 let text = format!("Waiting: {at_once} builds run at once, and others came first");
                 log.say(Level::Info, &text).await;
             }
-            time::sleep(TURN_PAUSE).await;
+            if time::timeout(TURN_UNTOLD_MAX, next).await.is_err() {
+                tracing::debug!(build = self.record.id, "a build looks by itself for its turn");
+            }
         }
     }
 

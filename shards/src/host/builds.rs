@@ -3,14 +3,14 @@
 //! Called by `http` through [`Host`], which knows how a build goes. Refuses to delete any other snapshot
 //! than a build's.
 
-use mica_numa::rt;
+use mica_numa::rt::{self, oneshot};
 use mica_storage::{BuildStore, BuildStoreError, BuiltDefaults, SnapshotKind, StorageError};
 use mica_units::SandboxId;
 use mica_wire::guest::Defaults;
 
 use super::Host;
 use super::operations::storage;
-use crate::event::Purpose;
+use crate::event::{Operation, Purpose};
 use crate::{BuiltFor, ShardError, SnapshotInfo};
 
 impl Host {
@@ -24,6 +24,19 @@ impl Host {
     ) -> Result<Result<T, BuildStoreError>, ShardError> {
         let builds = self.0.shard.workshop.store.builds();
         rt::blocking(move || work(&builds)).await.map_err(|_| ShardError::Busy)
+    }
+
+    /// Waits until a build is over somewhere on the host, from this call on.
+    pub fn next_turn(&self) -> oneshot::Receiver<()> {
+        self.0.shard.turns.next()
+    }
+
+    /// Tells all shards that a build is over. One whose mailbox is full is not told: who waits there has to
+    /// look by himself now and then.
+    pub async fn build_over(&self) {
+        if let Err(error) = self.ask_all(|| Operation::BuildOver).await {
+            tracing::debug!(%error, "not all shards were told that a build is over");
+        }
     }
 
     /// Makes the snapshot that sandboxes of a built template start from. Durable when this returns, and

@@ -30,9 +30,12 @@ const ANNOUNCED_MS_MAX: u64 = 24 * 3600 * 1000;
 const STATE_FILE: &str = "state";
 const LOG_FILE: &str = "log";
 
-/// What a restart is called in a log.
+/// What ended a build that the last daemon left.
 const INTERRUPTED: &str =
     "the host was restarted while this build ran, and nothing of it is left; build again";
+/// What ends those that still run when a daemon stops in order.
+const STOPPED: &str =
+    "the host was stopped while this build ran, and nothing of it is left; build again";
 
 impl BuildStore {
     /// Announces a build: gives it an id and a time.
@@ -72,7 +75,15 @@ impl BuildStore {
         // Of two that begin the same build, one finds the log there.
         let log = self.runs_dir().join(&record.id).join(LOG_FILE);
         match self.store.disk.create_file(&log) {
-            Ok(_) => self.set_phase(record, BuildPhase::Waiting).map(Some),
+            Ok(_) => self.set_phase(record, BuildPhase::Waiting).map(Some).inspect_err(|_| {
+                // It did not begin, and may be begun again.
+                if let Err(error) = self.store.disk.remove_file_if_there(&log) {
+                    tracing::error!(
+                        error = chain(&error),
+                        "the log of a build that did not begin stays"
+                    );
+                }
+            }),
             Err(error) if error.is_already_there() => Ok(None),
             Err(error) => Err(error),
         }
@@ -161,10 +172,23 @@ impl BuildStore {
 
     /// Ends the builds that ran when the daemon before this one ended.
     pub(super) fn end_interrupted(&self) -> Result<()> {
+        self.end_running(INTERRUPTED)
+    }
+
+    /// Ends the builds that run, for a daemon whose shards have ended: nobody works on them any more, and who
+    /// looks into the store is not to read that they go on.
+    ///
+    /// # Errors
+    /// When the directory cannot be read or written. The next start ends them then.
+    pub fn end_at_stop(&self) -> Result<()> {
+        self.end_running(STOPPED)
+    }
+
+    fn end_running(&self, why: &str) -> Result<()> {
         for run in self.all_runs()? {
             if matches!(run.phase, BuildPhase::Waiting | BuildPhase::Building) {
-                tracing::info!(build = run.id, "this build ended with an earlier run");
-                let failed = BuildPhase::Failed { message: INTERRUPTED.to_owned(), step: None };
+                tracing::info!(build = run.id, why, "a build is over");
+                let failed = BuildPhase::Failed { message: why.to_owned(), step: None };
                 self.set_phase(run, failed)?;
             }
         }

@@ -266,3 +266,34 @@ fn a_lookup_reads_the_templates_of_one_tenant_alone() {
     builds.remove_built(&ours.id).unwrap().unwrap();
     assert_eq!(fs::read_dir(root.join("tenants/acme")).unwrap().count(), 0);
 }
+
+#[test]
+fn a_build_that_could_not_begin_can_begin_again() {
+    let (directory, builds) = store();
+    let template = builds.template_for(&tenant("acme"), "app").unwrap();
+    let run = builds.announce(announced(&template)).unwrap();
+    let state = directory.path().join("store/builds/runs").join(&run.id).join("state");
+    // A directory in place of what is to be written beside it.
+    let beside = state.with_file_name(".new-state");
+    fs::create_dir(&beside).unwrap();
+    builds.begin_run(run.clone()).unwrap_err();
+    fs::remove_dir(&beside).unwrap();
+    let begun = builds.begin_run(run.clone()).unwrap().expect("it begins");
+    assert_eq!(begun.phase, BuildPhase::Waiting);
+    assert_eq!(builds.begin_run(run).unwrap(), None);
+}
+
+#[test]
+fn builds_that_run_when_the_host_stops_are_over_at_once() {
+    let (_directory, builds) = store();
+    let acme = tenant("acme");
+    let template = builds.template_for(&acme, "app").unwrap();
+    let run = builds.announce(announced(&template)).unwrap();
+    let waits = builds.announce(announced(&template)).unwrap();
+    builds.begin_run(run.clone()).unwrap().unwrap();
+    builds.end_at_stop().unwrap();
+    let phase = |id: &str| builds.run(&acme, id).unwrap().unwrap().phase;
+    let BuildPhase::Failed { message, .. } = phase(&run.id) else { panic!("it still runs") };
+    assert!(message.contains("was stopped"), "{message}");
+    assert_eq!(phase(&waits.id), BuildPhase::Announced, "it may be begun on the next start");
+}
