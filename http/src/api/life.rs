@@ -114,9 +114,8 @@ mod tests {
 
     #[test]
     fn lives_of_new_sandboxes_in_both_spellings() {
-        let life = |timeout, has_lifecycle| {
-            of_create(timeout, has_lifecycle, &Limits::default()).ok()
-        };
+        let life =
+            |timeout, has_lifecycle| of_create(timeout, has_lifecycle, &Limits::default()).ok();
         let fixed = |seconds| Some(NewLife { timeout: Duration::from_secs(seconds), idle: false });
         let idle = |seconds| Some(NewLife { timeout: Duration::from_secs(seconds), idle: true });
         let never = Some(NewLife { timeout: NEVER, idle: false });
