@@ -207,9 +207,9 @@ where
     F: Future<Output = T> + 'static,
 {
     let core = topology::read().unwrap().nodes[0].cores[0].cpu();
-    let seat = ShardSeat { shard: ShardId::new(0), core, node: 0 };
-    let vcpus = VcpuCores { node: 0, cpus: vec![core], shared_with_shards: true };
-    let plan = Plan { seats: vec![seat], vcpus: vec![vcpus], reserved: vec![] };
+    let seat = ShardSeat::new(ShardId::new(0), core, 0);
+    let vcpus = VcpuCores::new(0, vec![core], true);
+    let plan = Plan { seats: vec![seat], vcpus: vec![vcpus], ..Plan::default() };
     let stop = StopSignal::new().unwrap();
     run_all(&plan, vec![()], &stop, move |_, ()| work()).unwrap().pop().unwrap()
 }

@@ -10,6 +10,7 @@
 pub mod arena;
 mod bell;
 mod blocking;
+pub mod cpus;
 pub mod io;
 pub mod mailbox;
 pub mod memfd;
@@ -23,6 +24,9 @@ mod sys;
 pub mod topology;
 pub mod userfault;
 
-pub use plan::{Plan, PlanConfig, PlanError, Reserved, ShardSeat, Shards, plan};
+pub use cpus::CpuList;
+pub use plan::{
+    MemoryPolicy, Plan, PlanConfig, PlanError, Reserved, ShardSeat, Shards, Smt, VcpuPin, plan,
+};
 pub use stop::StopSignal;
 pub use topology::Topology;

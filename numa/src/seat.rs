@@ -142,9 +142,7 @@ where
 {
     let shard = seat.shard.index();
     let threads = |source| SeatError::Threads { shard, source };
-    let near = plan.vcpus.iter().find(|vcpus| vcpus.node == seat.node);
-    let cpus = near.map_or_else(|| vec![seat.core], |vcpus| vcpus.cpus.clone());
-    let pool = Pool::start(&cpus).map_err(threads)?;
+    let pool = Pool::start(&plan.blocking_cpus(seat)).map_err(threads)?;
     let (go, may_go) = channel();
     let (stop, report) = (stop.clone(), report.clone());
     let body = move || {

@@ -16,18 +16,18 @@ use mica_numa::mailbox::{Returned, mailbox};
 use mica_numa::plan::VcpuCores;
 use mica_numa::rt::{self, net, time};
 use mica_numa::seat::{SeatError, run_all};
-use mica_numa::{Plan, PlanConfig, Reserved, ShardSeat, Shards, StopSignal, plan, topology};
+use mica_numa::{Plan, PlanConfig, ShardSeat, Shards, StopSignal, plan, topology};
 use mica_units::ShardId;
 
 /// Two seats, on two cores where there are two.
 fn two_seats() -> Plan {
     let topology = topology::read().unwrap();
-    let wish = PlanConfig { shards: Shards::Total(2), reserved: Reserved::PerNode(0) };
+    let wish = PlanConfig { shards: Shards::Total(2), ..PlanConfig::default() };
     plan(&topology, &wish).unwrap_or_else(|_| {
         let core = topology.nodes[0].cores[0].cpu();
-        let seat = |index| ShardSeat { shard: ShardId::new(index), core, node: 0 };
-        let vcpus = VcpuCores { node: 0, cpus: vec![core], shared_with_shards: true };
-        Plan { seats: vec![seat(0), seat(1)], vcpus: vec![vcpus], reserved: vec![] }
+        let seat = |index| ShardSeat::new(ShardId::new(index), core, 0);
+        let vcpus = VcpuCores::new(0, vec![core], true);
+        Plan { seats: vec![seat(0), seat(1)], vcpus: vec![vcpus], ..Plan::default() }
     })
 }
 

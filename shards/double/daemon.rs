@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
-use mica_numa::{PlanConfig, Reserved, Shards, StopSignal, plan, rt, topology};
+use mica_numa::{PlanConfig, Shards, StopSignal, plan, rt, topology};
 use mica_shards::{CreateRequest, Host, HostConfig};
 use mica_storage::FlattenLimits;
 use mica_units::{GuestPort, SandboxId};
@@ -20,7 +20,7 @@ pub fn run(options: &[&str]) {
     let [store, cgroup, program, keep, on_demand_over_mib, writes] = options else {
         panic!("not six of {options:?}")
     };
-    let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
+    let wish = PlanConfig { shards: Shards::Total(1), ..PlanConfig::default() };
     let plan = plan(&topology::read().unwrap(), &wish).unwrap();
     let config = HostConfig {
         cgroup_limits_required: false,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use mica_numa::{PlanConfig, Reserved, Shards, plan, topology};
+use mica_numa::{PlanConfig, Shards, plan, topology};
 use mica_shards::{HostConfig, StopSignal};
 use mica_storage::FlattenLimits;
 
@@ -84,7 +84,7 @@ pub fn run(store: &Path, name: &str, args: &WarmArgs) -> Result<()> {
         memory_reserve_mib: 0,
         accounts: mica_shards::Accounts::new(),
     };
-    let wish = PlanConfig { shards: Shards::Total(1), reserved: Reserved::PerNode(0) };
+    let wish = PlanConfig { shards: Shards::Total(1), ..PlanConfig::default() };
     let machine = topology::read().context("cannot read the machine")?;
     let plan = plan(&machine, &wish).context("cannot place the guest")?;
     let stop = StopSignal::new().context("cannot make the stop signal")?;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use mica_numa::{Plan, PlanConfig, Reserved, Shards, StopSignal, plan, topology};
+use mica_numa::{Plan, PlanConfig, Shards, StopSignal, plan, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, run, warm};
 use mica_storage::{FlattenLimits, Part, ReadyWhen, Store, TemplateSpec};
 use mica_units::{Mebibytes, ShardId, VcpuCount};
@@ -55,7 +55,7 @@ impl Places {
     pub fn make(root: &Path, vm_program: &Path, shards: u16) -> Result<Self> {
         fs::create_dir(root).with_context(|| format!("make {}", root.display()))?;
         let mount = cgroup_mount()?;
-        let wish = PlanConfig { shards: Shards::Total(shards), reserved: Reserved::PerNode(0) };
+        let wish = PlanConfig { shards: Shards::Total(shards), ..PlanConfig::default() };
         let places = Self {
             root: root.to_owned(),
             cgroup: mount.join(format!("mica-bench-{}", std::process::id())),

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use mica_numa::plan::VcpuCores;
-use mica_numa::{Plan, PlanConfig, Reserved, ShardSeat, Shards, StopSignal, plan, topology};
+use mica_numa::{Plan, PlanConfig, ShardSeat, Shards, StopSignal, plan, topology};
 use mica_shards::{CreateRequest, Host, HostConfig, RunError, run};
 use mica_storage::{
     BlockingFile, FlatWriter, FlattenLimits, Part, ReadyWhen, SnapshotKind, SnapshotManifest,
@@ -336,12 +336,12 @@ fn state(register: u64) -> Vec<u8> {
 /// Two shards, sharing a core where there is but one.
 pub fn two_seats() -> Plan {
     let topology = topology::read().unwrap();
-    let wish = PlanConfig { shards: Shards::Total(2), reserved: Reserved::PerNode(0) };
+    let wish = PlanConfig { shards: Shards::Total(2), ..PlanConfig::default() };
     plan(&topology, &wish).unwrap_or_else(|_| {
         let core = topology.nodes[0].cores[0].cpu();
-        let seat = |index| ShardSeat { shard: ShardId::new(index), core, node: 0 };
-        let vcpus = VcpuCores { node: 0, cpus: vec![core], shared_with_shards: true };
-        Plan { seats: vec![seat(0), seat(1)], vcpus: vec![vcpus], reserved: vec![] }
+        let seat = |index| ShardSeat::new(ShardId::new(index), core, 0);
+        let vcpus = VcpuCores::new(0, vec![core], true);
+        Plan { seats: vec![seat(0), seat(1)], vcpus: vec![vcpus], ..Plan::default() }
     })
 }
 
