@@ -1,4 +1,4 @@
-//! The command line of `mica serve` and `mica topology`, parsed once into types.
+//! The command line of `mica serve`, parsed once into types.
 //!
 //! Called by `main`. Refuses what cannot work while there is still somebody to read why.
 
@@ -9,42 +9,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use mica_http::{HttpConfig, Keys, Limits};
-use mica_numa::{PlanConfig, Reserved, Shards};
 use mica_shards::{Accounts, HostConfig, NEVER};
 use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
 use crate::key::book::KeyPlaces;
+use crate::layout::PlanArgs;
 use crate::tls::TlsArgs;
 
 const VM_PROGRAM: &str = "mica-vm";
-
-/// Where shards sit.
-#[derive(Args, Debug, Clone)]
-pub struct PlanArgs {
-    /// Number of shards on the whole machine. Default: a quarter of the cores of each node.
-    #[arg(long, value_name = "N", conflicts_with = "shards_per_node")]
-    shards: Option<u16>,
-    /// Number of shards on each memory node.
-    #[arg(long, value_name = "N")]
-    shards_per_node: Option<u16>,
-    /// Cores of each memory node that get no role and are left to the system.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    reserved_per_node: u16,
-}
-
-impl PlanArgs {
-    /// The wishes, as the planner takes them.
-    #[must_use]
-    pub fn config(&self) -> PlanConfig {
-        let shards = match (self.shards, self.shards_per_node) {
-            (Some(total), _) => Shards::Total(total),
-            (None, Some(each)) => Shards::PerNode(each),
-            (None, None) => Shards::Auto,
-        };
-        PlanConfig { shards, reserved: Reserved::PerNode(self.reserved_per_node) }
-    }
-}
 
 /// Everything `mica serve` can be told.
 #[derive(Args, Debug)]

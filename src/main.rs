@@ -10,6 +10,7 @@ mod config;
 mod helper;
 mod key;
 mod kvm_kind;
+mod layout;
 mod pool;
 mod serve;
 mod signals;
@@ -36,8 +37,8 @@ struct Cli {
 enum Command {
     /// Run the host: the API, the sandbox proxy, and the sandboxes.
     Serve(config::ServeArgs),
-    /// Print which core and memory node each shard and the vCPUs would sit on.
-    Topology(config::PlanArgs),
+    /// Show a machine, and which of its hardware threads shards and vCPUs would sit on.
+    Topology(topology::TopologyArgs),
     /// Make, list and move templates.
     Template(template::TemplateArgs),
     /// Make, list and revoke API keys.

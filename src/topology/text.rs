@@ -1,0 +1,106 @@
+//! A machine and its plan as text.
+//!
+//! Called by `mica topology`. Refuses nothing; what comes from a file was made printable when it was
+//! read.
+
+use mica_numa::topology::{Device, Node};
+
+use super::Layout;
+
+/// First the machine, then who sits where.
+pub(super) fn show(layout: &Layout) -> String {
+    let Layout { topology, plan, smt } = layout;
+    let mut text = format!("machine         {}\n", headline(layout));
+    for node in &topology.nodes {
+        let mut facts = vec![bytes(node.memory_bytes)];
+        facts.extend(node.package.map(|package| format!("package {package}")));
+        facts.push(format!(
+            "cpus {}",
+            if node.cores.is_empty() { "none".to_owned() } else { node.cpus().to_string() }
+        ));
+        facts.extend(caches(node));
+        facts.extend(distances(node));
+        add(&mut text, &format!("  node {}", node.index), &facts.join(", "));
+        let here = names(topology.devices.iter().filter(|device| device.node == Some(node.index)));
+        if !here.is_empty() {
+            add(&mut text, "", &here);
+        }
+    }
+    let nowhere = names(topology.devices.iter().filter(|device| device.node.is_none()));
+    if !nowhere.is_empty() {
+        add(&mut text, "  near no node", &nowhere);
+    }
+    add(&mut text, "plan", &format!("{}, --smt {smt}", counted(plan.seats.len(), "shard")));
+    text.push_str(&plan.to_string());
+    text
+}
+
+fn add(text: &mut String, name: &str, value: &str) {
+    text.push_str(&format!("{name:<16}{value}\n"));
+}
+
+/// Model and counts.
+pub(super) fn headline(layout: &Layout) -> String {
+    let nodes = &layout.topology.nodes;
+    let cores: usize = nodes.iter().map(|node| node.cores.len()).sum();
+    let mut facts: Vec<String> = layout.topology.model.iter().cloned().collect();
+    facts.push(counted(nodes.len(), "node"));
+    facts.push(counted(cores, "core"));
+    facts.push(counted(layout.topology.cpus().cpus().len(), "hardware thread"));
+    facts.join(", ")
+}
+
+/// `1 core`, `2 cores`.
+pub(super) fn counted(count: usize, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
+/// Bytes in the largest unit of which there is one.
+pub(super) fn bytes(count: u64) -> String {
+    let (unit, name) = match count {
+        0 => return "no memory".to_owned(),
+        1..0x10_0000 => (1 << 10, "KiB"),
+        0x10_0000..0x4000_0000 => (1 << 20, "MiB"),
+        _ => (1 << 30, "GiB"),
+    };
+    // Rounded to tenths.
+    let tenths = (count.saturating_mul(10) + unit / 2) / unit;
+    match (tenths / 10, tenths % 10) {
+        (whole, 0) => format!("{whole} {name}"),
+        (whole, tenth) => format!("{whole}.{tenth} {name}"),
+    }
+}
+
+fn caches(node: &Node) -> Option<String> {
+    let first = node.caches.first()?;
+    let same = node.caches.iter().all(|cache| cache.bytes == first.bytes);
+    let count = node.caches.len();
+    Some(match (count, same && first.bytes > 0) {
+        (1, true) => format!("L3 {}", bytes(first.bytes)),
+        (_, true) => format!("{count} L3 of {}", bytes(first.bytes)),
+        (_, false) => format!("{count} L3"),
+    })
+}
+
+/// How far other nodes are.
+pub(super) fn distances(node: &Node) -> Option<String> {
+    let others = node.distances.iter().filter(|(other, _)| **other != node.index);
+    let far: Vec<String> = others.map(|(other, far)| format!("{other} at {far}")).collect();
+    (!far.is_empty()).then(|| format!("node {}", far.join(", ")))
+}
+
+fn names<'d>(devices: impl Iterator<Item = &'d Device>) -> String {
+    devices.map(|device| device.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_rounded_to_tenths() {
+        let shown = [0, 4096, 36 << 20, (187 << 30) + (1 << 29), 1 << 40].map(bytes);
+        assert_eq!(shown, ["no memory", "4 KiB", "36 MiB", "187.5 GiB", "1024 GiB"]);
+    }
+}
