@@ -1,7 +1,7 @@
 //! Threads for what would block a shard: spawning, file systems, waiting for a process.
 //!
 //! Called by `shards` as `blocking(f).await`. Each seat has its own few threads, bound to the cores
-//! of its node that run vCPUs, never to the shard's core; a process they start inherits that. They
+//! of its node that run vCPUs or to the siblings of the shard's thread, never to the shard's own. They
 //! are started before the seat pins itself. Refuses work beyond [`JOBS_MAX`].
 
 use std::any::Any;
@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use rustix::thread::CpuSet;
 
 use crate::mailbox::{Mailbox, Post, mailbox};
+use crate::placement::{prefer_memory, set_of};
 use crate::rt::{Task, oneshot};
 
 /// Threads of one seat.
@@ -83,21 +84,16 @@ pub(crate) struct Closer {
 }
 
 impl Pool {
-    /// Starts the threads on `cpus`.
-    pub(crate) fn start(cpus: &[u32]) -> io::Result<Self> {
+    /// Starts the threads on `cpus`, with memory of a node.
+    pub(crate) fn start(cpus: &[u32], memory_node: u32) -> io::Result<Self> {
         let (jobs, queue) = sync_channel(JOBS_MAX);
         let queue = Arc::new(Mutex::new(queue));
         let (post, done) = mailbox(JOBS_MAX)?;
-        let mut set = CpuSet::new();
-        for cpu in cpus.iter().filter_map(|cpu| usize::try_from(*cpu).ok()) {
-            if cpu < CpuSet::MAX_CPU {
-                set.set(cpu);
-            }
-        }
+        let set = set_of(&cpus.iter().copied().collect());
         let mut threads = Vec::with_capacity(THREADS_PER_SEAT);
         for _ in 0..THREADS_PER_SEAT {
             let (queue, post) = (Arc::clone(&queue), post.clone());
-            let body = move || work(&queue, &post, &set);
+            let body = move || work(&queue, &post, &set, memory_node);
             threads.push(std::thread::Builder::new().name("blocking".to_owned()).spawn(body)?);
         }
         Ok(Self { jobs, done, threads })
@@ -136,10 +132,11 @@ impl Closer {
     }
 }
 
-fn work(queue: &Mutex<Receiver<Job>>, post: &Post<Done>, cpus: &CpuSet) {
+fn work(queue: &Mutex<Receiver<Job>>, post: &Post<Done>, cpus: &CpuSet, memory_node: u32) {
     if let Err(error) = rustix::thread::sched_setaffinity(None, cpus) {
         tracing::warn!(%error, "a blocking thread is not bound to its node's cores");
     }
+    prefer_memory(memory_node);
     loop {
         // Jobs run unlocked; one thread at a time waits for the next.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();

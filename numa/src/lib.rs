@@ -14,6 +14,8 @@ pub mod cpus;
 pub mod io;
 pub mod mailbox;
 pub mod memfd;
+pub mod numa_maps;
+pub mod placement;
 pub mod plan;
 pub mod preflight;
 pub mod process;
@@ -25,6 +27,7 @@ pub mod topology;
 pub mod userfault;
 
 pub use cpus::CpuList;
+pub use placement::Placement;
 pub use plan::{
     MemoryPolicy, Plan, PlanConfig, PlanError, Reserved, ShardSeat, Shards, Smt, VcpuPin, plan,
 };

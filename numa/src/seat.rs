@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use glommio::{LocalExecutor, LocalExecutorBuilder, Placement};
 
 use crate::blocking::Pool;
+use crate::placement::prefer_memory;
 use crate::preflight::{self, PreflightError};
 use crate::{Plan, ShardSeat, StopSignal};
 
@@ -142,7 +143,7 @@ where
 {
     let shard = seat.shard.index();
     let threads = |source| SeatError::Threads { shard, source };
-    let pool = Pool::start(&plan.blocking_cpus(seat)).map_err(threads)?;
+    let pool = Pool::start(&plan.blocking_cpus(seat), seat.memory_node).map_err(threads)?;
     let (go, may_go) = channel();
     let (stop, report) = (stop.clone(), report.clone());
     let body = move || {
@@ -177,6 +178,8 @@ fn executor(seat: ShardSeat) -> Result<LocalExecutor, SeatError> {
     if !fits || !core_affinity::set_for_current(core_affinity::CoreId { id }) {
         return Err(SeatError::Pin { shard, core });
     }
+    // Before its rings and buffers are made.
+    prefer_memory(seat.memory_node);
     LocalExecutorBuilder::new(Placement::Unbound)
         .name("shard")
         .ring_depth(RING_ENTRIES)

@@ -92,15 +92,68 @@ pub(crate) fn pidfd_exists(pidfd: BorrowedFd<'_>) -> bool {
     sent == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
 }
 
+/// Words of a set of memory nodes: `MAX_NUMNODES` of x86-64 kernels, in bits.
+const NODE_WORDS: usize = 16;
+
+/// What the kernel is told of the length of such a set: it reads one bit less.
+const NODE_BITS: u64 = NODE_WORDS as u64 * 64 + 1;
+
+fn only_node(node: u32) -> io::Result<[u64; NODE_WORDS]> {
+    let mut nodes = [0u64; NODE_WORDS];
+    let word = nodes.get_mut((node / u64::BITS) as usize).ok_or(io::ErrorKind::InvalidInput)?;
+    *word |= 1 << (node % u64::BITS);
+    Ok(nodes)
+}
+
+/// A thread's memory policy, as the kernel has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ThreadMemory {
+    mode: libc::c_int,
+    nodes: [u64; NODE_WORDS],
+}
+
+impl ThreadMemory {
+    /// On this node only, or on it while it has room.
+    pub(crate) fn on(node: u32, only: bool) -> io::Result<Self> {
+        let mode = if only { libc::MPOL_BIND } else { libc::MPOL_PREFERRED };
+        Ok(Self { mode, nodes: only_node(node)? })
+    }
+
+    /// What this thread has now.
+    pub(crate) fn of_this_thread() -> io::Result<Self> {
+        let mut policy = Self { mode: 0, nodes: [0; NODE_WORDS] };
+        let (address, flags) = (std::ptr::null::<u8>(), 0);
+        // SAFETY: the kernel writes the mode and as many bits as it is told there are, both ours and
+        // exclusively borrowed; without flags it looks at no address.
+        let got = unsafe {
+            libc::syscall(
+                libc::SYS_get_mempolicy,
+                &raw mut policy.mode,
+                policy.nodes.as_mut_ptr(),
+                NODE_BITS - 1,
+                address,
+                flags,
+            )
+        };
+        if got == 0 { Ok(policy) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// set_mempolicy(2): where pages come to lie that this thread, and what it starts, asks for.
+    pub(crate) fn apply(&self) -> io::Result<()> {
+        // The default policy has no set, and the kernel takes none for it.
+        let none = self.mode == libc::MPOL_DEFAULT;
+        let nodes = if none { std::ptr::null() } else { self.nodes.as_ptr() };
+        // SAFETY: the policy changes where pages come to lie, and no byte of them; the mask is null, which
+        // the kernel does not read, or has as many bits as it reads.
+        let set = unsafe { libc::syscall(libc::SYS_set_mempolicy, self.mode, nodes, NODE_BITS) };
+        if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 /// mbind(2) with MPOL_PREFERRED: pages that come to the range lie on `node` while it has room.
 pub(crate) fn prefer_node(start: usize, bytes: usize, node: u32) -> io::Result<()> {
-    const WORD: u32 = u64::BITS;
-    let mut nodes = [0u64; 16];
-    let word = nodes.get_mut((node / WORD) as usize).ok_or(io::ErrorKind::InvalidInput)?;
-    *word |= 1 << (node % WORD);
-    let mode = libc::MPOL_PREFERRED;
-    // The kernel reads one bit less than it is told.
-    let bits = nodes.len() as u64 * u64::from(WORD) + 1;
+    let nodes = only_node(node)?;
+    let (mode, bits) = (libc::MPOL_PREFERRED, NODE_BITS);
     // SAFETY: the policy changes where pages come to lie, and no byte of them, whatever the range is;
     // the mask has as many bits as the kernel reads.
     let set =

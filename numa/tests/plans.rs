@@ -238,13 +238,13 @@ fn some_topology() -> impl Strategy<Value = Topology> {
             let cores: Vec<u32> = nodes.iter().map(|(cores, ..)| *cores).collect();
             let mut topology = machine(&cores, threads);
             let mut index = 0;
-            for (at, (node, (_, memory, gap))) in topology.nodes.iter_mut().zip(&nodes).enumerate()
-            {
+            let numbered = (0u32..).zip(topology.nodes.iter_mut().zip(&nodes));
+            for (at, (node, (_, memory, gap))) in numbered {
                 // Indices with gaps, nodes without memory, and cores of which some threads are forbidden.
                 index += 1 + gap;
                 node.index = index;
                 node.memory_bytes = *memory;
-                let allowed = |cpu: &u32| holes.rotate_left(*cpu) & 7 != at as u32;
+                let allowed = |cpu: &u32| holes.rotate_left(*cpu) & 7 != at;
                 let part = |core: &Core| {
                     Core::new(core.threads().iter().copied().filter(allowed).collect())
                 };
