@@ -83,6 +83,20 @@ fn vm(mood: &Mood) {
     hang();
 }
 
+/// A thread that is there and does nothing, as those of vCPUs without a guest. It has its name when this
+/// returns: a thread gives it to itself.
+fn name_a_thread(name: String) {
+    let (named, is_named) = std::sync::mpsc::channel();
+    let idle = move || {
+        named.send(()).unwrap();
+        loop {
+            std::thread::park();
+        }
+    };
+    std::thread::Builder::new().name(name).spawn(idle).unwrap();
+    is_named.recv().unwrap();
+}
+
 fn send_raw(socket: &ControlSocket, bytes: &[u8]) {
     rustix::net::send(socket, bytes, rustix::net::SendFlags::empty()).unwrap();
 }
@@ -118,6 +132,9 @@ impl Vm {
             _ => {}
         }
         let [spare, console, exchange] = shell_fds(&config, fds);
+        for vcpu in 0..config.vcpus {
+            name_a_thread(format!("vcpu-{vcpu}"));
+        }
         let machine = Machine::new(config.memory(), config.log_writes);
         // Without it nobody can tell writes apart. The shard registers the memory, from outside.
         let userfault = (as_built != "untracked").then(Userfault::create).and_then(Result::ok);

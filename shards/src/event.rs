@@ -15,7 +15,7 @@ use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
 use crate::shell::PoolCounts;
 use crate::{
     BuiltFor, ConnectError, CreateRequest, Epoch, LogLine, NetworkPolicy, OnTimeout, SandboxInfo,
-    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
+    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor, WrongNode,
 };
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
@@ -71,6 +71,8 @@ pub(crate) enum Operation {
     RequestOf(SandboxId),
     /// Say which process a sandbox is.
     ProcessOf(SandboxId),
+    /// Say what of a sandbox is on the wrong node.
+    WrongNode(SandboxId),
     /// Let the files of a deleted snapshot go.
     Forget(String),
     /// Say how many sandboxes it made from each template.
@@ -155,6 +157,8 @@ pub(crate) enum Reply {
     Request(Result<Box<CreateRequest>, ShardError>),
     /// To `ProcessOf`.
     Process(Result<SandboxProcess, ShardError>),
+    /// To `WrongNode`.
+    WrongNode(Result<WrongNode, ShardError>),
     /// To `Spawns`, by template id.
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.

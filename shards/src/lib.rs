@@ -20,7 +20,9 @@ mod error;
 mod event;
 mod host;
 mod hours;
+mod loads;
 mod memo;
+mod placement;
 mod pressure;
 mod recovery;
 mod replicas;
@@ -49,6 +51,7 @@ pub use mica_storage::{
     BUILD_LOG_BYTES_MAX, BuildPhase, BuildRecord, BuildSlot, BuildStore, BuildStoreError, Built,
     BuiltDefaults, BuiltTag, BuiltTemplate, DEFAULT_TAG, Reference, Upload, UploadGrant,
 };
+pub use placement::WrongNode;
 pub use run::run;
 pub(crate) use stream::Epoch;
 pub use stream::GuestStream;

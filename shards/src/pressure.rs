@@ -1,8 +1,8 @@
-//! When memory is short: which frozen process goes first.
+//! When memory is short: which frozen process goes first, and where creates do not go.
 //!
 //! Run on each shard as its own task. Paused sandboxes are on disk, so their processes are a cache:
-//! where the node has less free memory than its reserve, the longest paused goes. Refuses to touch
-//! anything that runs.
+//! where the node has less free memory than its reserve, the longest paused goes, and creates go to
+//! other nodes. Refuses to touch anything that runs.
 
 use std::io;
 use std::rc::Rc;
@@ -13,7 +13,7 @@ use mica_numa::rt::{self, time};
 
 use crate::shard::Shard;
 
-/// How often memory is looked at while something could be given back.
+/// How often memory is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Looks until `stop`.
@@ -31,13 +31,16 @@ pub(crate) async fn watch(shard: Rc<Shard>, node: u32, stop: StopSignal) {
         if futures_lite::future::or(ended, pause).await {
             return;
         }
-        let Some((sandbox, _)) = shard.longest_paused() else { continue };
         match rt::blocking(move || available_bytes(node)).await {
-            Ok(Ok(available)) if available < reserve => {
-                tracing::info!(id = %sandbox.id, available, "memory is short: a paused process goes");
-                sandbox.evict();
+            Ok(Ok(available)) => {
+                let short = available < reserve;
+                shard.loads[shard.id].set_memory_is_short(short);
+                if let Some((sandbox, _)) = shard.longest_paused().filter(|_| short) {
+                    let id = sandbox.id;
+                    tracing::info!(%id, available, "memory is short: a paused process goes");
+                    sandbox.evict();
+                }
             }
-            Ok(Ok(_)) => {}
             Ok(Err(error)) => tracing::warn!(%error, "cannot tell how much memory is free"),
             Err(error) => tracing::debug!(%error, "memory was not looked at"),
         }

@@ -9,25 +9,26 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use mica_numa::io::{Ring, RingConfig};
 use mica_numa::mailbox::{Mailbox, mailbox};
 use mica_numa::rt;
 use mica_numa::seat::{self, SeatError};
-use mica_numa::{Plan, ShardSeat, StopSignal};
+use mica_numa::{Placement, Plan, ShardSeat, StopSignal};
 use mica_storage::{SnapshotKind, Store};
 use mica_units::{PerShard, ShardCount, ShardId};
 
 use crate::cgroup::Cgroups;
 use crate::event::{ANSWERS_MAX, Address, Answer, REQUESTS_MAX, Request};
+use crate::loads::Loads;
 use crate::recovery::{Survivor, recover};
 use crate::sandbox::Workshop;
-use crate::shard::{Loads, Place, Shard};
+use crate::shard::{Place, Shard};
 use crate::shell::demand::{Bounds, Demand};
-use crate::shell::{Launcher, Pool, Size, empty_network, now_s};
+use crate::shell::{Launcher, Pins, Pool, Size, empty_network, now_s};
 use crate::uids::Uids;
 use crate::{Host, HostConfig, RunError, hours, pressure, takeover, warmth};
 
@@ -42,27 +43,44 @@ struct Input {
     requests: Mailbox<Request>,
     answers: Mailbox<Answer>,
     loads: Loads,
+    placement: Placement,
 }
 
 /// What all shards, and the making of templates, need of a host.
 #[derive(Clone, Debug)]
 pub(crate) struct Base {
     pub(crate) workshop: Workshop,
-    pub(crate) launcher: Launcher,
+    cgroups: Cgroups,
+    /// The network namespace of all VM processes.
+    netns: Arc<OwnedFd>,
+    pins: Pins,
     /// Uids of processes that are taken over.
     pub(crate) taken: Arc<BTreeSet<u32>>,
 }
 
 impl Base {
     /// The pool of one shard, with what it remembers of demand.
-    pub(crate) fn pool(&self, shard: ShardId, shards: ShardCount, demand: Demand) -> Rc<Pool> {
+    pub(crate) fn pool(
+        &self,
+        shard: ShardId,
+        shards: ShardCount,
+        placement: Placement,
+        demand: Demand,
+    ) -> Rc<Pool> {
         let config = &self.workshop.config;
         let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
         let bounds = Bounds { floor: size(config.pool_floor), ceiling: size(config.pool_ceiling) };
         // One for each sandbox, and as many again as pools may hold and graves may wait.
         let total = config.sandboxes_max.saturating_mul(2).saturating_add(1024);
         let uids = Uids::share(config.uid_first, total, shard, shards, &self.taken);
-        Rc::new(Pool::new(self.launcher.clone(), bounds, uids, demand))
+        let launcher = Launcher {
+            config: Arc::clone(config),
+            cgroups: self.cgroups.clone(),
+            netns: Arc::clone(&self.netns),
+            placement: Arc::new(placement),
+            pins: self.pins.clone(),
+        };
+        Rc::new(Pool::new(launcher, bounds, uids, demand))
     }
 }
 
@@ -81,16 +99,18 @@ where
     S: Fn(Host, StopSignal) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + 'static,
 {
-    let (base, survivors) = open(config)?;
+    let (base, survivors) = open(config, plan)?;
     let inputs = inputs(plan, &base, survivors)?;
     let shards = plan.shard_count();
     let signal = stop.clone();
     let ran = seat::run_all(plan, inputs, &stop, move |seat: ShardSeat, input: Input| {
         let (serve, stop) = (serve.clone(), signal.clone());
         async move {
-            let Input { base, survivors, librarian, addresses, requests, answers, loads } = input;
-            let place = Place { id: seat.shard, shards, node: seat.node, librarian };
-            let (shard, templates) = match seat_shard(&base, place, loads).await {
+            let Input { base, survivors, librarian, addresses, requests, answers, .. } = input;
+            let Input { loads, placement, .. } = input;
+            let memory_node = seat.memory_node;
+            let place = Place { id: seat.shard, shards, memory_node, librarian };
+            let (shard, templates) = match seat_shard(&base, place, placement, loads).await {
                 Ok(made) => made,
                 Err(error) => {
                     // The other shards must not go on without this one's sandboxes.
@@ -108,7 +128,7 @@ where
                 rt::spawn(take_requests(Rc::clone(&shard), addresses, requests)),
                 rt::spawn(take_answers(host.clone(), answers)),
                 rt::spawn(refuse_at_stop(Rc::clone(&shard), stop.clone())),
-                rt::spawn(pressure::watch(Rc::clone(&shard), seat.node, stop.clone())),
+                rt::spawn(pressure::watch(Rc::clone(&shard), memory_node, stop.clone())),
                 rt::spawn(hours::keep(Rc::clone(&shard), stop.clone())),
                 rt::spawn(warmth::bring_in_all(Rc::clone(&shard), templates)),
             ];
@@ -142,9 +162,9 @@ where
 }
 
 /// Everything that can fail before a shard starts.
-fn open(config: HostConfig) -> Result<(Base, Vec<Survivor>), RunError> {
+fn open(config: HostConfig, plan: &Plan) -> Result<(Base, Vec<Survivor>), RunError> {
     // First: its lock says that no other daemon's sandboxes are about to be killed.
-    let (base, cgroups) = open_base(config)?;
+    let (base, cgroups) = open_base(config, plan)?;
     let survivors = recover(&base.workshop.store, &cgroups)
         .map_err(|error| RunError::Machine(Box::new(error)))?;
     let uid = |survivor: &Survivor| Some(survivor.record.process.as_ref()?.uid);
@@ -153,7 +173,7 @@ fn open(config: HostConfig) -> Result<(Base, Vec<Survivor>), RunError> {
 }
 
 /// Checks the configuration and opens what it names.
-pub(crate) fn open_base(config: HostConfig) -> Result<(Base, Cgroups), RunError> {
+pub(crate) fn open_base(config: HostConfig, plan: &Plan) -> Result<(Base, Cgroups), RunError> {
     config.check()?;
     check_program(&config).map_err(|error| {
         let program = config.vm_program.display();
@@ -170,10 +190,10 @@ pub(crate) fn open_base(config: HostConfig) -> Result<(Base, Cgroups), RunError>
         .map_err(|error| machine(Box::new(error)))?;
     let netns = empty_network().map_err(|error| machine(Box::new(error)))?;
     let config = Arc::new(config);
-    let launcher =
-        Launcher { config: Arc::clone(&config), cgroups: cgroups.clone(), netns: Arc::new(netns) };
     let workshop = Workshop { config, store };
-    Ok((Base { workshop, launcher, taken: Arc::default() }, cgroups))
+    let (netns, pins) = (Arc::new(netns), Pins::new(plan));
+    let base = Base { workshop, cgroups: cgroups.clone(), netns, pins, taken: Arc::default() };
+    Ok((base, cgroups))
 }
 
 /// Checks that the VM program can be run at all, at start and not at the first create.
@@ -188,6 +208,7 @@ fn check_program(config: &HostConfig) -> std::io::Result<()> {
 async fn seat_shard(
     base: &Base,
     place: Place,
+    placement: Placement,
     loads: Loads,
 ) -> Result<(Rc<Shard>, Vec<String>), String> {
     let buffers = base.workshop.config.io_buffers;
@@ -207,7 +228,7 @@ async fn seat_shard(
         .await
         .map_err(|error| error.to_string())?
         .map_err(|error| crate::sandbox::chain(&error))?;
-    let pool = base.pool(place.id, place.shards, Demand::from_text(&hours, now_s()));
+    let pool = base.pool(place.id, place.shards, placement, Demand::from_text(&hours, now_s()));
     let mut templates = Vec::with_capacity(warm.len());
     for (size, template) in warm {
         pool.want(size, &template);
@@ -225,7 +246,7 @@ fn inputs(plan: &Plan, base: &Base, survivors: Vec<Survivor>) -> Result<Vec<Inpu
         let ends = mailbox(REQUESTS_MAX).and_then(|requests| Ok((requests, mailbox(ANSWERS_MAX)?)));
         boxes.push(ends.map_err(|error| RunError::Machine(Box::new(error)))?);
     }
-    let loads: Loads = Arc::new(PerShard::from_fn(shards, |_| AtomicU32::new(0)));
+    let loads = crate::loads::loads(shards);
     let addresses = PerShard::from_fn(shards, |shard| {
         let ((requests, _), (answers, _)) = &boxes[usize::from(shard.index())];
         Address { requests: requests.clone(), answers: answers.clone() }
@@ -243,14 +264,21 @@ fn inputs(plan: &Plan, base: &Base, survivors: Vec<Survivor>) -> Result<Vec<Inpu
         requests,
         answers,
         loads: Arc::clone(&loads),
+        placement: Placement::of_node(plan, node_of(plan, ShardId::new(shard))),
     };
     Ok((0..).zip(boxes).map(input).collect())
 }
 
+/// The node of a shard, which has a seat.
+fn node_of(plan: &Plan, shard: ShardId) -> u32 {
+    let seat = plan.seats.iter().find(|seat| seat.shard == shard);
+    seat.map_or(0, |seat| seat.node)
+}
+
 /// The first shard on the node of this one.
 fn first_of_node(plan: &Plan, shard: ShardId) -> ShardId {
-    let node = plan.seats.iter().find(|seat| seat.shard == shard).map(|seat| seat.node);
-    let first = plan.seats.iter().find(|seat| Some(seat.node) == node);
+    let node = node_of(plan, shard);
+    let first = plan.seats.iter().find(|seat| seat.node == node);
     first.map_or(shard, |seat| seat.shard)
 }
 

@@ -6,17 +6,17 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use mica_numa::io::Ring;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
-use mica_units::{GuestPort, PerShard, SandboxId, ShardCount, ShardId, TenantId};
+use mica_units::{GuestPort, SandboxId, ShardCount, ShardId, TenantId};
 
 use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
+use crate::loads::Loads;
 use crate::memo::Memos;
+use crate::placement;
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
@@ -24,7 +24,7 @@ use crate::turns::Turns;
 use crate::upkeep::Upkeep;
 use crate::{
     ConnectError, CreateRequest, Epoch, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
-    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
+    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor, WrongNode,
 };
 
 /// Bytes of an access token, before they become hexadecimal.
@@ -39,10 +39,6 @@ const SPAWNS_MAX: usize = 4096;
 /// How long all sandboxes together may take to go when the daemon stops.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How many live sandboxes each shard has. A hint to spread creates by, read and written without order;
-/// what counts is the owner's own admission.
-pub(crate) type Loads = Arc<PerShard<AtomicU32>>;
-
 /// Where a shard is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
@@ -50,8 +46,8 @@ pub(crate) struct Place {
     pub(crate) id: ShardId,
     /// Of how many.
     pub(crate) shards: ShardCount,
-    /// Its memory node.
-    pub(crate) node: u32,
+    /// The node that its memory is on.
+    pub(crate) memory_node: u32,
     /// The first shard of that node.
     pub(crate) librarian: ShardId,
 }
@@ -71,7 +67,7 @@ pub(crate) struct Shard {
     pub(crate) ring: Rc<Ring>,
     /// What sandboxes are restored from.
     pub(crate) images: Images,
-    /// How many sandboxes every shard has.
+    /// What every shard shows of itself.
     pub(crate) loads: Loads,
     /// The shard that keeps this node's copies of base layers.
     pub(crate) librarian: ShardId,
@@ -93,13 +89,13 @@ pub(crate) struct Shard {
 impl Shard {
     /// A shard without sandboxes.
     pub(crate) fn new(
-        Place { id, shards, node, librarian }: Place,
+        Place { id, shards, memory_node, librarian }: Place,
         workshop: Workshop,
         pool: Rc<Pool>,
         ring: Rc<Ring>,
         loads: Loads,
     ) -> Self {
-        let replicas = Replicas::new(node, workshop.config.replica_budget_bytes());
+        let replicas = Replicas::new(memory_node, workshop.config.replica_budget_bytes());
         Self {
             id,
             shards,
@@ -161,6 +157,7 @@ impl Shard {
             Operation::Resume(id, wake) => Reply::Resumed(self.resume(id, wake).await),
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
             Operation::ProcessOf(id) => Reply::Process(self.process_of(id)),
+            Operation::WrongNode(id) => Reply::WrongNode(self.wrong_node(id).await),
             Operation::Forget(id) => {
                 self.images.forget(&id);
                 Reply::Done(Ok(()))
@@ -302,6 +299,10 @@ impl Shard {
         request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 
+    async fn wrong_node(self: &Rc<Self>, id: SandboxId) -> Result<WrongNode, ShardError> {
+        placement::wrong_node(self, &self.find(id)?).await
+    }
+
     fn process_of(&self, id: SandboxId) -> Result<SandboxProcess, ShardError> {
         let held = self.find(id)?.process().ok_or(ShardError::NoSuchSandbox(id))?;
         let failed = |error: std::io::Error| ShardError::OperationFailed {
@@ -393,7 +394,7 @@ impl Shard {
 
     pub(crate) fn show_load(&self) {
         let count = u32::try_from(self.sandboxes.borrow().len()).unwrap_or(u32::MAX);
-        self.loads[self.id].store(count, Ordering::Relaxed);
+        self.loads[self.id].set_sandboxes(count);
     }
 
     /// The sandbox that has waited longest with its process.

@@ -4,7 +4,7 @@
 //! everything the daemon held; what is told there is as hostile as everything from a VM process.
 //! Refuses to give up a paused sandbox because of its process: then it is resumed from disk.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -114,6 +114,7 @@ async fn open(
         opened.await.map_err(|error| error.to_string())?.map_err(|error| chain(&error))?;
     let on_demand = record.on_demand;
     let memory = Memory { layers, on_demand, doubted: true, ..Memory::default() };
+    shard.pool.pin(&held).await;
     Ok((Rc::new(held), memory))
 }
 
@@ -135,8 +136,8 @@ fn held(recorded: &RecordedProcess) -> Result<Held, TakeoverError> {
     };
     let name = recorded.name.parse().map_err(|_| TakeoverError::Record)?;
     let control = ControlSocket::from_fd(control);
-    let (uid, taken_back) = (recorded.uid, Cell::new(false));
-    Ok(Held { name, uid, process, control, console, exchange, layout, taken_back })
+    let (uid, taken_back, pinned) = (recorded.uid, Cell::new(false), RefCell::new(None));
+    Ok(Held { name, uid, process, control, console, exchange, layout, pinned, taken_back })
 }
 
 fn identity(record: &Record, accounts: &Accounts) -> Identity {

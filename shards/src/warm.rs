@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mica_numa::io::{Ring, RingConfig};
 use mica_numa::process::{ProcessError, RemoteMemory, Wanted};
 use mica_numa::rt::{self, time};
-use mica_numa::{Plan, ShardSeat, StopSignal, seat};
+use mica_numa::{Placement, Plan, ShardSeat, StopSignal, seat};
 use mica_storage::{
     FlatWriter, LayerInfo, ReadyWhen, SnapshotKind, SnapshotManifest, StorageError, Template,
 };
@@ -72,24 +72,30 @@ pub fn warm(
     stop: StopSignal,
     template: &str,
 ) -> Result<(), WarmError> {
-    let (base, cgroups) = open_base(config)?;
+    let (base, cgroups) = open_base(config, plan)?;
     // What an earlier run left in its own control group.
     let left: Vec<SandboxId> =
         cgroups.children().map_err(machine)?.into_iter().map(|(name, _)| name).collect();
     cgroups.sweep(&left).map_err(machine)?;
     let plan = Plan { seats: plan.seats.iter().copied().take(1).collect(), ..plan.clone() };
-    let input = (base, template.to_owned());
+    let node = plan.seats.first().map_or(0, |seat| seat.node);
+    let input = (base, Placement::of_node(&plan, node), template.to_owned());
     let signal = stop.clone();
-    let ran = seat::run_all(&plan, vec![input], &stop, move |_: ShardSeat, (base, template)| {
-        let signal = signal.clone();
-        async move {
-            let stopped = async {
-                signal.stopped().await;
-                Err(guest("it was told to stop", ""))
-            };
-            futures_lite::future::or(on_seat(base, template), stopped).await
-        }
-    });
+    let ran = seat::run_all(
+        &plan,
+        vec![input],
+        &stop,
+        move |_: ShardSeat, (base, placement, template)| {
+            let signal = signal.clone();
+            async move {
+                let stopped = async {
+                    signal.stopped().await;
+                    Err(guest("it was told to stop", ""))
+                };
+                futures_lite::future::or(on_seat(base, placement, template), stopped).await
+            }
+        },
+    );
     match ran.map_err(machine)?.pop() {
         Some(outcome) => outcome,
         None => Err(guest("no seat ran", "")),
@@ -104,7 +110,7 @@ fn guest(why: impl Into<String>, console: impl Into<String>) -> WarmError {
     WarmError::Guest { why: why.into(), console: console.into() }
 }
 
-async fn on_seat(base: Base, name: String) -> Result<(), WarmError> {
+async fn on_seat(base: Base, placement: Placement, name: String) -> Result<(), WarmError> {
     let store = base.workshop.store.clone();
     let wanted = name.clone();
     let found = rt::blocking(move || store.find_template(&wanted)).await??;
@@ -113,7 +119,7 @@ async fn on_seat(base: Base, name: String) -> Result<(), WarmError> {
     let ring = Ring::attach(RingConfig { buffers }).map_err(machine)?;
     let manifest = template.manifest();
     let size = Size { vcpus: manifest.vcpus, memory: manifest.memory, disk: manifest.has_disk() };
-    let pool = base.pool(ShardId::new(0), ShardCount::MIN, Demand::default());
+    let pool = base.pool(ShardId::new(0), ShardCount::MIN, placement, Demand::default());
     let shell = pool
         .take(size, &manifest.id)
         .await

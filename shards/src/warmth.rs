@@ -29,7 +29,12 @@ pub(crate) fn bring_in(shard: &Rc<Shard>, image: &Arc<Opened>) {
     }
     let (shard, image) = (Rc::clone(shard), Arc::clone(image));
     rt::spawn(async move {
-        if !replicate(&shard, &image).await {
+        if replicate(&shard, &image).await {
+            // Clients ask by name or by id.
+            let load = &shard.loads[shard.id];
+            load.add_near(&image.manifest.id);
+            load.add_near(image.manifest.template_name.as_str());
+        } else {
             prefetch(&shard, &image).await;
         }
     })

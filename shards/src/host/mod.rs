@@ -17,7 +17,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mica_numa::mailbox::Returned;
@@ -27,6 +26,7 @@ use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, S
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
+use crate::loads::in_order;
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
 use crate::{
@@ -93,7 +93,7 @@ impl Host {
         operation: fn(SandboxId, Box<CreateRequest>) -> Operation,
     ) -> Result<SandboxInfo, ShardError> {
         let mut full = None;
-        for shard in self.preferred_shards()? {
+        for shard in self.preferred_shards(&request.template)? {
             let id = self.draw_id(shard)?;
             let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
             let operation = operation(id, Box::new(request.clone()));
@@ -332,21 +332,13 @@ impl Host {
         Ok(Pending { receiver, host: self, ticket })
     }
 
-    /// Every shard, the less loaded of two drawn ones first, then the others by load.
-    fn preferred_shards(&self) -> Result<Vec<ShardId>, ShardError> {
-        let load = |shard: ShardId| self.0.shard.loads[shard].load(Ordering::Relaxed);
-        let mut shards: Vec<ShardId> = self.0.addresses.iter().map(|(shard, _)| shard).collect();
+    /// Every shard, in the order in which a create tries them.
+    fn preferred_shards(&self, template: &str) -> Result<Vec<ShardId>, ShardError> {
         let mut drawn = [0u8; 6];
         random(&mut drawn)?;
         let [a, b, c, d, e, f] = drawn;
-        let count = shards.len();
-        let place = |low, high| usize::from(u16::from_le_bytes([low, high])) % count;
-        // So that of equals it is not always the first: sorting keeps their order.
-        shards.rotate_left(place(e, f));
-        shards.sort_by_key(|shard| load(*shard));
-        // Sorted by load, so the lower place is the less loaded of the two.
-        shards[..=place(a, b).min(place(c, d))].rotate_right(1);
-        Ok(shards)
+        let drawn = [[a, b], [c, d], [e, f]].map(u16::from_le_bytes);
+        Ok(in_order(&self.0.shard.loads, template, drawn))
     }
 
     fn draw_id(&self, shard: ShardId) -> Result<SandboxId, ShardError> {

@@ -16,6 +16,7 @@ use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Purpose, Reply, Spawned, Wake};
 use crate::{
     HostCounters, LogLine, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo, Usage,
+    WrongNode,
 };
 
 impl Host {
@@ -201,6 +202,17 @@ impl Host {
         }
         sum.disk_copies = self.0.shard.workshop.store.disk_copies();
         Ok(sum)
+    }
+
+    /// What of a sandbox is on the wrong node. The kernel walks the page tables of its process for that.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn wrong_node(&self, id: SandboxId) -> Result<WrongNode, ShardError> {
+        match self.ask(self.owner(id), Operation::WrongNode(id)).await? {
+            Reply::WrongNode(result) => result,
+            other => Err(out_of_form(&other)),
+        }
     }
 
     /// This node's copy of a snapshot's base layer in memory; none where it does not fit.

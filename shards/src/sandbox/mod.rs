@@ -28,6 +28,7 @@ use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
 use mica_units::{GuestPort, SandboxId, TenantId};
 
+use crate::placement::VcpuClock;
 use crate::shell::Held;
 use crate::{
     CreateRequest, Epoch, Lifecycle, NEVER, NetworkPolicy, OnTimeout, SandboxInfo, ShardError,
@@ -94,6 +95,8 @@ pub(crate) struct Sandbox {
     network: RefCell<NetworkPolicy>,
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
+    /// What its vCPUs ran where, as far as somebody looked.
+    vcpu_clock: RefCell<VcpuClock>,
     /// What happened to it, and what it used.
     journal: RefCell<Journal>,
     /// How often it stopped taking streams: those from before are not good any more.
@@ -128,6 +131,7 @@ impl Sandbox {
             deadline: Cell::new(from_now(NEVER).0),
             life: Cell::new(life),
             put_off_at: Cell::new(None),
+            vcpu_clock: RefCell::default(),
             journal: RefCell::default(),
             epoch: Cell::default(),
             waking: RefCell::new(None),
@@ -221,6 +225,16 @@ impl Sandbox {
             self.epoch.set(self.epoch.get().next());
         }
         self.tell_watchers();
+    }
+
+    /// Its process, while it has one.
+    pub(crate) fn held(&self) -> Option<Rc<Held>> {
+        self.held.borrow().clone()
+    }
+
+    /// What was seen of its vCPUs.
+    pub(crate) fn vcpu_clock(&self) -> std::cell::RefMut<'_, VcpuClock> {
+        self.vcpu_clock.borrow_mut()
     }
 
     /// Resolves when it is neither on its way to running nor away from it.

@@ -5,11 +5,12 @@
 //! a create then is a few mappings and registers. Refuses to be used twice: what a guest touched goes.
 
 pub(crate) mod demand;
+mod pins;
 mod pool;
 mod process;
 mod spawn;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -17,8 +18,10 @@ use std::rc::Rc;
 use mica_units::{Mebibytes, SandboxId, VcpuCount};
 use mica_wire::vm::{self, ControlSocket};
 
+use self::pins::Pinned;
 use crate::sandbox::Events;
 
+pub(crate) use pins::{Pins, vcpu_threads};
 pub(crate) use pool::{Claim, NoShell, Pool, PoolCounts, now_s};
 pub(crate) use process::{OpenError, VmProcess, start_ticks};
 pub(crate) use spawn::{Launched, Launcher, empty_network};
@@ -58,6 +61,8 @@ pub(crate) struct Held {
     pub(crate) exchange: OwnedFd,
     /// What it said of itself.
     pub(crate) layout: vm::Shell,
+    /// The hardware threads of its vCPUs, where each has one.
+    pub(crate) pinned: RefCell<Option<Pinned>>,
     /// Whether it has ended, and its uid was given back: once.
     pub(crate) taken_back: Cell<bool>,
 }

@@ -12,11 +12,12 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_numa::rt::{self, BlockingError, time};
+use mica_numa::{Placement, VcpuPin};
 use mica_units::{SANDBOX_ID_CHARS, SandboxId};
 use mica_wire::vm;
 
 use super::demand::{Bounds, Demand};
-use super::{Held, Launched, Launcher, Shell, Size, VmProcess};
+use super::{Held, Launched, Launcher, Shell, Size, VmProcess, pins};
 use crate::sandbox::{Events, send};
 use crate::shard::random;
 use crate::uids::Uids;
@@ -155,7 +156,9 @@ impl Pool {
             if shell.held.process.is_alive() {
                 counts.hits += 1;
                 self.counts.set(counts);
-                return Ok(Shell { claim: Some(Claim::new(self)), ..shell });
+                let claim = Claim::new(self);
+                self.pin(&shell.held).await;
+                return Ok(Shell { claim: Some(claim), ..shell });
             }
             self.nudge();
             tracing::warn!(name = %shell.held.name, "a shell died while it waited");
@@ -164,7 +167,31 @@ impl Pool {
         counts.misses += 1;
         self.counts.set(counts);
         let claim = Claim::new(self);
-        Ok(Shell { claim: Some(claim), ..self.build(size).await? })
+        let shell = self.build(size).await?;
+        self.pin(&shell.held).await;
+        Ok(Shell { claim: Some(claim), ..shell })
+    }
+
+    /// Where the processes of this pool run, and where their memory comes from.
+    pub(crate) fn placement(&self) -> &Placement {
+        &self.launcher.placement
+    }
+
+    /// Gives each vCPU of a process that is about to have a guest its hardware thread, where the plan
+    /// wants that. Not before: shells that wait run nothing.
+    pub(crate) async fn pin(&self, held: &Held) {
+        let placement = self.placement();
+        if placement.pin != VcpuPin::Core {
+            return;
+        }
+        let (pins, among) = (self.launcher.pins.clone(), placement.near_cpus.clone());
+        let pid = held.process.pid();
+        let name = held.name;
+        match rt::blocking(move || pins::pin_vcpus(&pins, &among, pid)).await {
+            Ok(Ok(pinned)) => *held.pinned.borrow_mut() = Some(pinned),
+            Ok(Err(error)) => tracing::warn!(%name, %error, "vCPUs run on any core of their node"),
+            Err(error) => tracing::warn!(%name, %error, "vCPUs run on any core of their node"),
+        }
     }
 
     /// Makes a shell.
@@ -227,6 +254,7 @@ impl Pool {
                     console,
                     exchange,
                     layout,
+                    pinned: RefCell::new(None),
                     taken_back: Cell::new(false),
                 };
                 Ok(Shell { held: Rc::new(held), events, claim: None })
@@ -255,6 +283,7 @@ impl Pool {
         }
         let safe = self.end_process(held.name, held.uid, &held.process).await;
         held.taken_back.set(safe);
+        *held.pinned.borrow_mut() = None;
         safe
     }
 

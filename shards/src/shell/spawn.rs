@@ -11,6 +11,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mica_numa::Placement;
 use mica_units::SandboxId;
 use mica_wire::vm::{self, ControlSocket, EXCHANGE_BYTES, Event, FdRole, ShellConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,7 +19,7 @@ use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
 use rustix::process::Pid;
 
 use super::process::last_words;
-use super::{Size, VmProcess};
+use super::{Pins, Size, VmProcess};
 use crate::HostConfig;
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::console;
@@ -84,6 +85,10 @@ pub(crate) struct Launcher {
     pub(crate) cgroups: Cgroups,
     /// The network namespace without anything in it that all VM processes share.
     pub(crate) netns: Arc<OwnedFd>,
+    /// Where they belong.
+    pub(crate) placement: Arc<Placement>,
+    /// Who has which hardware thread.
+    pub(crate) pins: Pins,
 }
 
 impl Launcher {
@@ -154,7 +159,8 @@ impl Launcher {
             .stdout(Stdio::from(netns))
             .stderr(Stdio::piped());
         let program = self.config.vm_program.display();
-        let mut child = command.spawn().map_err(step(format!("starting {program}")))?;
+        let started = self.placement.start(|| command.spawn()).map_err(step("placing it"))?;
+        let mut child = started.map_err(step(format!("starting {program}")))?;
         // Our copy of the other end must go, or its closing would never be seen.
         drop(command);
         self.adopt(name, &mut child, near).map_err(|error| {

@@ -148,9 +148,22 @@ impl Bench {
     where
         F: Future<Output = ()> + 'static,
     {
+        self.host_on(&two_seats(), config, test)
+    }
+
+    /// The same, on another plan, which has a shard 0.
+    pub fn host_on<F>(
+        &self,
+        plan: &Plan,
+        config: HostConfig,
+        test: impl FnOnce(Host) -> F + Send + 'static,
+    ) -> Result<(), RunError>
+    where
+        F: Future<Output = ()> + 'static,
+    {
         let test = std::sync::Arc::new(std::sync::Mutex::new(Some(test)));
         let stop = StopSignal::new().unwrap();
-        run(&two_seats(), config, stop, move |host, stop| {
+        run(plan, config, stop, move |host, stop| {
             let test =
                 (host.shard() == ShardId::new(0)).then(|| test.lock().unwrap().take()).flatten();
             async move {

@@ -13,6 +13,7 @@ mod history;
 mod life;
 mod on_demand;
 mod pausing;
+mod placement;
 mod pool;
 mod restart;
 mod routing;

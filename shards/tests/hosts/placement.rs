@@ -1,0 +1,113 @@
+//! VM processes are where the plan says, from their first instruction on.
+//!
+//! Against the double, read from /proc. Memory nodes are counted where the kernel knows any; how it is
+//! with two of them is shown end to end (`tests/e2e/test_placement.py`).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mica_numa::{MemoryPolicy, Plan, VcpuPin};
+use mica_shards::HostConfig;
+
+use crate::common::{Bench, request, two_seats};
+
+/// The line of a process's status with this name.
+fn status(pid: u32, name: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.trim().to_owned()
+}
+
+/// The only thread that guests may run on: the last of this process's.
+fn last_cpu_for_vcpus() -> (Plan, u32) {
+    let mut plan = two_seats();
+    let allowed = status(std::process::id(), "Cpus_allowed_list:");
+    let last = *allowed.parse::<mica_numa::CpuList>().unwrap().cpus().last().unwrap();
+    plan.vcpus[0].cpus = vec![last];
+    plan.vcpus[0].shared_with_shards = true;
+    (plan, last)
+}
+
+#[test]
+fn a_vm_process_has_the_cores_and_the_memory_of_its_node() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    for (memory, policy) in [(MemoryPolicy::Bind, "bind:"), (MemoryPolicy::Preferred, "prefer")] {
+        let (plan, cpu) = last_cpu_for_vcpus();
+        let plan = Plan { memory, ..plan };
+        let places = bench.clone();
+        let config = HostConfig { boot_deadline: Duration::from_secs(20), ..bench.config() };
+        let ran = bench.host_on(&plan, config, move |host| async move {
+            let made = host.create(request("agent")).await.unwrap();
+            let pids = places.pids();
+            assert!(!pids.is_empty());
+            for pid in pids {
+                assert_eq!(status(pid, "Cpus_allowed_list:"), cpu.to_string());
+                let maps = Path::new("/proc").join(pid.to_string()).join("numa_maps");
+                if let Ok(maps) = fs::read_to_string(maps) {
+                    let stack = maps.lines().find(|line| line.contains(" stack ")).unwrap();
+                    assert!(stack.contains(policy), "{stack}");
+                }
+            }
+            let placed = host.wrong_node(made.id).await.unwrap();
+            // This machine may have more nodes than one; all of a process is on one in any case.
+            assert_eq!((placed.pages, placed.vcpu_time), (0, Duration::ZERO), "{placed:?}");
+            if Path::new("/proc/self/numa_maps").exists() {
+                assert!(placed.pages_in_memory > 0, "{placed:?}");
+            }
+            host.kill(made.id).await.unwrap();
+            assert!(host.wrong_node(made.id).await.is_err(), "it is gone");
+        });
+        ran.unwrap();
+    }
+}
+
+/// Where each vCPU thread of a process may run.
+fn vcpus_of(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let tasks = tasks.map(|entry| entry.unwrap().path());
+    let is_vcpu =
+        |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap().starts_with("vcpu-");
+    let allowed = |task: PathBuf| {
+        let text = fs::read_to_string(task.join("status")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        line.unwrap().trim().to_owned()
+    };
+    tasks.filter(is_vcpu).map(allowed).collect()
+}
+
+#[test]
+fn each_vcpu_has_a_hardware_thread_where_the_plan_says_so() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    let allowed = status(std::process::id(), "Cpus_allowed_list:");
+    let allowed: mica_numa::CpuList = allowed.parse().unwrap();
+    let mut plan = Plan { pin: VcpuPin::Core, ..two_seats() };
+    plan.vcpus[0].cpus = allowed.cpus().to_vec();
+    let places = bench.clone();
+    let ran = bench.host_on(&plan, bench.config(), move |host| async move {
+        for round in 0..2 {
+            let mut made = Vec::new();
+            for _ in 0..2 {
+                made.push(host.create(request("agent")).await.unwrap().id);
+            }
+            let mut counts = BTreeMap::new();
+            for cpu in places.pids().into_iter().flat_map(vcpus_of) {
+                *counts.entry(cpu.parse::<u32>().expect("one cpu")).or_insert(0) += 1;
+            }
+            assert_eq!(counts.values().sum::<i32>(), 4, "two sandboxes of two vCPUs: {counts:?}");
+            // As even as can be, also after others have gone.
+            let most = 4usize.div_ceil(allowed.cpus().len());
+            assert!(
+                counts.values().all(|count| *count <= i32::try_from(most).unwrap()),
+                "{round}: {counts:?}"
+            );
+            for id in made {
+                host.kill(id).await.unwrap();
+            }
+        }
+    });
+    ran.unwrap();
+}
