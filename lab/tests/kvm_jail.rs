@@ -74,6 +74,11 @@ fn check_threads(vm: &OneVm) {
     let tasks: Vec<_> =
         fs::read_dir(proc(vm).join("task")).unwrap().map(|task| task.unwrap().path()).collect();
     assert!(tasks.len() >= 4, "control, devices and two vCPUs, got {tasks:?}");
+    let name = |task: &std::path::PathBuf| fs::read_to_string(task.join("comm")).unwrap();
+    let mut vcpus: Vec<String> =
+        tasks.iter().map(name).filter(|n| n.starts_with("vcpu-")).collect();
+    vcpus.sort();
+    assert_eq!(vcpus, ["vcpu-0\n", "vcpu-1\n"], "a shard finds them by these names, to pin them");
     for task in tasks {
         let name = fs::read_to_string(task.join("comm")).unwrap();
         // KVM's own helper thread is a kernel thread in all but name.
