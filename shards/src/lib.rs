@@ -25,6 +25,7 @@ mod memo;
 mod placement;
 mod pressure;
 mod recovery;
+pub mod registry;
 mod replicas;
 pub mod rt;
 mod run;
