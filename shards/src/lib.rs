@@ -14,6 +14,7 @@
 
 mod account;
 mod cgroup;
+mod choice;
 mod config;
 mod console;
 mod error;

@@ -22,11 +22,12 @@ use mica_storage::{SnapshotKind, Store};
 use mica_units::{PerShard, ShardCount, ShardId};
 
 use crate::cgroup::Cgroups;
+use crate::choice::Choice;
 use crate::event::{ANSWERS_MAX, Address, Answer, REQUESTS_MAX, Request};
 use crate::loads::Loads;
 use crate::recovery::{Survivor, recover};
 use crate::sandbox::Workshop;
-use crate::shard::{Place, Shard};
+use crate::shard::{Place, Shard, random};
 use crate::shell::demand::{Bounds, Demand};
 use crate::shell::{Launcher, Pins, Pool, Size, empty_network, now_s};
 use crate::uids::Uids;
@@ -234,7 +235,12 @@ async fn seat_shard(
         pool.want(size, &template);
         templates.push(template);
     }
-    let shard = Shard::new(place, base.workshop.clone(), pool, ring, loads);
+    let mut seed = [0; 8];
+    random(&mut seed).map_err(|error| error.to_string())?;
+    let sandboxes_max = base.workshop.config.sandboxes_max;
+    let choice = Choice::new(place.shards, sandboxes_max, loads, u64::from_le_bytes(seed))
+        .map_err(|error| error.to_string())?;
+    let shard = Shard::new(place, base.workshop.clone(), pool, ring, choice);
     Ok((Rc::new(shard), templates))
 }
 

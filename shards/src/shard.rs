@@ -13,8 +13,8 @@ use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 use mica_units::{GuestPort, SandboxId, ShardCount, ShardId, TenantId};
 
+use crate::choice::{Choice, share};
 use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
-use crate::loads::Loads;
 use crate::memo::Memos;
 use crate::placement;
 use crate::replicas::Replicas;
@@ -67,8 +67,8 @@ pub(crate) struct Shard {
     pub(crate) ring: Rc<Ring>,
     /// What sandboxes are restored from.
     pub(crate) images: Images,
-    /// What every shard shows of itself.
-    pub(crate) loads: Loads,
+    /// Which shard a new sandbox goes to.
+    pub(crate) choice: Choice,
     /// The shard that keeps this node's copies of base layers.
     pub(crate) librarian: ShardId,
     /// Those copies, if it is this one.
@@ -93,7 +93,7 @@ impl Shard {
         workshop: Workshop,
         pool: Rc<Pool>,
         ring: Rc<Ring>,
-        loads: Loads,
+        choice: Choice,
     ) -> Self {
         let replicas = Replicas::new(memory_node, workshop.config.replica_budget_bytes());
         Self {
@@ -107,7 +107,7 @@ impl Shard {
             pool,
             ring,
             images: Images::default(),
-            loads,
+            choice,
             sandboxes: RefCell::default(),
             spawns: RefCell::default(),
             memos: Memos::default(),
@@ -375,14 +375,12 @@ impl Shard {
         self.show_load();
     }
 
-    /// Sandboxes that may have a process here: all shards' shares together are what the host may run.
+    /// Sandboxes that may have a process here.
     fn share(&self) -> u32 {
-        let (total, shards) = (self.workshop.config.sandboxes_max, u32::from(self.shards.get()));
-        let one_more = u32::from(self.id.index()) < total % shards;
-        total / shards + u32::from(one_more)
+        share(self.workshop.config.sandboxes_max, self.shards, self.id)
     }
 
-    fn at_capacity(&self) -> ShardError {
+    pub(crate) fn at_capacity(&self) -> ShardError {
         ShardError::AtCapacity { sandboxes_max: self.workshop.config.sandboxes_max }
     }
 
@@ -394,7 +392,7 @@ impl Shard {
 
     pub(crate) fn show_load(&self) {
         let count = u32::try_from(self.sandboxes.borrow().len()).unwrap_or(u32::MAX);
-        self.loads[self.id].set_sandboxes(count);
+        self.choice.show(self.id, count);
     }
 
     /// The sandbox that has waited longest with its process.

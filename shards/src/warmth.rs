@@ -31,7 +31,7 @@ pub(crate) fn bring_in(shard: &Rc<Shard>, image: &Arc<Opened>) {
     rt::spawn(async move {
         if replicate(&shard, &image).await {
             // Clients ask by name or by id.
-            let load = &shard.loads[shard.id];
+            let load = &shard.choice.loads()[shard.id];
             load.add_near(&image.manifest.id);
             load.add_near(image.manifest.template_name.as_str());
         } else {

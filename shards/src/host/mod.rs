@@ -26,7 +26,7 @@ use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, S
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
-use crate::loads::in_order;
+use crate::registry::HostSet;
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
 use crate::{
@@ -92,8 +92,12 @@ impl Host {
         request: CreateRequest,
         operation: fn(SandboxId, Box<CreateRequest>) -> Operation,
     ) -> Result<SandboxInfo, ShardError> {
-        let mut full = None;
-        for shard in self.preferred_shards(&request.template)? {
+        let mut full = self.0.shard.at_capacity();
+        let mut tried = HostSet::default();
+        // None has room, or each has said that it has none.
+        while let Ok(chosen) = self.0.shard.choice.choose(&tried, &request.template) {
+            let shard = chosen.shard();
+            tried.insert(chosen.host());
             let id = self.draw_id(shard)?;
             let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
             let operation = operation(id, Box::new(request.clone()));
@@ -102,12 +106,12 @@ impl Host {
             match made? {
                 Reply::Sandbox(Ok(info)) => return Ok(*info),
                 // Its share is used up; another shard may have room.
-                Reply::Sandbox(Err(error @ ShardError::AtCapacity { .. })) => full = Some(error),
+                Reply::Sandbox(Err(error @ ShardError::AtCapacity { .. })) => full = error,
                 Reply::Sandbox(Err(error)) => return Err(error),
                 other => return Err(out_of_form(&other)),
             }
         }
-        Err(full.unwrap_or(ShardError::Busy))
+        Err(full)
     }
 
     /// Whose a sandbox is, also one that is being made or ended.
@@ -330,15 +334,6 @@ impl Host {
         let (sender, receiver) = oneshot::channel();
         waiting.insert(ticket, sender);
         Ok(Pending { receiver, host: self, ticket })
-    }
-
-    /// Every shard, in the order in which a create tries them.
-    fn preferred_shards(&self, template: &str) -> Result<Vec<ShardId>, ShardError> {
-        let mut drawn = [0u8; 6];
-        random(&mut drawn)?;
-        let [a, b, c, d, e, f] = drawn;
-        let drawn = [[a, b], [c, d], [e, f]].map(u16::from_le_bytes);
-        Ok(in_order(&self.0.shard.loads, template, drawn))
     }
 
     fn draw_id(&self, shard: ShardId) -> Result<SandboxId, ShardError> {

@@ -1,8 +1,7 @@
-//! One host of the registry: its slots and which of them are taken.
+//! What a host of the registry has that callers do not see: its slots and which of them are taken, and its place
+//! in the order of reports.
 //!
 //! Called by the registry alone. Refuses to take a slot back twice.
-
-use std::time::Duration;
 
 use super::types::{Ports, ReleaseError, TemplateKey};
 
@@ -86,30 +85,11 @@ impl Leases {
     }
 }
 
-/// What choosing reads of a host: apart from the rest, so that many fit into a cache.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Gauge {
-    pub(super) slots: u32,
-    pub(super) used: u32,
-    pub(super) load: u32,
-}
-
-impl Gauge {
-    /// Whether this one is less loaded than the other, each to its own size.
-    pub(super) fn is_below(self, outside: u32, other: Self, other_outside: u32) -> bool {
-        let work = |gauge: Self, outside: u32| u64::from(gauge.used.max(outside));
-        work(self, outside) * u64::from(other.slots)
-            < work(other, other_outside) * u64::from(self.slots)
-    }
-}
-
-/// The rest of a host.
+/// What callers do not see of a host.
 #[derive(Debug, Default)]
 pub(super) struct Member {
     /// How often it came: tickets of earlier lives have another number.
     pub(super) life: u32,
-    pub(super) draining: bool,
-    pub(super) last_seen: Duration,
     pub(super) templates: Vec<TemplateKey>,
     pub(super) leases: Leases,
 }
@@ -188,14 +168,6 @@ mod tests {
         assert_eq!(leases.give_back(first, turn), Err(ReleaseError::ReleasedBefore));
         assert_eq!(leases.give_back(again, later), Ok(ports));
         assert_eq!(leases.give_back(99, 0), Err(ReleaseError::ReleasedBefore));
-    }
-
-    #[test]
-    fn load_counts_to_the_size_of_a_host() {
-        let gauge = |slots, used| Gauge { slots, used, load: 0 };
-        assert!(gauge(100, 10).is_below(0, gauge(10, 2), 0), "a tenth is less than a fifth");
-        assert!(!gauge(100, 20).is_below(0, gauge(10, 2), 0), "equal is not below");
-        assert!(!gauge(100, 10).is_below(30, gauge(10, 2), 0), "what the host sees counts");
     }
 
     #[test]

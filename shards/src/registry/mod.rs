@@ -34,7 +34,7 @@ pub use types::{
 };
 
 use bits::{Mask, Rows, WORDS_MAX, select, words_for};
-use member::{BySight, Gauge, Member};
+use member::{BySight, Member};
 use templates::{TEMPLATES_MAX, Templates};
 
 /// Numbers that are drawn before the hosts that are left are counted instead.
@@ -54,7 +54,8 @@ pub struct Registry {
     holders: Rows,
     /// On which hosts a port is taken; a row for each.
     ports: Rows,
-    gauges: Vec<Gauge>,
+    /// What choosing reads, apart from the rest: many fit into a cache.
+    statuses: Vec<HostStatus>,
     members: Vec<Member>,
     by_sight: BySight,
     templates: Templates,
@@ -79,7 +80,7 @@ impl Registry {
             open: HostSet::default(),
             holders: Rows::new(TEMPLATES_MAX, width),
             ports: Rows::new(1 << 16, width),
-            gauges: vec![Gauge::default(); usize::from(hosts_max)],
+            statuses: (0..hosts_max).map(HostNumber).map(HostStatus::unknown).collect(),
             members: (0..hosts_max).map(|_| Member::default()).collect(),
             by_sight: BySight::new(hosts_max),
             templates: Templates::default(),
@@ -117,8 +118,8 @@ impl Registry {
         self.check(host, report)?;
         let is_new = self.present.insert(host);
         // A clock that goes back must not break the order of the list.
-        let newest =
-            self.by_sight.newest().map(|newest| self.members[usize::from(newest)].last_seen);
+        let newest = self.by_sight.newest();
+        let newest = newest.map(|newest| self.statuses[usize::from(newest)].last_seen);
         let seen = newest.map_or(now, |newest| newest.max(now));
         if is_new {
             self.count += 1;
@@ -128,14 +129,13 @@ impl Registry {
         }
         self.by_sight.append(host.0);
         let member = &mut self.members[host.index()];
-        member.last_seen = seen;
-        member.draining = report.draining;
         member.leases.make_room(report.slots);
         if is_new {
             member.life = member.life.wrapping_add(1);
         }
-        let gauge = &mut self.gauges[host.index()];
-        *gauge = Gauge { slots: report.slots, load: report.load, used: gauge.used };
+        let Report { slots, load, draining, .. } = *report;
+        let status = &mut self.statuses[host.index()];
+        *status = HostStatus { slots, load, draining, last_seen: seen, ..*status };
         self.set_templates(host, report.templates);
         self.show_room(host);
         Ok(is_new)
@@ -175,12 +175,13 @@ impl Registry {
                 had.push(*key);
             }
         }
+        self.statuses[host.index()].templates = u16::try_from(had.len()).unwrap_or(u16::MAX);
     }
 
     /// Keeps the bit of a host that can take a sandbox.
     fn show_room(&mut self, host: HostNumber) {
-        let Gauge { slots, used, .. } = self.gauges[host.index()];
-        if used < slots && !self.members[host.index()].draining {
+        let HostStatus { slots, used, draining, .. } = self.statuses[host.index()];
+        if used < slots && !draining {
             self.open.insert(host);
         } else {
             self.open.remove(host);
@@ -192,7 +193,7 @@ impl Registry {
     /// # Errors
     /// When no host has one. See [`AllocateError`].
     pub fn allocate(&mut self, want: &Want<'_>) -> Result<Ticket, AllocateError> {
-        self.choose(want, |_, gauge| gauge.load)
+        self.choose(want, |_, status| status.load)
     }
 
     /// The same where the caller knows the load of a host better than its last report. `load` is asked for two
@@ -211,7 +212,7 @@ impl Registry {
     fn choose(
         &mut self,
         want: &Want<'_>,
-        load: impl Fn(HostNumber, Gauge) -> u32,
+        load: impl Fn(HostNumber, &HostStatus) -> u32,
     ) -> Result<Ticket, AllocateError> {
         let wanted_ports = want.ports.as_slice();
         let Self { open, ports, random, .. } = self;
@@ -224,7 +225,7 @@ impl Registry {
         let Some((first, second)) = held.or_else(|| random.two_of(&any, self.end, true)) else {
             return Err(self.none_left(want));
         };
-        let [one, two] = [first, second].map(|host| self.gauges[host.index()]);
+        let [one, two] = [first, second].map(|host| &self.statuses[host.index()]);
         let is_below = two.is_below(load(second, two), one, load(first, one));
         Ok(self.take(if is_below { second } else { first }, want.ports))
     }
@@ -233,10 +234,10 @@ impl Registry {
         for port in ports.as_slice() {
             self.ports.insert(usize::from(*port), host);
         }
-        let gauge = &mut self.gauges[host.index()];
-        gauge.used += 1;
+        let status = &mut self.statuses[host.index()];
+        status.used += 1;
         // It was open, so that it is not draining.
-        if gauge.used >= gauge.slots {
+        if status.used >= status.slots {
             self.open.remove(host);
         }
         let member = &mut self.members[host.index()];
@@ -271,7 +272,7 @@ impl Registry {
         for port in ports.as_slice() {
             self.ports.remove(usize::from(*port), host);
         }
-        self.gauges[host.index()].used -= 1;
+        self.statuses[host.index()].used -= 1;
         self.show_room(host);
         Ok(())
     }
@@ -284,7 +285,7 @@ impl Registry {
         self.set_templates(host, &[]);
         self.by_sight.remove(host.0);
         self.open.remove(host);
-        self.gauges[host.index()] = Gauge::default();
+        self.statuses[host.index()] = HostStatus::unknown(host);
         self.count -= 1;
         let leases = &mut self.members[host.index()].leases;
         for port in leases.ports() {
@@ -303,7 +304,7 @@ impl Registry {
         mut gone: impl FnMut(HostNumber),
     ) {
         while let Some(oldest) = self.by_sight.oldest() {
-            let seen = self.members[usize::from(oldest)].last_seen;
+            let seen = self.statuses[usize::from(oldest)].last_seen;
             if now.saturating_sub(seen) <= age_max {
                 return;
             }
@@ -315,17 +316,12 @@ impl Registry {
     /// What is known of a host.
     #[must_use]
     pub fn get(&self, host: HostNumber) -> Option<HostStatus> {
-        self.present.contains(host).then(|| {
-            let Gauge { slots, used, load } = self.gauges[host.index()];
-            let Member { draining, last_seen, ref templates, .. } = self.members[host.index()];
-            let templates = templates.len();
-            HostStatus { host, slots, used, load, draining, templates, last_seen }
-        })
+        self.present.contains(host).then(|| self.statuses[host.index()])
     }
 
     /// What is known of all hosts, by number.
     pub fn hosts(&self) -> impl Iterator<Item = HostStatus> + '_ {
-        self.present.iter().filter_map(|host| self.get(host))
+        self.present.iter().map(|host| self.statuses[host.index()])
     }
 
     /// How many hosts there are.

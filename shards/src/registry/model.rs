@@ -211,7 +211,7 @@ impl Pair {
                 used: u32::try_from(plain.held.len()).unwrap(),
                 load: plain.load,
                 draining: plain.draining,
-                templates: templates.len(),
+                templates: u16::try_from(templates.len()).unwrap(),
                 last_seen: plain.seen,
             });
         }

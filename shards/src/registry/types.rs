@@ -135,18 +135,34 @@ impl Ticket {
 pub struct HostStatus {
     /// Which.
     pub host: HostNumber,
+    /// Whether it wants no more.
+    pub draining: bool,
+    /// How many templates it has.
+    pub templates: u16,
     /// Sandboxes that it can hold.
     pub slots: u32,
     /// Slots taken through this registry.
     pub used: u32,
     /// What it last reported.
     pub load: u32,
-    /// Whether it wants no more.
-    pub draining: bool,
-    /// How many templates it has.
-    pub templates: usize,
     /// When it last reported.
     pub last_seen: Duration,
+}
+
+impl HostStatus {
+    /// One that has never reported.
+    pub(super) fn unknown(host: HostNumber) -> Self {
+        let last_seen = Duration::ZERO;
+        Self { host, draining: false, templates: 0, slots: 0, used: 0, load: 0, last_seen }
+    }
+
+    /// Whether this host is less loaded than the other, each to its own size and by what is known
+    /// of it from outside.
+    pub(super) fn is_below(&self, outside: u32, other: &Self, other_outside: u32) -> bool {
+        let work = |status: &Self, outside: u32| u64::from(status.used.max(outside));
+        let (ours, theirs) = (work(self, outside), work(other, other_outside));
+        ours * u64::from(other.slots) < theirs * u64::from(self.slots)
+    }
 }
 
 /// Why the registry does not take what it is told.
@@ -204,4 +220,17 @@ pub enum ReleaseError {
     /// The host left, or left and came back, and its slots with it.
     #[error("the ticket's host has left, and its slots with it")]
     HostLeft,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn load_counts_to_the_size_of_a_host() {
+        let host = |slots, used| HostStatus { slots, used, ..HostStatus::unknown(HostNumber(0)) };
+        assert!(host(100, 10).is_below(0, &host(10, 2), 0), "a tenth is less than a fifth");
+        assert!(!host(100, 20).is_below(0, &host(10, 2), 0), "equal is not below");
+        assert!(!host(100, 10).is_below(30, &host(10, 2), 0), "what the host sees counts");
+    }
 }
