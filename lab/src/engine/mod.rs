@@ -1,8 +1,9 @@
 //! What the engine's operations cost.
 //!
 //! Called by `mica-bench`. `place` is where it works, `operations` and `density` are what it measures at the
-//! shard, `http` and `exec` at a client; `scale` is what the daemon itself takes, with `standin` in the place of VMs; `floor` is the physical limit that the figures are printed beside, and
-//! `report` prints them. Refuses to judge.
+//! shard, `http` and `exec` at a client; `scale` is what the daemon itself takes, with `standin` in the place of
+//! VMs; `registry` is what choosing a host costs; `floor` is the physical limit that the figures are printed beside,
+//! and `report` prints them. Refuses to judge.
 
 pub mod client;
 pub mod density;
@@ -13,6 +14,7 @@ pub mod http;
 pub mod memory;
 pub mod operations;
 pub mod place;
+pub mod registry;
 pub mod report;
 pub mod scale;
 pub mod series;

@@ -8,6 +8,8 @@
 
 #![forbid(unsafe_code)]
 
+mod registry;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -53,6 +55,8 @@ enum Command {
     /// What the daemon itself takes: processor time of a request at one and at two shards, what a second shard
     /// adds to a request, and what it takes idle. With a stand-in for VMs.
     Scale(ScaleArgs),
+    /// Choosing a host among 100 and 1,000, under the names of Fast Sandbox's benchmarks, in ns.
+    Registry(registry::RegistryArgs),
 }
 
 #[derive(Args, Debug)]
@@ -185,6 +189,7 @@ fn main() -> ExitCode {
         Command::Engine(args) => engine(&args),
         Command::Exec(args) => measure_exec(&args),
         Command::Scale(args) => measure_scale(&args),
+        Command::Registry(args) => registry::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
