@@ -11,6 +11,7 @@ mod helper;
 mod key;
 mod kvm_kind;
 mod layout;
+mod plan;
 mod pool;
 mod serve;
 mod signals;
@@ -39,6 +40,8 @@ enum Command {
     Serve(config::ServeArgs),
     /// Show a machine, and which of its hardware threads shards and vCPUs would sit on.
     Topology(topology::TopologyArgs),
+    /// Say how many hosts a load needs, and what runs out first.
+    Plan(plan::CapacityArgs),
     /// Make, list and move templates.
     Template(template::TemplateArgs),
     /// Make, list and revoke API keys.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Topology(args) => topology::print(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
         Command::Cert(args) => cert::run(&args),

@@ -13,6 +13,7 @@
 #![warn(missing_docs)]
 
 mod account;
+pub mod capacity;
 mod cgroup;
 mod choice;
 mod config;
