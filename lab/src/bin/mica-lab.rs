@@ -4,6 +4,7 @@
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
+use mica_lab::fleet::command::{self, SimulateArgs};
 use mica_lab::host::channel::server;
 use mica_lab::host::drives::TOOLS;
 use mica_lab::host::options::Shape;
@@ -67,6 +68,8 @@ enum Verb {
         #[arg(long)]
         wipe: bool,
     },
+    /// Replay arrivals against a fleet that is only simulated, with several ways to choose a host.
+    Simulate(SimulateArgs),
     /// Serve the exec channel; started by the host's init.
     #[command(hide = true)]
     Inside,
@@ -133,6 +136,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
         Verb::Restart { options } => up::restart(&home, &options)?,
         Verb::Down { wipe } => down::down(&home, wipe)?,
+        Verb::Simulate(args) => print!("{}", command::run(&args)?),
         Verb::Inside => inside()?,
     }
     Ok(ExitCode::SUCCESS)
