@@ -81,7 +81,7 @@ pub struct ServeArgs {
     /// it runs, and what it wrote meanwhile once more.
     #[arg(long, value_name = "MIB", default_value_t = 16)]
     capture_budget_mib: u32,
-    /// Pinned buffers of 1 MiB of each shard, for snapshots.
+    /// Buffers of 1 MiB of each shard, for snapshots. Half of them are pinned from the start.
     #[arg(long, value_name = "N", default_value_t = 32)]
     io_buffers: u16,
     /// Memory of each node that holds copies of templates' memory, in MiB.

@@ -1,4 +1,4 @@
-//! Buffers that the kernel has pinned once, and the memory they lie in.
+//! Buffers for files, half of which the kernel has pinned once, and the memory they lie in.
 //!
 //! Called by `io` for every read and write, and by `process` and `userfault` to fill one. The bytes of
 //! one tenant must never reach another's file or eyes, so a buffer knows how many of its bytes were
@@ -6,10 +6,11 @@
 //! a byte beyond that: what a write needs beyond it is zeroed first. Refuses to grow: the pool has as
 //! many buffers as it was made with.
 
-#![expect(unsafe_code, reason = "buffers are parts of one mapping that the kernel has pinned")]
+#![expect(unsafe_code, reason = "buffers are parts of one mapping, which operations work on")]
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
@@ -26,6 +27,10 @@ pub const IO_BUF_BYTES: usize = 1 << 20;
 /// Most buffers of one pool: a kernel's limit on registered buffers is 16,384, and this is 1 GiB of
 /// pinned memory.
 pub const IO_BUFS_MAX: u16 = 1024;
+
+/// One buffer in so many is pinned from the start: what a shard that does little can do with. The others have
+/// no memory before they are first used, and the kernel pins them for each operation.
+const PINNED_PART: u16 = 2;
 
 /// Arenas start at a multiple of this, so that the kernel can back them with huge pages.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -87,7 +92,8 @@ impl Drop for Arena {
 pub(crate) struct Pool {
     arena: Arena,
     count: u16,
-    free: RefCell<Vec<u16>>,
+    pinned: u16,
+    free: RefCell<BinaryHeap<Reverse<u16>>>,
     waiting: RefCell<VecDeque<oneshot::Sender<IoBuf>>>,
 }
 
@@ -98,15 +104,17 @@ impl Pool {
         Ok(Rc::new(Self {
             arena: Arena::new(count)?,
             count,
-            // The lowest first: few buffers in use touch few cache lines and few huge pages.
-            free: RefCell::new((0..count).rev().collect()),
+            pinned: count.div_ceil(PINNED_PART),
+            // The lowest first: those are pinned, and few buffers in use touch few huge pages.
+            free: RefCell::new((0..count).map(Reverse).collect()),
             waiting: RefCell::default(),
         }))
     }
 
-    /// What to register with the kernel: one range for each buffer, in the order of their indexes.
+    /// What to register with the kernel: one range for each buffer that is to be pinned, in the order of
+    /// their indexes.
     pub(super) fn ranges(&self) -> Vec<libc::iovec> {
-        (0..self.count)
+        (0..self.pinned)
             .map(|index| libc::iovec {
                 iov_base: self.start_of(index).as_ptr().cast(),
                 iov_len: IO_BUF_BYTES,
@@ -126,7 +134,7 @@ impl Pool {
 
     /// A buffer, if one is free.
     pub(crate) fn take(self: &Rc<Self>) -> Option<IoBuf> {
-        let index = self.free.borrow_mut().pop()?;
+        let Reverse(index) = self.free.borrow_mut().pop()?;
         Some(self.buffer(index))
     }
 
@@ -155,7 +163,7 @@ impl Pool {
             std::iter::from_fn(|| waiting.pop_front()).find(|waiter| !waiter.is_closed())
         };
         let Some(waiter) = next else {
-            self.free.borrow_mut().push(index);
+            self.free.borrow_mut().push(Reverse(index));
             return;
         };
         if let Err(unwanted) = waiter.send(self.buffer(index)) {
@@ -259,9 +267,9 @@ impl IoBuf {
         self.length = self.length.saturating_add(more).min(IO_BUF_BYTES);
     }
 
-    /// Its number among the registered ones.
-    pub(super) fn index(&self) -> u16 {
-        self.index
+    /// Its number among the registered ones, if it is one.
+    pub(super) fn registered(&self) -> Option<u16> {
+        (self.index < self.pool.pinned).then_some(self.index)
     }
 
     /// Its first byte.
@@ -314,6 +322,20 @@ mod tests {
         next.zero_to(usize::MAX);
         assert_eq!((next.len(), next.room(), next.put(b"x")), (IO_BUF_BYTES, 0, 0));
         assert!(next.bytes()[2..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn half_of_the_buffers_are_registered_and_those_come_first() {
+        let pool = Pool::new(5).unwrap();
+        assert_eq!(pool.ranges().len(), 3);
+        let mut all: Vec<_> = std::iter::from_fn(|| pool.take()).collect();
+        let numbers = |all: &[IoBuf]| all.iter().map(IoBuf::registered).collect::<Vec<_>>();
+        assert_eq!(numbers(&all), [Some(0), Some(1), Some(2), None, None]);
+        // In whatever order they come back.
+        all.rotate_left(2);
+        drop(all);
+        let two = [pool.take().unwrap(), pool.take().unwrap()];
+        assert_eq!(numbers(&two), [Some(0), Some(1)]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Files of a shard: reads, writes and syncs by an io_uring with buffers that the kernel pinned once.
+//! Files of a shard: reads, writes and syncs by an io_uring with buffers of its own.
 //!
 //! Called by whoever writes snapshots and fills replicas. A second ring beside glommio's, because
 //! glommio has no registered buffers and lets stale bytes of a buffer be read. Driven by one task: what
@@ -34,8 +34,8 @@ use ring::{Finished, KernelRing, Work};
 /// How a ring is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Buffers of [`IO_BUF_BYTES`]: the memory that this seat keeps pinned, and how much it can have in
-    /// flight. 1 to [`IO_BUFS_MAX`].
+    /// Buffers of [`IO_BUF_BYTES`]: how much this seat can have in flight. Half of that is memory that it
+    /// keeps pinned, the other half comes when it is first used. 1 to [`IO_BUFS_MAX`].
     pub buffers: u16,
 }
 

@@ -3,7 +3,7 @@
 //! Called by `io` only, from one thread. An operation owns its buffer and a share of its file from the
 //! moment it is started until the kernel says that it is complete: that is what makes the addresses and
 //! descriptor numbers in an entry good, so this module holds both sides of it, the entries and the
-//! owners. Refuses entries for anything but a registered buffer.
+//! owners. Refuses entries for anything but a buffer of its pool.
 
 #![expect(unsafe_code, reason = "entries hold addresses of buffers and numbers of descriptors")]
 
@@ -142,7 +142,8 @@ impl<T> KernelRing<T> {
         })
     }
 
-    /// Has the kernel pin the buffers of `pool`, once. Operations take buffers of this pool only.
+    /// Has the kernel pin those buffers of `pool` that are to be, once. Operations take buffers of this pool
+    /// only.
     pub(super) fn register(&self, pool: &Pool) -> io::Result<()> {
         // SAFETY: the ranges are parts of the pool's mapping. They need not stay mapped for the ring's
         // sake: the kernel pins the pages and uses those, and the addresses only to compute places in
@@ -278,17 +279,27 @@ fn entry<T>(operation: &mut Operation<T>) -> squeue::Entry {
     let buffer = operation.buffer.as_mut();
     match (operation.work, buffer) {
         (Work::Read { length, offset }, Some(buffer)) => {
-            let index = buffer.index();
+            let registered = buffer.registered();
             let room = buffer.room_mut();
             let length = u32::try_from(length.min(room.len())).unwrap_or(0);
-            opcode::ReadFixed::new(file, room.as_mut_ptr(), length, index).offset(offset).build()
+            let start = room.as_mut_ptr();
+            match registered {
+                Some(index) => {
+                    opcode::ReadFixed::new(file, start, length, index).offset(offset).build()
+                }
+                None => opcode::Read::new(file, start, length).offset(offset).build(),
+            }
         }
         (Work::Write { skip, length, offset }, Some(buffer)) => {
             let bytes = buffer.bytes().get(skip..).unwrap_or_default();
             let length = u32::try_from(length.min(bytes.len())).unwrap_or(0);
-            opcode::WriteFixed::new(file, bytes.as_ptr(), length, buffer.index())
-                .offset(offset)
-                .build()
+            let start = bytes.as_ptr();
+            match buffer.registered() {
+                Some(index) => {
+                    opcode::WriteFixed::new(file, start, length, index).offset(offset).build()
+                }
+                None => opcode::Write::new(file, start, length).offset(offset).build(),
+            }
         }
         (Work::Sync { data_only }, _) => {
             let flags = if data_only { FsyncFlags::DATASYNC } else { FsyncFlags::empty() };
@@ -310,8 +321,8 @@ impl<T> Drop for KernelRing<T> {
             if let Err(error) = self.ring.submit_and_wait(1)
                 && !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
             {
-                // The kernel goes on with pinned pages and files of its own; what it writes to the
-                // buffers must not become another's, so they are never given back.
+                // The kernel goes on with pages and files of its own; what it writes to the buffers
+                // must not become another's, so they are never given back, and stay mapped.
                 tracing::error!(%error, "a ring was dropped with work in flight");
                 self.operations.drain(..).for_each(std::mem::forget);
                 return;
