@@ -24,6 +24,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures_lite::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt};
+use futures_util::FutureExt as _;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 
@@ -158,7 +159,8 @@ fn serve<'a>(
     answering: impl Future<Output = Response<Body>> + 'a,
     serving: InService,
 ) -> Serving<'a> {
-    Box::pin(async { Ok(answering.await.map(|body| body.until_dropped(serving))) })
+    // Not an async block: that has room for what it captures and for what it awaits, which is the same.
+    Box::pin(answering.map(|response| Ok(response.map(|body| body.until_dropped(serving)))))
 }
 
 /// Says why, if it was not said, and closes so that the client can still read it.

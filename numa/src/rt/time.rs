@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use futures_lite::FutureExt;
+use futures_lite::FutureExt as _;
 
 /// The clock of the timers: monotonic.
 pub use std::time::Instant;
@@ -31,11 +31,15 @@ pub async fn sleep_until(deadline: Instant) {
 ///
 /// # Errors
 /// [`Elapsed`] when time passed first.
-pub async fn timeout<T>(duration: Duration, future: impl Future<Output = T>) -> Result<T, Elapsed> {
-    let work = async { Ok(future.await) };
-    let timer = async {
+pub fn timeout<T>(
+    duration: Duration,
+    future: impl Future<Output = T>,
+) -> impl Future<Output = Result<T, Elapsed>> {
+    // Joined and not awaited in a block of its own, which would have room for the future twice: it may be
+    // large, and every request has several.
+    let timer = async move {
         sleep(duration).await;
         Err(Elapsed)
     };
-    work.or(timer).await
+    futures_util::FutureExt::map(future, Ok).or(timer)
 }
