@@ -376,7 +376,8 @@ mod tests {
 
     #[test]
     fn every_resource_can_be_the_first_to_run_out() {
-        let cases: [(Resource, fn(&mut HostShape)); 6] = [
+        type Weaken = fn(&mut HostShape);
+        let cases: [(Resource, Weaken); 6] = [
             (Resource::Memory, |host| host.memory_bytes = 20.0 * GIB),
             (Resource::VmCores, |host| (host.cores, host.shards) = (2.0, 1.0)),
             (Resource::ShardCores, |host| host.shards = 1.0),
