@@ -37,7 +37,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Run the host: the API, the sandbox proxy, and the sandboxes.
-    Serve(config::ServeArgs),
+    Serve(Box<config::ServeArgs>),
     /// Show a machine, and which of its hardware threads shards and vCPUs would sit on.
     Topology(topology::TopologyArgs),
     /// Say how many hosts a load needs, and what runs out first.
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
         .with_ansi(colours)
         .init();
     let outcome = match cli.command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(*args),
         Command::Topology(args) => topology::print(&args),
         Command::Plan(args) => plan::run(&args),
         Command::KvmKind => kvm_kind::print(),
