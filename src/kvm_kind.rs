@@ -31,17 +31,19 @@ impl KvmKind {
     pub fn detect() -> io::Result<Self> {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
         let device = Path::new("/dev/kvm");
-        Ok(Self::from(&cpuinfo, OpenOptions::new().read(true).write(true).open(device)))
+        let opened = OpenOptions::new().read(true).write(true).open(device);
+        Ok(Self::from(&cpuinfo, opened.map_err(|error| error.kind())))
     }
 
-    fn from<T>(cpuinfo: &str, device: io::Result<T>) -> Self {
-        if let Err(error) = device {
-            return Self::Missing(match error.kind() {
+    /// What processors with this `/proc/cpuinfo` and a `/dev/kvm` that opens so are good for.
+    pub fn from<T>(cpuinfo: &str, device: Result<T, io::ErrorKind>) -> Self {
+        if let Err(kind) = device {
+            return Self::Missing(match kind {
                 io::ErrorKind::NotFound => "there is no /dev/kvm".to_owned(),
                 io::ErrorKind::PermissionDenied => {
                     "/dev/kvm may not be opened by this user".to_owned()
                 }
-                _ => format!("/dev/kvm does not open: {error}"),
+                kind => format!("/dev/kvm does not open: {kind}"),
             });
         }
         let flag = |wanted| {
@@ -102,7 +104,7 @@ mod tests {
         assert_eq!(kind("flags\t\t: fpu svm sse"), KvmKind::Svm);
         assert_eq!(kind("flags\t\t: fpu svm_lock sse"), KvmKind::Pvm);
         assert_eq!(kind("vmx flags\t: vnmi"), KvmKind::Pvm);
-        let missing = |kind: io::ErrorKind| KvmKind::from::<()>("flags: vmx", Err(kind.into()));
+        let missing = |kind: io::ErrorKind| KvmKind::from::<()>("flags: vmx", Err(kind));
         for kind in [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied] {
             assert!(!missing(kind).runs_linux());
         }

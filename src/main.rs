@@ -7,6 +7,7 @@
 
 mod cert;
 mod config;
+mod doctor;
 mod helper;
 mod key;
 mod kvm_kind;
@@ -50,6 +51,9 @@ enum Command {
     Pool(pool::PoolArgs),
     /// Make a private certificate authority, and a certificate for `mica serve --tls-cert`.
     Cert(cert::CertArgs),
+    /// Say what of this machine keeps Mica from running or makes it slow, and what mends it. Changes nothing;
+    /// the exit code is 0 only where `mica serve` can run.
+    Doctor(doctor::DoctorArgs),
     /// Say what KVM here is; the exit code is 0 only where a Linux guest runs.
     KvmKind,
     /// Another program of Mica beside this one: `mica lab …` runs `mica-lab …`.
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(*args),
         Command::Topology(args) => topology::print(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
         Command::Cert(args) => cert::run(&args),

@@ -5,6 +5,7 @@
 
 use std::io;
 
+use io_uring::opcode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Locked memory for one executor: [`crate::seat::IO_MEMORY_BYTES`], registered with each of its three
@@ -15,7 +16,7 @@ const _: () = assert!(MEMLOCK_BYTES_PER_SEAT >= 3 * crate::seat::IO_MEMORY_BYTES
 const _: () = assert!(MEMLOCK_BYTES_PER_SEAT >= 512 << 10);
 
 /// Open files that are asked for: a sandbox holds about five.
-const OPEN_FILES: u64 = 1 << 20;
+pub const OPEN_FILES: u64 = 1 << 20;
 
 /// Why executors cannot run here.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +58,7 @@ pub enum PreflightError {
 /// See [`PreflightError`].
 pub fn check(seats: u16) -> Result<(), PreflightError> {
     io_uring()?;
-    let wanted = MEMLOCK_BYTES_PER_SEAT.saturating_mul(u64::from(seats));
+    let wanted = memlock_bytes(seats);
     if let Err(limit) = raise(Resource::Memlock, wanted) {
         return Err(PreflightError::Memlock { wanted, limit });
     }
@@ -81,6 +82,36 @@ pub(crate) fn raise_memlock_by(bytes: u64) {
 
 fn io_uring() -> Result<(), PreflightError> {
     io_uring::IoUring::new(4).map(drop).map_err(explain)
+}
+
+/// The operations that rings of this crate use.
+const OPERATIONS: [(&str, u8); 8] = [
+    ("READ", opcode::Read::CODE),
+    ("WRITE", opcode::Write::CODE),
+    ("READ_FIXED", opcode::ReadFixed::CODE),
+    ("WRITE_FIXED", opcode::WriteFixed::CODE),
+    ("FSYNC", opcode::Fsync::CODE),
+    ("FALLOCATE", opcode::Fallocate::CODE),
+    ("POLL_ADD", opcode::PollAdd::CODE),
+    ("CLOSE", opcode::Close::CODE),
+];
+
+/// Makes a ring, and asks which of the operations that are used the kernel does not know. Changes nothing.
+///
+/// # Errors
+/// When there can be no ring.
+pub fn missing_operations() -> Result<Vec<&'static str>, PreflightError> {
+    let ring = io_uring::IoUring::new(4).map_err(explain)?;
+    let mut probe = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut probe).map_err(explain)?;
+    let missing = OPERATIONS.into_iter().filter(|(_, code)| !probe.is_supported(*code));
+    Ok(missing.map(|(name, _)| name).collect())
+}
+
+/// How much locked memory [`check`] wants for so many seats.
+#[must_use]
+pub const fn memlock_bytes(seats: u16) -> u64 {
+    MEMLOCK_BYTES_PER_SEAT.saturating_mul(seats as u64)
 }
 
 /// What the kernel's refusal to make a ring most likely means.
@@ -126,6 +157,7 @@ mod tests {
         assert!(explained(rustix::io::Errno::PERM).contains("sysctl kernel.io_uring_disabled=0"));
         assert!(explained(rustix::io::Errno::MFILE).contains("descriptors"));
         assert!(io_uring().is_ok(), "the other tests of this crate need it");
+        assert_eq!(missing_operations().unwrap(), Vec::<&str>::new(), "and these");
     }
 
     /// Run by the test below, in a process that starts with low limits.

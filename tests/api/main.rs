@@ -17,6 +17,7 @@ mod conflicts;
 mod control_plane;
 mod copies;
 mod daemon;
+mod doctor;
 mod drain;
 mod full_disk;
 mod h2_client;

@@ -1,0 +1,184 @@
+//! KVM, the kernel, io_uring, limits: what has to be there.
+//!
+//! Called by [`super::judge`]. Refuses to look at the machine itself.
+
+use mica_numa::preflight;
+
+use super::facts::{Facts, Limit};
+use super::finding::Finding;
+use crate::kvm_kind::KvmKind;
+
+/// Kernel features that Mica uses or could, the version that brought each, and what is lost without.
+const FEATURES: [(&str, (u32, u32), &str); 3] = [
+    (
+        "PAGEMAP_SCAN and asynchronous write protection of userfaultfd",
+        (6, 7),
+        "what a guest wrote is logged by KVM and by the VM process instead; every pause and snapshot is slower",
+    ),
+    (
+        "KVM_PRE_FAULT_MEMORY",
+        (6, 11),
+        "a guest's memory cannot be mapped ahead: each first touch of a page is a fault of its own",
+    ),
+    (
+        "statx with the alignment of direct I/O",
+        (6, 1),
+        "how the store's files must be aligned cannot be told",
+    ),
+];
+
+/// Open files that are too few for a host of any size.
+const FILES_MIN: u64 = 16 * 1024;
+
+/// The findings of this family.
+pub fn judge(facts: &Facts) -> Vec<Finding> {
+    let mut findings = vec![kvm(&facts.kvm), root(facts.is_root), kernel(facts.kernel.as_deref())];
+    findings.push(io_uring(facts));
+    findings.push(memlock(facts));
+    findings.push(open_files(facts));
+    findings
+}
+
+fn kvm(kind: &KvmKind) -> Finding {
+    let found = kind.to_string();
+    match kind {
+        KvmKind::Vmx | KvmKind::Svm => Finding::ok("kvm", found),
+        KvmKind::Pvm => Finding::fail("kvm", found)
+            .costs("no Linux guest runs at speed; `mica serve` becomes the lab, an emulated host, instead")
+            .mend("use a bare-metal server, or a virtual machine with nested virtualisation"),
+        KvmKind::Missing(_) => Finding::fail("kvm", found)
+            .costs("no guest runs; `mica serve` becomes the lab, an emulated host, instead")
+            .mend(
+                "switch on VT-x or AMD-V in the firmware, then: modprobe kvm_intel || modprobe kvm_amd; run \
+                 as a user that may open /dev/kvm",
+            ),
+    }
+}
+
+fn root(is_root: Option<bool>) -> Finding {
+    match is_root {
+        Some(true) => Finding::ok("user", "root"),
+        Some(false) => Finding::fail("user", "not root")
+            .costs("VM processes cannot be jailed: each needs a user id and a control group of its own")
+            .mend("run `mica serve`, and this, as root"),
+        None => Finding::note("user", "unknown"),
+    }
+}
+
+/// The first two numbers of a release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+fn kernel(release: Option<&str>) -> Finding {
+    let Some((release, at)) = release.and_then(|release| Some((release, version(release)?))) else {
+        return Finding::note("kernel", "of an unknown version");
+    };
+    let missing: Vec<_> = FEATURES.iter().filter(|(_, since, _)| at < *since).collect();
+    let names = |features: &[&(&str, (u32, u32), &str)]| -> String {
+        let each = |(name, (major, minor), _): &&(&str, (u32, u32), &str)| {
+            format!("{name} ({major}.{minor})")
+        };
+        features.iter().map(each).collect::<Vec<_>>().join(", ")
+    };
+    let Some((_, _, costs)) = missing.first() else {
+        let all: Vec<_> = FEATURES.iter().collect();
+        return Finding::ok("kernel", format!("{release}: new enough for {}", names(&all)));
+    };
+    let found = format!("{release}: too old for {}", names(&missing));
+    let is_slower = at < FEATURES[0].1;
+    let finding =
+        if is_slower { Finding::warn("kernel", found) } else { Finding::note("kernel", found) };
+    finding.costs(costs).mend("install Linux 6.12 or newer: on Debian 12, apt install -t bookworm-backports linux-image-amd64")
+}
+
+fn io_uring(facts: &Facts) -> Finding {
+    let disabled = facts.io_uring_disabled.unwrap_or(0);
+    match &facts.probed.io_uring {
+        Ok(missing) if missing.is_empty() => {
+            let finding = "a ring was made, with every operation that is used".to_owned();
+            if disabled == 0 {
+                return Finding::ok("io_uring", finding);
+            }
+            Finding::note("io_uring", format!("{finding}; kernel.io_uring_disabled={disabled}"))
+                .costs("a daemon that is not as privileged as this command gets no ring")
+                .mend("sysctl kernel.io_uring_disabled=0")
+        }
+        Ok(missing) => Finding::fail("io_uring", format!("lacks {}", missing.join(", ")))
+            .costs("snapshots cannot be written")
+            .mend("install Linux 6.7 or newer"),
+        Err(why) => Finding::fail("io_uring", why.clone())
+            .costs("no shard starts")
+            .mend("sysctl kernel.io_uring_disabled=0; in a container, allow io_uring in its seccomp profile"),
+    }
+}
+
+fn shown(limit: Option<u64>) -> String {
+    limit.map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string())
+}
+
+/// A shard on each processor is the most there can be.
+fn memlock(facts: &Facts) -> Finding {
+    let wanted = preflight::memlock_bytes(u16::try_from(facts.cpus).unwrap_or(u16::MAX));
+    let Some(Limit { hard, .. }) = facts.memlock else {
+        return Finding::note("memlock", "unknown");
+    };
+    let is_enough = hard.is_none_or(|hard| hard >= wanted);
+    match (is_enough, facts.is_root) {
+        (true, _) => {
+            Finding::ok("memlock", format!("{} bytes; {wanted} are needed at most", shown(hard)))
+        }
+        // Root may raise it, and `mica serve` does.
+        (false, Some(true)) => {
+            Finding::ok("memlock", format!("{} bytes; `mica serve` raises it as root", shown(hard)))
+        }
+        (false, _) => {
+            Finding::fail("memlock", format!("{} bytes, {wanted} may be needed", shown(hard)))
+                .costs("rings and I/O buffers cannot be pinned, and no shard starts")
+                .mend("LimitMEMLOCK=infinity in the unit file, or run as root")
+        }
+    }
+}
+
+fn open_files(facts: &Facts) -> Finding {
+    let Some(Limit { hard, .. }) = facts.open_files else {
+        return Finding::note("open files", "unknown");
+    };
+    let wanted = preflight::OPEN_FILES;
+    // Nobody can be given more than this, root neither.
+    let ceiling = facts.nr_open.unwrap_or(wanted);
+    let reached = match facts.is_root {
+        Some(true) => ceiling.min(wanted),
+        _ => hard.map_or(ceiling, |hard| hard.min(ceiling)),
+    };
+    let found =
+        format!("{reached} of {wanted}; RLIMIT_NOFILE {}, fs.nr_open {ceiling}", shown(hard));
+    if reached >= wanted {
+        return Finding::ok("open files", found);
+    }
+    let mend = if ceiling < wanted {
+        format!("sysctl fs.nr_open={wanted}; LimitNOFILE={wanted} in the unit file")
+    } else {
+        format!("LimitNOFILE={wanted} in the unit file, or run as root")
+    };
+    let finding = if reached < FILES_MIN {
+        Finding::warn("open files", found)
+    } else {
+        Finding::note("open files", found)
+    };
+    finding.costs("a sandbox holds about five descriptors, a connection one: the host is full before its memory is").mend(mend)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        assert_eq!(version("6.18.44-fc-v595"), Some((6, 18)));
+        assert_eq!(version("6.1.0-29-amd64"), Some((6, 1)));
+        assert_eq!(version("7.0-rc1"), Some((7, 0)));
+        assert_eq!(version("unknown"), None);
+    }
+}

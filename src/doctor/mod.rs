@@ -1,0 +1,74 @@
+//! `mica doctor`: what of this machine makes Mica slow, or keeps it from running, and how to mend it.
+//!
+//! Called by people, before and after they set a host up, and by scripts with `--json`. Reads and changes
+//! nothing: the only thing it makes is a file without a name in the store's file system, which is gone when it
+//! looks away. Refuses to guess: what cannot be read is said to be unknown.
+//!
+//! ```text
+//! facts (the only one that looks) ──▶ Facts ──▶ machine, processor, memory, storage, cgroups ──▶ findings ──▶ show
+//! ```
+
+mod cgroups;
+mod facts;
+mod finding;
+mod machine;
+mod memory;
+mod probe;
+mod processor;
+mod show;
+mod storage;
+#[cfg(test)]
+mod tests;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use facts::Facts;
+use finding::{Finding, Status};
+
+/// What to look at.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Print JSON: an array of findings.
+    #[arg(long)]
+    json: bool,
+    /// The store of `mica serve`; where it is not there yet, what holds it will be looked at.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/mica")]
+    store: PathBuf,
+    /// The cgroup of `mica serve`.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/mica")]
+    cgroup_root: PathBuf,
+}
+
+/// Looks, judges and prints.
+///
+/// # Errors
+/// When `mica serve` cannot run here; when standard output is closed.
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    let store = std::path::absolute(&args.store).context("--store")?;
+    let cgroup = std::path::absolute(&args.cgroup_root).context("--cgroup-root")?;
+    let facts = Facts::read(Path::new("/"), &store, &cgroup, probe::this_machine(&store));
+    let findings = judge(&facts);
+    let text = if args.json { show::json(&findings)? } else { show::text(&findings) };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")?;
+    let failing = findings.iter().filter(|finding| finding.status == Status::Fail).count();
+    if failing > 0 {
+        bail!("`mica serve` cannot run here as it is: {failing} of the checks fail");
+    }
+    Ok(())
+}
+
+/// What there is to say about a machine. Depends on the facts alone.
+fn judge(facts: &Facts) -> Vec<Finding> {
+    let families = [
+        machine::judge(facts),
+        processor::judge(facts),
+        memory::judge(facts),
+        storage::judge(facts),
+        cgroups::judge(facts),
+    ];
+    families.into_iter().flatten().collect()
+}

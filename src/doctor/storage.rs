@@ -1,0 +1,84 @@
+//! The file system of the store, and the device below it.
+//!
+//! Called by [`super::judge`]. Refuses to look at the machine itself.
+
+use super::facts::{Disk, Facts};
+use super::finding::Finding;
+
+/// The alignment that the store's writers keep to.
+const BLOCK_BYTES: u32 = 4096;
+
+/// The findings of this family.
+pub fn judge(facts: &Facts) -> Vec<Finding> {
+    let mut findings = vec![clones(facts), direct(facts)];
+    match &facts.store.disk {
+        None => findings.push(Finding::note("device", "unknown, or the store is not on one")),
+        Some(disk) => findings.extend([queues(disk, facts.cpus), scheduler(disk)]),
+    }
+    findings
+}
+
+fn clones(facts: &Facts) -> Finding {
+    let kind = facts.store.file_system.as_deref().unwrap_or("an unknown file system");
+    let found = format!("{}: {kind}", facts.store.path.display());
+    match facts.probed.clones {
+        Some(true) => Finding::ok("reflink", format!("{found}, clones files")),
+        Some(false) => Finding::warn("reflink", format!("{found}, does not clone files"))
+            .costs("every create, snapshot and fork copies a whole disk")
+            .mend("put the store on XFS or btrfs; mica pool create makes an XFS on a loop device"),
+        None => Finding::note("reflink", format!("{found}; it could not be tried"))
+            .mend("run this as root"),
+    }
+}
+
+fn direct(facts: &Facts) -> Finding {
+    let check = "direct I/O";
+    let Some(direct) = facts.probed.direct else {
+        return Finding::note(check, "the kernel does not tell how it must be aligned");
+    };
+    let (memory, offset) = (direct.memory_bytes, direct.offset_bytes);
+    if offset == 0 {
+        return Finding::warn(check, "files here cannot be read and written directly")
+            .costs("what a snapshot writes goes through the page cache, and pushes out what is read from there")
+            .mend("put the store on XFS or btrfs");
+    }
+    let found = format!("aligned to {memory} bytes in memory and {offset} in the file");
+    if memory <= BLOCK_BYTES && offset <= BLOCK_BYTES {
+        return Finding::ok(check, found);
+    }
+    Finding::warn(check, found)
+        .costs("the store writes in blocks of 4096 bytes, which this file system takes through the page cache alone")
+        .mend("make the file system with blocks of 4096 bytes")
+}
+
+fn queues(disk: &Disk, cpus: usize) -> Finding {
+    let Disk { name, queues, is_rotational, backing_file, .. } = disk;
+    if let Some(file) = backing_file {
+        return Finding::note("device", format!("{name}, a loop device over {file}"))
+            .costs("one more file system below the store")
+            .mend("give XFS a partition of its own");
+    }
+    let found = format!("{name}, queues: {queues}, processors: {cpus}");
+    if *is_rotational == Some(true) && !name.starts_with("nvme") && !name.starts_with("vd") {
+        return Finding::warn("device", format!("{found}, and it rotates"))
+            .costs("a snapshot is acknowledged when it is on the device: each waits for the disk to turn")
+            .mend("put the store on NVMe");
+    }
+    if *queues >= cpus || *queues >= 8 {
+        return Finding::ok("device", found);
+    }
+    Finding::note("device", found)
+        .costs("shards wait for one another when they write snapshots at the same time")
+        .mend("put the store on NVMe, which has a queue for each processor")
+}
+
+fn scheduler(disk: &Disk) -> Finding {
+    let name = &disk.name;
+    match disk.scheduler.as_deref() {
+        None => Finding::note("scheduler", format!("{name} has none to choose")),
+        Some("none") => Finding::ok("scheduler", format!("none on {name}")),
+        Some(other) => Finding::warn("scheduler", format!("{other} on {name}"))
+            .costs("requests are sorted for a disk that does not need it, under a lock that all processors share")
+            .mend(format!("echo none > /sys/block/{name}/queue/scheduler")),
+    }
+}

@@ -1,0 +1,210 @@
+//! Two made-up machines, and what the doctor says of each.
+//!
+//! Refuses to look at the machine that the tests run on.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::facts::{Disk, Facts, Limit};
+use super::finding::Status;
+use super::probe::{Direct, Probed};
+use super::{judge, show};
+
+/// A tree of files that goes with the value.
+struct Tree(PathBuf);
+
+impl Tree {
+    fn new(name: &str, files: &[(&str, &str)]) -> Self {
+        let root = std::env::temp_dir().join(format!("mica-doctor-{name}-{}", std::process::id()));
+        for (path, text) in files {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        Self(root)
+    }
+
+    fn read(&self, probed: Probed) -> Facts {
+        let (store, cgroup) = ("/var/lib/mica", "/sys/fs/cgroup/mica");
+        Facts::read(&self.0, Path::new(store), Path::new(cgroup), probed)
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap_or_default();
+    }
+}
+
+const GOOD: &[(&str, &str)] = &[
+    (
+        "proc/cpuinfo",
+        "processor\t: 0\nflags\t\t: fpu vmx\n\nprocessor\t: 1\nflags\t\t: fpu vmx\n\n\
+         processor\t: 2\nflags\t\t: fpu vmx\n\nprocessor\t: 3\nflags\t\t: fpu vmx\n",
+    ),
+    ("proc/sys/kernel/osrelease", "6.12.12+bpo-amd64\n"),
+    ("proc/sys/kernel/io_uring_disabled", "0\n"),
+    ("proc/sys/kernel/numa_balancing", "0\n"),
+    ("proc/sys/fs/nr_open", "1073741816\n"),
+    ("proc/self/status", "Name:\tmica\nUid:\t0\t0\t0\t0\n"),
+    (
+        "proc/self/limits",
+        "Limit                     Soft Limit           Hard Limit           Units     \n\
+         Max open files            1024                 524288               files     \n\
+         Max locked memory         unlimited            unlimited            bytes     \n",
+    ),
+    (
+        "proc/self/mountinfo",
+        "22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw\n\
+         30 22 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate,favordynmods\n\
+         40 22 259:5 / /var/lib/mica rw,noatime shared:9 - xfs /dev/nvme1n1p1 rw,attr2\n",
+    ),
+    ("proc/swaps", "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"),
+    ("sys/module/kvm/parameters/nx_huge_pages", "never\n"),
+    ("sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n"),
+    ("sys/kernel/mm/ksm/run", "0\n"),
+    ("sys/devices/system/cpu/smt/active", "0\n"),
+    ("sys/devices/system/cpu/cpufreq/policy0/scaling_governor", "performance\n"),
+    ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "performance\n"),
+    ("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "performance\n"),
+    ("sys/devices/system/cpu/cpu2/cpufreq/scaling_governor", "performance\n"),
+    ("sys/devices/system/cpu/cpu3/cpufreq/scaling_governor", "performance\n"),
+    ("sys/devices/system/node/node0/cpulist", "0-1\n"),
+    ("sys/devices/system/node/node1/cpulist", "2-3\n"),
+    ("sys/devices/system/node/has_cpu", "0-1\n"),
+    ("sys/block/nvme0n1/dev", "259:0\n"),
+    ("sys/block/nvme0n1/nvme0n1p2/dev", "259:2\n"),
+    ("sys/block/nvme1n1/dev", "259:4\n"),
+    ("sys/block/nvme1n1/nvme1n1p1/dev", "259:5\n"),
+    ("sys/block/nvme1n1/mq/0/cpu_list", "0\n"),
+    ("sys/block/nvme1n1/mq/1/cpu_list", "1\n"),
+    ("sys/block/nvme1n1/mq/2/cpu_list", "2\n"),
+    ("sys/block/nvme1n1/mq/3/cpu_list", "3\n"),
+    ("sys/block/nvme1n1/queue/scheduler", "[none] mq-deadline kyber\n"),
+    ("sys/block/nvme1n1/queue/rotational", "0\n"),
+    ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids rdma misc\n"),
+];
+
+fn good_answers() -> Probed {
+    Probed {
+        kvm_device: Ok(()),
+        io_uring: Ok(Vec::new()),
+        clones: Some(true),
+        direct: Some(Direct { memory_bytes: 512, offset_bytes: 512 }),
+    }
+}
+
+const BAD: &[(&str, &str)] = &[
+    ("proc/cpuinfo", "processor\t: 0\nflags\t\t: fpu svm\n\nprocessor\t: 1\nflags\t\t: fpu svm\n"),
+    ("proc/sys/kernel/osrelease", "5.15.0-100-generic\n"),
+    ("proc/sys/kernel/io_uring_disabled", "2\n"),
+    ("proc/sys/kernel/numa_balancing", "1\n"),
+    ("proc/sys/fs/nr_open", "8192\n"),
+    ("proc/self/status", "Name:\tmica\nUid:\t1000\t1000\t1000\t1000\n"),
+    (
+        "proc/self/limits",
+        "Limit                     Soft Limit           Hard Limit           Units     \n\
+         Max open files            1024                 4096                 files     \n\
+         Max locked memory         65536                65536                bytes     \n",
+    ),
+    (
+        "proc/self/mountinfo",
+        "22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n\
+         30 22 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs ro\n\
+         31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n",
+    ),
+    ("proc/swaps", "Filename\tType\tSize\tUsed\tPriority\n/swap.img\tfile\t8388604\t512\t-2\n"),
+    ("sys/module/kvm/parameters/nx_huge_pages", "Y\n"),
+    ("sys/kernel/mm/transparent_hugepage/enabled", "[always] madvise never\n"),
+    ("sys/kernel/mm/ksm/run", "1\n"),
+    ("sys/devices/system/cpu/smt/active", "1\n"),
+    ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "powersave\n"),
+    ("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "powersave\n"),
+    ("sys/devices/system/node/node0/cpulist", "0\n"),
+    ("sys/devices/system/node/node1/cpulist", "1\n"),
+    ("sys/block/sda/dev", "8:0\n"),
+    ("sys/block/sda/sda1/dev", "8:1\n"),
+    ("sys/block/sda/mq/0/cpu_list", "0, 1\n"),
+    ("sys/block/sda/queue/scheduler", "none [mq-deadline]\n"),
+    ("sys/block/sda/queue/rotational", "1\n"),
+];
+
+fn bad_answers() -> Probed {
+    Probed {
+        kvm_device: Err(ErrorKind::PermissionDenied),
+        io_uring: Err("io_uring is forbidden here (kernel.io_uring_disabled=2)".to_owned()),
+        clones: Some(false),
+        direct: Some(Direct { memory_bytes: 0, offset_bytes: 0 }),
+    }
+}
+
+fn golden(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/doctor/goldens").join(name);
+    fs::read_to_string(path).unwrap()
+}
+
+#[test]
+fn a_good_machine_of_two_sockets_has_nothing_to_mend() {
+    let findings = judge(&Tree::new("good", GOOD).read(good_answers()));
+    assert_eq!(show::text(&findings), golden("good.txt"));
+    assert!(findings.iter().all(|finding| finding.status == Status::Ok), "{findings:#?}");
+}
+
+#[test]
+fn a_bad_machine_is_told_what_each_thing_costs_and_what_mends_it() {
+    let findings = judge(&Tree::new("bad", BAD).read(bad_answers()));
+    assert_eq!(show::text(&findings), golden("bad.txt"));
+    for finding in findings.iter().filter(|finding| finding.status != Status::Ok) {
+        assert!(!finding.costs.is_empty() && !finding.mend.is_empty(), "{finding:?}");
+    }
+}
+
+#[test]
+fn a_machine_of_which_nothing_can_be_read_is_not_judged_by_guesses() {
+    let probed = Probed {
+        kvm_device: Err(ErrorKind::NotFound),
+        clones: None,
+        direct: None,
+        ..good_answers()
+    };
+    let findings = judge(&Tree::new("empty", &[]).read(probed));
+    let failing: Vec<_> =
+        findings.iter().filter(|f| f.status == Status::Fail).map(|f| f.check).collect();
+    assert_eq!(failing, ["kvm", "cgroup"], "{findings:#?}");
+    assert!(findings.iter().all(|finding| finding.status != Status::Warn), "{findings:#?}");
+}
+
+#[test]
+fn facts_are_read_as_the_kernel_writes_them() {
+    let facts = Tree::new("facts", BAD).read(bad_answers());
+    assert_eq!(facts.memlock, Some(Limit { soft: Some(65536), hard: Some(65536) }));
+    assert_eq!((facts.cpus, facts.nodes, facts.is_root), (2, 2, Some(false)));
+    assert_eq!(facts.swaps, ["/swap.img"]);
+    let disk = Disk {
+        name: "sda".to_owned(),
+        queues: 1,
+        scheduler: Some("mq-deadline".to_owned()),
+        is_rotational: Some(true),
+        backing_file: None,
+    };
+    assert_eq!(facts.store.disk, Some(disk));
+    // Btrfs has a device number of its own; its source names the disk.
+    let btrfs = "22 1 0:30 / / rw - btrfs /dev/sda1 rw\n";
+    let files = [("proc/self/mountinfo", btrfs), ("sys/block/sda/sda1/dev", "8:1\n")];
+    let facts = Tree::new("btrfs", &files).read(bad_answers());
+    assert_eq!(facts.store.disk.map(|disk| disk.name).as_deref(), Some("sda"));
+    assert_eq!(facts.store.file_system.as_deref(), Some("btrfs"));
+}
+
+#[test]
+fn json_says_the_same() {
+    let findings = judge(&Tree::new("json", BAD).read(bad_answers()));
+    let json: serde_json::Value = serde_json::from_str(&show::json(&findings).unwrap()).unwrap();
+    let rows = json.as_array().unwrap();
+    assert_eq!(rows.len(), findings.len());
+    assert_eq!(rows[0]["check"], "kvm");
+    assert_eq!(rows[0]["status"], "fail");
+    assert!(rows[0]["found"].as_str().unwrap().contains("may not be opened"));
+    assert!(rows.iter().all(|row| row["costs"] != "" && row["mend"] != ""));
+}
