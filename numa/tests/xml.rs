@@ -73,6 +73,24 @@ fn what_the_machine_forbids_is_left_out() {
 }
 
 #[test]
+fn what_virtual_machines_leave_out_is_not_missed() {
+    // No number of the package, no cores, no cache, no sizes.
+    let package =
+        |objects: &str| format!("<object type=\"Package\" cpuset=\"0xf\">{objects}</object>");
+    let node = "<object type=\"NUMANode\" os_index=\"4\" cpuset=\"0xf\"/>";
+    let pus = "<object type=\"PU\" os_index=\"0\"/><object type=\"PU\" os_index=\"3\"/>";
+    let topology = small("", &package(&format!("{node}{pus}"))).unwrap();
+    let [node] = &topology.nodes[..] else { panic!("{topology:?}") };
+    assert_eq!((node.index, node.package, node.memory_bytes), (4, Some(0), 0));
+    assert_eq!(
+        node.cores.iter().map(|core| core.threads().to_vec()).collect::<Vec<_>>(),
+        [[0], [3]]
+    );
+    let said = small("", &format!("{PU}<object type=\"Package\" os_index=\"4294967296\"/>"));
+    assert!(said.unwrap_err().to_string().contains("too large"));
+}
+
+#[test]
 fn sets_are_read_as_hwloc_writes_them() {
     let cpus = |cpuset: &str| {
         let pus: String = [0, 31, 32, 64, 100]

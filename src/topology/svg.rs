@@ -31,7 +31,7 @@ const CHARACTER: u32 = 7;
 
 /// Cores that share a third-level cache, or all of a node that tells of none.
 struct Group<'a> {
-    label: Option<String>,
+    label: String,
     cores: Vec<&'a Core>,
 }
 
@@ -184,10 +184,8 @@ impl<'a> Panel<'a> {
 
     fn draw_group(&self, canvas: &mut Canvas, layout: &Layout, group: &Group<'_>, at: Rect) {
         canvas.rect(at, 8, "group", None);
-        if let Some(label) = &group.label {
-            let place = Text::at(at.x + GROUP_PADDING, at.y + 19);
-            canvas.text(Text { size: 11, class: "dim", ..place }, label);
-        }
+        let place = Text::at(at.x + GROUP_PADDING, at.y + 19);
+        canvas.text(Text { size: 11, class: "dim", ..place }, &group.label);
         for (core, index) in group.cores.iter().zip(0u32..) {
             let (row, column) = (index / self.cores_across, index % self.cores_across);
             let x = at.x + GROUP_PADDING + column * (self.core_width + GAP);
@@ -216,10 +214,10 @@ fn groups(node: &Node) -> Vec<Group<'_>> {
         let (cores, others) = left.into_iter().partition(|core| cache.cpus.contains(core.cpu()));
         left = others;
         let size = if cache.bytes > 0 { format!(" {}", bytes(cache.bytes)) } else { String::new() };
-        groups.push(Group { label: Some(format!("L3{size}")), cores });
+        groups.push(Group { label: format!("L3{size}"), cores });
     }
     if !left.is_empty() {
-        groups.push(Group { label: None, cores: left });
+        groups.push(Group { label: "cores".to_owned(), cores: left });
     }
     groups.retain(|group| !group.cores.is_empty());
     groups

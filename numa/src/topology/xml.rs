@@ -169,7 +169,11 @@ impl Reader {
             }
             "Package" => {
                 let cpus = set(at, "cpuset", CPUS_MAX)?.unwrap_or_default();
-                self.parts.packages.push((number(at, "os_index", u32::MAX)?, cpus));
+                // Virtual machines may tell of packages that have no number.
+                let met = u64::try_from(self.parts.packages.len()).unwrap_or(u64::MAX);
+                let index = optional(at, "os_index")?.unwrap_or(met);
+                let index = u32::try_from(index).map_err(|_| wrong(at, "os_index", "too large"))?;
+                self.parts.packages.push((index, cpus));
                 self.parts.model = self.parts.model.take().or_else(|| info(at, "CPUModel"));
             }
             "NUMANode" => self.node(at)?,
