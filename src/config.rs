@@ -128,10 +128,30 @@ pub struct ServeArgs {
     /// Builds of templates that one tenant may run at once.
     #[arg(long, value_name = "N", default_value_t = 2)]
     builds_at_once: u16,
+    /// Whether operations and requests are counted and timed, and stuck shards noticed.
+    #[arg(long, value_name = "off|on", value_enum, default_value_t = Switch::On)]
+    metrics: Switch,
+    /// How much is logged. 2: a line for each operation, with microseconds for each of its phases; 3:
+    /// whatever helps to find a mistake.
+    #[arg(short, long, value_name = "LEVEL", default_value_t = 0)]
+    verbosity: u8,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
     plan: PlanArgs,
+}
+
+/// Something that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    Off,
+    On,
+}
+
+impl Switch {
+    fn is_on(self) -> bool {
+        self == Self::On
+    }
 }
 
 /// What the command line meant.
@@ -154,6 +174,11 @@ pub struct ServeConfig {
 }
 
 impl ServeArgs {
+    /// How much is to be logged.
+    pub fn verbosity(&self) -> u8 {
+        self.verbosity
+    }
+
     /// Checks and converts everything.
     ///
     /// # Errors
@@ -208,6 +233,7 @@ impl ServeArgs {
             memory_reserve_mib: self.memory_reserve_mib,
             // The keys' file says whose there are.
             accounts: Accounts::new(),
+            metrics: self.metrics.is_on(),
         };
         host.check()?;
         let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;
@@ -215,7 +241,8 @@ impl ServeArgs {
             refuse_open(&[("--listen", Some(self.listen)), ("--tls-listen", self.tls.listen())])?;
         }
         let keys = Keys::new(self.open);
-        let http = HttpConfig { listen: self.listen, tls: None, domain, keys, limits };
+        let metrics = self.metrics.is_on();
+        let http = HttpConfig { listen: self.listen, tls: None, domain, keys, limits, metrics };
         let database = self.key_db.unwrap_or_else(|| self.key_file.with_file_name("keys.json"));
         let keys = KeyPlaces { file: self.key_file, database };
         let (tls, plan) = (self.tls, self.plan);

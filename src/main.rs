@@ -61,9 +61,22 @@ enum Command {
     Helper(Vec<OsString>),
 }
 
+/// What is logged: as `MICA_LOG` says, or what happens to the host; and more with `-v`.
+fn logs(verbosity: u8) -> EnvFilter {
+    let otherwise = if verbosity > 2 { "debug" } else { "info" };
+    let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new(otherwise));
+    match "mica::operations=debug".parse() {
+        Ok(operations) if verbosity == 2 => logs.add_directive(operations),
+        _ => logs,
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let logs = logs(match &cli.command {
+        Command::Serve(args) => args.verbosity(),
+        _ => 0,
+    });
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(logs)

@@ -34,6 +34,8 @@ pub struct HttpConfig {
     pub keys: Keys,
     /// The bounds.
     pub limits: Limits,
+    /// Whether the operator can read what was counted.
+    pub metrics: bool,
 }
 
 /// How this host speaks TLS.

@@ -113,6 +113,19 @@ impl ApiError {
         Self { retry, ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
+    /// A profile of the daemon is being taken.
+    #[must_use]
+    pub fn already_profiling() -> Self {
+        let message = "a profile of this daemon is being taken; ask again when it is done";
+        Self::soon(StatusCode::CONFLICT, message)
+    }
+
+    /// No profile of the daemon can be had.
+    #[must_use]
+    pub fn no_profile(why: &str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, format!("there is no profile: {why}"))
+    }
+
     /// The first request with this idempotency key is not answered yet.
     #[must_use]
     pub fn in_progress() -> Self {

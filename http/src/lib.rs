@@ -23,6 +23,7 @@ pub mod fuzzing;
 mod ids;
 mod keys;
 mod openapi;
+mod ops;
 mod percent;
 mod proxy;
 mod rfc3339;
@@ -32,5 +33,6 @@ mod tenant;
 
 pub use config::{HttpConfig, Limits, Tls};
 pub use keys::{ApiKey, KeyError, KeyGrant, KeyHash, KeyLimits, Keys};
+pub use ops::families;
 pub use rfc3339::format as rfc3339;
 pub use serve::{ListenError, serve};

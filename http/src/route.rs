@@ -9,6 +9,7 @@ use hyper::Method;
 
 use crate::builds::route::BuildRoute;
 use crate::error::ApiError;
+use crate::ops::Form;
 use crate::percent;
 
 /// Which version of an endpoint: they differ in defaults.
@@ -27,6 +28,10 @@ pub enum Route {
     Health,
     /// `GET /metrics`
     Metrics,
+    /// `GET /ui/state`
+    HostState,
+    /// `GET /debug/pprof/profile` and `GET /debug/flamegraph`
+    Profile(Form),
     /// `GET /openapi.json`
     OpenApi,
     /// `POST /sandboxes`
@@ -92,6 +97,20 @@ pub enum Action {
     Logs(Version),
 }
 
+impl Route {
+    /// Whether only the operator may know of it.
+    #[must_use]
+    pub fn is_operators(&self) -> bool {
+        matches!(self, Self::Metrics | Self::HostState | Self::Profile(_))
+    }
+
+    /// Whether it is not there where metrics are off.
+    #[must_use]
+    pub fn needs_metrics(&self) -> bool {
+        matches!(self, Self::Metrics)
+    }
+}
+
 /// Makes a route of what stands in the path where its pattern has a name in braces.
 type Make = fn(&[String]) -> Route;
 
@@ -113,6 +132,9 @@ const fn at(method: Method, path: &'static str, make: Make) -> Endpoint {
 pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
     at(Method::GET, "/health", |_| Route::Health),
     at(Method::GET, "/metrics", |_| Route::Metrics),
+    at(Method::GET, "/ui/state", |_| Route::HostState),
+    at(Method::GET, "/debug/pprof/profile", |_| Route::Profile(Form::Pprof)),
+    at(Method::GET, "/debug/flamegraph", |_| Route::Profile(Form::Flamegraph)),
     at(Method::GET, "/openapi.json", |_| Route::OpenApi),
     at(Method::POST, "/sandboxes", |_| Route::Create(Version::V1)),
     at(Method::POST, "/v2/sandboxes", |_| Route::Create(Version::V2)),
@@ -187,7 +209,7 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
 ];
 
 /// How many.
-pub const ENDPOINT_COUNT: usize = 65;
+pub const ENDPOINT_COUNT: usize = 68;
 
 const CUBE_BUILDS: &str = "CubeSandbox's way of building templates";
 const TAG_HISTORY: &str = "the history of a template's tags";
@@ -225,11 +247,11 @@ impl Endpoint {
     }
 }
 
-/// Finds the route.
+/// Finds the route, and its place in [`ENDPOINTS`].
 ///
 /// # Errors
 /// 400 for a path that does not decode, 404, 405.
-pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
+pub fn route(method: &Method, path: &str) -> Result<(usize, Route), ApiError> {
     let segments = path
         .strip_prefix('/')
         .unwrap_or(path)
@@ -238,15 +260,20 @@ pub fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| ApiError::bad_request(format!("the path is not valid: {error}")))?;
     let fits = |endpoint: &'static Endpoint| Some((endpoint, endpoint.parameters(&segments)?));
-    let (first, parameters) =
-        ENDPOINTS.iter().find_map(fits).ok_or_else(|| ApiError::no_route(&shown(path)))?;
+    let (first, parameters) = ENDPOINTS.iter().find_map(fits).ok_or_else(|| missing(path))?;
     // HEAD is GET without the body, which hyper leaves out.
     let wanted = if method == Method::HEAD { &Method::GET } else { method };
-    let here = ENDPOINTS.iter().filter(|endpoint| endpoint.path == first.path);
-    match here.clone().find(|endpoint| endpoint.method == wanted) {
-        Some(endpoint) => Ok((endpoint.make)(&parameters)),
-        None => Err(ApiError::method_not_allowed(method, &allow(here))),
+    let here = ENDPOINTS.iter().enumerate().filter(|(_, endpoint)| endpoint.path == first.path);
+    match here.clone().find(|(_, endpoint)| endpoint.method == wanted) {
+        Some((place, endpoint)) => Ok((place, (endpoint.make)(&parameters))),
+        None => Err(ApiError::method_not_allowed(method, &allow(here.map(|(_, here)| here)))),
     }
+}
+
+/// The answer for a path that is not there.
+#[must_use]
+pub fn missing(path: &str) -> ApiError {
+    ApiError::no_route(&shown(path))
 }
 
 fn allow<'a>(endpoints: impl Iterator<Item = &'a Endpoint>) -> String {
@@ -280,6 +307,8 @@ mod tests {
         for (method, path, expected) in [
             (Method::GET, "/health", Route::Health),
             (Method::GET, "/metrics", Route::Metrics),
+            (Method::GET, "/ui/state", Route::HostState),
+            (Method::GET, "/debug/flamegraph", Route::Profile(Form::Flamegraph)),
             (Method::HEAD, "/health", Route::Health),
             (Method::POST, "/sandboxes", Route::Create(Version::V1)),
             (Method::POST, "/v2/sandboxes", Route::Create(Version::V2)),
@@ -317,13 +346,16 @@ mod tests {
                 Route::Build(BuildRoute::Status("n:t".to_owned(), "b".to_owned())),
             ),
         ] {
-            assert_eq!(route(&method, path), Ok(expected), "{method} {path}");
+            let (place, got) = route(&method, path).unwrap();
+            assert_eq!(got, expected, "{method} {path}");
+            let wanted = if method == Method::HEAD { Method::GET } else { method };
+            assert_eq!(ENDPOINTS[place].method, wanted, "{path}");
         }
     }
 
     #[test]
     fn an_encoded_slash_does_not_make_a_segment() {
-        let got = route(&Method::GET, "/sandboxes/a%2Ftimeout");
+        let got = route(&Method::GET, "/sandboxes/a%2Ftimeout").map(|(_, route)| route);
         assert_eq!(got, Ok(Route::Sandbox("a/timeout".to_owned(), Action::Get)));
     }
 

@@ -16,6 +16,7 @@ use hyper::body::Incoming;
 use hyper::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue};
 use hyper::http::uri;
 use hyper::{Method, Request, Response, Uri};
+use mica_shards::metrics::Source;
 use mica_shards::rt::net::{TcpListener, TcpStream};
 use mica_shards::rt::{self, time};
 use mica_shards::{Host, StopSignal};
@@ -25,6 +26,7 @@ use crate::body::{self, Body};
 use crate::config::HttpConfig;
 use crate::conn::Accepts;
 use crate::error::ApiError;
+use crate::ops::{Requests, Served};
 use crate::proxy::origin::{self, Cookies};
 use crate::proxy::signature::Searches;
 use crate::proxy::target::{Target, target};
@@ -67,7 +69,11 @@ pub async fn serve(host: Host, config: HttpConfig, stop: StopSignal) -> Result<(
     let proxy = Proxy::new(host.clone(), config.limits.clone());
     let (searches, holders) = (Searches::default(), Holders::default());
     let connections = Connections::default();
-    let front = Rc::new(Front { host, config, proxy, connections, searches, holders });
+    let requests = host.has_metrics().then(Requests::new);
+    if let Some(requests) = &requests {
+        host.add_source(Rc::clone(requests) as Rc<dyn Source>);
+    }
+    let front = Rc::new(Front { host, config, proxy, connections, searches, holders, requests });
     let both = front.accept_all(&listener, Accepts::Both(shared));
     let alone = async {
         match &tls_alone {
@@ -100,6 +106,8 @@ struct Front {
     connections: Connections,
     searches: Searches,
     holders: Holders,
+    /// What it served; none where that is not counted.
+    requests: Option<Rc<Requests>>,
 }
 
 impl Front {
@@ -143,16 +151,37 @@ impl Front {
         conn::drive(stream, accepts, &self.config.limits, entry, answer).await;
     }
 
+    /// Answers a request, and counts the answer.
     async fn answer(
         &self,
         request: Request<Incoming>,
         switch: Option<&Switch>,
         kept: &Rc<Kept>,
     ) -> Response<Body> {
-        let outcome = match self.whom(&request).await {
+        let Some(requests) = &self.requests else {
+            return self.serve(request, switch, kept, &Cell::new(Served::Nothing)).await;
+        };
+        let (began, served) = (time::Instant::now(), Cell::new(Served::Nothing));
+        let response = self.serve(request, switch, kept, &served).await;
+        requests.answered(served.get(), response.status(), began);
+        response
+    }
+
+    async fn serve(
+        &self,
+        request: Request<Incoming>,
+        switch: Option<&Switch>,
+        kept: &Rc<Kept>,
+        served: &Cell<Served>,
+    ) -> Response<Body> {
+        let target = self.whom(&request).await;
+        if let Ok(Target::Sandbox(..) | Target::Shared(..) | Target::Path(..)) = &target {
+            served.set(Served::Sandbox);
+        }
+        let outcome = match target {
             Ok(Target::ControlPlane | Target::SignedFile | Target::TokenHolder) => {
                 // In a box: what an answer of ours needs, one of a sandbox has no use for.
-                let answer = Box::pin(api::answer(&self.host, &self.config, request));
+                let answer = Box::pin(api::answer(&self.host, &self.config, request, served));
                 return open_to_browsers(answer.await);
             }
             Ok(Target::Sandbox(id, port)) => {

@@ -9,9 +9,8 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use mica_shards::{
-    ConnectError, CreateRequest, Digest, GuestStream, Host, HostCounters, LogLine, MemoKey,
-    NetworkPolicy, OnTimeout, Once, Reference, SandboxInfo, Seat, ShardError, SnapshotInfo,
-    TemplateInfo, Usage,
+    ConnectError, CreateRequest, Digest, GuestStream, Host, LogLine, MemoKey, NetworkPolicy,
+    OnTimeout, Once, Reference, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo, Usage,
 };
 use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
@@ -314,13 +313,5 @@ impl<'a> TenantHost<'a> {
         let Some(reference) = Reference::parse(id) else { return Ok(None) };
         let found = builds::find_template(self.host, &self.caller.tenant, &reference).await?;
         Ok(found.as_ref().and_then(builds::info_of))
-    }
-
-    /// [`Host::counters`]: sums of the whole host, which name nobody.
-    ///
-    /// # Errors
-    /// See [`ShardError`].
-    pub async fn counters(&self) -> Result<HostCounters, ShardError> {
-        self.host.counters().await
     }
 }

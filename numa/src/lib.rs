@@ -25,6 +25,7 @@ mod stop;
 mod sys;
 pub mod topology;
 pub mod userfault;
+pub mod watchdog;
 
 pub use cpus::CpuList;
 pub use placement::Placement;

@@ -73,6 +73,8 @@ pub struct HostConfig {
     pub memory_reserve_mib: u32,
     /// Accounts that sandboxes of an earlier daemon are counted in again.
     pub accounts: Accounts,
+    /// Whether anything is counted and timed.
+    pub metrics: bool,
 }
 
 /// Most VM processes that one shard may hold ready for one size.
@@ -105,6 +107,7 @@ impl HostConfig {
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 1024,
             accounts: Accounts::new(),
+            metrics: true,
         }
     }
 
@@ -179,6 +182,7 @@ mod tests {
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
             accounts: Accounts::new(),
+            metrics: true,
         };
         assert!(good.check().is_ok());
         let bad = [

@@ -8,14 +8,17 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
+use mica_numa::rt::time::Instant;
 use mica_storage::LayerId;
 use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
 use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
+use crate::metrics::Measured;
 use crate::shell::PoolCounts;
 use crate::{
-    BuiltFor, ConnectError, CreateRequest, Epoch, LogLine, NetworkPolicy, OnTimeout, SandboxInfo,
-    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor, WrongNode,
+    BuiltFor, ConnectError, CreateRequest, Epoch, LogLine, NetworkPolicy, OnTimeout, ProcessView,
+    SandboxInfo, SandboxProcess, SandboxView, ShardError, ShardView, SnapshotInfo, Usage, Visitor,
+    WrongNode,
 };
 
 /// Requests that wait in one shard's mailbox. One more is answered with `Busy` by the sender.
@@ -32,10 +35,10 @@ const _: () = assert!(ANSWERS_MAX >= OUTSTANDING_MAX);
 /// What a shard may be asked to do.
 #[derive(Debug)]
 pub(crate) enum Operation {
-    /// Make this sandbox, whose id hashes to the shard asked.
-    Create(SandboxId, Box<CreateRequest>),
+    /// Make this sandbox, whose id hashes to the shard asked. It was asked for at this moment.
+    Create(SandboxId, Box<CreateRequest>, Instant),
     /// The same, as one of several copies.
-    Copy(SandboxId, Box<CreateRequest>),
+    Copy(SandboxId, Box<CreateRequest>, Instant),
     /// Say whose a sandbox is, also one that is being made.
     TenantOf(SandboxId),
     /// Show a sandbox.
@@ -85,6 +88,12 @@ pub(crate) enum Operation {
     MemoEnd(MemoKey, MemoTicket, Option<Vec<u8>>),
     /// Give the node's copy of this snapshot's base layer.
     Replica(String, LayerId),
+    /// Say what it has counted.
+    Measure,
+    /// Say how it and its sandboxes are.
+    View,
+    /// Say what the processes of these sandboxes use.
+    Uses(Vec<SandboxId>),
 }
 
 /// What a snapshot is made for.
@@ -165,6 +174,12 @@ pub(crate) enum Reply {
     Counts(Counts),
     /// To `Replica`; none where it does not fit.
     Replica(Option<OwnedFd>),
+    /// To `Measure`.
+    Measured(Box<Measured>),
+    /// To `View`.
+    View(Box<(ShardView, Vec<SandboxView>)>),
+    /// To `Uses`; without those that have no process.
+    Uses(BTreeMap<SandboxId, ProcessView>),
 }
 
 /// Numbers of one shard.

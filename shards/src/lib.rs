@@ -24,8 +24,10 @@ mod host;
 mod hours;
 mod loads;
 mod memo;
+pub mod metrics;
 mod placement;
 mod pressure;
+mod proc;
 mod recovery;
 pub mod registry;
 mod replicas;
@@ -40,6 +42,7 @@ mod turns;
 mod types;
 mod uids;
 mod upkeep;
+mod view;
 mod wake;
 mod warm;
 mod warmth;
@@ -63,4 +66,5 @@ pub use types::{
     NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess, SnapshotInfo, TemplateInfo, Usage,
     Visitor,
 };
+pub use view::{HostView, NodeView, ProcessView, SandboxView, ShardView};
 pub use warm::{WarmError, warm};

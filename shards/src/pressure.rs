@@ -49,16 +49,28 @@ pub(crate) async fn watch(shard: Rc<Shard>, node: u32, stop: StopSignal) {
 
 /// Memory of the node that is free or a clean file's, in bytes.
 fn available_bytes(node: u32) -> io::Result<u64> {
+    Ok(memory(node)?.1)
+}
+
+/// All memory of the node, and what of it is free or a clean file's, in bytes.
+pub(crate) fn memory(node: u32) -> io::Result<(u64, u64)> {
     let path = format!("/sys/devices/system/node/node{node}/meminfo");
     match std::fs::read_to_string(&path) {
-        Ok(text) => parse_node(&text).ok_or_else(|| io::ErrorKind::InvalidData.into()),
+        Ok(text) => {
+            with_total(&text, parse_node(&text)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+        }
         // A kernel without NUMA has one node, all of it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let text = std::fs::read_to_string("/proc/meminfo")?;
-            field(&text, "MemAvailable:").ok_or_else(|| io::ErrorKind::InvalidData.into())
+            with_total(&text, field(&text, "MemAvailable:"))
+                .ok_or_else(|| io::ErrorKind::InvalidData.into())
         }
         Err(error) => Err(error),
     }
+}
+
+fn with_total(text: &str, available: Option<u64>) -> Option<(u64, u64)> {
+    Some((field(text, "MemTotal:")?, available?))
 }
 
 /// `MemFree` and what the page cache could give up at once.

@@ -2,4 +2,4 @@
 //!
 //! Called by `http`, which may not import `numa`. Refuses to add anything of its own.
 
-pub use mica_numa::rt::{Task, net, oneshot, spawn, time, yield_now};
+pub use mica_numa::rt::{BlockingError, Task, blocking, net, oneshot, spawn, time, yield_now};

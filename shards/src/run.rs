@@ -12,11 +12,13 @@ use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mica_numa::io::{Ring, RingConfig};
 use mica_numa::mailbox::{Mailbox, mailbox};
 use mica_numa::rt;
 use mica_numa::seat::{self, SeatError};
+use mica_numa::watchdog::{Watchdog, Watching};
 use mica_numa::{Placement, Plan, ShardSeat, StopSignal};
 use mica_storage::{SnapshotKind, Store};
 use mica_units::{PerShard, ShardCount, ShardId};
@@ -31,11 +33,16 @@ use crate::shard::{Place, Shard, random};
 use crate::shell::demand::{Bounds, Demand};
 use crate::shell::{Launcher, Pins, Pool, Size, empty_network, now_s};
 use crate::uids::Uids;
-use crate::{Host, HostConfig, RunError, hours, pressure, takeover, warmth};
+use crate::{Host, HostConfig, RunError, hours, metrics, pressure, takeover, warmth};
+
+/// A shard that does not turn for so long is told of.
+const STALL_MIN: Duration = Duration::from_millis(5);
 
 /// What one seat starts with.
 struct Input {
     base: Base,
+    /// Notices when the shard does not turn.
+    watchdog: Option<Watchdog>,
     /// Sandboxes of an earlier daemon that are this shard's.
     survivors: Vec<Survivor>,
     /// The first shard of its node.
@@ -100,17 +107,22 @@ where
     S: Fn(Host, StopSignal) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + 'static,
 {
-    let (base, survivors) = open(config, plan)?;
-    let inputs = inputs(plan, &base, survivors)?;
+    let (mut base, survivors) = open(config, plan)?;
+    base.workshop.nodes = plan.vcpus.iter().map(|vcpus| (vcpus.node, vcpus.cpus.len())).collect();
+    // Lives until all seats have ended.
+    let watchdog = watchdog(&base.workshop.config);
+    let inputs = inputs(plan, &base, survivors, watchdog.as_ref())?;
     let shards = plan.shard_count();
     let signal = stop.clone();
     let ran = seat::run_all(plan, inputs, &stop, move |seat: ShardSeat, input: Input| {
         let (serve, stop) = (serve.clone(), signal.clone());
         async move {
-            let Input { base, survivors, librarian, addresses, requests, answers, .. } = input;
+            let Input {
+                base, watchdog, survivors, librarian, addresses, requests, answers, ..
+            } = input;
             let Input { loads, placement, .. } = input;
-            let memory_node = seat.memory_node;
-            let place = Place { id: seat.shard, shards, memory_node, librarian };
+            let ShardSeat { shard: id, core, node, memory_node } = seat;
+            let place = Place { id, shards, node, memory_node, core, librarian };
             let (shard, templates) = match seat_shard(&base, place, placement, loads).await {
                 Ok(made) => made,
                 Err(error) => {
@@ -120,6 +132,7 @@ where
                     return false;
                 }
             };
+            let watching = watch(&shard, watchdog);
             let host = Host::new(Rc::clone(&shard), addresses.clone());
             shard.set_host(Some(host.clone()));
             for survivor in survivors {
@@ -144,6 +157,9 @@ where
             }
             pool.end().await;
             shard.set_host(None);
+            if let Some(watching) = watching {
+                watching.end().await;
+            }
             Rc::clone(&shard.ring).close().await;
             true
         }
@@ -191,7 +207,7 @@ pub(crate) fn open_base(config: HostConfig, plan: &Plan) -> Result<(Base, Cgroup
         .map_err(|error| machine(Box::new(error)))?;
     let netns = empty_network().map_err(|error| machine(Box::new(error)))?;
     let config = Arc::new(config);
-    let workshop = Workshop { config, store };
+    let workshop = Workshop { config, store, nodes: Arc::default() };
     let (netns, pins) = (Arc::new(netns), Pins::new(plan));
     let base = Base { workshop, cgroups: cgroups.clone(), netns, pins, taken: Arc::default() };
     Ok((base, cgroups))
@@ -245,7 +261,12 @@ async fn seat_shard(
 }
 
 /// Connects every shard with every other.
-fn inputs(plan: &Plan, base: &Base, survivors: Vec<Survivor>) -> Result<Vec<Input>, RunError> {
+fn inputs(
+    plan: &Plan,
+    base: &Base,
+    survivors: Vec<Survivor>,
+    watchdog: Option<&Watchdog>,
+) -> Result<Vec<Input>, RunError> {
     let shards = plan.shard_count();
     let mut boxes = Vec::new();
     for _ in &plan.seats {
@@ -264,6 +285,7 @@ fn inputs(plan: &Plan, base: &Base, survivors: Vec<Survivor>) -> Result<Vec<Inpu
     }
     let input = |(shard, ((_, requests), (_, answers)))| Input {
         base: base.clone(),
+        watchdog: watchdog.cloned(),
         survivors: std::mem::take(&mut by_shard[ShardId::new(shard)]),
         librarian: first_of_node(plan, ShardId::new(shard)),
         addresses: addresses.clone(),
@@ -281,6 +303,24 @@ fn node_of(plan: &Plan, shard: ShardId) -> u32 {
     seat.map_or(0, |seat| seat.node)
 }
 
+/// What notices shards that do not turn. The host does without where it cannot be had.
+fn watchdog(config: &HostConfig) -> Option<Watchdog> {
+    let started = config.metrics.then(|| Watchdog::start(STALL_MIN))?;
+    started.inspect_err(|error| tracing::warn!(%error, "stalls of shards go unnoticed")).ok()
+}
+
+/// Sits the watchdog beside a shard.
+fn watch(shard: &Shard, watchdog: Option<Watchdog>) -> Option<Watching> {
+    let watching = watchdog?.sit(format!("shard-{}", shard.id.index()));
+    let watching = watching
+        .inspect_err(|error| tracing::warn!(%error, "stalls of a shard go unnoticed"))
+        .ok()?;
+    if shard.metrics.stalls.set(Arc::clone(watching.stalls())).is_err() {
+        tracing::error!("a shard is watched twice");
+    }
+    Some(watching)
+}
+
 /// The first shard on the node of this one.
 fn first_of_node(plan: &Plan, shard: ShardId) -> ShardId {
     let node = node_of(plan, shard);
@@ -293,6 +333,7 @@ fn first_of_node(plan: &Plan, shard: ShardId) -> ShardId {
 async fn take_requests(shard: Rc<Shard>, addresses: PerShard<Address>, requests: Mailbox<Request>) {
     let mut inbox = requests.attach();
     while let Some(Request { from, ticket, operation }) = inbox.next().await {
+        metrics::add(&shard.metrics.taken, 1);
         let (shard, post) = (Rc::clone(&shard), addresses[from].answers.clone());
         rt::spawn(async move {
             let reply = shard.perform(operation).await;

@@ -16,12 +16,14 @@ use mica_units::{GuestPort, SandboxId, ShardCount, ShardId, TenantId};
 use crate::choice::{Choice, share};
 use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
 use crate::memo::Memos;
+use crate::metrics::{self, Metrics};
 use crate::placement;
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
 use crate::turns::Turns;
 use crate::upkeep::Upkeep;
+use crate::view::Rising;
 use crate::{
     ConnectError, CreateRequest, Epoch, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
     SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor, WrongNode,
@@ -46,8 +48,12 @@ pub(crate) struct Place {
     pub(crate) id: ShardId,
     /// Of how many.
     pub(crate) shards: ShardCount,
-    /// The node that its memory is on.
+    /// Its memory node's number.
+    pub(crate) node: u32,
+    /// The node that its memory is on: another one where its own has none.
     pub(crate) memory_node: u32,
+    /// The hardware thread it is pinned to.
+    pub(crate) core: u32,
     /// The first shard of that node.
     pub(crate) librarian: ShardId,
 }
@@ -69,8 +75,20 @@ pub(crate) struct Shard {
     pub(crate) images: Images,
     /// Which shard a new sandbox goes to.
     pub(crate) choice: Choice,
+    /// Its node.
+    pub(crate) node: u32,
+    /// The hardware thread it is pinned to.
+    pub(crate) core: u32,
     /// The shard that keeps this node's copies of base layers.
     pub(crate) librarian: ShardId,
+    /// What it counts.
+    pub(crate) metrics: Metrics,
+    /// When it started.
+    pub(crate) begun: Instant,
+    /// How busy it was, when somebody looked last.
+    pub(crate) busy: RefCell<Rising>,
+    /// How busy the processes of its sandboxes were then.
+    pub(crate) seen: RefCell<BTreeMap<SandboxId, Rising>>,
     /// Those copies, if it is this one.
     replicas: Replicas,
     /// Snapshots to be flattened.
@@ -89,7 +107,7 @@ pub(crate) struct Shard {
 impl Shard {
     /// A shard without sandboxes.
     pub(crate) fn new(
-        Place { id, shards, memory_node, librarian }: Place,
+        Place { id, shards, node, memory_node, core, librarian }: Place,
         workshop: Workshop,
         pool: Rc<Pool>,
         ring: Rc<Ring>,
@@ -99,7 +117,13 @@ impl Shard {
         Self {
             id,
             shards,
+            node,
+            core,
             librarian,
+            metrics: Metrics::new(workshop.config.metrics, shards),
+            begun: Instant::now(),
+            busy: RefCell::new(Rising::new(rt::stats().busy)),
+            seen: RefCell::default(),
             replicas,
             upkeep: Upkeep::default(),
             host: RefCell::default(),
@@ -129,10 +153,12 @@ impl Shard {
     /// Does what is asked.
     pub(crate) async fn perform(self: Rc<Self>, operation: Operation) -> Reply {
         match operation {
-            Operation::Create(id, request) => {
-                Reply::Sandbox(self.create(id, *request, false).await)
+            Operation::Create(id, request, asked_at) => {
+                Reply::Sandbox(self.create(id, *request, false, asked_at).await)
             }
-            Operation::Copy(id, request) => Reply::Sandbox(self.create(id, *request, true).await),
+            Operation::Copy(id, request, asked_at) => {
+                Reply::Sandbox(self.create(id, *request, true, asked_at).await)
+            }
             Operation::TenantOf(id) => Reply::Tenant(self.tenant_of(id)),
             Operation::Get(id) => Reply::Sandbox(self.get(id)),
             Operation::List => Reply::Sandboxes(self.list()),
@@ -140,7 +166,7 @@ impl Shard {
                 self.turns.wake();
                 Reply::Done(Ok(()))
             }
-            Operation::Kill(id) => Reply::Done(self.kill(id).await),
+            Operation::Kill(id) => Reply::Done(self.timed_kill(id).await),
             Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
             Operation::Extend(id, life) => Reply::Done(self.extend(id, life)),
             Operation::Logs(id) => Reply::Logs(self.logs(id).await),
@@ -169,6 +195,9 @@ impl Shard {
                 self.memos.end(&key, ticket, answer);
                 Reply::Done(Ok(()))
             }
+            Operation::Measure => Reply::Measured(Box::new(self.measured().await)),
+            Operation::View => Reply::View(Box::new((self.view(), self.sandbox_views()))),
+            Operation::Uses(ids) => Reply::Uses(self.uses(ids).await),
             Operation::Replica(snapshot, layer) => {
                 Reply::Replica(self.replicas.get(&self, snapshot, layer).await)
             }
@@ -180,6 +209,7 @@ impl Shard {
         id: SandboxId,
         request: CreateRequest,
         of_copies: bool,
+        asked_at: Instant,
     ) -> Made {
         debug_assert_eq!(id.shard(self.shards), self.id, "sent to the wrong shard");
         if self.draining.get() {
@@ -193,7 +223,7 @@ impl Shard {
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
         let (maker, made) = oneshot::channel();
         let identity = Identity { request, of_copies, access_token, traffic_token, machine_id };
-        self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create);
+        self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create(asked_at));
         made.await.unwrap_or(Err(ShardError::ShuttingDown))
     }
 
@@ -220,8 +250,18 @@ impl Shard {
         info.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 
-    fn list(&self) -> Vec<SandboxInfo> {
+    pub(crate) fn list(&self) -> Vec<SandboxInfo> {
         self.sandboxes.borrow().values().filter_map(|sandbox| sandbox.info()).collect()
+    }
+
+    async fn timed_kill(&self, id: SandboxId) -> Result<(), ShardError> {
+        let mut watch = self.metrics.watch(metrics::Operation::Kill, id);
+        let killed = self.kill(id).await;
+        match &killed {
+            Err(ShardError::NoSuchSandbox(_)) => self.metrics.refused(metrics::Operation::Kill),
+            killed => self.metrics.end(&mut watch, killed.is_ok()),
+        }
+        killed
     }
 
     async fn kill(&self, id: SandboxId) -> Result<(), ShardError> {
@@ -358,6 +398,11 @@ impl Shard {
         } else if spawns.len() < SPAWNS_MAX {
             spawns.insert(template_id.to_owned(), Spawned { count: 1, last: now });
         }
+    }
+
+    /// Every sandbox, also one that is being made or ended.
+    pub(crate) fn all(&self) -> std::cell::Ref<'_, BTreeMap<SandboxId, Rc<Sandbox>>> {
+        self.sandboxes.borrow()
     }
 
     fn counts(&self) -> Counts {

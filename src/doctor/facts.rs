@@ -187,7 +187,7 @@ impl Tree<'_> {
             let is = |dir: &str| self.text(&format!("{dir}/dev")).as_ref() == Some(&mount.device);
             let parts = self.names(&at);
             // Btrfs has a device of its own, which is no disk: there its source says which.
-            let by_name = mount.device.starts_with("0:") && source != "";
+            let by_name = mount.device.starts_with("0:") && !source.is_empty();
             is(&at)
                 || parts.iter().any(|part| is(&format!("{at}/{part}")))
                 || by_name && (disk == source || parts.iter().any(|part| part == source))

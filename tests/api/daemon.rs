@@ -387,6 +387,15 @@ impl Daemon {
         lists.filter_map(|list| std::fs::read_to_string(list).ok()).map(processes).collect()
     }
 
+    /// Names of its threads.
+    pub fn threads(&self) -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let names = tasks.expect("its threads").flatten().map(|task| task.path().join("comm"));
+        names
+            .filter_map(|name| Some(std::fs::read_to_string(name).ok()?.trim().to_owned()))
+            .collect()
+    }
+
     pub fn signal(&self, name: &str) {
         kill(name, self.child.id());
     }

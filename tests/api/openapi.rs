@@ -71,6 +71,9 @@ fn ask_everything(daemon: &Daemon, name: &str, parameters: &str, phases: &str, w
     daemon.healthy();
 }
 
+/// Each takes as long as it is told, up to a minute.
+const PROFILES: [&str; 2] = ["get_debug_pprof_profile", "get_debug_flamegraph"];
+
 #[test]
 fn every_answer_is_one_that_the_document_declares() {
     let daemon = Daemon::start_with(&["--sandboxes-max", "4000", "--pool-max", "2"]);
@@ -87,9 +90,11 @@ fn every_answer_is_one_that_the_document_declares() {
         "post_sandboxes_sandboxid_timeout",
         "post_sandboxes_sandboxid_clone",
         "post_sandboxes_sandboxid_fork",
+        PROFILES[0],
+        PROFILES[1],
     ];
     ask_everything(&daemon, "there", &there, "coverage,fuzzing", &ending);
     assert_eq!(daemon.get(&id).status, 200, "it was not ended");
 
-    ask_everything(&daemon, "anything", "", "fuzzing", &[]);
+    ask_everything(&daemon, "anything", "", "fuzzing", &PROFILES);
 }

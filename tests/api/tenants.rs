@@ -84,6 +84,16 @@ impl World {
 
 /// What the owner sees, and the other does not.
 impl World {
+    /// A path that is there for the operator, and for nobody else.
+    fn operators_alone(&self, path: &str) {
+        self.daemon.ask_as("", "GET", path, None).error(401);
+        assert_eq!(self.daemon.ask("GET", path, None).status, 200, "{path}");
+        let said = self.other("GET", path, None).error(404);
+        let missing = self.other("GET", "/nothing", None).error(404);
+        let path = path.split('?').next().unwrap_or_default();
+        assert_eq!(said.replace(path, "/nothing"), missing);
+    }
+
     /// A request about the owner's template, under the ids in `path` where it says `{id}` and `{build}`.
     fn hidden_build(&self, method: &str, path: &str, body: Option<Value>) {
         let path = path.replace("{id}", &self.template).replace("{build}", &self.build);
@@ -103,10 +113,13 @@ const ROWS: &[Row] = &[
         assert_eq!(world.daemon.ask_as("", "GET", "/health", None).status, 200);
     }),
     ("GET /metrics", |world| {
-        // Sums of the whole host, for whoever has a key.
-        world.daemon.ask_as("", "GET", "/metrics", None).error(401);
-        assert_eq!(world.other("GET", "/metrics", None).status, 200);
+        world.operators_alone("/metrics");
     }),
+    ("GET /ui/state", |world| world.operators_alone("/ui/state")),
+    ("GET /debug/pprof/profile", |world| {
+        world.operators_alone("/debug/pprof/profile?seconds=1");
+    }),
+    ("GET /debug/flamegraph", |world| world.operators_alone("/debug/flamegraph?seconds=1")),
     ("POST /sandboxes", |world| {
         for path in ["/sandboxes", "/v2/sandboxes"] {
             let body = json!({ "templateID": world.snapshot });

@@ -8,11 +8,13 @@
 
 mod bytes;
 mod frames;
+mod histogram;
 mod ids;
 mod limits;
 
 pub use bytes::{Gpa, Mebibytes, PAGE_BYTES};
 pub use frames::{FRAMES_MAX, FrameRun, frames_len, frames_of};
+pub use histogram::{Buckets, Distribution, Durations};
 pub use ids::{
     GuestPort, IdError, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId, TemplateName,
     TenantId,

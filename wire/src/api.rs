@@ -7,10 +7,15 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod host;
 mod network;
 mod observe;
 mod templates;
 
+pub use host::{
+    HostState, HostSummary, NodeSummary, OperationSummary, PhaseSummary, PoolSummary,
+    SandboxSummary, ShardSummary,
+};
 pub use network::{
     EgressAction, EgressMatch, EgressRule, HeaderRule, HeaderTransform, NetworkConfig,
 };

@@ -7,7 +7,7 @@
 //! The metadata filter is encoded three times over, as E2B's SDKs send it: the query value is a
 //! query string of its own, whose keys and values are encoded once more.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_shards::{Lifecycle, SandboxInfo};
 use mica_units::SandboxId;
@@ -38,7 +38,7 @@ pub struct ListQuery {
 
 /// The place where a page ends: the last entry that was shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Cursor {
+pub struct Cursor {
     started_unix_ns: u128,
     id: SandboxId,
 }
@@ -56,15 +56,28 @@ pub struct Page {
 
 impl Cursor {
     fn of(info: &SandboxInfo) -> Self {
-        let since = info.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { started_unix_ns: since.as_nanos(), id: info.id }
+        Self::at(info.started_at, info.id)
     }
 
-    fn to_token(self) -> String {
+    /// The place of this sandbox.
+    pub fn at(started_at: SystemTime, id: SandboxId) -> Self {
+        let since = started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { started_unix_ns: since.as_nanos(), id }
+    }
+
+    /// When that sandbox started, and its id.
+    pub fn start(self) -> Option<(SystemTime, SandboxId)> {
+        let nanos = u64::try_from(self.started_unix_ns).ok()?;
+        Some((UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))?, self.id))
+    }
+
+    /// As a client keeps it.
+    pub fn to_token(self) -> String {
         format!("{:x}-{}", self.started_unix_ns, self.id)
     }
 
-    fn from_token(token: &str) -> Option<Self> {
+    /// Of what a client kept.
+    pub fn from_token(token: &str) -> Option<Self> {
         let (nanos, id) = token.split_once('-')?;
         let started_unix_ns = u128::from_str_radix(nanos, 16).ok()?;
         Some(Self { started_unix_ns, id: id.parse().ok()? })
@@ -198,7 +211,6 @@ mod tests {
     use super::*;
     use mica_shards::{NetworkPolicy, OnTimeout};
     use mica_units::{Mebibytes, TenantId, VcpuCount};
-    use std::time::Duration;
 
     fn sandbox(n: u8, labels: &[(&str, &str)]) -> SandboxInfo {
         let started_at = UNIX_EPOCH + Duration::from_secs(1000 + u64::from(n) / 2);

@@ -8,15 +8,16 @@ pub mod json;
 mod life;
 mod list;
 mod logs;
-mod metrics;
 mod network;
 mod once;
 mod operate;
 mod sandbox;
-mod show;
+pub mod show;
 mod snapshots;
 mod templates;
 mod usage;
+
+use std::cell::Cell;
 
 use http::request::Parts;
 use hyper::body::Incoming;
@@ -24,8 +25,9 @@ use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_MAX_AGE,
     ACCESS_CONTROL_REQUEST_HEADERS, HeaderValue,
 };
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use mica_shards::Host;
+use mica_units::TenantId;
 use mica_wire::api::Health;
 
 use crate::body::{self, Body};
@@ -33,24 +35,34 @@ use crate::builds;
 use crate::builds::route::BuildRoute;
 use crate::config::HttpConfig;
 use crate::error::ApiError;
-use crate::openapi;
-use crate::route::{Route, route};
+use crate::keys::Caller;
+use crate::ops::Served;
+use crate::route::{Route, missing, route};
 use crate::tenant::TenantHost;
+use crate::{openapi, ops};
 use list::ListQuery;
+pub use list::{Cursor, PAGE_ENTRIES_MAX, page_limit};
 use snapshots::{Of, SnapshotQuery};
 
-/// Answers one request.
+/// Answers one request, and says at `served` what it was for.
 pub async fn answer(
     host: &Host,
     config: &HttpConfig,
     request: Request<Incoming>,
+    served: &Cell<Served>,
 ) -> Response<Body> {
     if request.method() == Method::OPTIONS {
         return preflight(&request);
     }
     let (parts, body) = request.into_parts();
     let mut body = Some(body);
-    let outcome = handle(host, config, &mut body, &parts).await;
+    let outcome = match route(&parts.method, parts.uri.path()) {
+        Ok((place, route)) => {
+            served.set(Served::Endpoint(place));
+            handle(host, config, &mut body, &parts, route).await
+        }
+        Err(error) => Err(error),
+    };
     if let Some(unread) = body {
         body::discard(&parts.headers, unread).await;
     }
@@ -86,8 +98,8 @@ async fn handle(
     config: &HttpConfig,
     body: &mut Option<Incoming>,
     request: &Parts,
+    route: Route,
 ) -> Result<Response<Body>, ApiError> {
-    let route = route(&request.method, request.uri.path())?;
     match &route {
         Route::Health => return healthy(),
         Route::OpenApi => return Ok(openapi::answer()),
@@ -98,12 +110,17 @@ async fn handle(
         _ => {}
     }
     let caller = config.keys.admit(&request.headers).ok_or_else(ApiError::unauthorized)?;
+    if route.is_operators() {
+        return operators(host, config, &caller, &route, &request.uri).await;
+    }
     let host = TenantHost::new(host, &caller);
     let call = &mut Call { host: &host, config, body };
     let query = request.uri.query().unwrap_or_default();
     match route {
-        Route::Metrics => metrics::answer(call.host).await,
-        Route::Health => healthy(),
+        // Answered above.
+        Route::Health | Route::OpenApi | Route::Metrics | Route::HostState | Route::Profile(_) => {
+            healthy()
+        }
         Route::Create(version) => Box::pin(once::create(call, version, &request.headers)).await,
         Route::List(version) => list(call.host, ListQuery::parse(version, query)?).await,
         Route::Sandbox(id, action) => Box::pin(sandbox::act(call, &id, action, query)).await,
@@ -130,7 +147,27 @@ async fn handle(
         },
         Route::Build(route) => Box::pin(builds::answer(call, request, route)).await,
         Route::NotOffered(what) => Err(ApiError::not_offered(what)),
-        Route::OpenApi => Ok(openapi::answer()),
+    }
+}
+
+/// Answers what only the operator may see.
+async fn operators(
+    host: &Host,
+    config: &HttpConfig,
+    caller: &Caller,
+    route: &Route,
+    uri: &Uri,
+) -> Result<Response<Body>, ApiError> {
+    let is_operator = caller.tenant == TenantId::default();
+    if !is_operator || (route.needs_metrics() && !config.metrics) {
+        // To others there is nothing.
+        return Err(missing(uri.path()));
+    }
+    let query = uri.query().unwrap_or_default();
+    match route {
+        Route::HostState => ops::state(host, query).await,
+        Route::Profile(form) => ops::profile(*form, query).await,
+        _ => ops::metrics(host).await,
     }
 }
 
@@ -162,7 +199,7 @@ async fn snapshots(
 }
 
 /// Says where the next page starts, if there is one.
-fn with_next(mut response: Response<Body>, token: Option<String>) -> Response<Body> {
+pub fn with_next(mut response: Response<Body>, token: Option<String>) -> Response<Body> {
     if let Some(token) = token.and_then(|token| HeaderValue::try_from(token).ok()) {
         response.headers_mut().insert("x-next-token", token);
     }

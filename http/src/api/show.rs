@@ -29,6 +29,14 @@ pub fn sandbox(config: &HttpConfig, info: SandboxInfo) -> Sandbox {
     }
 }
 
+/// What a sandbox is doing.
+pub fn state(state: Lifecycle) -> SandboxState {
+    match state {
+        Lifecycle::Running => SandboxState::Running,
+        Lifecycle::Paused => SandboxState::Paused,
+    }
+}
+
 /// A sandbox as an entry of a list.
 pub fn listed(info: SandboxInfo) -> SandboxDetail {
     SandboxDetail {
@@ -41,10 +49,7 @@ pub fn listed(info: SandboxInfo) -> SandboxDetail {
         cpu_count: u32::from(info.vcpus.get()),
         memory_mib: info.memory.count(),
         disk_size_mib: info.disk.count(),
-        state: match info.state {
-            Lifecycle::Running => SandboxState::Running,
-            Lifecycle::Paused => SandboxState::Paused,
-        },
+        state: state(info.state),
         envd_version: info.envd_version,
         metadata: info.metadata,
         envd_access_token: None,

@@ -150,6 +150,10 @@ fn responses(operation: &Operation, generator: &mut SchemaGenerator) -> Value {
                 "type": "string",
             } } })
             }
+            Answer::File(kind) => {
+                let schema = json!({ "type": "string", "format": "binary" });
+                response["content"] = json!({ *kind: { "schema": schema } });
+            }
             Answer::Json(schema) => {
                 let schema = schema(generator);
                 response["content"] = json!({ "application/json": { "schema": schema } });

@@ -4,10 +4,10 @@
 //! missing.
 
 use mica_wire::api::{
-    ConnectSandbox, CopySandbox, ForkResult, Health, Logs, LogsV2, NetworkConfig, NewSandbox,
-    NewSnapshot, PauseSandbox, RefreshSandbox, ResumeSandbox, RollbackSandbox, RolledBack, Sandbox,
-    SandboxDetail, SandboxMetric, SandboxesWithMetrics, SetAlias, SetTimeout, Snapshot, Template,
-    TemplateAlias, TemplateNames, TemplateWithBuilds, UpdateTemplate,
+    ConnectSandbox, CopySandbox, ForkResult, Health, HostState, Logs, LogsV2, NetworkConfig,
+    NewSandbox, NewSnapshot, PauseSandbox, RefreshSandbox, ResumeSandbox, RollbackSandbox,
+    RolledBack, Sandbox, SandboxDetail, SandboxMetric, SandboxesWithMetrics, SetAlias, SetTimeout,
+    Snapshot, Template, TemplateAlias, TemplateNames, TemplateWithBuilds, UpdateTemplate,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
@@ -22,6 +22,8 @@ pub enum Answer {
     Nothing,
     /// Text.
     Text,
+    /// A file of this kind.
+    File(&'static str),
     /// JSON.
     Json(MakeSchema),
 }
@@ -123,6 +125,11 @@ impl Operation {
         self
     }
 
+    const fn file(mut self, kind: &'static str) -> Self {
+        self.answers = [Some((200, Answer::File(kind))), None];
+        self
+    }
+
     const fn takes(mut self, schema: MakeSchema) -> Self {
         self.body = Some(RequestBody { required: true, schema });
         self
@@ -168,6 +175,9 @@ const METADATA: Parameter =
 const NEXT_TOKEN: Parameter =
     query("nextToken", Kind::Text, "The `x-next-token` of the page before.");
 const PAGE_LIMIT: Parameter = query("limit", Kind::Integer(1, 100), "Entries of a page.");
+const PROFILE: [Parameter; 1] =
+    [query("seconds", Kind::Integer(1, 60), "How long; 10 unless told.")];
+const PAGE: [Parameter; 2] = [NEXT_TOKEN, PAGE_LIMIT];
 const LIST: [Parameter; 7] = [
     METADATA,
     query("state", Kind::Text, "`running`, `paused` or both, separated by a comma."),
@@ -230,7 +240,26 @@ const BUILD_LOGS: [Parameter; 4] = [
 /// Every endpoint.
 pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
     op("GET", "/health", "Whether the host answers.").json(200, of::<Health>).about("host").open(),
-    op("GET", "/metrics", "Numbers of the host, as Prometheus reads them.").text().about("host"),
+    op("GET", "/metrics", "Numbers of the host, as Prometheus reads them.")
+        .text()
+        .fails(&[404])
+        .about("host"),
+    op("GET", "/ui/state", "Nodes, shards and sandboxes of the host, for its operator.")
+        .asks(&PAGE)
+        .json(200, of::<HostState>)
+        .fails(&[404])
+        .about("host")
+        .pages(),
+    op("GET", "/debug/pprof/profile", "Where the daemon spends its processors: pprof's protobuf.")
+        .asks(&PROFILE)
+        .file("application/octet-stream")
+        .fails(&[404, 409])
+        .about("host"),
+    op("GET", "/debug/flamegraph", "The same as a picture.")
+        .asks(&PROFILE)
+        .file("image/svg+xml")
+        .fails(&[404, 409])
+        .about("host"),
     op("GET", "/openapi.json", "This document.")
         .json(200, of::<serde_json::Map<String, serde_json::Value>>)
         .about("host")

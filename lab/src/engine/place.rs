@@ -145,6 +145,7 @@ impl Places {
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
             accounts: mica_shards::Accounts::new(),
+            metrics: true,
         }
     }
 

@@ -15,6 +15,7 @@
 
 mod buf;
 mod ring;
+mod stats;
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -26,6 +27,7 @@ use std::task::{Context, Poll, Waker};
 
 pub use buf::{IO_BUF_BYTES, IO_BUFS_MAX, IoBuf};
 pub use ring::{IoFile, OPERATIONS_MAX};
+pub use stats::{RingStats, WorkKind};
 
 use crate::rt::{Task, oneshot};
 use buf::Pool;
@@ -164,6 +166,13 @@ impl Ring {
     #[must_use]
     pub fn free_buffers(&self) -> usize {
         self.pool.free()
+    }
+
+    /// What it did since it was made.
+    #[must_use]
+    pub fn stats(&self) -> RingStats {
+        let kernel = self.kernel.borrow();
+        kernel.counts().stats(kernel.unfinished(), self.free_buffers())
     }
 
     /// Operations that are not complete.

@@ -11,11 +11,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Instant;
 
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 
 use super::buf::{IO_BUF_BYTES, IoBuf, Pool};
+use super::stats::{RingCounts, WorkKind};
 
 /// Operations that the kernel has at a time; those beyond wait here.
 pub(super) const ENTRIES: u32 = 256;
@@ -87,6 +89,17 @@ pub(super) enum Work {
     },
 }
 
+impl Work {
+    fn kind(self) -> WorkKind {
+        match self {
+            Self::Read { .. } => WorkKind::Read,
+            Self::Write { .. } => WorkKind::Write,
+            Self::Sync { .. } => WorkKind::Sync,
+            Self::Allocate { .. } => WorkKind::Allocate,
+        }
+    }
+}
+
 /// An operation that ended.
 #[derive(Debug)]
 pub(super) struct Finished<T> {
@@ -100,6 +113,7 @@ struct Operation<T> {
     buffer: Option<IoBuf>,
     file: IoFile,
     token: T,
+    started: Instant,
 }
 
 /// The ring and what is in flight. `T` goes with an operation and comes back with it.
@@ -117,6 +131,8 @@ pub(super) struct KernelRing<T> {
     unsubmitted: usize,
     /// The kernel refuses it for good.
     broken: bool,
+    /// What it did.
+    counts: RingCounts,
 }
 
 impl<T> KernelRing<T> {
@@ -139,6 +155,7 @@ impl<T> KernelRing<T> {
             in_ring: 0,
             unsubmitted: 0,
             broken: false,
+            counts: RingCounts::default(),
         })
     }
 
@@ -169,6 +186,11 @@ impl<T> KernelRing<T> {
         self.unsubmitted > 0 && self.unsubmitted == self.in_ring
     }
 
+    /// What it did since it was made.
+    pub(super) fn counts(&self) -> &RingCounts {
+        &self.counts
+    }
+
     /// Operations that are not complete.
     pub(super) fn unfinished(&self) -> usize {
         self.in_ring + self.waiting.len()
@@ -185,7 +207,8 @@ impl<T> KernelRing<T> {
         if self.broken || self.unfinished() >= OPERATIONS_MAX {
             return Err((buffer, token));
         }
-        let operation = Some(Operation { work, buffer, file, token });
+        let started = Instant::now();
+        let operation = Some(Operation { work, buffer, file, token, started });
         let number = match self.free.pop() {
             Some(number) => {
                 self.operations[number] = operation;
@@ -212,6 +235,7 @@ impl<T> KernelRing<T> {
         }
         match self.ring.submit() {
             Ok(taken) => {
+                self.counts.submitted(taken);
                 self.unsubmitted = self.unsubmitted.saturating_sub(taken);
                 Ok(())
             }
@@ -255,12 +279,13 @@ impl<T> KernelRing<T> {
             let entry = self.ring.completion().next()?;
             let number = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
             let operation = self.operations.get_mut(number).and_then(Option::take);
-            let Some(Operation { work, mut buffer, file: _, token }) = operation else {
+            let Some(Operation { work, mut buffer, file: _, token, started }) = operation else {
                 debug_assert!(false, "a completion of nothing");
                 continue;
             };
             self.free.push(number);
             self.in_ring = self.in_ring.saturating_sub(1);
+            self.counts.completed(work.kind(), started.elapsed());
             let result = match usize::try_from(entry.result()) {
                 Ok(bytes) => Ok(bytes),
                 Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),

@@ -6,10 +6,12 @@
 pub mod net;
 pub mod oneshot;
 mod ready;
+mod stats;
 mod task;
 pub mod time;
 
 pub use crate::blocking::{BlockingError, blocking};
 pub(crate) use ready::polled;
 pub use ready::{readable, writable};
+pub use stats::{Stats, stats};
 pub use task::{Task, spawn, yield_now};

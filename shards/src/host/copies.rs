@@ -16,6 +16,7 @@ use mica_units::SandboxId;
 
 use super::{Host, out_of_form};
 use crate::event::{Operation, Purpose, Reply};
+use crate::metrics::{self, Phase, Stopwatch};
 use crate::{CreateRequest, SandboxInfo, Seat, ShardError};
 
 /// Most sandboxes of one clone or fork.
@@ -115,11 +116,15 @@ impl Host {
     /// Starts the task and waits for its answer. Dropped before that, it drops `taken`, which the
     /// task sees.
     async fn copy(&self, wish: Wish) -> Result<Copies, ShardError> {
+        let metrics = &self.local().metrics;
+        let mut watch = metrics.watch(metrics::Operation::Clone, wish.source);
         let (taken, verdict) = oneshot::channel();
         let (sender, answer) = oneshot::channel();
         let (host, source) = (self.clone(), wish.source);
-        rt::spawn(async move { host.carry_out(wish, sender, verdict).await }).detach();
+        let laps = watch.clone();
+        rt::spawn(async move { host.carry_out(wish, sender, verdict, &laps).await }).detach();
         let answer = answer.await.unwrap_or(Err(ShardError::ShuttingDown));
+        metrics.end(&mut watch, answer.is_ok());
         if taken.send(()).is_err() {
             tracing::error!(%source, "making copies of a sandbox panicked");
         }
@@ -131,9 +136,10 @@ impl Host {
         wish: Wish,
         answer: oneshot::Sender<Result<Copies, ShardError>>,
         mut verdict: oneshot::Receiver<()>,
+        watch: &Stopwatch,
     ) {
         let (made, source) = (Made::default(), wish.source);
-        let outcome = self.make(wish, &made, &mut verdict).await;
+        let outcome = self.make(wish, &made, &mut verdict, watch).await;
         let wanted = answer.send(outcome).is_ok() && verdict.await.is_some();
         if !wanted {
             tracing::info!(%source, "who asked for copies of this sandbox is gone");
@@ -146,6 +152,7 @@ impl Host {
         wish: Wish,
         made: &Made,
         verdict: &mut oneshot::Receiver<()>,
+        watch: &Stopwatch,
     ) -> Result<Copies, ShardError> {
         let Wish { source, count, timeout, seats, whole } = wish;
         let mut request = match self.ask(self.owner(source), Operation::RequestOf(source)).await? {
@@ -153,6 +160,7 @@ impl Host {
             other => return Err(out_of_form(&other)),
         };
         let snapshot = self.snapshot_for(source, Purpose::Copies).await?.id;
+        watch.lap(Phase::Snapshot);
         request.template.clone_from(&snapshot);
         request.timeout = timeout.unwrap_or(request.timeout);
         let count = count.min(CLONES_MAX);

@@ -21,11 +21,13 @@ use std::time::Duration;
 
 use mica_numa::mailbox::Returned;
 use mica_numa::rt::net::UnixStream;
+use mica_numa::rt::time::Instant;
 use mica_numa::rt::{self, oneshot, time};
 use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId, TenantId};
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
+use crate::metrics;
 use crate::registry::HostSet;
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
@@ -90,7 +92,19 @@ impl Host {
     async fn create_by(
         &self,
         request: CreateRequest,
-        operation: fn(SandboxId, Box<CreateRequest>) -> Operation,
+        operation: fn(SandboxId, Box<CreateRequest>, Instant) -> Operation,
+    ) -> Result<SandboxInfo, ShardError> {
+        let asked_at = Instant::now();
+        let made = self.create_at(request, operation, asked_at).await;
+        self.0.shard.metrics.created(asked_at, made.is_ok());
+        made
+    }
+
+    async fn create_at(
+        &self,
+        request: CreateRequest,
+        operation: fn(SandboxId, Box<CreateRequest>, Instant) -> Operation,
+        asked_at: Instant,
     ) -> Result<SandboxInfo, ShardError> {
         let mut full = self.0.shard.at_capacity();
         let mut tried = HostSet::default();
@@ -100,7 +114,7 @@ impl Host {
             tried.insert(chosen.host());
             let id = self.draw_id(shard)?;
             let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
-            let operation = operation(id, Box::new(request.clone()));
+            let operation = operation(id, Box::new(request.clone()), asked_at);
             let made = self.ask(shard, operation).await;
             guard.armed.set(false);
             match made? {
@@ -111,6 +125,7 @@ impl Host {
                 other => return Err(out_of_form(&other)),
             }
         }
+        self.0.shard.metrics.refused(metrics::Operation::Create);
         Err(full)
     }
 
@@ -274,6 +289,11 @@ impl Host {
         }
     }
 
+    /// The shard this handle is on, itself.
+    pub(crate) fn local(&self) -> &Rc<Shard> {
+        &self.0.shard
+    }
+
     fn owner(&self, id: SandboxId) -> ShardId {
         id.shard(self.0.shard.shards)
     }
@@ -297,7 +317,10 @@ impl Host {
     }
 
     /// Asks every shard at once, and waits for all.
-    async fn ask_all(&self, operation: impl Fn() -> Operation) -> Result<Vec<Reply>, ShardError> {
+    pub(crate) async fn ask_all(
+        &self,
+        operation: impl Fn() -> Operation,
+    ) -> Result<Vec<Reply>, ShardError> {
         let mut asked = Vec::new();
         for (shard, _) in self.0.addresses.iter() {
             if shard != self.shard() {
@@ -311,7 +334,11 @@ impl Host {
         Ok(replies)
     }
 
-    async fn ask(&self, shard: ShardId, operation: Operation) -> Result<Reply, ShardError> {
+    pub(crate) async fn ask(
+        &self,
+        shard: ShardId,
+        operation: Operation,
+    ) -> Result<Reply, ShardError> {
         if shard == self.shard() {
             // In a box, with the room of the largest operation: callers would have it many times over.
             return Ok(Box::pin(Rc::clone(&self.0.shard).perform(operation)).await);
@@ -326,10 +353,15 @@ impl Host {
         }
         let ticket = self.0.next_ticket.get();
         let request = Request { from: self.shard(), ticket, operation };
+        let metrics = &self.0.shard.metrics;
         self.0.addresses[shard].requests.send(request).map_err(|returned| match returned {
-            Returned::Full(_) => ShardError::Busy,
+            Returned::Full(_) => {
+                metrics::add(&metrics.full[shard], 1);
+                ShardError::Busy
+            }
             Returned::Closed(_) => ShardError::ShuttingDown,
         })?;
+        metrics::add(&metrics.sent[shard], 1);
         self.0.next_ticket.set(ticket.wrapping_add(1));
         let (sender, receiver) = oneshot::channel();
         waiting.insert(ticket, sender);
@@ -384,7 +416,7 @@ impl Drop for CancelOnDrop<'_> {
     }
 }
 
-fn out_of_form(reply: &Reply) -> ShardError {
+pub(crate) fn out_of_form(reply: &Reply) -> ShardError {
     tracing::error!(?reply, "a shard answered out of form");
     ShardError::Busy
 }

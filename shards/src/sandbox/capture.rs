@@ -23,8 +23,9 @@ use mica_numa::io::{IoBuf, Ring};
 use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{
-    COALESCE_GAP, LAYERS_MAX, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX, Snapshot,
-    SnapshotManifest, SnapshotStaging, StorageError, Store, SyncJob, Synced, coalesce, groups,
+    COALESCE_GAP, Closing, LAYERS_MAX, Layer, LayerId, LayerInfo, PackedWriter, ROUNDS_MAX,
+    Snapshot, SnapshotManifest, SnapshotStaging, StorageError, Store, SyncJob, Synced, coalesce,
+    groups,
 };
 use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
@@ -32,6 +33,7 @@ use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
 use super::chain;
 use super::memory::{Memory, Place, difference, pages, union};
 use super::ring_file::{Chunk, RingFile};
+use crate::metrics::{Phase, Stopwatch};
 
 /// Times a guest is let run while the most is copied. One that writes faster than it is copied is
 /// stopped for what is left then.
@@ -96,6 +98,7 @@ pub(crate) struct Capture {
     allocated: bool,
     /// Whether the guest's pages come when they are touched.
     on_demand: bool,
+    watch: Stopwatch,
 }
 
 /// The directory. Thrown away on a blocking thread: that removes files.
@@ -149,6 +152,7 @@ impl Capture {
         ring: &Rc<Ring>,
         layers: Vec<Layer>,
         frames: u32,
+        watch: Stopwatch,
     ) -> Result<Self, CaptureError> {
         let store = store.clone();
         let (under, folded) = fold(layers);
@@ -174,6 +178,7 @@ impl Capture {
             precopies: 0,
             allocated: false,
             on_demand: false,
+            watch,
         })
     }
 
@@ -184,6 +189,7 @@ impl Capture {
         memory: &mut Memory,
     ) -> Result<Copied, CaptureError> {
         let dirty = memory.changed(source.place, true).await?;
+        self.watch.lap(Phase::Scan);
         let dirty = union(&dirty, &std::mem::take(&mut self.folded));
         // What is missing is not brought in for the sake of longer runs.
         let gap = if memory.on_demand { 0 } else { COALESCE_GAP };
@@ -205,6 +211,7 @@ impl Capture {
         if let Some(cloning) = cloning {
             cloning.join().await.unwrap_or(Err(rt::BlockingError::NoSeat))??;
         }
+        self.watch.lap(Phase::Copy);
         Ok(Copied::All(self))
     }
 
@@ -223,6 +230,7 @@ impl Capture {
             writer.begin_round();
         }
         memory.precopied();
+        self.watch.lap(Phase::Copy);
         Ok(self)
     }
 
@@ -305,7 +313,8 @@ impl Capture {
         + 'static,
     ) -> Result<T, CaptureError> {
         self.write_held().await?;
-        let Self { mut staging, layer, under, writer, state, found, .. } = self;
+        self.watch.lap(Phase::Write);
+        let Self { mut staging, layer, under, writer, state, found, watch, .. } = self;
         let closing = match writer {
             Some(writer) if !found.is_empty() => Some(writer.close().await?),
             // Nothing was written: the layers below say it all.
@@ -322,14 +331,25 @@ impl Capture {
             }
             preparing.prepare(&manifest).map(|jobs| (jobs, manifest))
         };
+        // Of two things at once, the one that ends later has the time from the end of the other on.
+        let complete = |closing: Closing<RingFile>| async {
+            let written = closing.complete().await;
+            watch.lap(Phase::Write);
+            written
+        };
+        let synced = async {
+            let synced = sync(prepare).await;
+            watch.lap(Phase::Sync);
+            synced
+        };
         let (written, (manifest, synced)) = match closing {
             // Everything is in the directory, and as long as it will be.
             Some(closing) if closing.has_its_length() => {
-                let (written, prepared) = zip(closing.complete(), sync(prepare)).await;
+                let (written, prepared) = zip(complete(closing), synced).await;
                 (Some(written?), prepared?)
             }
-            Some(closing) => (Some(closing.complete().await?), sync(prepare).await?),
-            None => (None, sync(prepare).await?),
+            Some(closing) => (Some(complete(closing).await?), synced.await?),
+            None => (None, synced.await?),
         };
         drop(shared);
         let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;

@@ -19,6 +19,7 @@ mod record;
 mod ring_file;
 mod rollback;
 mod state;
+mod word;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -48,6 +49,7 @@ use queue::Queue;
 pub(crate) use record::{Record, RecordedProcess, RecordedState};
 pub(crate) use ring_file::RingFile;
 use state::{Event, State};
+pub(crate) use word::STATES;
 
 /// Who made a sandbox waits for this.
 pub(crate) type Made = Result<Box<SandboxInfo>, ShardError>;
@@ -235,6 +237,17 @@ impl Sandbox {
     /// What was seen of its vCPUs.
     pub(crate) fn vcpu_clock(&self) -> std::cell::RefMut<'_, VcpuClock> {
         self.vcpu_clock.borrow_mut()
+    }
+
+    /// Its process, whatever it is doing, if it has one.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        let held = self.held.borrow();
+        Some(held.as_ref()?.process.pid().as_raw_nonzero().get().unsigned_abs())
+    }
+
+    /// What it is doing, in a word of [`STATES`].
+    pub(crate) fn state_name(&self) -> &'static str {
+        self.state.borrow().name()
     }
 
     /// Resolves when it is neither on its way to running nor away from it.

@@ -21,6 +21,8 @@ pub(crate) struct Workshop {
     pub(crate) config: Arc<HostConfig>,
     /// Templates, snapshots and disks.
     pub(crate) store: Store,
+    /// Memory nodes, and how many hardware threads of each run vCPUs.
+    pub(crate) nodes: Arc<[(u32, usize)]>,
 }
 
 /// Who makes a sandbox, as far as it matters for what it may be made from.

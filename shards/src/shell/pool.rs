@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mica_numa::rt::{self, BlockingError, time};
 use mica_numa::{Placement, VcpuPin};
-use mica_units::{SANDBOX_ID_CHARS, SandboxId};
+use mica_units::{Durations, SANDBOX_ID_CHARS, SandboxId};
 use mica_wire::vm;
 
 use super::demand::{Bounds, Demand};
@@ -91,6 +91,8 @@ pub(crate) struct Pool {
     building: RefCell<BTreeMap<Size, usize>>,
     demand: RefCell<Demand>,
     counts: Cell<PoolCounts>,
+    /// How long shells took to be made.
+    spawns: Durations,
     /// Guests that are coming up.
     claims: Cell<usize>,
     closed: Cell<bool>,
@@ -111,6 +113,7 @@ impl Pool {
             building: RefCell::default(),
             demand: RefCell::new(demand),
             counts: Cell::default(),
+            spawns: Durations::default(),
             claims: Cell::new(0),
             closed: Cell::new(false),
             nudges: Cell::default(),
@@ -121,6 +124,16 @@ impl Pool {
     /// What it did.
     pub(crate) fn counts(&self) -> PoolCounts {
         self.counts.get()
+    }
+
+    /// How long shells took to be made.
+    pub(crate) fn spawns(&self) -> &Durations {
+        &self.spawns
+    }
+
+    /// Shells that are being made for it.
+    pub(crate) fn building(&self) -> usize {
+        self.building.borrow().values().sum()
     }
 
     /// Shells that wait.
@@ -196,6 +209,7 @@ impl Pool {
 
     /// Makes a shell.
     async fn build(self: &Rc<Self>, size: Size) -> Result<Shell, NoShell> {
+        let began = Instant::now();
         let uid = self.uids.borrow_mut().take().ok_or(NoShell::Full)?;
         let name = match draw_name() {
             Ok(name) => name,
@@ -226,7 +240,9 @@ impl Pool {
                 });
             }
         };
-        self.finish(launched).await
+        let shell = self.finish(launched).await?;
+        self.spawns.record(began.elapsed());
+        Ok(shell)
     }
 
     /// Waits until the process says that it is a shell. Only called from tasks that are not dropped.

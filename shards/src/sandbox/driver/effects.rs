@@ -22,6 +22,7 @@ use super::super::{link, paging, rollback};
 use super::keep::Keeper;
 use super::work::{Done, capture_error};
 use super::{Begun, Driver, Settling};
+use crate::metrics::Phase;
 use crate::shard::random;
 use crate::shell::Held;
 use crate::{Lifecycle, upkeep, warmth};
@@ -67,6 +68,7 @@ impl Driver {
         let asked =
             paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
         let (sandbox, origin) = (Rc::clone(&self.sandbox), self.sandbox.origin());
+        let watch = self.watch.clone();
         self.work = Some(Box::pin(async move {
             let unchanged = match paused_in {
                 None => shard
@@ -99,6 +101,7 @@ impl Driver {
                 return Done::Prepared(Err(Cause::Killed));
             }
             let template = found.image.manifest.template_id.clone();
+            watch.lap(Phase::Layers);
             let shell = pool.take(found.image.size(), &template).await;
             Done::Prepared(shell.map(|shell| (found, shell)).map_err(|error| match error {
                 crate::shell::NoShell::Busy => Cause::Busy,
@@ -133,6 +136,7 @@ impl Driver {
                 None => Err("there is nothing to restore".to_owned()),
             },
         };
+        self.watch.lap(Phase::State);
         // While the VM process restores: what only the next daemon needs.
         self.settle();
         if let Err(error) = sent {
@@ -310,6 +314,7 @@ impl Driver {
         self.sandbox.note(format!("created from template {}", shape.template_id));
         self.shard.count_spawn(&shape.template_id, info.started_at);
         self.shape = Some(shape);
+        self.timed(true);
         let maker = self.sandbox.maker.borrow_mut().take();
         let heard = maker.is_some_and(|maker| maker.send(Ok(Box::new(info))).is_ok());
         if !heard {
@@ -325,7 +330,8 @@ impl Driver {
         if captures && self.capture.is_none() {
             let (store, ring) = (self.shard.workshop.store.clone(), Rc::clone(&self.shard.ring));
             let (layers, frames) = (self.memory.layers.clone(), self.frames());
-            let begin = async move { Capture::begin(&store, &ring, layers, frames).await };
+            let watch = self.watch.clone();
+            let begin = async move { Capture::begin(&store, &ring, layers, frames, watch).await };
             self.capture = Some(Begun::Beginning(rt::spawn(begin)));
         }
         self.command(&Command::Freeze, &[]).await;

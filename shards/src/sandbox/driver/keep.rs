@@ -414,6 +414,7 @@ impl Driver {
             })
             .detach();
         }
+        self.timed(true);
         let Some(Request::Resume(wake, sender)) = self.request.take() else { return };
         self.sandbox.set_life(self.sandbox.life_after_resume(wake.life));
         if let Some(on_timeout) = wake.on_timeout {
@@ -428,6 +429,7 @@ impl Driver {
 
     /// Tells whoever asked that it is done.
     pub(super) fn answer(&mut self) {
+        self.timed(true);
         let made = self.made.take();
         if matches!(&made, Some(made) if made.kind == SnapshotKind::Pause) {
             self.paused_in = made.as_ref().map(|made| made.id.clone());
@@ -459,6 +461,7 @@ impl Driver {
 
     /// Tells whoever asked why it did not happen.
     pub(super) fn answer_failure(&mut self) {
+        self.timed(false);
         self.capture = None;
         self.back = None;
         let failure = self.failure.take();

@@ -6,6 +6,7 @@
 mod effects;
 mod ends;
 mod keep;
+mod timing;
 mod work;
 
 use std::cell::RefCell;
@@ -32,6 +33,7 @@ use super::rollback::Back;
 use super::state::{Cause, Event, Process, Refusal, State, Step, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
+use crate::metrics::{Operation as Measured, Phase, Stopwatch};
 use crate::shard::Shard;
 use crate::shell::{Claim, Held};
 use crate::{OnTimeout, ShardError};
@@ -41,8 +43,8 @@ use work::{Done, Work};
 /// How a driver begins.
 #[derive(Debug)]
 pub(crate) enum Start {
-    /// A create.
-    Create,
+    /// A create, and when it was asked for.
+    Create(Instant),
     /// It runs in a process that the daemon before this one started.
     Adopt(Box<Record>, Rc<Held>, Memory),
     /// It ran, and its process cannot be had.
@@ -99,6 +101,8 @@ struct Driver {
     console_tail: String,
     complaint: String,
     safe: bool,
+    /// Times the operation at hand.
+    watch: Stopwatch,
 }
 
 /// A capture, and where it is.
@@ -132,6 +136,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
             tracing::trace!(id = %driver.sandbox.id, from = ?before, to = ?driver.sandbox.state.borrow());
             driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
             driver.sandbox.state_changed();
+            driver.time(&before);
         }
         driver.take_request(request, &effects);
         for effect in effects {
@@ -190,12 +195,18 @@ impl Driver {
             console_tail: String::new(),
             complaint: String::new(),
             safe: true,
+            watch: Stopwatch::off(),
         }
     }
 
     async fn begin(&mut self, start: Start) {
         match start {
-            Start::Create => self.prepare(),
+            Start::Create(asked_at) => {
+                let id = self.sandbox.id;
+                self.watch = self.shard.metrics.watch_since(Measured::Create, id, asked_at);
+                self.watch.lap(Phase::Route);
+                self.prepare();
+            }
             Start::Adopt(record, held, memory) => {
                 self.show_record(&record);
                 self.adopt(held, memory).await;
@@ -340,7 +351,10 @@ impl Driver {
                     tracing::debug!(id = %self.sandbox.id, "nobody waits for a connect");
                 }
             }
-            (Some(refusal), request) => request.fail(asks::error_of(refusal, self.sandbox.id)),
+            (Some(refusal), request) => {
+                self.shard.metrics.refused(timing::operation_of(request.kind()));
+                request.fail(asks::error_of(refusal, self.sandbox.id));
+            }
         }
     }
 

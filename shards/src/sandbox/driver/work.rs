@@ -9,16 +9,18 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mica_numa::rt::{self, BlockingError};
+use mica_storage::SnapshotKind;
 
 use super::super::capture::{Capture, CaptureError, Copied};
 use super::super::memory::Memory;
 use super::super::prepare::Found;
 use super::super::rollback::{Back, BackError};
-use super::super::state::{Cause, Event};
+use super::super::state::{Birth, Cause, Event, State};
 use super::super::{Request, chain};
 use super::keep::{Committed, Shape};
 use super::{Begun, Driver};
 use crate::ShardError;
+use crate::metrics::Operation;
 use crate::shell::Shell;
 
 /// What a piece of work came to.
@@ -127,6 +129,11 @@ impl Driver {
     }
 
     fn take_prepared(&mut self, found: Found, shell: Shell) -> Event {
+        let kind = found.image.manifest.kind;
+        let is_new = matches!(*self.sandbox.state.borrow(), State::Starting(Birth::Create));
+        if is_new && matches!(kind, SnapshotKind::Snapshot | SnapshotKind::Copies) {
+            self.watch.is_rather(Operation::Restore);
+        }
         self.image = Some(Arc::clone(&found.image));
         self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
         self.disk = found.disk;

@@ -1,0 +1,75 @@
+//! Which phase of an operation ends where a sandbox changes its state.
+//!
+//! Called by the driver after each step of the state machine. What happens within one state is timed by
+//! the piece of work that does it. Refuses to decide anything.
+
+use super::super::state::{Ask, Birth, Outcome, Process, State, Step};
+use super::Driver;
+use crate::metrics::{Operation, Phase};
+
+/// The operation that a client asks for.
+pub(super) fn operation_of(ask: Ask) -> Operation {
+    match ask {
+        Ask::Snapshot => Operation::Snapshot,
+        Ask::Rollback => Operation::Rollback,
+        Ask::Pause => Operation::Pause,
+        Ask::Resume => Operation::Resume,
+    }
+}
+
+/// The operation that begins where a sandbox comes into this state.
+fn begins(before: &State, now: &State) -> Option<Operation> {
+    match (before, now) {
+        (State::Running, State::Snapshotting(_)) => Some(Operation::Snapshot),
+        (State::Running, State::Pausing(_)) => Some(Operation::Pause),
+        (State::Running, State::RollingBack(_)) => Some(Operation::Rollback),
+        (
+            State::Paused(_),
+            State::Paused(Process::Thawing | Process::Returning) | State::Starting(Birth::Resume),
+        ) => Some(Operation::Resume),
+        _ => None,
+    }
+}
+
+/// What the time in the state that was left was spent on.
+fn spent_on(before: &State, now: &State) -> Option<Phase> {
+    match (before, now) {
+        (State::Starting(_), State::Restoring(_)) => Some(Phase::Pool),
+        (State::Restoring(_), State::Initialising(_))
+        | (State::Paused(Process::Thawing), State::Initialising(_)) => Some(Phase::Run),
+        (State::Initialising(_), State::Running) => Some(Phase::Ready),
+        (
+            State::Snapshotting(Step::Freezing)
+            | State::Pausing(Step::Freezing)
+            | State::RollingBack(Step::Freezing),
+            _,
+        ) => Some(Phase::Freeze),
+        (State::RollingBack(Step::Copying), _) => Some(Phase::Plan),
+        (
+            State::Snapshotting(Step::Committing | Step::Finishing | Step::Thawing(Outcome::Done))
+            | State::Pausing(Step::Committing),
+            State::Running | State::Paused(_),
+        ) => Some(Phase::Commit),
+        _ => None,
+    }
+}
+
+impl Driver {
+    /// Takes the time of what the sandbox has just left.
+    pub(super) fn time(&mut self, before: &State) {
+        let now = self.sandbox.state.borrow().clone();
+        if let Some(phase) = spent_on(before, &now) {
+            self.watch.lap(phase);
+        }
+        if let Some(operation) = begins(before, &now)
+            && !self.watch.runs()
+        {
+            self.watch = self.shard.metrics.watch(operation, self.sandbox.id);
+        }
+    }
+
+    /// The operation at hand is over.
+    pub(super) fn timed(&mut self, is_done: bool) {
+        self.shard.metrics.end(&mut self.watch, is_done);
+    }
+}
