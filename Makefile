@@ -12,7 +12,7 @@ HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http bench-pr
 STATIC_PROGRAMS := mica-vm mica-guest
 CARGO := cargo
 
-.PHONY: help packages build demo test check unit fuzz-smoke fuzz test-clients-fast test-clients lab-test lab-endurance bench bench-lab bench-smoke clean
+.PHONY: help packages build demo test check unit fuzz-smoke fuzz test-clients-fast test-clients test-ui lab-test lab-endurance bench bench-lab bench-smoke clean
 
 help:
 	@echo 'make demo         bring up a host, build the template, run examples/hello.py'
@@ -43,7 +43,7 @@ build: packages
 demo: build
 	@tools/demo $(OUT)
 
-test: check unit fuzz-smoke test-clients-fast lab-test
+test: check unit fuzz-smoke test-clients-fast test-ui lab-test
 
 check: packages
 	$(CARGO) fmt --all --check
@@ -70,6 +70,10 @@ test-clients-fast: build
 # All of them, with Linux guests.
 test-clients: build
 	@tools/test-clients $(OUT) lab
+
+# The dashboard in a browser; see docs/dashboard.md.
+test-ui: build
+	@tools/test-ui $(OUT)
 
 lab-test: build
 	@tools/lab-test $(OUT)

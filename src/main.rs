@@ -18,6 +18,7 @@ mod serve;
 mod signals;
 mod template;
 mod tls;
+mod top;
 mod topology;
 
 use std::ffi::OsString;
@@ -43,6 +44,8 @@ enum Command {
     Topology(topology::TopologyArgs),
     /// Say how many hosts a load needs, and what runs out first.
     Plan(plan::CapacityArgs),
+    /// Show a running host: nodes, shards, operations, and the sandboxes that use most.
+    Top(top::TopArgs),
     /// Make, list and move templates.
     Template(template::TemplateArgs),
     /// Make, list and revoke API keys.
@@ -88,6 +91,7 @@ fn main() -> ExitCode {
         Command::Topology(args) => topology::print(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::KvmKind => kvm_kind::print(),
         Command::Template(args) => template::run(&args),
         Command::Cert(args) => cert::run(&args),

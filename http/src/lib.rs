@@ -30,9 +30,10 @@ mod rfc3339;
 mod route;
 mod serve;
 mod tenant;
+mod ui;
 
 pub use config::{HttpConfig, Limits, Tls};
 pub use keys::{ApiKey, KeyError, KeyGrant, KeyHash, KeyLimits, Keys};
 pub use ops::families;
-pub use rfc3339::format as rfc3339;
+pub use rfc3339::{format as rfc3339, parse as parse_rfc3339};
 pub use serve::{ListenError, serve};

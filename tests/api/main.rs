@@ -47,4 +47,5 @@ mod resources;
 mod snapshots;
 mod template;
 mod tenants;
+mod top;
 mod upstream;

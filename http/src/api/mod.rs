@@ -1,7 +1,7 @@
 //! The control plane: E2B's REST endpoints.
 //!
 //! Called by [`crate::serve`] for every request that is not for a sandbox. Refuses a request without
-//! a key, except `GET /health`, `GET /openapi.json` and the preflights of browsers.
+//! a key, except `GET /health`, `GET /openapi.json`, the files of the dashboard and the preflights of browsers.
 
 mod create;
 pub mod json;
@@ -39,7 +39,7 @@ use crate::keys::Caller;
 use crate::ops::Served;
 use crate::route::{Route, missing, route};
 use crate::tenant::TenantHost;
-use crate::{openapi, ops};
+use crate::{openapi, ops, ui};
 use list::ListQuery;
 pub use list::{Cursor, PAGE_ENTRIES_MAX, page_limit};
 use snapshots::{Of, SnapshotQuery};
@@ -56,12 +56,16 @@ pub async fn answer(
     }
     let (parts, body) = request.into_parts();
     let mut body = Some(body);
-    let outcome = match route(&parts.method, parts.uri.path()) {
-        Ok((place, route)) => {
-            served.set(Served::Endpoint(place));
-            handle(host, config, &mut body, &parts, route).await
-        }
-        Err(error) => Err(error),
+    let open = || config.keys.admit(&parts.headers).is_some();
+    let outcome = match ui::answer(&parts.method, parts.uri.path(), &parts.headers, open) {
+        Some(page) => page,
+        None => match route(&parts.method, parts.uri.path()) {
+            Ok((place, route)) => {
+                served.set(Served::Endpoint(place));
+                handle(host, config, &mut body, &parts, route).await
+            }
+            Err(error) => Err(error),
+        },
     };
     if let Some(unread) = body {
         body::discard(&parts.headers, unread).await;

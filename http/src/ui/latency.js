@@ -1,0 +1,125 @@
+// What operations came to and what their time went into. Used by app.js.
+
+import { columns } from "./charts.js";
+import { el, keyed, setAttribute, setClass, setStyle, setText } from "./dom.js";
+import { bins, mean, quantile } from "./exposition.js";
+import { count, percent, took } from "./format.js";
+
+// What the page shows below the table.
+let chosen = "create";
+
+const SHARES = { p50: 0.5, p95: 0.95, p99: 0.99 };
+
+// The quantiles of a histogram over all shards. `of` finds the same in one shard's own summary, in microseconds.
+export function quantiles(histogram, shards, of) {
+  const result = {};
+  for (const [name, share] of Object.entries(SHARES)) {
+    const known = shards.map((shard) => of(shard)?.[`${name}_us`]).filter((us) => us !== null && us !== undefined);
+    result[name] = quantile(histogram, share, known.map((us) => us / 1e6));
+  }
+  return result;
+}
+
+// The phases of an operation with their means, and what no phase has.
+function phasesOf(operation) {
+  const whole = mean(operation.total);
+  if (whole === null) return [];
+  const phases = [...operation.phases].map(([name, histogram]) => ({ name, histogram, mean: mean(histogram) ?? 0 }));
+  const rest = whole - phases.reduce((sum, phase) => sum + phase.mean, 0);
+  if (phases.length === 0 || rest > whole * 0.0005) phases.push({ name: "other", histogram: null, mean: Math.max(0, rest) });
+  return phases.map((phase) => ({ ...phase, share: whole === 0 ? 0 : phase.mean / whole }));
+}
+
+function segment(phase) {
+  const node = el("i", { class: `phase-${phase.name}`, "data-phase": phase.name });
+  return {
+    node,
+    update(now) {
+      setStyle(node, "--share", now.share.toFixed(5));
+      setAttribute(node, "data-mean-us", (now.mean * 1e6).toFixed(3));
+      setAttribute(node, "title", `${now.name} ${took(now.mean)}, ${percent(now.share)}`);
+    },
+  };
+}
+
+const HEADS = ["Operation", "Done", "Failed", "p50", "p95", "p99", "Mean", "What the mean goes into"];
+
+function row(first, choose) {
+  const cells = HEADS.slice(1, -1).map((name) => el("td", { class: "number", "data-head": name }));
+  const bar = el("div", { class: "phases", role: "img" });
+  const name = el("button", { type: "button", class: "link", onclick: () => choose(first.name) }, first.name);
+  const node = el("tr", { "data-operation": first.name, onclick: () => choose(first.name) }, el("th", { scope: "row" }, name), cells, el("td", { class: "wide" }, bar));
+  return {
+    node,
+    update({ name: operation, now, times }) {
+      const phases = phasesOf(now);
+      const failed = now.refused > 0 ? `${count(now.error)} + ${count(now.refused)} refused` : count(now.error);
+      const texts = [count(now.ok), failed, took(times.p50), took(times.p95), took(times.p99), took(mean(now.total))];
+      texts.forEach((text, index) => setText(cells[index], text));
+      setClass(cells[1], "bad", now.error > 0);
+      setClass(node, "chosen", operation === chosen);
+      setAttribute(name, "aria-pressed", String(operation === chosen));
+      setAttribute(bar, "aria-label", phases.map((phase) => `${phase.name} ${percent(phase.share)}`).join(", ") || "none yet");
+      keyed(bar, phases, (phase) => phase.name, segment);
+    },
+  };
+}
+
+function phaseTable(operation, shards, name) {
+  const phases = phasesOf(operation);
+  const head = el("tr", {}, ["Phase", "p50", "p95", "p99", "Mean", "Share"].map((text) => el("th", { scope: "col" }, text)));
+  const rows = phases.map((phase) => {
+    const times = phase.histogram === null ? {} : quantiles(phase.histogram, shards, (shard) => shard.ops[name]?.phases[phase.name]);
+    const numbers = [took(times.p50), took(times.p95), took(times.p99), took(phase.mean), percent(phase.share)];
+    return el("tr", { "data-phase-row": phase.name }, el("th", { scope: "row" }, el("i", { class: `swatch phase-${phase.name}` }), phase.name), numbers.map((text) => el("td", { class: "number" }, text)));
+  });
+  return el("table", { class: "small-table" }, el("thead", {}, head), el("tbody", {}, rows));
+}
+
+export class Latency {
+  constructor(parent) {
+    this.parent = parent;
+    this.body = el("tbody");
+    const heads = HEADS.map((text, index) => el("th", { scope: "col", class: index > 0 && index < HEADS.length - 1 ? "number" : "" }, text));
+    this.table = el("div", { class: "scroll" }, el("table", { class: "operations" }, el("thead", {}, el("tr", {}, heads)), this.body));
+    this.detail = el("div", { class: "operation-detail" });
+    this.empty = el("p", { class: "empty" });
+    parent.append(this.empty, this.table, this.detail);
+    new ResizeObserver(() => this.last && this.showDetail()).observe(parent);
+  }
+
+  // `operations` by name, of all time or of late; null where nothing is counted. `shards`: for finer quantiles, or none.
+  show(operations, shards, reason) {
+    this.empty.hidden = operations !== null;
+    this.table.hidden = this.detail.hidden = operations === null;
+    this.last = operations === null ? null : { operations, shards };
+    if (operations === null) return setText(this.empty, reason);
+    const rows = [...operations].map(([name, now]) => ({ name, now, times: quantiles(now.total, shards, (shard) => shard.ops[name]) }));
+    const choose = (name) => {
+      chosen = name;
+      this.show(operations, shards, reason);
+    };
+    keyed(this.body, rows, (item) => item.name, (item) => row(item, (name) => this.choose(name)));
+    this.choose = choose;
+    this.showDetail();
+  }
+
+  showDetail() {
+    const { operations, shards } = this.last;
+    const operation = operations.get(chosen);
+    if (operation === undefined || operation.total.count === 0) {
+      return this.detail.replaceChildren(el("p", { class: "empty" }, `No ${chosen} in this time.`));
+    }
+    const times = quantiles(operation.total, shards, (shard) => shard.ops[chosen]);
+    const width = Math.max(260, Math.min(560, this.parent.clientWidth - 24));
+    const marks = Object.entries(times).filter(([, value]) => value !== null);
+    const drawn = columns(bins(operation.total), marks, {
+      width, height: 150, show: took,
+      label: `How long ${chosen} took: ${marks.map(([name, value]) => `${name} ${took(value)}`).join(", ")}`,
+    });
+    this.detail.replaceChildren(
+      el("div", {}, el("h3", {}, `How long ${chosen} took`), drawn),
+      el("div", { class: "scroll" }, el("h3", {}, "Its phases"), phaseTable(operation, shards, chosen)),
+    );
+  }
+}
