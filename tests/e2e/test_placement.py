@@ -78,20 +78,39 @@ def is_of_the_program(line: str) -> bool:
     return "file=" in line and "mica-vm" in line
 
 
-def replicas() -> int:
-    daemon = "$(pgrep -of '[m]ica serve')"
-    return int(lab(f"ls -l /proc/{daemon}/fd | grep -c memfd:mica-replica || true"))
+def node_of(process: dict, nodes: dict) -> int:
+    """The one node on whose cores every thread of it may run."""
+    found = set()
+    for name, allowed in process["threads"]:
+        assert allowed <= set(nodes), f"{name} may run outside of the vCPUs' cores"
+        found |= {nodes[cpu] for cpu in allowed}
+    assert len(found) == 1, f"a process may run on {found}"
+    return found.pop()
+
+
+def guests_map_copies(template: str, nodes: dict) -> bool:
+    """Whether guests made now map their node's copy of the template's memory, on both nodes. Those that
+    are made while the copy is read map the file."""
+    probes = [make(template) for _ in range(4)]
+    try:
+        processes = vm_processes()
+    finally:
+        for probe in probes:
+            probe.kill(request_timeout=PATIENCE_S)
+    lines = [line for process in processes for line in process["maps"]]
+    if any("file=/var/lib/mica/" in line for line in lines):
+        return False
+    copies = [p for p in processes if any("mica-replica" in line for line in p["maps"])]
+    return {node_of(process, nodes) for process in copies} == {0, 1}
 
 
 def test_bound_sandboxes_have_no_page_on_the_wrong_node(serve_with, tiny):
     serve_with("--memory", "bind")
     plan = json.loads(lab("mica topology --memory bind --json"))["plan"]
     assert plan["memory"] == "bind"
-    node_of = {cpu: place["node"] for place in plan["vcpus"] for cpu in place["cpus"]}
-    assert set(node_of.values()) == {0, 1}
-    # Both nodes have their copy of the template's memory before the guests that are counted come.
-    make(tiny).kill(request_timeout=PATIENCE_S)
-    wait_until("a copy of the template on each node", lambda: replicas() >= 2, PATIENCE_S)
+    nodes = {cpu: place["node"] for place in plan["vcpus"] for cpu in place["cpus"]}
+    assert set(nodes.values()) == {0, 1}
+    wait_until("guests map copies", lambda: guests_map_copies(tiny, nodes), PATIENCE_S)
     sandboxes = [make(tiny) for _ in range(PLACED)]
     try:
         for sandbox in sandboxes[:BUSY_MAX]:
@@ -103,12 +122,7 @@ def test_bound_sandboxes_have_no_page_on_the_wrong_node(serve_with, tiny):
         copies = {0: 0, 1: 0}
         wrong = []
         for process in processes:
-            nodes = set()
-            for name, allowed in process["threads"]:
-                assert allowed <= set(node_of), f"{name} may run outside of the vCPUs' cores"
-                nodes |= {node_of[cpu] for cpu in allowed}
-            assert len(nodes) == 1, f"a process may run on {nodes}"
-            (node,) = nodes
+            node = node_of(process, nodes)
             by_node[node] += 1
             for line in process["maps"]:
                 if is_of_the_program(line):
