@@ -127,7 +127,7 @@ fn memlock(facts: &Facts) -> Finding {
     let is_enough = hard.is_none_or(|hard| hard >= wanted);
     match (is_enough, facts.is_root) {
         (true, _) => {
-            Finding::ok("memlock", format!("{} bytes; {wanted} are needed at most", shown(hard)))
+            Finding::ok("memlock", format!("{}; {wanted} bytes are needed at most", shown(hard)))
         }
         // Root may raise it, and `mica serve` does.
         (false, Some(true)) => {
