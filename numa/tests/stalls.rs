@@ -15,7 +15,7 @@ struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("no writer panicked").extend_from_slice(bytes);
+        self.0.lock().expect("nobody panicked with it").extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -26,7 +26,7 @@ impl Write for Log {
 
 impl Log {
     fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().expect("no writer panicked")).into_owned()
+        String::from_utf8_lossy(&self.0.lock().expect("nobody panicked with it")).into_owned()
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use crate::daemon::{Daemon, NO_POOL};
+use crate::daemon::{Daemon, NO_POOL, eventually};
 use crate::template::TEMPLATE;
 
 /// One line: its labels but those of the shard, and the number; summed over the shards.
@@ -220,6 +220,10 @@ fn operations_are_counted_once_and_their_phases_fit_into_them() {
     assert_eq!(daemon.ask("POST", "/v2/sandboxes", Some(&body)).status, 201);
     assert_eq!(daemon.act(&id, "resume").status, 409, "it runs");
     assert_eq!(daemon.delete(&id).status, 204);
+    // Processes are looked at once a second at most, and the first scrape found none.
+    eventually("processes are looked at again", || {
+        scrape(&daemon).get("mica_vm_page_faults", &[("kind", "minor")]) > 0.0
+    });
     let exposition = scrape(&daemon);
     let one = |operation| (operation, 1);
     let done = ["create", "restore", "snapshot", "pause", "resume", "rollback", "kill"].map(one);

@@ -45,11 +45,13 @@ fn a_profile_is_taken_under_load_and_names_what_ran() {
     let daemon = Daemon::start();
     let kept = daemon.create();
     let ((profile, second, made), answered) = under_load(&daemon, || {
-        let first = daemon.begin("GET", "/debug/pprof/profile?seconds=4", None);
+        let first = daemon.begin("GET", "/debug/pprof/profile?seconds=10", None);
         // What blocks in the kernel meanwhile is interrupted by the samples, too.
         let body = json!({ "templateID": TEMPLATE, "timeout": 300 });
+        // By the time that this one is made, the profile is being taken.
+        daemon.create();
+        let second = daemon.ask("GET", "/debug/flamegraph?seconds=1", None);
         let mut made = 0;
-        let mut second = None;
         while !first.is_finished() {
             let reply = daemon.ask("POST", "/v2/sandboxes", Some(&body));
             assert_eq!(reply.status, 201, "{reply:?}");
@@ -57,14 +59,12 @@ fn a_profile_is_taken_under_load_and_names_what_ran() {
             daemon.snapshot(&id);
             assert_eq!(daemon.delete(&id).status, 204);
             made += 1;
-            if made == 1 {
-                second = Some(daemon.ask("GET", "/debug/flamegraph?seconds=1", None));
-            }
         }
         (first.join().expect("a reply"), second, made)
     });
     assert!(made > 0 && answered > 0);
-    assert!(second.expect("it was asked").error(409).contains("a profile"));
+    assert_eq!(second.status, 409, "while the first is taken");
+    assert!(second.error(409).contains("a profile"));
     assert_eq!(profile.status, 200, "{profile:?}");
     let mut decoded = Vec::new();
     flate2::read::GzDecoder::new(&profile.body[..]).read_to_end(&mut decoded).expect("gzip");

@@ -7,6 +7,7 @@
 //! kernel's own pages, none is taken.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use flate2::Compression;
@@ -46,9 +47,10 @@ pub enum Form {
 /// 400 for seconds out of bounds, 409 while another one is taken.
 pub async fn answer(form: Form, query: &str) -> Result<Response<Body>, ApiError> {
     let length = seconds(query)?;
-    let guard = match rt::blocking(start).await {
-        Ok(Ok(guard)) => Sampling(Some(guard)),
-        Ok(Err(pprof::Error::Running)) => return Err(ApiError::already_profiling()),
+    let turn = Turn::take().ok_or_else(ApiError::already_profiling)?;
+    // Who goes away meanwhile keeps the turn until it has started and ended.
+    let guard = match rt::blocking(move || start().map(|guard| (guard, turn))).await {
+        Ok(Ok(both)) => Sampling(Some(both)),
         Ok(Err(error)) => return Err(ApiError::no_profile(&error.to_string())),
         Err(error) => return Err(ApiError::no_profile(&error.to_string())),
     };
@@ -68,15 +70,35 @@ fn start() -> pprof::Result<ProfilerGuard<'static>> {
     ProfilerGuardBuilder::default().frequency(SAMPLES_PER_SECOND).blocklist(&NOT_IN).build()
 }
 
+/// Whose turn it is, from the request on: starting reads unwind tables, which takes a moment the first
+/// time. Of the whole process, as its timer is.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// The right to take a profile. Given back when dropped.
+struct Turn;
+
+impl Turn {
+    fn take() -> Option<Self> {
+        (!TAKEN.swap(true, Ordering::AcqRel)).then_some(Self)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        TAKEN.store(false, Ordering::Release);
+    }
+}
+
 /// A profile being taken. Whoever drops it ends it, off the shard: that takes a lock and files.
-struct Sampling(Option<ProfilerGuard<'static>>);
+struct Sampling(Option<(ProfilerGuard<'static>, Turn)>);
 
 impl Sampling {
     async fn finish(mut self, form: Form) -> Result<Vec<u8>, ApiError> {
-        let Some(guard) = self.0.take() else { return Ok(Vec::new()) };
+        let Some((guard, turn)) = self.0.take() else { return Ok(Vec::new()) };
         let made = rt::blocking(move || {
             let report = guard.report().build();
             drop(guard);
+            drop(turn);
             encode(form, &report.map_err(io::Error::other)?)
         });
         let made = made.await.map_err(|error| ApiError::no_profile(&error.to_string()))?;
@@ -86,9 +108,9 @@ impl Sampling {
 
 impl Drop for Sampling {
     fn drop(&mut self) {
-        let Some(guard) = self.0.take() else { return };
+        let Some((guard, turn)) = self.0.take() else { return };
         rt::spawn(async move {
-            if let Err(error) = rt::blocking(move || drop(guard)).await {
+            if let Err(error) = rt::blocking(move || drop((guard, turn))).await {
                 tracing::debug!(%error, "a profile was ended on the shard");
             }
         })
@@ -130,6 +152,14 @@ fn seconds(query: &str) -> Result<Duration, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_at_a_time() {
+        let turn = Turn::take();
+        assert!(turn.is_some() && Turn::take().is_none());
+        drop(turn);
+        assert!(Turn::take().is_some());
+    }
 
     #[test]
     fn a_profile_takes_a_minute_at_most() {
