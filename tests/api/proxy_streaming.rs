@@ -1,5 +1,6 @@
 //! The proxy passes both bodies on as they come, and both ends' disappearance at once.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::daemon::Daemon;
@@ -150,4 +151,72 @@ fn a_large_body_comes_back_whole() {
     assert!(reply.body == body, "16 MiB came back changed");
     drop(client);
     server.join();
+}
+
+/// Longer than a connection has to be silent to be taken from hyper.
+const SILENCE: Duration = Duration::from_millis(2500);
+
+#[test]
+fn an_answer_goes_on_after_a_long_silence_and_so_does_its_connection() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    for (head, pieces) in [
+        (CHUNKED, ["5\r\nfirst\r\n", "6\r\nsecond\r\n", "2\r\n..\r\n0\r\n\r\n"]),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 13\r\n\r\n", ["first", "second", ".."]),
+        ("HTTP/1.1 200 OK\r\n\r\n", ["first", "second", ".."]),
+    ] {
+        let server = Upstream::start(move |mut served| {
+            served.head();
+            served.send(head).send(pieces[0]);
+            thread::sleep(SILENCE);
+            served.send(pieces[1]);
+            thread::sleep(Duration::from_millis(100));
+            served.send(pieces[2]);
+        });
+        let mut client = daemon.to_sandbox(&id, server.port, "GET /");
+        // The next request is there before the answer to this one is.
+        client.send("\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n");
+        let reply = client.reply();
+        assert_eq!(String::from_utf8_lossy(&reply.body), "firstsecond..", "{head:?}");
+        assert_eq!(client.reply().status, 200, "the next answer begins where this one ends");
+        server.join();
+        // And one that comes after a rest.
+        thread::sleep(SILENCE);
+        assert_eq!(client.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").reply().status, 200);
+    }
+}
+
+#[test]
+fn an_end_that_goes_in_a_long_silence_takes_the_other_along() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let (left, gone) = gate();
+    let server = Upstream::start(move |mut served| {
+        served.head();
+        served.send(CHUNKED).send("5\r\nfirst\r\n");
+        gone.recv().expect("the client");
+        let began = Instant::now();
+        served.until_gone();
+        began.elapsed()
+    });
+    let mut client = daemon.to_sandbox(&id, server.port, "GET /");
+    client.send("\r\n");
+    client.head();
+    client.chunk();
+    thread::sleep(SILENCE);
+    drop(client);
+    left();
+    assert!(server.join() < Duration::from_secs(2), "it was noticed late");
+
+    let server = Upstream::start(|mut served| {
+        served.head();
+        served.send(CHUNKED).send("5\r\nfirst\r\n");
+        thread::sleep(SILENCE);
+    });
+    let mut client = daemon.to_sandbox(&id, server.port, "GET /");
+    client.send("\r\n");
+    client.head();
+    client.chunk();
+    server.join();
+    assert!(client.rest().is_empty(), "no last chunk: it was cut");
 }

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use super::phase::Phase;
 use super::stream::ClientStream;
 use crate::error::ApiError;
+use crate::proxy::Switch;
 use futures_lite::{AsyncRead, AsyncWrite};
 use hyper::rt::{Read, ReadBufCursor, Write};
 
@@ -73,16 +74,19 @@ impl<S: AsyncWrite + Unpin> Write for Adapted<S> {
 #[derive(Debug)]
 pub struct ServerIo {
     stream: Adapted<ClientStream>,
+    /// What was read of it before.
+    early: Vec<u8>,
     phase: Rc<Phase>,
+    switch: Rc<Switch>,
     /// An error answer of ours that stands in for one of hyper's, and how much of it has left.
     substitute: Option<(Vec<u8>, usize)>,
 }
 
 impl ServerIo {
-    /// Wraps an accepted connection.
+    /// Wraps a connection of which `early` was read already.
     #[must_use]
-    pub fn new(stream: ClientStream, phase: Rc<Phase>) -> Self {
-        Self { stream: Adapted(stream), phase, substitute: None }
+    pub fn new(stream: ClientStream, early: Vec<u8>, phase: Rc<Phase>, switch: Rc<Switch>) -> Self {
+        Self { stream: Adapted(stream), early, phase, switch, substitute: None }
     }
 
     /// Gives the connection back.
@@ -115,8 +119,15 @@ impl Read for ServerIo {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        cursor: ReadBufCursor<'_>,
+        mut cursor: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let count = self.early.len().min(cursor.remaining());
+            cursor.put_slice(&self.early[..count]);
+            self.early = self.early.split_off(count);
+            self.phase.received();
+            return Poll::Ready(Ok(()));
+        }
         if ready!(poll_fill(&mut self.stream.0, cx, cursor))? > 0 {
             self.phase.received();
         }
@@ -148,6 +159,9 @@ impl Write for ServerIo {
         ready!(self.poll_substitute(cx))?;
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
         self.phase.flushed();
+        if let Some(passing) = self.switch.passing() {
+            passing.flushed();
+        }
         Poll::Ready(Ok(()))
     }
 

@@ -7,6 +7,7 @@
 //! ```text
 //!  stream   first bytes: TLS or not, HTTP/1 or HTTP/2
 //!   ├ h1    one request after another ── 101 ──▶ splice: bytes both ways
+//!   │  ╰─ nothing happens ─▶ silent ─ a request ─▶ h1
 //!   └ h2    up to a hundred at a time
 //! ```
 
@@ -14,6 +15,7 @@ mod h1;
 mod h2;
 mod io;
 mod phase;
+mod silent;
 mod splice;
 mod stream;
 

@@ -88,6 +88,13 @@ impl Phase {
         self.between.get() && !self.is_serving()
     }
 
+    /// Whether it waits for another request, and has for so long.
+    #[must_use]
+    pub fn is_resting(&self, silence: Duration) -> bool {
+        let waits = !self.fresh.get() && !self.head_started.get();
+        self.is_between() && waits && self.since.get().elapsed() >= silence
+    }
+
     /// Whether a request is with the service.
     #[must_use]
     pub fn is_serving(&self) -> bool {
@@ -142,6 +149,21 @@ mod tests {
         assert!(!phase.is_between(), "its last bytes are still in the buffer");
         phase.flushed();
         assert!(phase.is_between());
+    }
+
+    #[test]
+    fn a_connection_rests_between_two_requests_alone() {
+        let phase = Phase::new();
+        assert!(!phase.is_resting(Duration::ZERO), "its first request is to come");
+        let serving = phase.serve();
+        assert!(!phase.is_resting(Duration::ZERO));
+        drop(serving);
+        assert!(!phase.is_resting(Duration::ZERO), "its last bytes are still in the buffer");
+        phase.flushed();
+        assert!(phase.is_resting(Duration::ZERO));
+        assert!(!phase.is_resting(Duration::from_secs(3600)));
+        phase.received();
+        assert!(!phase.is_resting(Duration::ZERO), "a head has begun");
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! The body of a sandbox's answer, read from its stream as the client takes it.
 //!
 //! Called by hyper, through [`crate::body`]. Between two pieces it holds no buffer, so an answer that says
-//! nothing for hours costs next to nothing. When it is dropped the stream into the guest closes; when it
+//! nothing for hours costs next to nothing; the connection's driver may take it over from hyper, whose
+//! buffers are then gone as well. When it is dropped the stream into the guest closes; when it
 //! has ended well the stream is kept for the client's next request. Refuses to keep one that says more
 //! than its answer.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_lite::AsyncRead;
@@ -17,6 +19,7 @@ use hyper::HeaderMap;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use mica_shards::GuestStream;
 use mica_shards::rt::Task;
+use mica_shards::rt::time::Instant;
 use mica_units::{GuestPort, SandboxId};
 
 use super::answer::{BodyReader, Malformed};
@@ -81,7 +84,7 @@ impl Return {
 #[derive(Debug)]
 pub enum FromSandbox {
     /// Over HTTP/1.1.
-    H1(Box<Answering>),
+    H1(Rc<Passing>),
     /// Of a call over HTTP/2.
     Call {
         /// As hyper reads it.
@@ -91,6 +94,53 @@ pub enum FromSandbox {
         /// Its count.
         _open: Open,
     },
+}
+
+/// An answer that hyper passes on, for as long as nobody takes it over.
+#[derive(Debug)]
+pub struct Passing {
+    answering: RefCell<Option<Answering>>,
+    /// When it said something last.
+    spoke_at: Cell<Instant>,
+    /// hyper has bytes of it that the client's socket has not.
+    unflushed: Cell<bool>,
+}
+
+impl Passing {
+    /// An answer of which hyper has nothing but the head.
+    #[must_use]
+    pub fn new(answering: Answering) -> Rc<Self> {
+        let (spoke_at, unflushed) = (Cell::new(Instant::now()), Cell::new(true));
+        Rc::new(Self { answering: RefCell::new(Some(answering)), spoke_at, unflushed })
+    }
+
+    /// All that hyper had of it was handed to the kernel.
+    pub fn flushed(&self) {
+        self.unflushed.set(false);
+    }
+
+    /// Takes it over if it has been silent for so long, and nothing but its own bytes is to come. hyper
+    /// must not ask for more of it then.
+    pub fn take_silent(&self, silence: Duration) -> Option<Answering> {
+        let is_silent = !self.unflushed.get() && self.spoke_at.get().elapsed() >= silence;
+        let mut answering = self.answering.borrow_mut();
+        let waits = answering.as_ref().is_some_and(|it| it.upload.is_none() && !it.body.is_done());
+        if is_silent && waits { answering.take() } else { None }
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let mut answering = self.answering.borrow_mut();
+        let Some(answering) = answering.as_mut() else { return Poll::Pending };
+        let frame = ready!(answering.poll(cx));
+        self.spoke_at.set(Instant::now());
+        self.unflushed.set(true);
+        Poll::Ready(frame)
+    }
+
+    /// How much is still to come, where that is known.
+    fn left(&self) -> Option<u64> {
+        self.answering.borrow().as_ref().and_then(|answering| answering.body.left())
+    }
 }
 
 /// An answer over HTTP/1.1.
@@ -111,7 +161,8 @@ pub struct Answering {
 }
 
 impl Answering {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+    /// The next piece, when there is one.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         loop {
             if self.body.is_done() {
                 let trailers = self.body.trailers().map(clean);
@@ -192,7 +243,7 @@ impl HttpBody for FromSandbox {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         match self.get_mut() {
-            Self::H1(answering) => answering.poll(cx),
+            Self::H1(passing) => passing.poll(cx),
             Self::Call { body, .. } => {
                 Pin::new(body).poll_frame(cx).map(|frame| Some(frame?.map_err(Broken::Call)))
             }
@@ -202,16 +253,14 @@ impl HttpBody for FromSandbox {
     fn is_end_stream(&self) -> bool {
         match self {
             // Fields may stand behind chunks, and are asked for.
-            Self::H1(answering) => answering.body.left() == Some(0),
+            Self::H1(passing) => passing.left() == Some(0),
             Self::Call { body, .. } => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::H1(answering) => {
-                answering.body.left().map_or_else(SizeHint::new, SizeHint::with_exact)
-            }
+            Self::H1(passing) => passing.left().map_or_else(SizeHint::new, SizeHint::with_exact),
             Self::Call { body, .. } => body.size_hint(),
         }
     }

@@ -12,13 +12,13 @@ use std::task::{Context, Poll, ready};
 
 use futures_lite::AsyncRead;
 use hyper::client::conn::http2;
-use hyper::header::UPGRADE;
+use hyper::header::{TRAILER, UPGRADE};
 use hyper::{Method, Request, Response};
 use mica_shards::GuestStream;
 use mica_shards::rt;
 
 use super::answer::{BodyReader, Head, HeadReader, Malformed};
-use super::answering::{Answering, Beside, FromSandbox, READ_BYTES, Return};
+use super::answering::{Answering, Beside, FromSandbox, Passing, READ_BYTES, Return};
 use super::outgoing::{Outgoing, Unsent};
 use super::repeat::{Heard, Listening, Upload};
 use super::streams::Open;
@@ -182,7 +182,13 @@ async fn over_h1(
         answering.end(!answering.early.is_empty());
         return Ok(response);
     }
-    Ok(response.map(|_| Body::sandbox(FromSandbox::H1(Box::new(answering)))))
+    let passing = Passing::new(answering);
+    if let Some(switch) = switch
+        && !response.headers().contains_key(TRAILER)
+    {
+        switch.watch(&passing);
+    }
+    Ok(response.map(|_| Body::sandbox(FromSandbox::H1(passing))))
 }
 
 /// What is left of a request whose answer has begun.

@@ -40,7 +40,7 @@ use crate::config::Limits;
 use crate::error::ApiError;
 use crate::percent;
 use answering::Return;
-pub use answering::{Broken, FromSandbox};
+pub use answering::{Answering, Broken, FromSandbox};
 use exchange::{Line, exchange};
 pub use kept::Kept;
 use kept::Shelf;

@@ -4,7 +4,8 @@
 //! requests past everything that looks at them here, one to a port whose routes are guarded, and one
 //! whose request has a body: it goes on as the plain request that it also is.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
 
 use hyper::body::Body as HttpBody;
 use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
@@ -12,6 +13,7 @@ use hyper::{HeaderMap, Request, StatusCode, Version};
 use mica_shards::GuestStream;
 use mica_units::GuestPort;
 
+use super::answering::Passing;
 use super::streams::Open;
 
 /// A stream into a guest that is nobody's HTTP any more.
@@ -27,18 +29,47 @@ pub struct Tunnel {
 
 /// Where an exchange leaves what its connection is to go on as.
 #[derive(Debug, Default)]
-pub struct Switch(RefCell<Option<Tunnel>>);
+pub struct Switch {
+    tunnel: RefCell<Option<Tunnel>>,
+    /// An answer that may come to be passed on without hyper.
+    passing: RefCell<Weak<Passing>>,
+    /// Whether the request allows that.
+    is_plain: Cell<bool>,
+}
 
 impl Switch {
     /// Leaves it.
     pub fn put(&self, tunnel: Tunnel) {
-        *self.0.borrow_mut() = Some(tunnel);
+        *self.tunnel.borrow_mut() = Some(tunnel);
     }
 
     /// Takes it.
     #[must_use]
     pub fn take(&self) -> Option<Tunnel> {
-        self.0.borrow_mut().take()
+        self.tunnel.borrow_mut().take()
+    }
+
+    /// A request has come. Its answer is one that anybody can pass on if its end does not end the
+    /// connection and its chunks need no other form.
+    pub fn asked<B>(&self, request: &Request<B>) {
+        let mut options = request.headers().get_all(CONNECTION).iter();
+        let says_close = |value: &HeaderValue| {
+            value.to_str().map_or(true, |text| text.to_ascii_lowercase().contains("close"))
+        };
+        self.is_plain.set(request.version() == Version::HTTP_11 && !options.any(says_close));
+    }
+
+    /// Remembers the answer to it.
+    pub fn watch(&self, passing: &Rc<Passing>) {
+        if self.is_plain.get() {
+            *self.passing.borrow_mut() = Rc::downgrade(passing);
+        }
+    }
+
+    /// The answer that is being passed on.
+    #[must_use]
+    pub fn passing(&self) -> Option<Rc<Passing>> {
+        self.passing.borrow().upgrade()
     }
 }
 
