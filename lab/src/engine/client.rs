@@ -53,20 +53,37 @@ impl Client {
     /// # Errors
     /// When the status is not `wanted`, or the connection breaks.
     pub fn call(&mut self, method: &str, path: &str, body: &[u8], wanted: u16) -> Result<Vec<u8>> {
+        self.send(method, path, body)?;
+        let (status, body) = self.receive()?;
+        let said = || String::from_utf8_lossy(&body).into_owned();
+        ensure!(status == wanted, "{method} {path} gave {status}: {}", said());
+        Ok(body)
+    }
+
+    /// Sends one request, and does not wait for the answer.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn send(&mut self, method: &str, path: &str, body: &[u8]) -> Result<()> {
         let (length, headers) = (body.len(), &self.headers);
         let mut request =
             format!("{method} {path} HTTP/1.1\r\n{headers}Content-Length: {length}\r\n\r\n")
                 .into_bytes();
         request.extend_from_slice(body);
-        self.stream.write_all(&request)?;
+        Ok(self.stream.write_all(&request)?)
+    }
+
+    /// The answer to the oldest request that has none: its status and its body.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn receive(&mut self) -> Result<(u16, Vec<u8>)> {
         let (status, framing) = self.head()?;
         let body = match framing {
             Framing::Length(length) => self.take(length)?,
             Framing::Chunked => self.chunks()?,
         };
-        let said = || String::from_utf8_lossy(&body).into_owned();
-        ensure!(status == wanted, "{method} {path} gave {status}: {}", said());
-        Ok(body)
+        Ok((status, body))
     }
 
     fn head(&mut self) -> Result<(u16, Framing)> {

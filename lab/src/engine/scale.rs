@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use mica_units::{SandboxId, ShardCount, ShardId};
 use serde_json::json;
 
@@ -17,10 +17,15 @@ use super::client::Client;
 use super::series::percentile;
 use super::standin::{Daemon, create};
 
-/// Connections to each daemon, used one after the other: with two shards each has some of them.
-const CONNECTIONS: usize = 8;
+/// Connections to each shard. All of them ask at once, so a shard has as much to do when it wakes whether it has
+/// another beside it or not: what a wake-up costs is shared by as many requests.
+const OF_SHARD: usize = 16;
+/// Connections that are made until each shard has its share: the kernel deals them out.
+const CONNECTIONS_MAX: usize = 400;
 /// Requests that show which shard serves a connection.
-const TELLING_REQUESTS: usize = 300;
+const TELLING_REQUESTS: usize = 100;
+/// Connections of which each asks for both shards' sandboxes.
+const CROSSING_CONNECTIONS: usize = 8;
 /// Sandboxes that are made until each shard has one. That one has none is less likely than a broken
 /// machine.
 const DRAWS_MAX: usize = 64;
@@ -68,11 +73,10 @@ pub fn measure(config: &Config) -> Result<Vec<Figure>> {
     let two = Daemon::start(&config.mica, &config.standin, 2)?;
     let mut found = Vec::new();
     idle(&two, config.idle, &mut found)?;
-    let mut pair = [Side::of(&one)?, Side::of(&two)?];
-    let health =
-        in_turns(&mut pair, config, config.requests, |side, number| side.ask_health(number))?;
+    let mut pair = [Side::of(&one, 1)?, Side::of(&two, 2)?];
+    let health = in_turns(&mut pair, config, |side| side.ask_health(config.requests))?;
     ratio(["health_cpu_1_shard", "health_cpu_2_shards", "health_cpu_ratio"], health, &mut found);
-    let creates = in_turns(&mut pair, config, config.creates, |side, number| side.make(number))?;
+    let creates = in_turns(&mut pair, config, |side| side.make(config.creates))?;
     ratio(["create_cpu_1_shard", "create_cpu_2_shards", "create_cpu_ratio"], creates, &mut found);
     drop(pair);
     crossing(&two, config.pairs, &mut found)?;
@@ -123,18 +127,45 @@ struct Side<'d> {
 }
 
 impl<'d> Side<'d> {
-    fn of(daemon: &'d Daemon) -> Result<Self> {
-        let clients = (0..CONNECTIONS).map(|_| daemon.client()).collect::<Result<_>>()?;
-        Ok(Self { daemon, clients, made: Vec::new() })
+    fn of(daemon: &'d Daemon, shards: usize) -> Result<Self> {
+        let mut clients: Vec<Client> = Vec::new();
+        let mut of_shard = vec![0; shards];
+        for _ in 0..CONNECTIONS_MAX {
+            let mut client = daemon.client()?;
+            let home = if shards > 1 { home_of(daemon, &mut client)? } else { 0 };
+            if of_shard[home] < OF_SHARD {
+                of_shard[home] += 1;
+                clients.push(client);
+            }
+            if clients.len() == OF_SHARD * shards {
+                return Ok(Self { daemon, clients, made: Vec::new() });
+            }
+        }
+        bail!("the kernel gave the shards {of_shard:?} connections")
     }
 
-    fn ask_health(&mut self, number: usize) -> Result<()> {
-        self.clients[number % CONNECTIONS].call("GET", "/health", b"", 200).map(drop)
+    /// About so many requests, all connections at once; how many they were.
+    fn ask_health(&mut self, requests: usize) -> Result<usize> {
+        let rounds = requests.div_ceil(self.clients.len());
+        for _ in 0..rounds {
+            for client in &mut self.clients {
+                client.send("GET", "/health", b"")?;
+            }
+            for client in &mut self.clients {
+                let (status, _) = client.receive()?;
+                ensure!(status == 200, "GET /health gave {status}");
+            }
+        }
+        Ok(rounds * self.clients.len())
     }
 
-    fn make(&mut self, number: usize) -> Result<()> {
-        self.made.push(create(&mut self.clients[number % CONNECTIONS])?);
-        Ok(())
+    /// So many sandboxes, one after the other, of one connection after the other.
+    fn make(&mut self, sandboxes: usize) -> Result<usize> {
+        for number in 0..sandboxes {
+            let at = number % self.clients.len();
+            self.made.push(create(&mut self.clients[at])?);
+        }
+        Ok(sandboxes)
     }
 
     /// Ends what was made: that is no part of any turn.
@@ -145,12 +176,10 @@ impl<'d> Side<'d> {
         Ok(())
     }
 
-    /// The processor time that the daemon takes for each of so many.
-    fn turn(&mut self, count: usize, act: fn(&mut Self, usize) -> Result<()>) -> Result<Duration> {
+    /// The processor time that the daemon takes for each of what is done.
+    fn turn(&mut self, act: impl Fn(&mut Self) -> Result<usize>) -> Result<Duration> {
         let before = self.daemon.ran()?;
-        for number in 0..count {
-            act(self, number)?;
-        }
+        let count = act(self)?;
         let took = self.daemon.ran()?.saturating_sub(before);
         self.clear()?;
         Ok(took / u32::try_from(count.max(1)).context("too many of one turn")?)
@@ -161,14 +190,13 @@ impl<'d> Side<'d> {
 fn in_turns(
     sides: &mut [Side<'_>; 2],
     config: &Config,
-    count: usize,
-    act: fn(&mut Side<'_>, usize) -> Result<()>,
+    act: impl Fn(&mut Side<'_>) -> Result<usize>,
 ) -> Result<[Duration; 2]> {
     let mut turns = [Vec::new(), Vec::new()];
     for round in 0..=config.rounds {
         // Each goes first as often as the other.
         for at in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
-            let took = sides[at].turn(count, act)?;
+            let took = sides[at].turn(&act)?;
             if round > 0 {
                 turns[at].push(took);
             }
@@ -190,7 +218,8 @@ fn ratio(
 /// What one shard's sandboxes cost a client whose connection is another's.
 fn crossing(daemon: &Daemon, pairs: usize, found: &mut Vec<Figure>) -> Result<()> {
     let shards = ShardCount::new(2).context("two is not zero")?;
-    let mut clients = (0..CONNECTIONS).map(|_| daemon.client()).collect::<Result<Vec<_>>>()?;
+    let mut clients =
+        (0..CROSSING_CONNECTIONS).map(|_| daemon.client()).collect::<Result<Vec<_>>>()?;
     let mut of_shard: [Option<String>; 2] = [None, None];
     for _ in 0..DRAWS_MAX {
         let id = create(&mut clients[0])?;
