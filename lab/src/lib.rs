@@ -2,10 +2,12 @@
 //!
 //! Called by tests, by `mica-lab` and by the benchmarks; nothing in production depends on it. `host` is
 //! the emulated dual-socket machine, `tiny_guest` the freestanding guest that runs on any KVM, `one_vm`
-//! one VM process driven by hand, `engine` what its operations cost, `fleet` many hosts that are only simulated. Refuses to be a dependency of anything else.
+//! one VM process driven by hand, `engine` what its operations cost, `bench` what a client of a host waits for,
+//! `fleet` many hosts that are only simulated. Refuses to be a dependency of anything else.
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod engine;
 pub mod fleet;
 pub mod host;

@@ -12,8 +12,10 @@ use anyhow::{Context, Result, ensure};
 
 /// Longest wait for a piece of an answer.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// Longest answer that is read.
-const ANSWER_BYTES_MAX: usize = 64 << 10;
+/// Longest answer that is read: a thousand clones, or a host's metrics.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// How much is read at once.
+const PIECE_BYTES: usize = 16 << 10;
 
 /// One connection.
 #[derive(Debug)]
@@ -22,6 +24,29 @@ pub struct Client {
     /// What of the last read is not used up.
     rest: Vec<u8>,
     headers: String,
+    broken: bool,
+}
+
+/// An answer, whatever its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// Its body.
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    /// The answer, if its status is one of these.
+    ///
+    /// # Errors
+    /// When it is not, with what the body says.
+    pub fn one_of(self, method: &str, path: &str, wanted: &[u16]) -> Result<Self> {
+        let status = self.status;
+        let said = || String::from_utf8_lossy(&self.body).into_owned();
+        ensure!(wanted.contains(&status), "{method} {path} gave {status}: {}", said());
+        Ok(self)
+    }
 }
 
 /// How long the body of an answer is.
@@ -45,7 +70,7 @@ impl Client {
         for (name, value) in headers {
             write!(text, "{name}: {value}\r\n")?;
         }
-        Ok(Self { stream, rest: Vec::new(), headers: text })
+        Ok(Self { stream, rest: Vec::new(), headers: text, broken: false })
     }
 
     /// Sends one request, and gives the answer's body.
@@ -53,11 +78,37 @@ impl Client {
     /// # Errors
     /// When the status is not `wanted`, or the connection breaks.
     pub fn call(&mut self, method: &str, path: &str, body: &[u8], wanted: u16) -> Result<Vec<u8>> {
+        Ok(self.ask(method, path, body)?.one_of(method, path, &[wanted])?.body)
+    }
+
+    /// Sends one request, and gives the answer.
+    ///
+    /// # Errors
+    /// When the connection breaks, or what comes is no answer. The connection is of no use then.
+    pub fn ask(&mut self, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
+        let answer = self.exchange(method, path, body);
+        self.broken |= answer.is_err();
+        answer
+    }
+
+    /// Whether another request may be sent: nothing broke, and the other side has not hung up.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let waits = || {
+            self.stream.set_nonblocking(true)?;
+            let seen = self.stream.peek(&mut [0]);
+            self.stream.set_nonblocking(false)?;
+            seen
+        };
+        // Bytes that nobody asked for are as bad as an end.
+        let silent = |error: std::io::Error| error.kind() == std::io::ErrorKind::WouldBlock;
+        !self.broken && waits().is_err_and(silent)
+    }
+
+    fn exchange(&mut self, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
         self.send(method, path, body)?;
         let (status, body) = self.receive()?;
-        let said = || String::from_utf8_lossy(&body).into_owned();
-        ensure!(status == wanted, "{method} {path} gave {status}: {}", said());
-        Ok(body)
+        Ok(Answer { status, body })
     }
 
     /// Sends one request, and does not wait for the answer.
@@ -130,7 +181,7 @@ impl Client {
     }
 
     fn read_more(&mut self) -> Result<()> {
-        let mut piece = [0u8; 4096];
+        let mut piece = [0u8; PIECE_BYTES];
         let count = self.stream.read(&mut piece)?;
         ensure!(count > 0, "the answer is cut off");
         ensure!(self.rest.len() < ANSWER_BYTES_MAX, "the answer is too long");

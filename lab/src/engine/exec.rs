@@ -222,13 +222,17 @@ fn executed(answer: &[u8]) -> Result<()> {
 }
 
 /// One frame of Connect's streams.
-fn frame(message: &[u8]) -> Vec<u8> {
+#[must_use]
+pub fn frame(message: &[u8]) -> Vec<u8> {
     let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
     [&[0], length.to_be_bytes().as_slice(), message].concat()
 }
 
 /// The frames of a process must end with exit code 0, and the stream without an error.
-fn ended_well(mut answer: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// When they do not.
+pub fn ended_well(mut answer: &[u8]) -> Result<()> {
     let mut exited = false;
     loop {
         let (head, rest) = answer.split_at_checked(FRAME_HEAD_BYTES).context("no last frame")?;

@@ -204,7 +204,10 @@ impl Drop for Places {
 }
 
 /// VM processes outlive a host that panicked, for the next one to take over. There is none here.
-fn end_what_is_left(cgroup: &Path) -> Result<()> {
+///
+/// # Errors
+/// When a control group stays.
+pub fn end_what_is_left(cgroup: &Path) -> Result<()> {
     let entries = match fs::read_dir(cgroup) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::density::{Idle, Left};
 use super::series::{Series, percentile};
+use crate::bench::document::{FORMAT, VERSION};
 
 /// The row of what idle sandboxes cost, which is in bytes.
 const IDLE: &str = "idle_bytes_per_sandbox";
@@ -46,6 +47,9 @@ impl Report<'_> {
             }));
         }
         json!({
+            "format": FORMAT,
+            "version": VERSION,
+            "command": "engine",
             "host": self.host,
             "results": results,
             IDLE: self.idle.map(|idle| idle.bytes_each),

@@ -1,42 +1,37 @@
 //! `mica-bench`, run as `mica bench`: what the engine's operations cost on this machine, beside the same
-//! work as bare system calls; and what code and commands cost a client of a host.
+//! work as bare system calls; and what a client of a host that runs waits for.
 //!
-//! Called by people, by `make bench`, and briefly by tests. `engine` needs root, `/dev/kvm` of any kind,
-//! cgroup v2 and a directory on a disk; nothing else of a host. `exec` needs a host that runs. `scale` needs
-//! root and cgroup v2. Refuses to leave anything behind, and says so with its
-//! exit code where the engine does.
+//! Called by people, by `make bench`, and briefly by tests. Each subcommand is a module. Refuses to leave anything
+//! behind.
 
 #![forbid(unsafe_code)]
 
+mod ab;
+mod compare;
+mod engine;
+mod exec;
 mod registry;
+mod report;
+mod scale;
+mod tables;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use mica_lab::engine::density::{self, Idle, Left};
-use mica_lab::engine::dirt::Dirt;
-use mica_lab::engine::exec;
-use mica_lab::engine::floor::{Config, Floor};
-use mica_lab::engine::http;
-use mica_lab::engine::memory::{Machine, ours};
-use mica_lab::engine::operations::Bench;
-use mica_lab::engine::place::{MEMORY, Places, vcpus};
-use mica_lab::engine::report::{self, Report};
-use mica_lab::engine::scale;
-use mica_lab::engine::series::Book;
-use mica_lab::one_vm::find_mica_vm;
-use mica_units::Mebibytes;
+use mica_lab::bench::tables::Measure;
+use mica_lab::bench::tables::clone::Clones;
+use mica_lab::bench::tables::create::Create;
+use mica_lab::bench::tables::density::Density;
+use mica_lab::bench::tables::dirty::Dirty;
+use mica_lab::bench::tables::from_snapshot::FromSnapshot;
+use mica_lab::bench::tables::languages::Languages;
+use mica_lab::bench::tables::levels::Levels;
+use mica_lab::bench::tables::pause::PauseResume;
+use mica_lab::bench::tables::rollback::Rollback;
+use mica_lab::bench::tables::snapshot::Snapshot;
 use tracing_subscriber::EnvFilter;
-
-/// Shells that a host keeps where creates are to find one.
-const POOL: u32 = 4;
-/// Sandboxes of the larger clone.
-const CLONES: u32 = 100;
 
 /// Measures Mica.
 #[derive(Parser, Debug)]
@@ -49,149 +44,56 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Every operation on sandboxes, at the shard and over HTTP, with a tiny guest of 2 vCPUs and 2 GiB.
-    Engine(EngineArgs),
+    Engine(engine::EngineArgs),
     /// Code and commands in warm sandboxes of a host that runs, from 1, 10 and 100 clients at once.
-    Exec(ExecArgs),
+    Exec(exec::ExecArgs),
+    /// Sandboxes from a template, by concurrency: cube-bench's table, with its options.
+    Create(One<Create>),
+    /// What one more idle sandbox costs the machine, by how many live.
+    Density(One<Density>),
+    /// Snapshots of running sandboxes, by concurrency.
+    Snapshot(One<Snapshot>),
+    /// Snapshots by how much was written to memory before, and creates from them.
+    Dirty(One<Dirty>),
+    /// Sandboxes from a snapshot, by concurrency.
+    FromSnapshot(One<FromSnapshot>),
+    /// Sandboxes put back to a snapshot of their own, by concurrency.
+    Rollback(One<Rollback>),
+    /// Copies of a running sandbox.
+    Clone(One<Clones>),
+    /// Pauses and resumes, by concurrency.
+    PauseResume(One<PauseResume>),
+    /// Code in every language of the template: cold, first and warm.
+    Languages(One<Languages>),
+    /// Requests at a fixed rate, and what the daemon takes of the processors meanwhile.
+    LoadLevels(One<Levels>),
     /// What the daemon itself takes: processor time of a request at one and at two shards, what a second shard
     /// adds to a request, and what it takes idle. With a stand-in for VMs.
-    Scale(ScaleArgs),
+    Scale(scale::ScaleArgs),
     /// Choosing a host among 100 and 1,000, under the names of Fast Sandbox's benchmarks, in ns.
     Registry(registry::RegistryArgs),
+    /// Whether the second report is worse than the first: ends with 1 if it is.
+    Compare(compare::CompareArgs),
+    /// One HTML page, with plots, of the reports of several runs.
+    Report(report::ReportArgs),
+    /// Two programs, or one with two configurations, in turns: ratios, with how sure they are.
+    Ab(ab::AbArgs),
 }
 
+/// A table of its own, against a host that runs.
 #[derive(Args, Debug)]
-struct ScaleArgs {
-    /// The daemon. Default: mica beside this program.
-    #[arg(long, value_name = "FILE")]
-    mica: Option<PathBuf>,
-    /// The stand-in. Default: standin-vm beside this program.
-    #[arg(long, value_name = "FILE")]
-    standin: Option<PathBuf>,
-    /// Write the results to this file.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// A little of everything: shows that it works, and no more.
-    #[arg(long)]
-    quick: bool,
+struct One<M: Args> {
+    #[command(flatten)]
+    measure: M,
+    #[command(flatten)]
+    common: tables::Common,
 }
-
-#[derive(Args, Debug)]
-struct ExecArgs {
-    /// The host.
-    #[arg(long, value_name = "URL", env = "E2B_API_URL")]
-    url: String,
-    /// One of its keys.
-    #[arg(long, value_name = "KEY", env = "E2B_API_KEY", hide_env_values = true)]
-    api_key: String,
-    /// What the sandboxes are made of; it must have a code interpreter.
-    #[arg(long, value_name = "NAME", default_value = "code-interpreter-v1")]
-    template: String,
-    /// Sandboxes that the clients share, at most one for each client. Cells of one sandbox run one after the
-    /// other.
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
-    sandboxes: u16,
-    /// How often everything is done at each number of clients, and at least once by each.
-    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    calls: u32,
-    /// Write the results to this file.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-}
-
-#[derive(Args, Debug)]
-struct EngineArgs {
-    /// A directory to be made for the store, on a file system with direct I/O, and removed at the end.
-    #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
-    /// The program of the VMs. Default: mica-vm beside this program.
-    #[arg(long, value_name = "FILE")]
-    vm_program: Option<PathBuf>,
-    /// The daemon. Default: mica beside this program.
-    #[arg(long, value_name = "FILE")]
-    mica: Option<PathBuf>,
-    /// Shards of the host.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    shards: u16,
-    /// Write the results to this file.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// A few rounds of everything: shows that it works, and no more.
-    #[arg(long)]
-    quick: bool,
-    /// Only these parts, separated by commas.
-    #[arg(long, value_name = "PART", value_delimiter = ',', value_enum)]
-    only: Vec<Part>,
-}
-
-/// What can be measured by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Part {
-    /// Creates, pauses, resumes, ends.
-    Lives,
-    /// Snapshots of every size, and rollbacks.
-    Snapshots,
-    /// Clones.
-    Clones,
-    /// 200 sandboxes at a time.
-    Density,
-    /// Create and kill, again and again.
-    Rounds,
-    /// Over HTTP.
-    Http,
-}
-
-/// How often everything is done.
-#[derive(Clone, Copy, Debug)]
-struct Effort {
-    lives: u32,
-    misses: u32,
-    chains: u32,
-    dense: u32,
-    large: u32,
-    clone_1: u32,
-    clone_100: u32,
-    flat: u32,
-    rounds: u32,
-    http: u32,
-}
-
-const FULL: Effort = Effort {
-    lives: 300,
-    misses: 100,
-    chains: 80,
-    dense: 30,
-    large: 12,
-    clone_1: 50,
-    clone_100: 8,
-    flat: 40,
-    rounds: 1000,
-    http: 200,
-};
-
-const QUICK: Effort = Effort {
-    lives: 5,
-    misses: 3,
-    chains: 3,
-    dense: 2,
-    large: 1,
-    clone_1: 2,
-    clone_100: 1,
-    flat: 3,
-    rounds: 20,
-    http: 5,
-};
 
 fn main() -> ExitCode {
     // `MICA_LOG=mica_shards=trace` shows every step of every sandbox, at some cost.
     let logs = EnvFilter::try_from_env("MICA_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(logs).with_writer(std::io::stderr).init();
-    let done = match Cli::parse().command {
-        Command::Engine(args) => engine(&args),
-        Command::Exec(args) => measure_exec(&args),
-        Command::Scale(args) => measure_scale(&args),
-        Command::Registry(args) => registry::run(&args),
-    };
-    match done {
+    match run(&Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mica-bench: {error:#}");
@@ -200,164 +102,41 @@ fn main() -> ExitCode {
     }
 }
 
-fn engine(args: &EngineArgs) -> Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "this takes root, as the daemon does");
-    let root = args
-        .store
-        .clone()
-        .unwrap_or_else(|| PathBuf::from(format!("/var/tmp/mica-bench-{}", std::process::id())));
-    let vm_program = args.vm_program.clone().map_or_else(find_mica_vm, Ok)?;
-    let places = Places::make(&root, &vm_program, args.shards)?;
-    let config = Config { directory: places.floor(), memory: MEMORY, vcpus: vcpus()? };
-    let floor = Arc::new(Floor::make(config)?);
-    let mut run = Run { args, places, floor, book: Book::default(), idle: None, left: None };
-    run.measure(if args.quick { QUICK } else { FULL })?;
-    let report = Report {
-        host: report::host(&run.places.store())?,
-        series: run.book.all(),
-        idle: run.idle.as_ref(),
-        left: run.left.as_ref(),
-    };
-    print(&report.table())?;
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&report.json())?;
-        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+fn run(command: &Command) -> Result<()> {
+    if let Some((measure, common)) = command.table() {
+        return tables::run(measure, common);
     }
-    Ok(())
+    match command {
+        Command::Engine(args) => engine::engine(args),
+        Command::Exec(args) => exec::measure(args),
+        Command::Scale(args) => scale::run(args),
+        Command::Registry(args) => registry::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Report(args) => report::run(args),
+        Command::Ab(args) => ab::run(args),
+        _ => unreachable!("every other one is a table"),
+    }
 }
 
-fn measure_exec(args: &ExecArgs) -> Result<()> {
-    let loads = exec::measure(&exec::Config {
-        url: args.url.clone(),
-        api_key: args.api_key.clone(),
-        template: args.template.clone(),
-        sandboxes: args.sandboxes.into(),
-        calls: usize::try_from(args.calls)?,
-    })?;
-    print(&exec::table(&loads))?;
-    if let Some(path) = &args.json {
-        // The machine of the clients; the host may be another.
-        let host = report::host(Path::new("/"))?;
-        let results = exec::rows(&loads);
-        let found = serde_json::json!({
-            "host": host, "url": args.url, "sandboxes": args.sandboxes, "results": results,
-        });
-        let text = serde_json::to_string_pretty(&found)?;
-        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+impl Command {
+    /// What measures a host, if this is a table.
+    fn table(&self) -> Option<(&dyn Measure, &tables::Common)> {
+        Some(match self {
+            Self::Create(one) => (&one.measure, &one.common),
+            Self::Density(one) => (&one.measure, &one.common),
+            Self::Snapshot(one) => (&one.measure, &one.common),
+            Self::Dirty(one) => (&one.measure, &one.common),
+            Self::FromSnapshot(one) => (&one.measure, &one.common),
+            Self::Rollback(one) => (&one.measure, &one.common),
+            Self::Clone(one) => (&one.measure, &one.common),
+            Self::PauseResume(one) => (&one.measure, &one.common),
+            Self::Languages(one) => (&one.measure, &one.common),
+            Self::LoadLevels(one) => (&one.measure, &one.common),
+            _ => return None,
+        })
     }
-    Ok(())
-}
-
-fn measure_scale(args: &ScaleArgs) -> Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "this takes root, as the daemon does");
-    let [rounds, requests, creates, pairs] =
-        if args.quick { [2, 200, 2, 50] } else { [21, 2000, 10, 1000] };
-    let figures = scale::measure(&scale::Config {
-        mica: args.mica.clone().map_or_else(|| beside("mica", "--mica"), Ok)?,
-        standin: args.standin.clone().map_or_else(|| beside("standin-vm", "--standin"), Ok)?,
-        rounds,
-        requests,
-        creates,
-        pairs,
-        idle: Duration::from_secs(if args.quick { 2 } else { 20 }),
-    })?;
-    print(&scale::table(&figures)?)?;
-    if let Some(path) = &args.json {
-        let host = report::host(Path::new("/"))?;
-        let found = serde_json::json!({ "host": host, "results": scale::rows(&figures) });
-        let text = serde_json::to_string_pretty(&found)?;
-        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
-    }
-    Ok(())
 }
 
 fn print(text: &str) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes()).context("print the table")
-}
-
-/// One run of the program.
-struct Run<'a> {
-    args: &'a EngineArgs,
-    places: Places,
-    floor: Arc<Floor>,
-    book: Book,
-    idle: Option<Idle>,
-    left: Option<Left>,
-}
-
-impl Run<'_> {
-    fn wants(&self, part: Part) -> bool {
-        self.args.only.is_empty() || self.args.only.contains(&part)
-    }
-
-    fn measure(&mut self, effort: Effort) -> Result<()> {
-        if self.wants(Part::Lives) {
-            self.on_host(POOL, async move |bench| bench.lives(effort.lives).await)?;
-            self.on_host(0, async move |bench| bench.misses(effort.misses).await)?;
-        }
-        if self.wants(Part::Snapshots) {
-            self.on_host(POOL, async move |bench| snapshots(bench, effort).await)?;
-        }
-        if self.wants(Part::Clones) {
-            self.on_host(POOL, async move |bench| {
-                bench.clones("clone_1", 1, effort.clone_1).await
-            })?;
-            self.on_host(CLONES + POOL, async move |bench| {
-                bench.clones("clone_100", CLONES as usize, effort.clone_100).await
-            })?;
-        }
-        if self.wants(Part::Density) {
-            let empty = Machine::now(&ours()?)?;
-            let idle =
-                self.on_host(POOL, async move |bench| bench.density(empty, effort.flat).await)?;
-            self.idle = Some(idle);
-        }
-        if self.wants(Part::Rounds) {
-            let places = (self.places.store(), self.places.cgroup.clone());
-            let left = self.on_host(POOL, async move |bench| {
-                density::rounds(&bench.host, bench.shells, effort.rounds, places).await
-            })?;
-            self.left = Some(left);
-        }
-        if self.wants(Part::Http) {
-            let mica = self.args.mica.clone().map_or_else(|| beside("mica", "--mica"), Ok)?;
-            http::creates(&self.places, &mica, &self.floor, &mut self.book, effort.http)?;
-        }
-        Ok(())
-    }
-
-    /// Runs a part on a host of its own that keeps `pool` shells on each shard.
-    fn on_host<T: Send + 'static>(
-        &mut self,
-        pool: u32,
-        work: impl AsyncFnOnce(&mut Bench<'_>) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        let floor = Arc::clone(&self.floor);
-        let shells = u64::from(pool) * u64::from(self.args.shards);
-        let (done, book) = self.places.on_host(pool, move |host| async move {
-            let mut bench = Bench { host, floor: &floor, shells, book: Book::default() };
-            let done = work(&mut bench).await?;
-            Ok((done, bench.book))
-        })?;
-        self.book.append(book);
-        Ok(done)
-    }
-}
-
-async fn snapshots(bench: &mut Bench<'_>, effort: Effort) -> Result<()> {
-    let size = Mebibytes::new;
-    let Effort { chains, dense, large, .. } = effort;
-    bench.chains(chains).await?;
-    bench.snapshots("snapshot_7mb_dense", size(7), Dirt::Dense, dense).await?;
-    bench.snapshots("snapshot_64mb", size(64), Dirt::Scattered, large).await?;
-    bench.snapshots("snapshot_64mb_dense", size(64), Dirt::Dense, large).await?;
-    bench.snapshots("snapshot_256mb", size(256), Dirt::Scattered, large).await?;
-    bench.snapshots("snapshot_256mb_dense", size(256), Dirt::Dense, large).await
-}
-
-fn beside(name: &str, option: &str) -> Result<PathBuf> {
-    let this = std::env::current_exe().context("find this program")?;
-    let path = this.with_file_name(name);
-    ensure!(Path::is_file(&path), "there is no {}; use {option}", path.display());
-    Ok(path)
 }

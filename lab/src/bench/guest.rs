@@ -1,0 +1,157 @@
+//! What is done inside a sandbox: commands through envd, cells through the code interpreter.
+//!
+//! Called by the tables. Refuses every answer but the right one: a benchmark of errors is fast.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Value, json};
+
+use super::host::{Host, Sandbox, Timed};
+use crate::engine::client::Client;
+use crate::engine::exec::{ended_well, frame};
+
+/// Where envd listens.
+const ENVD: u16 = 49983;
+/// Where the code interpreter listens.
+const INTERPRETER: u16 = 49999;
+
+/// A connection to a sandbox's envd.
+///
+/// # Errors
+/// When nobody listens.
+pub fn envd(host: &Host, sandbox: &Sandbox) -> Result<Client> {
+    host.to_sandbox(sandbox, ENVD, "application/connect+json")
+}
+
+/// A connection to a sandbox's code interpreter.
+///
+/// # Errors
+/// When nobody listens.
+pub fn interpreter(host: &Host, sandbox: &Sandbox) -> Result<Client> {
+    host.to_sandbox(sandbox, INTERPRETER, "application/json")
+}
+
+/// Runs a line of bash over such a connection; it must end with 0.
+pub fn command(client: &mut Client, line: &str) -> Timed<()> {
+    let request = json!({
+        "process": { "cmd": "/bin/bash", "args": ["-l", "-c", line] }, "stdin": false,
+    });
+    let body = frame(request.to_string().as_bytes());
+    let (begun, answer) =
+        (Instant::now(), client.call("POST", "/process.Process/Start", &body, 200));
+    let took = begun.elapsed();
+    let value = answer.and_then(|answer| {
+        let said = || format!("`{line}` said {}", String::from_utf8_lossy(&answer));
+        ended_well(&answer).with_context(said)
+    });
+    Timed { begun, took, value }
+}
+
+/// The file that memory is filled with. By the sandbox's name, because a stand-in's guests share a machine.
+fn filler(sandbox: &Sandbox) -> String {
+    format!("/dev/shm/mica-bench-{}", sandbox.id)
+}
+
+/// Writes so many megabytes (MiB) of one letter to the guest's shared memory, as CubeSandbox's scripts do it.
+///
+/// # Errors
+/// When the guest has not so much room. There it went unnoticed.
+pub fn fill(host: &Host, sandbox: &Sandbox, megabytes: u32) -> Result<()> {
+    let file = filler(sandbox);
+    let line = format!(
+        "head -c {megabytes}M /dev/zero | tr '\\0' x > {file} && \
+         test $(stat -c %s {file}) = $(({megabytes} << 20)) || {{ rm -f {file}; exit 1; }}"
+    );
+    command(&mut envd(host, sandbox)?, &line)
+        .value
+        .with_context(|| format!("write {megabytes} MB to the guest's /dev/shm; has it room?"))
+}
+
+/// Takes it away again, so that a stand-in's machine has it back.
+///
+/// # Errors
+/// When the guest does not answer.
+pub fn empty(host: &Host, sandbox: &Sandbox) -> Result<()> {
+    command(&mut envd(host, sandbox)?, &format!("rm -f {}", filler(sandbox))).value
+}
+
+/// What came of a cell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cell {
+    /// It ran, and this is what it wrote.
+    Ran(String),
+    /// The template has no kernel for the language; what was said.
+    NoKernel(String),
+}
+
+/// Runs a cell over such a connection.
+pub fn cell(client: &mut Client, language: &str, code: &str) -> Timed<Cell> {
+    let body = json!({ "code": code, "language": language }).to_string();
+    let (begun, answer) = (Instant::now(), client.ask("POST", "/execute", body.as_bytes()));
+    let took = begun.elapsed();
+    let value = answer.and_then(|answer| match answer.status {
+        200 => Ok(Cell::Ran(written(&answer.body)?)),
+        400 => Ok(Cell::NoKernel(String::from_utf8_lossy(&answer.body).into_owned())),
+        status => bail!("/execute gave {status}: {}", String::from_utf8_lossy(&answer.body)),
+    });
+    Timed { begun, took, value }
+}
+
+/// What a cell wrote to its output, and its results.
+fn written(answer: &[u8]) -> Result<String> {
+    let mut text = String::new();
+    let mut ended = false;
+    for line in answer.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let event: Value = serde_json::from_slice(line).context("a line that is not JSON")?;
+        match event["type"].as_str() {
+            Some("stdout" | "result") => text += event["text"].as_str().unwrap_or_default(),
+            Some("error") => {
+                return Err(anyhow!("the cell failed: {}: {}", event["name"], event["value"]));
+            }
+            Some("end_of_execution") => ended = true,
+            _ => {}
+        }
+    }
+    ensure!(ended, "the cell did not end");
+    Ok(text)
+}
+
+/// A cell whose output must have this in it.
+pub fn cell_that_says(client: &mut Client, language: &str, code: &str, wanted: &str) -> Timed<()> {
+    cell(client, language, code).and_then(|cell| says(&cell, wanted))
+}
+
+/// # Errors
+/// When the cell did not say it.
+pub fn says(cell: &Cell, wanted: &str) -> Result<()> {
+    match cell {
+        Cell::Ran(text) if text.contains(wanted) => Ok(()),
+        Cell::Ran(text) => Err(anyhow!("the cell said {text:?}, and not {wanted:?}")),
+        Cell::NoKernel(said) => Err(anyhow!("no kernel: {said}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_says_what_it_wrote_and_must_end() {
+        let out =
+            b"{\"type\":\"stdout\",\"text\":\"Hello\\n\"}\n{\"type\":\"result\",\"text\":\"55\"}\n";
+        let end = b"{\"type\":\"end_of_execution\"}\n";
+        assert_eq!(written(&[out.as_slice(), end].concat()).unwrap(), "Hello\n55");
+        assert!(written(out).is_err());
+        let error = b"{\"type\":\"error\",\"name\":\"NameError\",\"value\":\"x\"}\n";
+        assert!(
+            written(&[error.as_slice(), end].concat())
+                .unwrap_err()
+                .to_string()
+                .contains("NameError")
+        );
+        assert!(says(&Cell::Ran("55".to_owned()), "55").is_ok());
+        assert!(says(&Cell::Ran("54".to_owned()), "55").is_err());
+        assert!(says(&Cell::NoKernel("no r".to_owned()), "55").is_err());
+    }
+}

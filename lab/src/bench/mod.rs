@@ -1,0 +1,22 @@
+//! What a client of a host waits for: the tables of published reports, run against any host.
+//!
+//! Called by `mica bench`. `host` is the host, as a client sees it; `load` is many clients at once; each module of
+//! `tables` measures one table and fills a `table` with `row`s. `document` is the report that a run leaves,
+//! `compare` and `ab` hold two of them against each other. Refuses to judge except in `compare`, by the
+//! thresholds it is given.
+
+pub mod bootstrap;
+pub mod compare;
+pub mod cube;
+pub mod daemon;
+pub mod document;
+pub mod guest;
+pub mod host;
+pub mod html;
+pub mod load;
+pub mod phases;
+pub mod row;
+pub mod seeds;
+pub mod side;
+pub mod table;
+pub mod tables;

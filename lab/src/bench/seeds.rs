@@ -1,0 +1,192 @@
+//! What other systems' reports say of the same operations, on other hardware: a column to look at, no judgement.
+//!
+//! Read by the tables. CubeSandbox: its "Core Operations Performance Benchmark Report", on two Xeon 8255C with
+//! 96 threads. SoulBox: its "Performance Benchmarks". Refuses to compare: hardware, disk syncs and clients differ.
+
+use serde_json::{Map, Value, json};
+
+/// Published figures of one row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Seed {
+    /// Whose.
+    pub of: &'static str,
+    /// What they are, as `avg_ms`. The first one is shown beside ours.
+    pub names: &'static [&'static str],
+    /// The figures.
+    pub values: &'static [f64],
+}
+
+impl Seed {
+    /// For programs.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let mut all = Map::new();
+        all.insert("of".to_owned(), json!(self.of));
+        all.insert("hardware".to_owned(), json!("other hardware"));
+        let figures = self.names.iter().zip(self.values);
+        all.extend(figures.map(|(name, value)| ((*name).to_owned(), json!(value))));
+        Value::Object(all)
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let figures = self.names.first().zip(self.values.first());
+        let Some((name, value)) = figures else { return String::new() };
+        format!("{value} {}", name.replace('_', " "))
+    }
+}
+
+const CUBE: &str = "CubeSandbox";
+const SOUL: &str = "SoulBox";
+
+/// A row of a table: what it is found by, and its figures.
+type Row = (u64, u64, &'static [f64]);
+
+/// What the figures of the tables are.
+const TIMES: [&str; 5] = ["avg_ms", "min_ms", "p95_ms", "max_ms", "per_s"];
+const ROUNDS: [&str; 5] = ["wall_avg_ms", "wall_min_ms", "wall_p95_ms", "wall_max_ms", "per_ms"];
+const WRITTEN: [&str; 5] = ["avg_ms", "min_ms", "p95_ms", "max_ms", "dirty_mb"];
+
+/// By concurrency; the second number is of no use.
+const CREATE: [Row; 4] = [
+    (1, 0, &[47.8, 43.5, 57.4, 60.4, 17.9]),
+    (10, 0, &[88.7, 45.8, 116.9, 119.1, 101.4]),
+    (20, 0, &[98.1, 47.7, 175.8, 232.6, 180.9]),
+    (50, 0, &[276.1, 60.6, 508.4, 681.3, 147.6]),
+];
+
+/// By live sandboxes.
+const DENSITY: [Row; 4] =
+    [(100, 0, &[21.5]), (300, 0, &[23.8]), (500, 0, &[25.0]), (1000, 0, &[25.7])];
+
+/// By concurrency. Times are of rounds.
+const SNAPSHOT: [Row; 3] = [
+    (1, 0, &[49.8, 47.3, 54.1, 54.1, 49.8]),
+    (5, 0, &[71.0, 62.7, 81.0, 81.0, 14.2]),
+    (10, 0, &[127.2, 79.6, 155.6, 155.6, 12.7]),
+];
+
+/// By megabytes written.
+const DIRTY: [Row; 8] = [
+    (0, 0, &[45.7, 43.9, 47.4, 47.4, 7.1]),
+    (10, 0, &[75.7, 73.2, 79.2, 79.2, 38.9]),
+    (50, 0, &[107.7, 104.8, 112.3, 112.3, 120.7]),
+    (100, 0, &[138.6, 136.7, 139.9, 139.9, 195.0]),
+    (200, 0, &[174.2, 173.1, 176.2, 176.2, 296.7]),
+    (500, 0, &[289.4, 285.0, 293.1, 293.1, 602.5]),
+    (800, 0, &[392.8, 392.1, 394.1, 394.1, 908.4]),
+    (1024, 0, &[486.9, 471.5, 510.8, 510.8, 1136.4]),
+];
+
+/// Creates from those snapshots, by megabytes written.
+const DIRTY_CREATE: [Row; 8] = [
+    (0, 0, &[64.8, 61.5, 68.6, 68.6]),
+    (10, 0, &[60.7, 57.3, 66.1, 66.1]),
+    (50, 0, &[64.4, 60.4, 70.6, 70.6]),
+    (100, 0, &[66.5, 60.9, 71.1, 71.1]),
+    (200, 0, &[63.7, 60.6, 66.8, 66.8]),
+    (500, 0, &[64.0, 61.6, 66.5, 66.5]),
+    (800, 0, &[60.9, 54.6, 65.8, 65.8]),
+    (1024, 0, &[68.4, 58.9, 84.6, 84.6]),
+];
+
+/// By concurrency.
+const FROM_SNAPSHOT: [Row; 4] = [
+    (1, 0, &[63.9, 62.5, 66.1, 66.1, 63.9]),
+    (10, 0, &[89.9, 84.0, 93.6, 93.6, 9.0]),
+    (20, 0, &[118.9, 92.7, 167.1, 167.1, 5.9]),
+    (50, 0, &[180.3, 135.1, 260.7, 260.7, 3.6]),
+];
+
+/// By concurrency.
+const ROLLBACK: [Row; 3] = [
+    (1, 0, &[81.6, 74.7, 97.4, 97.4, 81.6]),
+    (5, 0, &[189.6, 161.8, 243.2, 243.2, 37.9]),
+    (10, 0, &[266.1, 236.1, 305.1, 305.1, 26.6]),
+];
+
+/// By copies and concurrency.
+const CLONE: [Row; 4] = [
+    (1, 1, &[219.6, 213.6, 234.7, 234.7, 219.6]),
+    (100, 10, &[870.4, 860.6, 880.2, 880.2, 8.7]),
+    (100, 20, &[638.6, 620.8, 656.3, 656.3, 6.4]),
+    (100, 50, &[540.9, 491.3, 590.5, 590.5, 5.4]),
+];
+
+/// By concurrency.
+const PAUSE: [Row; 3] = [
+    (1, 0, &[558.4, 530.8, 590.3, 590.3, 558.4]),
+    (5, 0, &[656.9, 621.9, 683.2, 683.2, 131.4]),
+    (10, 0, &[682.1, 674.1, 699.3, 699.3, 68.2]),
+];
+
+/// By concurrency.
+const RESUME: [Row; 3] = [
+    (1, 0, &[41.8, 18.7, 65.1, 65.1, 41.8]),
+    (5, 0, &[28.2, 17.6, 34.2, 34.2, 5.6]),
+    (10, 0, &[35.7, 30.6, 41.7, 41.7, 3.6]),
+];
+
+/// By requests in a second: what of the processors the daemon took.
+const CPU: [Row; 4] = [(10, 0, &[8.0]), (100, 0, &[22.0]), (500, 0, &[38.0]), (1000, 0, &[45.0])];
+
+/// A create and a "Hello World" in Python.
+const COLD_HELLO: [f64; 4] = [95.0, 85.0, 120.0, 140.0];
+
+/// The published figures of an operation: by what its table is ordered by, and a second number where it has one.
+#[must_use]
+pub fn find(op: &str, by: usize, and: usize) -> Option<Seed> {
+    let (of, names, rows): (_, &[&str], &[Row]) = match op {
+        "create" => (CUBE, &TIMES, &CREATE),
+        "density" => (CUBE, &["mb_each"], &DENSITY),
+        "snapshot" => (CUBE, &ROUNDS, &SNAPSHOT),
+        "snapshot_dirty" => (CUBE, &WRITTEN, &DIRTY),
+        "create_from_dirty" => (CUBE, &TIMES, &DIRTY_CREATE),
+        "from_snapshot" => (CUBE, &ROUNDS, &FROM_SNAPSHOT),
+        "rollback" => (CUBE, &ROUNDS, &ROLLBACK),
+        "clone" => (CUBE, &ROUNDS, &CLONE),
+        "pause" => (CUBE, &ROUNDS, &PAUSE),
+        "resume" => (CUBE, &ROUNDS, &RESUME),
+        "load" => (SOUL, &["cpu_percent"], &CPU),
+        _ => return language(op),
+    };
+    let same = |row: &&Row| usize::try_from(row.0) == Ok(by) && usize::try_from(row.1) == Ok(and);
+    rows.iter().find(same).map(|row| Seed { of, names, values: row.2 })
+}
+
+fn language(op: &str) -> Option<Seed> {
+    let (names, values): (&[&str], &[f64]) = match op {
+        "cold_hello_python" => (&["avg_ms", "p50_ms", "p95_ms", "p99_ms"], &COLD_HELLO),
+        "first_hello_python" => (&["startup_ms"], &[45.0]),
+        "first_hello_javascript" => (&["startup_ms"], &[35.0]),
+        "first_hello_go" => (&["startup_ms"], &[25.0]),
+        "fibonacci_python" => (&["execution_ms"], &[115.0]),
+        "fibonacci_javascript" => (&["execution_ms"], &[80.0]),
+        "fibonacci_go" => (&["execution_ms"], &[40.0]),
+        _ => return None,
+    };
+    Some(Seed { of: SOUL, names, values })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_found_by_what_their_tables_are_ordered_by() {
+        let first = |op, by, and| find(op, by, and).map(|seed| seed.values[0]);
+        assert_eq!(first("create", 20, 0), Some(98.1));
+        assert_eq!(first("clone", 100, 50), Some(540.9));
+        assert_eq!(first("snapshot_dirty", 1024, 0), Some(486.9));
+        assert_eq!(first("fibonacci_javascript", 0, 0), Some(80.0));
+        assert_eq!(first("create", 2, 0), None);
+        assert_eq!(first("clone", 100, 5), None);
+        assert_eq!(find("create", 1, 0).unwrap().text(), "47.8 avg ms");
+        let json = find("rollback", 5, 0).unwrap().json();
+        assert_eq!(
+            (&json["wall_avg_ms"], &json["hardware"]),
+            (&json!(189.6), &json!("other hardware"))
+        );
+    }
+}

@@ -1,0 +1,167 @@
+//! `create`: sandboxes from a template, by concurrency. CubeSandbox's cube-bench, with its options.
+//!
+//! The time of one is from before the request is sent until its whole answer is there. With `create-only` everything
+//! stays alive until the row is done, as there. Refuses to begin where the first warm-up fails.
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::super::host::{Host, Sandbox, Timed};
+use super::super::load::{Failures, Round, round};
+use super::super::row::Row;
+use super::super::table::Table;
+use super::{CLIENTS_MAX, Measure, pairs};
+
+/// What is done with each sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// It stays until the row is done.
+    CreateOnly,
+    /// It is killed at once, and the kills have rows of their own.
+    CreateDelete,
+}
+
+/// Sandboxes from the template, by concurrency.
+#[derive(Args, Debug)]
+pub struct Create {
+    /// Clients at once; several, separated by commas, are measured one after the other.
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_values_t = [1, 10, 20, 50],
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(CLIENTS_MAX)))]
+    concurrency: Vec<u16>,
+    /// Sandboxes in total: one number, or one for each concurrency. Default: 20, 200, 300 and 500 at 1, 10, 20
+    /// and 50 clients, ten times the concurrency at others.
+    #[arg(short = 'n', long, value_name = "N", value_delimiter = ',',
+        value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    total: Vec<u32>,
+    /// Rounds of warm-up, one sandbox for each client, whose results are discarded.
+    #[arg(short, long, value_name = "ROUNDS", default_value_t = 3,
+        value_parser = clap::value_parser!(u16).range(0..=100))]
+    warmup: u16,
+    /// What is done with each sandbox.
+    #[arg(short, long, value_enum, default_value_t = Mode::CreateOnly)]
+    mode: Mode,
+}
+
+impl Create {
+    fn levels(&self) -> Result<Vec<(u16, u32)>> {
+        if !self.total.is_empty() {
+            return pairs(&self.concurrency, &self.total, ("-c", "-n"));
+        }
+        // Those of the report.
+        let usual = |clients: u16| match clients {
+            1 => 20,
+            10 => 200,
+            20 => 300,
+            50 => 500,
+            _ => 10 * u32::from(clients),
+        };
+        Ok(self.concurrency.iter().map(|clients| (*clients, usual(*clients))).collect())
+    }
+
+    fn level(&self, host: &Host, table: &mut Table, clients: usize, total: u32) -> Result<()> {
+        let template = host.address.template.as_str();
+        for _ in 0..self.warmup {
+            let warm = round(host, clients, 0..clients, |client, _| host.create(client, template))?;
+            kill_all(host, &warm.all("warm up")?)?;
+        }
+        let create = Row::new("create", format!("c={clients}"), clients).beside(clients, 0);
+        match self.mode {
+            Mode::CreateOnly => {
+                let made = table.row(host, create, |row| {
+                    let done =
+                        round(host, clients, 0..total, |client, _| host.create(client, template))?;
+                    Ok(row.add(done))
+                })?;
+                kill_all(host, &made)
+            }
+            Mode::CreateDelete => {
+                let mut delete = Row::new("delete", format!("c={clients}"), clients);
+                table.row(host, create, |row| {
+                    let (made, kills) = both(host, clients, total)?;
+                    row.add(made);
+                    delete.add(kills);
+                    Ok(())
+                })?;
+                table.push(delete);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Measure for Create {
+    fn name(&self) -> &'static str {
+        "create"
+    }
+
+    fn options(&self) -> Value {
+        let mode = self.mode.to_possible_value().map(|value| value.get_name().to_owned());
+        json!({
+            "concurrency": self.concurrency, "total": self.total, "warmup": self.warmup, "mode": mode,
+        })
+    }
+
+    fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
+        for (clients, total) in self.levels()? {
+            self.level(host, table, clients.into(), total)?;
+        }
+        Ok(())
+    }
+}
+
+/// Each sandbox is killed by the client that made it, before it makes the next.
+fn both(host: &Host, clients: usize, total: u32) -> Result<(Round<()>, Round<()>)> {
+    let template = host.address.template.as_str();
+    let done = round(host, clients, 0..total, |client, _| {
+        let made = host.create(client, template);
+        let killed = made.value.as_ref().ok().map(|sandbox| host.kill(client, &sandbox.id));
+        Timed { begun: made.begun, took: made.took, value: made.value.map(|_| killed) }
+    })?;
+    let (wall, count) = (done.wall, done.values.len());
+    let (mut times, mut failures) = (Vec::new(), Failures::default());
+    for kill in done.values.into_iter().flatten() {
+        match kill.value {
+            Ok(()) => times.push(kill.took),
+            Err(error) => failures.add(&error),
+        }
+    }
+    let kills = Round { wall, values: vec![(); times.len()], times, failures };
+    let values = vec![(); count];
+    Ok((Round { wall, values, times: done.times, failures: done.failures }, kills))
+}
+
+/// Ends what a row has made.
+///
+/// # Errors
+/// When something stays.
+pub fn kill_all(host: &Host, made: &[Sandbox]) -> Result<()> {
+    let ids: Vec<String> = made.iter().map(|sandbox| sandbox.id.clone()).collect();
+    host.remove(&ids, &[])
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        create: Create,
+    }
+
+    fn levels(words: &[&str]) -> Result<Vec<(u16, u32)>> {
+        Cli::try_parse_from([&["create"], words].concat())?.create.levels()
+    }
+
+    #[test]
+    fn without_options_it_is_the_table_of_the_report() {
+        assert_eq!(levels(&[]).unwrap(), [(1, 20), (10, 200), (20, 300), (50, 500)]);
+        assert_eq!(levels(&["-c", "5,50"]).unwrap(), [(5, 50), (50, 500)]);
+        assert_eq!(levels(&["-c", "5,50", "-n", "7"]).unwrap(), [(5, 7), (50, 7)]);
+        assert!(levels(&["-c", "1,2,3", "-n", "7,8"]).is_err());
+        assert!(levels(&["-c", "0"]).is_err() && levels(&["-c", "2001"]).is_err());
+    }
+}

@@ -1,0 +1,240 @@
+//! `languages`: what code waits for, by language: the first cell of a fresh sandbox, and cells of a warm kernel.
+//!
+//! `cold_hello` is a create and a first "Hello World", `first_hello` is that cell alone, `hello` the same in a kernel that
+//! ran it before, `fibonacci` a small computation. A language that the template has no kernel for has one row that
+//! says so. Refuses a cell that does not say what it must.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::super::guest::{Cell, cell, cell_that_says, interpreter, says};
+use super::super::host::{Host, Sandbox, Timed};
+use super::super::load::{Failures, Round};
+use super::super::row::Row;
+use super::super::table::Table;
+use super::Measure;
+use crate::engine::client::Client;
+
+/// What a first cell must write.
+const HELLO: &str = "Hello World";
+/// `fibonacci(10)`.
+const FIBONACCI: &str = "55";
+
+/// A language that SoulBox's report measures, or that a template may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    /// CPython.
+    Python,
+    /// Deno's kernel.
+    Javascript,
+    /// The bash kernel.
+    Bash,
+    /// IRkernel.
+    R,
+    /// A Go kernel.
+    Go,
+    /// A Java kernel.
+    Java,
+}
+
+impl Language {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Python => "python",
+            Self::Javascript => "javascript",
+            Self::Bash => "bash",
+            Self::R => "r",
+            Self::Go => "go",
+            Self::Java => "java",
+        }
+    }
+
+    fn hello(self) -> &'static str {
+        match self {
+            Self::Python => "print('Hello World')",
+            Self::Javascript => "console.log('Hello World')",
+            Self::Bash => "echo 'Hello World'",
+            Self::R => "cat('Hello World\\n')",
+            Self::Go => "import \"fmt\"\nfmt.Println(\"Hello World\")",
+            Self::Java => "System.out.println(\"Hello World\");",
+        }
+    }
+
+    fn fibonacci(self) -> &'static str {
+        match self {
+            Self::Python => {
+                "def fibonacci(n):\n    return n if n <= 1 else fibonacci(n - 1) + fibonacci(n - 2)\n\
+                 print(fibonacci(10))"
+            }
+            Self::Javascript => {
+                "{ const f = (n) => n <= 1 ? n : f(n - 1) + f(n - 2); console.log(f(10)) }"
+            }
+            Self::Bash => {
+                "f() { local n=$1 a=0 b=1; while ((n-- > 0)); do ((b += a, a = b - a)); done; echo $a; }; f 10"
+            }
+            Self::R => "f <- function(n) if (n <= 1) n else f(n - 1) + f(n - 2); cat(f(10), '\\n')",
+            Self::Go => {
+                "func f(n int) int { if n <= 1 { return n }; return f(n-1) + f(n-2) }\nfmt.Println(f(10))"
+            }
+            Self::Java => {
+                "int f(int n) { return n <= 1 ? n : f(n - 1) + f(n - 2); }\nSystem.out.println(f(10));"
+            }
+        }
+    }
+}
+
+/// Code, by language.
+#[derive(Args, Debug)]
+pub struct Languages {
+    /// Which; several, separated by commas.
+    #[arg(short, long, value_name = "NAME", value_delimiter = ',', value_enum,
+        default_values_t = [Language::Python, Language::Javascript, Language::Go, Language::R, Language::Java])]
+    languages: Vec<Language>,
+    /// Fresh sandboxes of each.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 5,
+        value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rounds: u32,
+    /// Warm cells of each kind in each sandbox, after one that is discarded.
+    #[arg(long, value_name = "N", default_value_t = 20,
+        value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    cells: u32,
+}
+
+/// The rows of one language.
+struct Rows {
+    cold: Row,
+    first: Row,
+    hello: Row,
+    fibonacci: Row,
+}
+
+impl Measure for Languages {
+    fn name(&self) -> &'static str {
+        "languages"
+    }
+
+    fn options(&self) -> Value {
+        let names: Vec<&str> = self.languages.iter().map(|language| language.name()).collect();
+        json!({ "languages": names, "rounds": self.rounds, "cells": self.cells })
+    }
+
+    fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
+        for language in &self.languages {
+            self.language(host, table, *language)?;
+        }
+        Ok(())
+    }
+}
+
+impl Languages {
+    fn language(&self, host: &Host, table: &mut Table, language: Language) -> Result<()> {
+        let row = |what: &str| {
+            Row::new(&format!("{what}_{}", language.name()), String::new(), 1).beside(0, 0)
+        };
+        let mut rows = Rows {
+            cold: row("cold_hello"),
+            first: row("first_hello"),
+            hello: row("hello"),
+            fibonacci: row("fibonacci"),
+        };
+        for number in 0..=self.rounds {
+            host.go_on()?;
+            let mut client = host.client()?;
+            let made = host.create(&mut client, &host.address.template);
+            let (begun, created) = (made.begun, made.took);
+            let sandbox = made.value?;
+            let first = first_cell(host, &sandbox, language)?;
+            if let Ok(Cell::NoKernel(said)) = &first.value {
+                let mut missing = row("first_hello");
+                missing.seed = None;
+                missing.set("missing", said.trim());
+                table.push(missing);
+                host.kill(&mut client, &sandbox.id).value?;
+                host.give_back(client);
+                return Ok(());
+            }
+            let took = first.took;
+            let ran = first.and_then(|cell| says(&cell, HELLO));
+            if number > 0 {
+                let cold = Timed { begun, took: created + took, value: same(&ran.value) };
+                rows.cold.add(one(cold));
+                rows.first.add(one(ran));
+                self.warm(host, &sandbox, language, &mut rows)?;
+            } else if let Err(error) = ran.value {
+                bail!("warm up: {error:#}");
+            }
+            host.kill(&mut client, &sandbox.id).value?;
+            host.give_back(client);
+        }
+        let Rows { cold, first, hello, fibonacci } = rows;
+        [cold, first, hello, fibonacci].into_iter().for_each(|row| table.push(row));
+        Ok(())
+    }
+
+    /// Cells of a kernel that ran one.
+    fn warm(
+        &self,
+        host: &Host,
+        sandbox: &Sandbox,
+        language: Language,
+        rows: &mut Rows,
+    ) -> Result<()> {
+        let mut client = interpreter(host, sandbox)?;
+        for (row, code, wanted) in [
+            (&mut rows.hello, language.hello(), HELLO),
+            (&mut rows.fibonacci, language.fibonacci(), FIBONACCI),
+        ] {
+            for number in 0..=self.cells {
+                host.go_on()?;
+                let ran = again(&mut client, host, sandbox, language, code, wanted)?;
+                if number > 0 {
+                    row.add(one(ran));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A cell; one that fails is counted, and the next has a connection of its own if it broke.
+fn again(
+    client: &mut Client,
+    host: &Host,
+    sandbox: &Sandbox,
+    language: Language,
+    code: &str,
+    wanted: &str,
+) -> Result<Timed<()>> {
+    if !client.is_open() {
+        *client = interpreter(host, sandbox)?;
+    }
+    Ok(cell_that_says(client, language.name(), code, wanted))
+}
+
+/// The first cell of a sandbox, its connection included: that is what a client waits for.
+fn first_cell(host: &Host, sandbox: &Sandbox, language: Language) -> Result<Timed<Cell>> {
+    let begun = std::time::Instant::now();
+    let mut client = interpreter(host, sandbox)?;
+    let ran = cell(&mut client, language.name(), language.hello());
+    Ok(Timed { begun, took: begun.elapsed(), value: ran.value })
+}
+
+fn same(value: &Result<()>) -> Result<()> {
+    value.as_ref().copied().map_err(|error| anyhow::anyhow!("{error:#}"))
+}
+
+/// A round of one.
+fn one(timed: Timed<()>) -> Round<()> {
+    let mut failures = Failures::default();
+    let wall: Duration = timed.took;
+    match timed.value {
+        Ok(()) => Round { wall, times: vec![wall], values: vec![()], failures },
+        Err(error) => {
+            failures.add(&error);
+            Round { wall, times: Vec::new(), values: Vec::new(), failures }
+        }
+    }
+}

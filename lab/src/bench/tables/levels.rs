@@ -1,0 +1,269 @@
+//! `load-levels`: requests that come at a fixed rate, whatever became of those before; and what the daemon takes of the
+//! processors meanwhile.
+//!
+//! A request is due at its place in the rate, and its time begins then: one that waits because the host is slow counts with
+//! its wait (no coordinated omission). Where all clients wait for answers, requests are sent late, and the row says
+//! how many. The daemon's processor time is from `/proc`, where it runs on this machine. Refuses to
+//! guess it elsewhere.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::super::daemon::Daemon;
+use super::super::guest;
+use super::super::host::{Host, Sandbox, Timed, timed};
+use super::super::load::{Failures, Round};
+use super::super::row::{Row, number, us};
+use super::super::table::Table;
+use super::rounds::{ids, make};
+use super::{CLIENTS_MAX, Measure, seconds};
+use crate::engine::client::Client;
+use crate::engine::series::percentile;
+
+/// A request that is sent so long after it was due was late.
+const LATE: Duration = Duration::from_millis(1);
+/// Longest sleep before the next look whether the run is to end.
+const NAP: Duration = Duration::from_millis(100);
+/// The daemon's processor time without load is taken over so long.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Request {
+    /// `fibonacci(10)` in Python, in the code interpreter of a sandbox.
+    Execute,
+    /// `true` through envd.
+    Command,
+    /// `GET /sandboxes/{id}`: the control plane alone.
+    Get,
+    /// `GET /health`: the least that the daemon can be asked.
+    Health,
+}
+
+/// The daemon's processor time, by requests in a second.
+#[derive(Args, Debug)]
+pub struct Levels {
+    /// Requests in a second; several, separated by commas, are measured one after the other.
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_values_t = [10, 100, 500, 1000],
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    rates: Vec<u32>,
+    /// How long each rate is kept.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    seconds: Duration,
+    /// What is asked for.
+    #[arg(long, value_enum, default_value_t = Request::Execute)]
+    request: Request,
+    /// Sandboxes that share the requests.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    sandboxes: u16,
+    /// Clients that share the requests: more than one waits for at once.
+    #[arg(short, long, value_name = "N", default_value_t = 64,
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(CLIENTS_MAX)))]
+    concurrency: u16,
+    /// The daemon, where it cannot be found by its port.
+    #[arg(long, value_name = "PID")]
+    daemon_pid: Option<u32>,
+}
+
+impl Measure for Levels {
+    fn name(&self) -> &'static str {
+        "load-levels"
+    }
+
+    fn options(&self) -> Value {
+        let request = self.request.to_possible_value().map(|value| value.get_name().to_owned());
+        json!({
+            "rates": self.rates, "seconds": self.seconds.as_secs_f64(), "request": request,
+            "sandboxes": self.sandboxes, "concurrency": self.concurrency,
+        })
+    }
+
+    fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
+        let found =
+            self.daemon_pid.map_or_else(|| Daemon::find(host.socket), |pid| Ok(Daemon { pid }));
+        let daemon = found.inspect_err(|error| {
+            table.note(format!("the daemon's processor time is not to be seen from here: {error}"));
+        });
+        let daemon = daemon.ok();
+        let needs_none = self.request == Request::Health;
+        let count = if needs_none { 0 } else { usize::from(self.sandboxes) };
+        let sandboxes = make(host, &host.address.template, count)?;
+        let idle = daemon.map(|daemon| share_of_idle(host, daemon)).transpose()?;
+        for rate in &self.rates {
+            let clients = self.clients(host, &sandboxes)?;
+            let row = Row::new("load", format!("{rate}/s"), self.concurrency.into());
+            table.row(host, row.beside(usize::try_from(*rate)?, 0), |row| {
+                self.level(host, row, *rate, daemon, clients)
+            })?;
+            if let (Some(idle), Some(row)) = (idle, table.rows.last_mut()) {
+                row.set("daemon_idle_percent", idle);
+            }
+        }
+        host.remove(&ids(&sandboxes), &[])
+    }
+}
+
+/// A client, and the sandbox that it asks for.
+struct Asker {
+    client: Client,
+    sandbox: Option<Sandbox>,
+}
+
+impl Levels {
+    /// Clients whose connections are warm.
+    fn clients(&self, host: &Host, sandboxes: &[Sandbox]) -> Result<Vec<Asker>> {
+        let mut askers = Vec::new();
+        for index in 0..usize::from(self.concurrency) {
+            let sandbox = sandboxes.get(index % sandboxes.len().max(1)).cloned();
+            let mut asker = Asker { client: self.open(host, sandbox.as_ref())?, sandbox };
+            self.ask(&mut asker).value?;
+            askers.push(asker);
+            host.go_on()?;
+        }
+        Ok(askers)
+    }
+
+    fn open(&self, host: &Host, sandbox: Option<&Sandbox>) -> Result<Client> {
+        match (self.request, sandbox) {
+            (Request::Execute, Some(sandbox)) => guest::interpreter(host, sandbox),
+            (Request::Command, Some(sandbox)) => guest::envd(host, sandbox),
+            _ => host.client(),
+        }
+    }
+
+    fn ask(&self, asker: &mut Asker) -> Timed<()> {
+        let client = &mut asker.client;
+        match (self.request, &asker.sandbox) {
+            (Request::Execute, _) => {
+                let code =
+                    "def f(n):\n    return n if n <= 1 else f(n - 1) + f(n - 2)\nprint(f(10))";
+                guest::cell_that_says(client, "python", code, "55")
+            }
+            (Request::Command, _) => guest::command(client, "true"),
+            (Request::Get, Some(sandbox)) => {
+                let path = format!("/sandboxes/{}", sandbox.id);
+                timed(client, "GET", &path, &Value::Null, &[200]).and_then(|_| Ok(()))
+            }
+            (Request::Get | Request::Health, _) => {
+                let begun = Instant::now();
+                let value = client.call("GET", "/health", b"", 200).map(drop);
+                Timed { begun, took: begun.elapsed(), value }
+            }
+        }
+    }
+
+    /// One rate.
+    fn level(
+        &self,
+        host: &Host,
+        row: &mut Row,
+        rate: u32,
+        daemon: Option<Daemon>,
+        askers: Vec<Asker>,
+    ) -> Result<()> {
+        let total = (f64::from(rate) * self.seconds.as_secs_f64()).ceil().max(1.0);
+        let next = AtomicU64::new(0);
+        let cpu_before = daemon.map(Daemon::cpu).transpose()?;
+        let begun = Instant::now();
+        let due = |index: u64| {
+            let index = f64::from(u32::try_from(index).unwrap_or(u32::MAX));
+            (index < total).then(|| begun + Duration::from_secs_f64(index / f64::from(rate)))
+        };
+        let done: Vec<Result<Vec<Sent>>> = thread::scope(|scope| {
+            let (next, due) = (&next, &due);
+            let begin = |asker| scope.spawn(move || self.client(host, asker, next, due));
+            let threads: Vec<_> = askers.into_iter().map(begin).collect();
+            let panicked = |_| Err(anyhow!("a client panicked"));
+            threads.into_iter().map(|one| one.join().unwrap_or_else(panicked)).collect()
+        });
+        let wall = begun.elapsed();
+        let cpu_after = daemon.map(Daemon::cpu).transpose()?;
+        host.go_on()?;
+        let sent: Vec<Sent> =
+            done.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        let count = sent.len();
+        row.set("rate_per_s", rate);
+        row.set("sent_late", sent.iter().filter(|one| one.late > LATE).count());
+        let service: Vec<Duration> = sent.iter().map(|one| one.service).collect();
+        row.set("service_p50_us", us(percentile(&service, 50)));
+        row.set("service_p99_us", us(percentile(&service, 99)));
+        if let (Some(before), Some(after)) = (cpu_before, cpu_after) {
+            let used = after.saturating_sub(before);
+            row.set("daemon_cpu_percent", percent(used, wall));
+            row.set("daemon_cpu_us_per_request", us(used) / number(count.max(1)));
+        }
+        row.add(round_of(sent, wall));
+        Ok(())
+    }
+
+    /// Takes the next request that is due, until there are no more.
+    fn client(
+        &self,
+        host: &Host,
+        mut asker: Asker,
+        next: &AtomicU64,
+        due: &(impl Fn(u64) -> Option<Instant> + Sync),
+    ) -> Result<Vec<Sent>> {
+        let mut sent = Vec::new();
+        while let Some(due) = due(next.fetch_add(1, Ordering::Relaxed)) {
+            while let Some(left) = due.checked_duration_since(Instant::now()) {
+                if host.stopped() {
+                    return Ok(sent);
+                }
+                thread::sleep(left.min(NAP));
+            }
+            if !asker.client.is_open() {
+                asker.client = self.open(host, asker.sandbox.as_ref())?;
+            }
+            let asked = self.ask(&mut asker);
+            let end = asked.begun + asked.took;
+            sent.push(Sent {
+                late: asked.begun.saturating_duration_since(due),
+                service: asked.took,
+                took: end.saturating_duration_since(due),
+                error: asked.value.err(),
+            });
+        }
+        Ok(sent)
+    }
+}
+
+/// One request.
+struct Sent {
+    /// How long after it was due it was sent.
+    late: Duration,
+    /// From then to its answer.
+    service: Duration,
+    /// From when it was due to its answer.
+    took: Duration,
+    error: Option<anyhow::Error>,
+}
+
+fn round_of(sent: Vec<Sent>, wall: Duration) -> Round<()> {
+    let (mut times, mut failures) = (Vec::new(), Failures::default());
+    for one in sent {
+        match one.error {
+            None => times.push(one.took),
+            Some(error) => failures.add(&error),
+        }
+    }
+    Round { wall, values: Vec::new(), times, failures }
+}
+
+/// Of all processors of the machine, as reports say it.
+fn percent(used: Duration, wall: Duration) -> f64 {
+    let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let all = wall.as_secs_f64() * number(cores);
+    (used.as_secs_f64() / all.max(f64::EPSILON) * 1e4).round() / 1e2
+}
+
+fn share_of_idle(host: &Host, daemon: Daemon) -> Result<f64> {
+    let (begun, before) = (Instant::now(), daemon.cpu()?);
+    host.rest(IDLE);
+    Ok(percent(daemon.cpu()?.saturating_sub(before), begun.elapsed()))
+}

@@ -1,0 +1,255 @@
+"""Every table of `mica bench` once through, with tiny counts, against a daemon with the stand-in VM: its rows are
+there, its counts are right, and nothing is left on the host. And what is made of the reports: the gate, the page,
+two daemons in turns.
+"""
+
+import html.parser
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+import urllib.request
+
+import pytest
+import standin
+
+PROGRAMS = pathlib.Path(os.environ["MICA_BIN_DIR"])
+PERCENTILES = ("min_us", "p50_us", "p90_us", "p95_us", "p99_us", "max_us")
+# Options, and the rows that must come of them: operation and case, and how many times it is measured.
+TABLES = {
+    "create": (
+        ["-c", "1,3", "-n", "2,6", "-w", "1", "-t", "base"],
+        {("create", "c=1"): 2, ("create", "c=3"): 6},
+    ),
+    "create -m create-delete": (
+        ["-c", "2", "-n", "4", "-w", "0", "-m", "create-delete", "-t", "base"],
+        {("create", "c=2"): 4, ("delete", "c=2"): 4},
+    ),
+    "density": (
+        ["--live", "2,3", "-c", "2", "--reserve", "64", "--settle", "0.2", "-t", "base"],
+        {("density", "live=0"): 0, ("density", "live=2"): 2, ("density", "live=3"): 1},
+    ),
+    "snapshot": (
+        ["-c", "1,2", "-n", "2", "-s", "0", "-t", "base"],
+        {("snapshot", "c=1"): 2, ("snapshot", "c=2"): 4},
+    ),
+    "dirty": (
+        ["-d", "0,2", "-n", "1", "-s", "0", "-t", "base", "--store", "STORE"],
+        {(op, f"d={size}"): 1 for size in (0, 2) for op in ("snapshot_dirty", "create_from_dirty")},
+    ),
+    "from-snapshot": (["-c", "2", "-n", "2", "-s", "0", "-t", "base"], {("from_snapshot", "c=2"): 4}),
+    "rollback": (["-c", "2", "-n", "1", "-s", "0", "-d", "1", "-t", "base"], {("rollback", "c=2 d=1"): 2}),
+    "clone": (
+        ["-n", "3", "-c", "2", "--rounds", "1", "-s", "0", "-t", "base"],
+        {("clone", "n=3 c=2"): 3, ("clone_request", "n=3"): 1},
+    ),
+    "pause-resume": (
+        ["-c", "2", "-n", "2", "-s", "0", "-t", "base"],
+        {("pause", "c=2"): 4, ("resume", "c=2"): 4},
+    ),
+    "languages": (
+        ["-l", "python,r", "-n", "1", "--cells", "2"],
+        {
+            ("cold_hello_python", ""): 1,
+            ("first_hello_python", ""): 1,
+            ("hello_python", ""): 2,
+            ("fibonacci_python", ""): 2,
+            ("first_hello_r", ""): 0,
+        },
+    ),
+    "load-levels": (
+        ["-r", "5,20", "--seconds", "1", "--request", "get", "--sandboxes", "2", "-c", "4", "-t", "base"],
+        {("load", "5/s"): 5, ("load", "20/s"): 20},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    with standin.Daemon(PROGRAMS) as one:
+        yield one
+
+
+def start(daemon, *words):
+    words = [PROGRAMS / "mica-bench", *words, "--url", daemon.url, "--api-key", daemon.api_key]
+    return subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=daemon.directory
+    )
+
+
+def bench(daemon, *words):
+    process = start(daemon, *words)
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def ask(daemon, path):
+    request = urllib.request.Request(f"{daemon.url}{path}", headers={"X-API-Key": daemon.api_key})
+    return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+def nothing_is_left(daemon):
+    assert ask(daemon, "/v2/sandboxes?state=running,paused") == []
+    assert ask(daemon, "/snapshots") == []
+    assert not list(pathlib.Path("/dev/shm").glob("mica-bench-*"))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_has_its_rows_and_leaves_nothing(daemon, tmp_path, table):
+    options, wanted = TABLES[table]
+    options = [daemon.directory / "store" if word == "STORE" else word for word in options]
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    code, out, error = bench(daemon, table.split()[0], *options, "-o", report, "--html", page)
+    assert code == 0, error
+    found = json.loads(report.read_text())
+    assert (found["format"], found["version"], found["complete"]) == ("mica-bench", 1, True)
+    assert found["host"]["cores"] > 0 and found["target"]["is_local"] is True
+    assert found["target"]["daemon_pid"] == daemon.process.pid
+    rows = {(row["op"], row["case"]): row for row in found["results"]}
+    assert {key: row["success"] for key, row in rows.items()} == wanted
+    for (op, case), row in rows.items():
+        assert (row["n"], row["failed"], row["errors"]) == (row["success"], 0, []), row
+        assert op in out and case in out
+        if row["n"]:
+            times = [row[name] for name in PERCENTILES]
+            assert times[0] > 0 and times == sorted(times), row
+            assert times[0] <= row["avg_us"] <= times[-1], row
+            assert row["wall_us"] > 0 and row["throughput_per_s"] > 0, row
+    check(table, rows)
+    well_formed(page.read_text())
+    nothing_is_left(daemon)
+
+
+def check(table, rows):
+    """What only one table has."""
+    if table == "density":
+        assert all(row["mem_available_bytes"] > 0 for row in rows.values())
+        assert [row["sandboxes"] for row in rows.values()] == [0, 2, 3]
+        assert all(isinstance(rows["density", f"live={n}"]["bytes_per_sandbox"], int) for n in (2, 3))
+    if table == "dirty":
+        snapshot = rows["snapshot_dirty", "d=2"]
+        # The stand-in's memory is not its agent's: the snapshot holds a few pages that it writes itself.
+        assert snapshot["dirty_mb"] == 2 and snapshot["snapshot_bytes"] > 0
+        assert rows["snapshot_dirty", "d=0"]["seed"]["avg_ms"] == 45.7
+    if table == "languages":
+        assert "missing" in rows["first_hello_r", ""]
+        cold, first = (rows[f"{op}_hello_python", ""]["p50_us"] for op in ("cold", "first"))
+        assert cold > first
+    if table == "load-levels":
+        for row in rows.values():
+            assert row["daemon_cpu_percent"] >= 0 and row["daemon_cpu_us_per_request"] > 0
+            # A request cannot take less than from when it was sent.
+            assert row["p50_us"] >= row["service_p50_us"]
+            assert 0.7 < row["wall_us"] / 1e6 < 5
+
+
+class Tags(html.parser.HTMLParser):
+    """Fails where an element is closed that is not open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, _):
+        self.open.append(tag)
+
+    def handle_startendtag(self, tag, _):
+        """Opens nothing."""
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def well_formed(page):
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert "<script" not in page and "src=" not in page
+
+
+def test_cube_table_is_markdown_and_nothing_else(daemon):
+    options = ["-c", "1", "-n", "2", "-w", "0", "-t", "base", "--cube-table"]
+    code, out, error = bench(daemon, "create", *options)
+    assert code == 0, error
+    lines = [line for line in out.splitlines() if line]
+    assert lines[0] == "Create from template:"
+    assert lines[1].startswith("| Concurrency | Requests | avg | min | p95 | max |")
+    assert lines[3].startswith("| 1 | 2 | ") and len(lines) == 4
+    code, out, _ = bench(daemon, "create", *options, "--no-header")
+    assert code == 0 and out.startswith("| 1 | 2 | ")
+
+
+def test_failures_are_told_and_nothing_stays(daemon, tmp_path):
+    code, _, error = bench(daemon, "create", "-c", "1", "-n", "1", "-t", "no-such-template")
+    assert code == 1 and "gave 404" in error, error
+    # Without a warm-up each failure is counted.
+    report = tmp_path / "report.json"
+    words = ["-c", "2", "-n", "3", "-w", "0", "-t", "no-such-template", "-o", report]
+    code, out, error = bench(daemon, "create", *words)
+    assert code == 1 and "3 requests failed" in error and "gave 404" in out, error
+    [row] = json.loads(report.read_text())["results"]
+    assert (row["n"], row["success"], row["failed"], row["p50_us"]) == (3, 0, 3, None)
+    assert sum(one["count"] for one in row["errors"]) == 3
+    nothing_is_left(daemon)
+
+
+def test_a_run_that_is_interrupted_cleans_up(daemon, tmp_path):
+    report = tmp_path / "report.json"
+    process = start(daemon, "create", "-c", "2", "-n", "5000", "-w", "0", "-t", "base", "-o", report)
+    end = time.monotonic() + 60
+    while len(ask(daemon, "/v2/sandboxes")) < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1 and "interrupted" in error, error
+    assert json.loads(report.read_text())["complete"] is False
+    nothing_is_left(daemon)
+
+
+def test_compare_is_a_gate_and_report_joins_runs(daemon, tmp_path):
+    one, other, page = (tmp_path / name for name in ("one.json", "other.json", "page.html"))
+    code, _, error = bench(daemon, "create", "-c", "1,2", "-n", "2", "-w", "0", "-t", "base", "-o", one)
+    assert code == 0, error
+
+    def mica_bench(*words):
+        words = [PROGRAMS / "mica-bench", *words]
+        return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=60)
+
+    assert mica_bench("compare", one, one).returncode == 0
+    document = json.loads(one.read_text())
+    document["results"][0]["p95_us"] *= 2
+    other.write_text(json.dumps(document))
+    worse = mica_bench("compare", one, other)
+    assert worse.returncode == 1 and "FAILED create c=1: p95 went from" in worse.stdout, worse.stdout
+    assert mica_bench("compare", other, one).returncode == 0
+    assert mica_bench("compare", one, other, "--p95", "2.5").returncode == 0
+    del document["results"][1]
+    other.write_text(json.dumps(document))
+    gone = mica_bench("compare", one, other, "--p95", "2.5")
+    assert gone.returncode == 1 and "create c=2: the second run has no such row" in gone.stdout
+    assert mica_bench("report", one, other, "--html", page).returncode == 0
+    well_formed(page.read_text())
+    assert "latency against concurrency" in page.read_text()
+
+
+def test_two_daemons_run_in_turns(tmp_path):
+    report, place = tmp_path / "ab.json", tmp_path / "place"
+    words = [
+        *(PROGRAMS / "mica-bench", "ab", "--a", PROGRAMS / "mica", "--blocks", "2", "-o", report),
+        *("--directory", place, "--a-serve-args=--shards 1", "--b-serve-args=--shards 1 --pool-min 0 --pool-max 0"),
+        *("--", "create", "-c", "1", "-n", "3", "-w", "0"),
+    ]
+    ran = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    rows = {row["op"]: row for row in json.loads(report.read_text())["results"]}
+    assert set(rows) == {"create c=1", "daemon_cpu_per_request"}
+    for row in rows.values():
+        assert row["a_median_us"] > 0 and row["b_median_us"] > 0, row
+        assert row["ci95_low"] <= row["ratio"] <= row["ci95_high"], row
+        assert row["op"] in ran.stdout
+    assert not place.exists()
+    mount, _ = standin.cgroup_mount()
+    assert not list(mount.glob("mica-ab-*"))
