@@ -22,38 +22,38 @@ use files::{read_host, read_measured};
 #[derive(Args, Debug)]
 pub struct CapacityArgs {
     /// Sandboxes made in a second, on all hosts together.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     rps: f64,
     /// Sandboxes alive at one time.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     live: f64,
     /// JSON file that describes one host; see docs/capacity.md.
     #[arg(long, value_name = "FILE")]
     host: PathBuf,
     /// How often code is run in each sandbox during its life.
-    #[arg(long, value_name = "N", default_value_t = 10.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", default_value_t = 10.0)]
     execs: f64,
     /// How many of a hundred live sandboxes have run code.
-    #[arg(long, value_name = "PERCENT", default_value_t = 100.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "PERCENT", default_value_t = 100.0)]
     used: f64,
     /// Snapshots taken in an hour, pauses included, on all hosts together.
-    #[arg(long, value_name = "N", default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", default_value_t = 0.0)]
     snapshots_per_hour: f64,
     /// Hours that a snapshot is kept.
-    #[arg(long, value_name = "HOURS", default_value_t = 24.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "HOURS", default_value_t = 24.0)]
     keep: f64,
     /// Take unit costs from this file: one that `mica bench engine --json` wrote, or an object of unit costs.
     /// Later files win.
     #[arg(long, value_name = "FILE")]
     measured: Vec<PathBuf>,
     /// Memory to have for each byte that is used.
-    #[arg(long, value_name = "FACTOR", default_value_t = Headroom::default().memory)]
+    #[arg(long, allow_negative_numbers = true, value_name = "FACTOR", default_value_t = Headroom::default().memory)]
     memory_headroom: f64,
     /// Processor time to have for each that is used.
-    #[arg(long, value_name = "FACTOR", default_value_t = Headroom::default().cpu)]
+    #[arg(long, allow_negative_numbers = true, value_name = "FACTOR", default_value_t = Headroom::default().cpu)]
     cpu_headroom: f64,
     /// Room and bandwidth of the drive to have for each that is used.
-    #[arg(long, value_name = "FACTOR", default_value_t = Headroom::default().drive)]
+    #[arg(long, allow_negative_numbers = true, value_name = "FACTOR", default_value_t = Headroom::default().drive)]
     drive_headroom: f64,
     /// Print JSON.
     #[arg(long)]

@@ -43,13 +43,13 @@ pub struct SimulateArgs {
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     arrivals: usize,
     /// In a second, on average.
-    #[arg(long, value_name = "N", default_value_t = 500.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", default_value_t = 500.0)]
     rate: f64,
     /// Seconds that one lives, on average.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", default_value_t = 20.0)]
     life: f64,
     /// A tenth of the time, this many times the average rate come; 1: always the same.
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "FACTOR", default_value_t = 1.0)]
     burst: f64,
     /// Templates that are asked for.
     #[arg(long, value_name = "N", default_value_t = 50)]

@@ -15,8 +15,11 @@ use super::trace::Arrival;
 /// A way to choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Policy {
-    /// The registry: of two hosts drawn among those that have the template and room, the less loaded one.
+    /// The registry: of two hosts drawn among those that have the template and room, the less loaded one, unless it
+    /// is fuller than the fleet by a tenth of its slots.
     LeastOfTwo,
+    /// The same, however full it is.
+    LeastOfTwoStrict,
     /// The registry, which is not told of templates.
     LeastOfTwoAnywhere,
     /// The host with the fewest sandboxes of all; the one of the lowest number among equals.
@@ -26,6 +29,9 @@ pub enum Policy {
     /// Any host.
     Random,
 }
+
+/// See [`Want::lead_percent`].
+const LEAD_PERCENT: u8 = 10;
 
 /// One policy at work.
 pub(super) struct Chooser {
@@ -78,7 +84,7 @@ impl Chooser {
         // From a place on, round to it again.
         let round = |start: usize| (start..count).chain(0..start).find(fits);
         let host = match self.policy {
-            Policy::LeastOfTwo => {
+            Policy::LeastOfTwo | Policy::LeastOfTwoStrict => {
                 let key = self.keys.get(usize::from(arrival.template)).copied();
                 return self.by_registry(hosts, shape, arrival, key);
             }
@@ -112,7 +118,8 @@ impl Chooser {
     ) -> Result<Option<Chosen>> {
         let mut tried = HostSet::default();
         loop {
-            let want = Want { template, except: Some(&tried), ..Want::default() };
+            let lead_percent = (self.policy == Policy::LeastOfTwo).then_some(LEAD_PERCENT);
+            let want = Want { template, lead_percent, except: Some(&tried), ..Want::default() };
             let Ok(ticket) = self.registry.allocate(&want) else { return Ok(None) };
             let host = usize::from(ticket.host().get());
             if hosts[host].fits(shape, arrival.memory_mib) {
@@ -125,7 +132,7 @@ impl Chooser {
 
     /// Takes note that a host has other templates now.
     pub(super) fn learn(&mut self, at: usize, host: &Host, shape: &HostShape) -> Result<()> {
-        if self.policy != Policy::LeastOfTwo {
+        if !matches!(self.policy, Policy::LeastOfTwo | Policy::LeastOfTwoStrict) {
             return Ok(());
         }
         let keys = host.templates().filter_map(|template| self.keys.get(usize::from(template)));

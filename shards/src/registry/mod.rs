@@ -62,6 +62,9 @@ pub struct Registry {
     count: u16,
     /// One more than the highest number that ever reported.
     end: u16,
+    /// Slots of all hosts, and those of them that are taken.
+    slots_sum: u64,
+    used_sum: u64,
     random: Random,
 }
 
@@ -86,6 +89,8 @@ impl Registry {
             templates: Templates::default(),
             count: 0,
             end: 0,
+            slots_sum: 0,
+            used_sum: 0,
             random: Random(seed),
         })
     }
@@ -135,6 +140,7 @@ impl Registry {
         }
         let Report { slots, load, draining, .. } = *report;
         let status = &mut self.statuses[host.index()];
+        self.slots_sum = self.slots_sum - u64::from(status.slots) + u64::from(slots);
         *status = HostStatus { slots, load, draining, last_seen: seen, ..*status };
         self.set_templates(host, report.templates);
         self.show_room(host);
@@ -196,8 +202,8 @@ impl Registry {
         self.choose(want, |_, status| status.load)
     }
 
-    /// The same where the caller knows the load of a host better than its last report. `load` is asked for two
-    /// hosts at most.
+    /// The same where the caller knows the load of a host better than its last report. `load` is asked for the
+    /// hosts that are drawn.
     ///
     /// # Errors
     /// When no host has a slot. See [`AllocateError`].
@@ -222,12 +228,22 @@ impl Registry {
             let mask = Mask { holders: Some(self.holders.row(row)), ..any };
             random.two_of(&mask, self.end, count >= u32::from(self.end) / PROBE_ONE_IN)
         });
-        let Some((first, second)) = held.or_else(|| random.two_of(&any, self.end, true)) else {
-            return Err(self.none_left(want));
+        let (statuses, slots_sum, used_sum) = (&self.statuses, self.slots_sum, self.used_sum);
+        let less_loaded = |(first, second): (HostNumber, HostNumber)| {
+            let [one, two] = [first, second].map(|host| &statuses[host.index()]);
+            let is_below = two.is_below(load(second, two), one, load(first, one));
+            if is_below { second } else { first }
         };
-        let [one, two] = [first, second].map(|host| &self.statuses[host.index()]);
-        let is_below = two.is_below(load(second, two), one, load(first, one));
-        Ok(self.take(if is_below { second } else { first }, want.ports))
+        let held = held.map(less_loaded).filter(|host| {
+            let status = &statuses[host.index()];
+            let used = u64::from(status.used.max(load(*host, status)));
+            want.lead_percent.is_none_or(|lead| {
+                let most = 100 * used_sum + u64::from(lead) * slots_sum;
+                used * 100 * slots_sum <= u64::from(status.slots) * most
+            })
+        });
+        let anywhere = held.or_else(|| random.two_of(&any, self.end, true).map(less_loaded));
+        anywhere.map(|host| self.take(host, want.ports)).ok_or_else(|| self.none_left(want))
     }
 
     fn take(&mut self, host: HostNumber, ports: Ports) -> Ticket {
@@ -236,6 +252,7 @@ impl Registry {
         }
         let status = &mut self.statuses[host.index()];
         status.used += 1;
+        self.used_sum += 1;
         // It was open, so that it is not draining.
         if status.used >= status.slots {
             self.open.remove(host);
@@ -273,6 +290,7 @@ impl Registry {
             self.ports.remove(usize::from(*port), host);
         }
         self.statuses[host.index()].used -= 1;
+        self.used_sum -= 1;
         self.show_room(host);
         Ok(())
     }
@@ -285,6 +303,9 @@ impl Registry {
         self.set_templates(host, &[]);
         self.by_sight.remove(host.0);
         self.open.remove(host);
+        let HostStatus { slots, used, .. } = self.statuses[host.index()];
+        self.slots_sum -= u64::from(slots);
+        self.used_sum -= u64::from(used);
         self.statuses[host.index()] = HostStatus::unknown(host);
         self.count -= 1;
         let leases = &mut self.members[host.index()].leases;

@@ -155,7 +155,7 @@ impl Pair {
             not.insert(HostNumber(*host));
         }
         let key = template.map(|t| self.keys[t]);
-        let want = Want { template: key, ports: set, except: Some(&not) };
+        let want = Want { template: key, ports: set, except: Some(&not), lead_percent: None };
         let fitting: Vec<u16> =
             (0..HOSTS).filter(|host| self.model.fits(*host, ports, except)).collect();
         match self.registry.allocate(&want) {
@@ -216,6 +216,11 @@ impl Pair {
             });
         }
         prop_assert_eq!(self.registry.len(), expected.len());
+        let sum = |of: fn(&HostStatus) -> u32| {
+            expected.iter().map(|host| u64::from(of(host))).sum::<u64>()
+        };
+        prop_assert_eq!(self.registry.slots_sum, sum(|host| host.slots));
+        prop_assert_eq!(self.registry.used_sum, sum(|host| host.used));
         prop_assert_eq!(found, expected);
         Ok(())
     }
@@ -280,6 +285,23 @@ fn every_host_that_is_left_is_as_likely_as_any_other() {
     }
     // 10,000 each, with a standard deviation of 82.
     assert!(drawn.iter().all(|count| count.abs_diff(10_000) < 410), "{drawn:?}");
+}
+
+#[test]
+fn a_host_with_the_template_is_passed_over_once_it_leads_by_too_much() {
+    let mut registry = filled(10, 100, 3);
+    let key = registry.intern("one").unwrap();
+    let report = Report { slots: 100, load: 0, draining: false, templates: &[key] };
+    registry.report(HostNumber(4), &report, Duration::ZERO).unwrap();
+    let mut allocate = |lead_percent| {
+        let want = Want { template: Some(key), lead_percent, ..Want::default() };
+        registry.allocate(&want).unwrap().host().get()
+    };
+    // The fleet's own fullness grows by a tenth of a percent with each, so the lead of 10 is used up at 12.
+    assert_eq!([(); 12].map(|()| allocate(Some(10))), [4; 12]);
+    let elsewhere = (0..20).filter(|_| allocate(Some(10)) != 4).count();
+    assert!(elsewhere >= 15, "{elsewhere} of 20");
+    assert_eq!([(); 20].map(|()| allocate(None)), [4; 20]);
 }
 
 #[test]

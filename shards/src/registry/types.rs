@@ -106,6 +106,9 @@ pub struct Report<'a> {
 pub struct Want<'a> {
     /// A host that has this is preferred to every other, while one has room.
     pub template: Option<TemplateKey>,
+    /// How much fuller than all hosts together a host may be that is preferred so, in percent of its slots.
+    /// Without it one with a single free slot still is, and templates in demand fill hosts one by one.
+    pub lead_percent: Option<u8>,
     /// Ports that must be free on it.
     pub ports: Ports,
     /// Hosts that do not come into question, such as those that refused already.
