@@ -368,6 +368,16 @@ fn the_vm_outlives_its_shard_and_the_next_one_takes_it_over() {
     let mut vm = start(&waiting(1));
     vm.expect(&Event::ConsoleStarted, PATIENCE).unwrap();
     let shell = vm.shell().unwrap();
+    // The guest says "up" in two writes, and may not be there yet.
+    let console = std::fs::File::from(vm.descriptor(shell.console_fd).unwrap());
+    let mut text = [0; 10];
+    let began = std::time::Instant::now();
+    while text != *b"\x02\0\0\0\0\0\0\0up" {
+        assert!(began.elapsed() < PATIENCE, "the guest says {text:?}");
+        std::thread::yield_now();
+        // Shorter than that while it has written less.
+        let _count = console.read_at(&mut text, 0).unwrap();
+    }
     // The end of the shard: what it held is closed.
     vm.change_socket(memfd_of("nothing", &[]).unwrap());
     let spare = vm.descriptor(shell.spare_fd).unwrap();

@@ -11,7 +11,7 @@ use crate::daemon::Daemon;
 /// So many streams: what they take is more than what else comes and goes. Some at a time: what begins takes
 /// more for a moment, and what was silent for that long has let go of it.
 const AT_A_TIME: usize = 100;
-const TIMES: usize = 6;
+const TIMES: usize = 5;
 
 /// Longer than the daemon waits before it takes a connection for silent.
 const SILENCE: Duration = Duration::from_millis(2500);
@@ -69,13 +69,17 @@ fn a_silent_stream_costs_less_than_20_kilobytes() {
     ] {
         let port = silent(answer);
         held.extend(open(&daemon, &ids[0], port, BEFORE, end));
-        let before = daemon.resident_bytes();
+        // Of several batches the one in the middle: what else the daemon does meanwhile falls into one.
+        let mut batches: Vec<u64> = Vec::new();
         for id in ids.iter().cycle().take(TIMES) {
+            let before = daemon.resident_bytes();
             held.extend(open(&daemon, id, port, AT_A_TIME, end));
             thread::sleep(SILENCE);
+            let streams = u64::try_from(AT_A_TIME).expect("a number");
+            batches.push(daemon.resident_bytes().saturating_sub(before) / streams);
         }
-        let streams = u64::try_from(TIMES * AT_A_TIME).expect("a number");
-        let each = daemon.resident_bytes().saturating_sub(before) / streams;
+        batches.sort_unstable();
+        let each = batches[TIMES / 2];
         assert!(each > 500, "{each} bytes are nothing: {answer:?}");
         assert!(each <= BYTES_MAX, "{each} bytes for each: {answer:?}");
     }

@@ -56,7 +56,6 @@ TABLES = {
             ("first_hello_python", ""): 1,
             ("hello_python", ""): 2,
             ("fibonacci_python", ""): 2,
-            ("first_hello_r", ""): 0,
         },
     ),
     "load-levels": (
@@ -108,7 +107,9 @@ def test_every_table_has_its_rows_and_leaves_nothing(daemon, tmp_path, table):
     assert found["host"]["cores"] > 0 and found["target"]["is_local"] is True
     assert found["target"]["daemon_pid"] == daemon.process.pid
     rows = {(row["op"], row["case"]): row for row in found["results"]}
-    assert {key: row["success"] for key, row in rows.items()} == wanted
+    # Whether this machine, which is the stand-in's guest, has R is not known here.
+    of_r = {key for key in rows if key[0].endswith("_r")}
+    assert {key: row["success"] for key, row in rows.items() if key not in of_r} == wanted
     for (op, case), row in rows.items():
         assert (row["n"], row["failed"], row["errors"]) == (row["success"], 0, []), row
         assert op in out and case in out
@@ -134,7 +135,9 @@ def check(table, rows):
         assert snapshot["dirty_mb"] == 2 and snapshot["snapshot_bytes"] > 0
         assert rows["snapshot_dirty", "d=0"]["seed"]["avg_ms"] == 45.7
     if table == "languages":
-        assert "missing" in rows["first_hello_r", ""]
+        has_r = rows["first_hello_r", ""]["success"] == 1
+        assert ("missing" in rows["first_hello_r", ""]) is not has_r
+        assert len(of_r) == (4 if has_r else 1), of_r
         cold, first = (rows[f"{op}_hello_python", ""]["p50_us"] for op in ("cold", "first"))
         assert cold > first
     if table == "load-levels":
