@@ -145,7 +145,9 @@ impl Places {
             flatten: FlattenLimits::default(),
             memory_reserve_mib: 256,
             accounts: mica_shards::Accounts::new(),
-            metrics: true,
+            // The floor's bare calls hold a shard up on purpose; a watchdog would interrupt them, and make the
+            // floor look higher than it is.
+            metrics: false,
         }
     }
 

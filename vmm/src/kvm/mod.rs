@@ -77,6 +77,21 @@ pub(crate) fn failed(operation: &'static str) -> impl Fn(errno::Error) -> KvmErr
     move |source| KvmError::Ioctl { operation, source }
 }
 
+/// Tries to make a VM before a signal that comes each time is an error.
+const CREATE_TRIES_MAX: u32 = 10;
+
+/// Made anew where a signal came in between: the kernel gives up then, whatever the signal's handler asks for,
+/// and nothing of the VM is left.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    let mut tries = 1;
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR && tries < CREATE_TRIES_MAX => tries += 1,
+            made => return made.map_err(failed("create the VM")),
+        }
+    }
+}
+
 /// A VM with its memory, interrupt chips and vCPUs in their reset state.
 #[derive(Debug)]
 pub struct Machine {
@@ -98,7 +113,7 @@ impl Machine {
         // close it. A descriptor that is not KVM fails the version check below.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         check_host(&kvm)?;
-        let vm = kvm.create_vm().map_err(failed("create the VM"))?;
+        let vm = create_vm(&kvm)?;
         vm.set_tss_address(layout::KVM_TSS).map_err(failed("set the TSS address"))?;
         add_memory(&vm, memory)?;
         vm.create_irq_chip().map_err(failed("create the interrupt chips"))?;
