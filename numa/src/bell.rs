@@ -28,6 +28,15 @@ pub(crate) struct Listener {
     near: UnixStream,
 }
 
+/// Spares others the ringing while the listener looks for itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Hush(Arc<Rope>);
+
+/// While this lives nobody rings. It ends at the drop; what was put beside the bell until then is to be
+/// looked for afterwards.
+#[derive(Debug)]
+pub(crate) struct Hushed<'h>(&'h Rope);
+
 /// The end that this executor listens to.
 #[derive(Debug)]
 pub(crate) struct Ear {
@@ -65,7 +74,26 @@ impl Listener {
     }
 }
 
+impl Hush {
+    /// Makes everybody believe that the bell was rung. `None` when it was, or is hushed already.
+    pub(crate) fn begin(&self) -> Option<Hushed<'_>> {
+        (!self.0.rung.swap(true, Ordering::AcqRel)).then_some(Hushed(&self.0))
+    }
+}
+
+impl Drop for Hushed<'_> {
+    fn drop(&mut self) {
+        // A swap, for the reason that `Ear::heard` has.
+        self.0.rung.swap(false, Ordering::AcqRel);
+    }
+}
+
 impl Ear {
+    /// See [`Hush`].
+    pub(crate) fn hush(&self) -> Hush {
+        Hush(Arc::clone(&self.rope))
+    }
+
     /// Waits for a ring. What was put beside the bell before the ring is visible afterwards.
     /// `false` when the socket failed.
     pub(crate) async fn heard(&mut self) -> bool {

@@ -96,6 +96,31 @@ pub(crate) enum Operation {
     Uses(Vec<SandboxId>),
 }
 
+impl Operation {
+    /// Whether a shard answers it from its own memory: without a file, a process or another shard.
+    pub(crate) fn is_at_hand(&self) -> bool {
+        matches!(
+            self,
+            Self::TenantOf(_)
+                | Self::Get(_)
+                | Self::List
+                | Self::SetTimeout(..)
+                | Self::Extend(..)
+                | Self::Logs(_)
+                | Self::Usage(..)
+                | Self::Connect(..)
+                | Self::RequestOf(_)
+                | Self::ProcessOf(_)
+                | Self::Spawns
+                | Self::Counts
+                | Self::MemoBegin(..)
+                | Self::MemoEnd(..)
+                | Self::Measure
+                | Self::View
+        )
+    }
+}
+
 /// What a snapshot is made for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {

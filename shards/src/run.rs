@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mica_numa::io::{Ring, RingConfig};
-use mica_numa::mailbox::{Mailbox, mailbox};
+use mica_numa::mailbox::{Inbox, Mailbox, mailbox};
 use mica_numa::rt;
 use mica_numa::seat::{self, SeatError};
 use mica_numa::watchdog::{Watchdog, Watching};
@@ -37,6 +37,9 @@ use crate::{Host, HostConfig, RunError, hours, metrics, pressure, takeover, warm
 
 /// A shard that does not turn for so long is told of.
 const STALL_MIN: Duration = Duration::from_millis(5);
+
+/// How long a shard stays awake for requests of others that come densely.
+const WATCH_FOR_REQUESTS: Duration = Duration::from_micros(200);
 
 /// What one seat starts with.
 struct Input {
@@ -133,7 +136,8 @@ where
                 }
             };
             let watching = watch(&shard, watchdog);
-            let host = Host::new(Rc::clone(&shard), addresses.clone());
+            let answers = answers.attach();
+            let host = Host::new(Rc::clone(&shard), addresses.clone(), answers.lookout());
             shard.set_host(Some(host.clone()));
             for survivor in survivors {
                 takeover::take_over(&shard, survivor).await;
@@ -331,7 +335,7 @@ fn first_of_node(plan: &Plan, shard: ShardId) -> ShardId {
 /// Takes requests of other shards, each as its own task: one that waits for a boot must not hold
 /// up the others. Their number is bounded by what the others may have outstanding.
 async fn take_requests(shard: Rc<Shard>, addresses: PerShard<Address>, requests: Mailbox<Request>) {
-    let mut inbox = requests.attach();
+    let mut inbox = requests.attach().watching(WATCH_FOR_REQUESTS);
     while let Some(Request { from, ticket, operation }) = inbox.next().await {
         metrics::add(&shard.metrics.taken, 1);
         let (shard, post) = (Rc::clone(&shard), addresses[from].answers.clone());
@@ -346,9 +350,8 @@ async fn take_requests(shard: Rc<Shard>, addresses: PerShard<Address>, requests:
     }
 }
 
-async fn take_answers(host: Host, answers: Mailbox<Answer>) {
-    let mut inbox = answers.attach();
-    while let Some(answer) = inbox.next().await {
+async fn take_answers(host: Host, mut answers: Inbox<Answer>) {
+    while let Some(answer) = answers.next().await {
         host.answered(answer);
     }
 }

@@ -14,4 +14,4 @@ pub use crate::blocking::{BlockingError, blocking};
 pub(crate) use ready::polled;
 pub use ready::{readable, writable};
 pub use stats::{Stats, stats};
-pub use task::{Task, spawn, yield_now};
+pub use task::{Task, spawn, turn, yield_now};

@@ -51,6 +51,15 @@ impl<T> Sender<T> {
     }
 }
 
+impl<T> Receiver<T> {
+    /// Whether waiting is over: there is a value, or none will come.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        let slot = self.0.borrow();
+        slot.value.is_some() || slot.sender_gone
+    }
+}
+
 impl<T> Drop for Sender<T> {
     fn drop(&mut self) {
         let waker = {
@@ -89,10 +98,13 @@ mod tests {
     fn a_value_arrives_once_and_a_dropped_sender_is_seen() {
         futures_lite::future::block_on(async {
             let (sender, receiver) = channel();
+            assert!(!receiver.is_over());
             sender.send(7).unwrap();
+            assert!(receiver.is_over());
             assert_eq!(receiver.await, Some(7));
             let (sender, receiver) = channel::<u8>();
             drop(sender);
+            assert!(receiver.is_over());
             assert_eq!(receiver.await, None);
             let (sender, receiver) = channel();
             drop(receiver);

@@ -19,7 +19,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
-use mica_numa::mailbox::Returned;
+use mica_numa::mailbox::{Lookout, Returned};
 use mica_numa::rt::net::UnixStream;
 use mica_numa::rt::time::Instant;
 use mica_numa::rt::{self, oneshot, time};
@@ -42,6 +42,10 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// chance of e^-64.
 const DRAWS_PER_SHARD: u32 = 64;
 
+/// How long a shard stays awake for an answer that the other has at hand: about what it takes to wake that
+/// one and to hear from it. Going to sleep, being rung for and waking would take longer.
+const WATCH_FOR_ANSWER: Duration = Duration::from_micros(50);
+
 /// Tries to tell a busy shard that a client is gone, and the time between them.
 const CANCEL_TRIES: u32 = 50;
 const CANCEL_RETRY: Duration = Duration::from_millis(100);
@@ -53,6 +57,8 @@ pub struct Host(Rc<Inner>);
 struct Inner {
     shard: Rc<Shard>,
     addresses: PerShard<Address>,
+    /// Of the mailbox for answers.
+    lookout: Lookout<Answer>,
     waiting: RefCell<HashMap<u64, oneshot::Sender<Reply>>>,
     next_ticket: Cell<u64>,
 }
@@ -64,9 +70,13 @@ impl fmt::Debug for Host {
 }
 
 impl Host {
-    pub(crate) fn new(shard: Rc<Shard>, addresses: PerShard<Address>) -> Self {
-        let waiting = RefCell::default();
-        Self(Rc::new(Inner { shard, addresses, waiting, next_ticket: Cell::new(0) }))
+    pub(crate) fn new(
+        shard: Rc<Shard>,
+        addresses: PerShard<Address>,
+        lookout: Lookout<Answer>,
+    ) -> Self {
+        let (waiting, next_ticket) = (RefCell::default(), Cell::new(0));
+        Self(Rc::new(Inner { shard, addresses, lookout, waiting, next_ticket }))
     }
 
     /// The shard this handle is on.
@@ -352,6 +362,7 @@ impl Host {
             return Err(ShardError::Busy);
         }
         let ticket = self.0.next_ticket.get();
+        let at_hand = operation.is_at_hand();
         let request = Request { from: self.shard(), ticket, operation };
         let metrics = &self.0.shard.metrics;
         self.0.addresses[shard].requests.send(request).map_err(|returned| match returned {
@@ -365,7 +376,7 @@ impl Host {
         self.0.next_ticket.set(ticket.wrapping_add(1));
         let (sender, receiver) = oneshot::channel();
         waiting.insert(ticket, sender);
-        Ok(Pending { receiver, host: self, ticket })
+        Ok(Pending { receiver, host: self, ticket, at_hand })
     }
 
     fn draw_id(&self, shard: ShardId) -> Result<SandboxId, ShardError> {
@@ -387,10 +398,17 @@ struct Pending<'h> {
     receiver: oneshot::Receiver<Reply>,
     host: &'h Host,
     ticket: u64,
+    /// Whether the other shard has the answer at hand.
+    at_hand: bool,
 }
 
 impl Pending<'_> {
     async fn reply(self) -> Result<Reply, ShardError> {
+        if self.at_hand {
+            let take = |answer| self.host.answered(answer);
+            let over = || self.receiver.is_over();
+            self.host.0.lookout.watch(WATCH_FOR_ANSWER, take, over).await;
+        }
         let reply = self.receiver.await;
         if reply.is_none() {
             self.host.0.waiting.borrow_mut().remove(&self.ticket);
