@@ -103,9 +103,9 @@ fn write_down() {
     ANSWERED.store(request, Ordering::Release);
 }
 
-/// The stack of that thread, readable, the innermost frame first. None where the thread does not see the
-/// signal in time.
-pub(super) fn stack_of(clock: ThreadClock) -> Option<String> {
+/// The stack of that thread, the innermost frame first. None where the thread does not see the signal in
+/// time.
+pub(super) fn stack_of(clock: ThreadClock) -> Option<Vec<usize>> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let request = REQUEST.fetch_add(1, Ordering::AcqRel) + 1;
     WANTED.store(clock.thread, Ordering::Release);
@@ -125,11 +125,12 @@ pub(super) fn stack_of(clock: ThreadClock) -> Option<String> {
         std::thread::park_timeout(LOOK_EVERY);
     }
     WANTED.store(0, Ordering::Release);
-    frames.map(|frames| readable(&frames))
+    frames
 }
 
-/// Names for addresses. The frames of the handler itself are left out.
-fn readable(frames: &[usize]) -> String {
+/// Names for addresses: tens of milliseconds, as it reads the program's files. The frames of the handler
+/// itself are left out.
+pub(super) fn readable(frames: &[usize]) -> String {
     let mut text = String::new();
     let mut inside_handler = true;
     for frame in frames {
@@ -154,5 +155,13 @@ fn readable(frames: &[usize]) -> String {
             }
         }
     }
+    forget_symbols();
     text
+}
+
+/// Gives back what looking up names took: tens of megabytes, and the next stall is far off.
+fn forget_symbols() {
+    backtrace::clear_symbol_cache();
+    // SAFETY: it has no precondition; it takes the allocator's own locks.
+    let _released = unsafe { libc::malloc_trim(0) };
 }

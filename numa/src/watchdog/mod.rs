@@ -189,6 +189,7 @@ impl Shared {
             let stack = capture::stack_of(clock);
             // What was caught after it had gone on says nothing.
             let stack = stack.filter(|_| asked.load(Ordering::Acquire));
+            let stack = stack.map(|frames| capture::readable(&frames));
             let stack = stack.as_deref().unwrap_or("it went on before its stack was read");
             let threshold_ms = self.threshold.as_millis();
             tracing::warn!(
