@@ -135,6 +135,10 @@ pub struct ServeArgs {
     /// whatever helps to find a mistake.
     #[arg(short, long, value_name = "LEVEL", default_value_t = 0)]
     verbosity: u8,
+    /// Most microseconds that a core may take to leave its idle state, while the daemon runs; 0: cores do
+    /// not sleep. Default: what the machine is set to. See docs/tuning.md.
+    #[arg(long, value_name = "MICROSECONDS")]
+    cpu_latency_us: Option<u32>,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
@@ -171,6 +175,8 @@ pub struct ServeConfig {
     pub open: bool,
     /// Whether KVM has to be able to run Linux.
     pub needs_usable_kvm: bool,
+    /// How long a core may take to wake, in microseconds.
+    pub cpu_latency_us: Option<u32>,
 }
 
 impl ServeArgs {
@@ -246,7 +252,8 @@ impl ServeArgs {
         let database = self.key_db.unwrap_or_else(|| self.key_file.with_file_name("keys.json"));
         let keys = KeyPlaces { file: self.key_file, database };
         let (tls, plan) = (self.tls, self.plan);
-        Ok(ServeConfig { http, tls, host, plan, keys, open: self.open, needs_usable_kvm })
+        let (open, cpu_latency_us) = (self.open, self.cpu_latency_us);
+        Ok(ServeConfig { http, tls, host, plan, keys, open, needs_usable_kvm, cpu_latency_us })
     }
 }
 

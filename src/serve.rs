@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use mica_numa::latency::CpuLatency;
 use mica_shards::StopSignal;
 use mica_storage::Reflink;
 use rustix::io::Errno;
@@ -47,6 +48,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let stop = StopSignal::new().context("cannot make the stop signal")?;
     signals::stop_on_signals(stop.clone())?;
     check_clones(&config.host.store_root)?;
+    let _awake = config.cpu_latency_us.map(hold_latency).transpose()?;
     tracing::info!(
         url = format!("http://{}", config.http.listen),
         keys = %config.keys.file.display(),
@@ -80,6 +82,14 @@ pub fn run(args: ServeArgs) -> Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Holds how long cores may take to wake, for as long as the host runs.
+fn hold_latency(limit_us: u32) -> Result<CpuLatency> {
+    CpuLatency::hold(limit_us).context(
+        "cannot hold --cpu-latency-us: the kernel takes it through /dev/cpu_dma_latency, which root may \
+         write; leave the option out to go without",
+    )
 }
 
 /// Says at start what a create and a snapshot will cost here.

@@ -12,6 +12,7 @@ mod bell;
 mod blocking;
 pub mod cpus;
 pub mod io;
+pub mod latency;
 pub mod mailbox;
 pub mod memfd;
 pub mod numa_maps;

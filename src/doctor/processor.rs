@@ -5,9 +5,12 @@
 use super::facts::Facts;
 use super::finding::Finding;
 
+/// Leaving an idle state costs no more than what is done then.
+const LATENCY_US_MAX: u64 = 10;
+
 /// The findings of this family.
 pub fn judge(facts: &Facts) -> Vec<Finding> {
-    vec![huge_page_splitting(facts), threads(facts), governor(facts)]
+    vec![huge_page_splitting(facts), threads(facts), governor(facts), idle(facts)]
 }
 
 /// The first vCPU of a VM starts a thread that takes split pages back, and starting it waits for control
@@ -55,4 +58,26 @@ fn governor(facts: &Facts) -> Finding {
     Finding::warn("governor", found)
         .costs("a processor that was idle is slow for the first milliseconds, which is as long as a create takes")
         .mend("cpupower frequency-set -g performance")
+}
+
+/// What crosses cores waits for the one that sleeps.
+fn idle(facts: &Facts) -> Finding {
+    let check = "idle states";
+    let found = match (&facts.idle.deepest, facts.idle.halt_poll_ns) {
+        (_, Some(0)) => "a core that idles is given back to the hypervisor at once".to_owned(),
+        (_, Some(polled_ns)) => {
+            return Finding::ok(check, format!("polled for {polled_ns} ns before a core halts"));
+        }
+        (None, None) => return Finding::note(check, "unknown: the kernel does not choose them"),
+        (Some((name, latency_us)), None) if *latency_us <= LATENCY_US_MAX => {
+            return Finding::ok(check, format!("{name} at the deepest, left in {latency_us} us"));
+        }
+        (Some((name, latency_us)), None) => format!("as deep as {name}, left in {latency_us} us"),
+    };
+    Finding::note(check, found)
+        .costs(
+            "whatever crosses cores waits for the one that sleeps: a request to another shard once, one to a \
+             guest's server twice",
+        )
+        .mend("mica serve --cpu-latency-us 1, or 0 where that is not enough; it takes power")
 }

@@ -68,6 +68,14 @@ const GOOD: &[(&str, &str)] = &[
     ("sys/devices/system/cpu/cpufreq/policy0/scaling_governor", "performance\n"),
     ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "performance\n"),
     ("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "performance\n"),
+    ("sys/devices/system/cpu/cpuidle/current_driver", "intel_idle\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state0/name", "POLL\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state0/latency", "0\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state1/name", "C1\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state1/latency", "1\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state2/name", "C6\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state2/latency", "170\n"),
+    ("sys/devices/system/cpu/cpu0/cpuidle/state2/disable", "1\n"),
     ("sys/devices/system/cpu/cpu2/cpufreq/scaling_governor", "performance\n"),
     ("sys/devices/system/cpu/cpu3/cpufreq/scaling_governor", "performance\n"),
     ("sys/devices/system/node/node0/cpulist", "0-1\n"),
@@ -121,6 +129,8 @@ const BAD: &[(&str, &str)] = &[
     ("sys/devices/system/cpu/smt/active", "1\n"),
     ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "powersave\n"),
     ("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "powersave\n"),
+    ("sys/devices/system/cpu/cpuidle/current_driver", "haltpoll\n"),
+    ("sys/module/haltpoll/parameters/guest_halt_poll_ns", "0\n"),
     ("sys/devices/system/node/node0/cpulist", "0\n"),
     ("sys/devices/system/node/node1/cpulist", "1\n"),
     ("sys/block/sda/dev", "8:0\n"),
@@ -207,4 +217,23 @@ fn json_says_the_same() {
     assert_eq!(rows[0]["status"], "fail");
     assert!(rows[0]["found"].as_str().unwrap().contains("may not be opened"));
     assert!(rows.iter().all(|row| row["costs"] != "" && row["mend"] != ""));
+}
+
+#[test]
+fn the_deepest_idle_state_that_is_on_is_what_a_hand_over_waits_for() {
+    let of = |files: &[(&str, &str)]| {
+        let findings = judge(&Tree::new("idle", files).read(good_answers()));
+        findings.into_iter().find(|finding| finding.check == "idle states").unwrap()
+    };
+    let deep = of(&[
+        ("sys/devices/system/cpu/cpu0/cpuidle/state2/name", "C6\n"),
+        ("sys/devices/system/cpu/cpu0/cpuidle/state2/latency", "170\n"),
+        ("sys/devices/system/cpu/cpu0/cpuidle/state2/disable", "0\n"),
+    ]);
+    assert_eq!((deep.status, deep.found.as_str()), (Status::Note, "as deep as C6, left in 170 us"));
+    let polled = of(&[
+        ("sys/devices/system/cpu/cpuidle/current_driver", "haltpoll\n"),
+        ("sys/module/haltpoll/parameters/guest_halt_poll_ns", "200000\n"),
+    ]);
+    assert_eq!(polled.status, Status::Ok, "{polled:?}");
 }

@@ -7,6 +7,7 @@ import subprocess
 
 PROGRAMS = pathlib.Path(os.environ["MICA_BIN_DIR"])
 FIGURES = {
+    "hand_over_p50": None,
     "idle_share_of_a_core": 1,
     "idle_resident": 60,
     "idle_resident_anonymous": None,

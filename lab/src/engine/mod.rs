@@ -10,6 +10,7 @@ pub mod density;
 pub mod dirt;
 pub mod exec;
 pub mod floor;
+pub mod handover;
 pub mod http;
 pub mod memory;
 pub mod operations;

@@ -14,6 +14,7 @@ use mica_units::{SandboxId, ShardCount, ShardId};
 use serde_json::json;
 
 use super::client::Client;
+use super::handover;
 use super::series::percentile;
 use super::standin::{Daemon, create};
 
@@ -49,6 +50,8 @@ pub struct Config {
     pub pairs: usize,
     /// How long an idle daemon is watched.
     pub idle: Duration,
+    /// The daemons' `--cpu-latency-us`.
+    pub cpu_latency_us: Option<u32>,
 }
 
 /// One figure.
@@ -69,9 +72,10 @@ pub struct Figure {
 /// # Errors
 /// When a daemon does not come up, or answers anything but success.
 pub fn measure(config: &Config) -> Result<Vec<Figure>> {
-    let one = Daemon::start(&config.mica, &config.standin, 1)?;
-    let two = Daemon::start(&config.mica, &config.standin, 2)?;
-    let mut found = Vec::new();
+    let start =
+        |shards| Daemon::start_with(&config.mica, &config.standin, shards, config.cpu_latency_us);
+    let (one, two) = (start(1)?, start(2)?);
+    let mut found = vec![figure("hand_over_p50", us(handover::p50()?), "us", None)];
     idle(&two, config.idle, &mut found)?;
     let mut pair = [Side::of(&one, 1)?, Side::of(&two, 2)?];
     let health = in_turns(&mut pair, config, |side| side.ask_health(config.requests))?;

@@ -50,6 +50,20 @@ impl Daemon {
     /// # Errors
     /// When it does not come to listen.
     pub fn start(mica: &Path, standin: &Path, shards: u16) -> Result<Self> {
+        Self::start_with(mica, standin, shards, None)
+    }
+
+    /// The same, with so many microseconds of `--cpu-latency-us`.
+    ///
+    /// # Errors
+    /// When it does not come to listen.
+    pub fn start_with(
+        mica: &Path,
+        standin: &Path,
+        shards: u16,
+        cpu_latency_us: Option<u32>,
+    ) -> Result<Self> {
+        let latency = cpu_latency_us.map(|us| format!("--cpu-latency-us={us}"));
         let standin = fs::canonicalize(standin).context("--standin")?;
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-bench-standin-{}-{number}", std::process::id());
@@ -74,6 +88,7 @@ impl Daemon {
             .arg(&cgroup)
             .arg("--vm-program")
             .arg(script)
+            .args(latency)
             .env("MICA_LOG", "error")
             .stdin(Stdio::null())
             .spawn()

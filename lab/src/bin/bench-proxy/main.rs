@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use mica_lab::engine::handover;
 use mica_lab::engine::standin::Daemon;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -33,6 +34,9 @@ struct Args {
     /// Shards of the daemon. With two, half of the sandboxes are on the other one.
     #[arg(long, default_value_t = 1)]
     shards: u16,
+    /// The daemon's `--cpu-latency-us`.
+    #[arg(long, value_name = "MICROSECONDS")]
+    cpu_latency_us: Option<u32>,
     /// Requests of each kind, taken in turns. The first tenth warms up.
     #[arg(long, default_value_t = 5000)]
     requests: usize,
@@ -48,7 +52,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     raise_descriptors()?;
     let server = Server::start().context("cannot start a server")?;
-    let daemon = Daemon::start(&args.mica, &args.standin, args.shards)?;
+    let daemon = start(&args)?;
+    println!("a core that idles is handed work in {:.1} us (p50)", us(handover::p50()?));
     let id = daemon.create()?;
     let times = load::interleaved(&daemon, &server, &id, args.requests)?;
     let direct = &times.direct;
@@ -72,9 +77,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+fn start(args: &Args) -> Result<Daemon> {
+    Daemon::start_with(&args.mica, &args.standin, args.shards, args.cpu_latency_us)
+}
+
 /// A new daemon each time: one that held more before would hide what it takes.
 fn idle(args: &Args, server: &Server, kind: Kind) -> Result<()> {
-    let daemon = Daemon::start(&args.mica, &args.standin, args.shards)?;
+    let daemon = start(args)?;
     let ids = (0..args.sandboxes).map(|_| daemon.create()).collect::<Result<Vec<_>>>()?;
     let held = load::idle(&daemon, server, &ids, kind, args.idle_streams)?;
     let mib = |bytes: u64| bytes / (1 << 20);

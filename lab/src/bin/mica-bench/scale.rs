@@ -20,6 +20,9 @@ pub struct ScaleArgs {
     /// The stand-in. Default: standin-vm beside this program.
     #[arg(long, value_name = "FILE")]
     standin: Option<PathBuf>,
+    /// The daemons' `--cpu-latency-us`.
+    #[arg(long, value_name = "MICROSECONDS")]
+    cpu_latency_us: Option<u32>,
     /// Write the results to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -44,6 +47,7 @@ pub fn run(args: &ScaleArgs) -> Result<()> {
         creates,
         pairs,
         idle: Duration::from_secs(if args.quick { 2 } else { 20 }),
+        cpu_latency_us: args.cpu_latency_us,
     })?;
     print(&scale::table(&figures)?)?;
     if let Some(path) = &args.json {
