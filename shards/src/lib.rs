@@ -31,6 +31,7 @@ mod proc;
 mod recovery;
 pub mod registry;
 mod replicas;
+mod rounds;
 pub mod rt;
 mod run;
 mod sandbox;

@@ -1,8 +1,9 @@
 //! What of a sandbox is on the wrong node: pages, and time of its vCPUs.
 //!
-//! Called on the shard that owns it, when somebody wants the numbers: the kernel walks the page tables
-//! of a VM process for them, on a blocking thread. Refuses to guess about pages. Time is what can be
-//! known: see [`WrongNode::vcpu_time`].
+//! Called on the shard that owns it, by `rounds` now and then and by whoever wants the numbers now: the
+//! kernel walks the page tables of a VM process for them, on a blocking thread, where everything of a
+//! length that the process decides is done. Refuses to guess about pages. Time is what can be known: see
+//! [`WrongNode::vcpu_time`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,15 +11,17 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
+use mica_numa::CpuList;
 use mica_numa::numa_maps::{self, Mapping};
-use mica_numa::{CpuList, Placement, rt};
+use mica_numa::rt::time::Instant;
+use mica_numa::rt::{self, BlockingError};
 use mica_units::SandboxId;
 use rustix::process::Pid;
 
 use crate::ShardError;
 use crate::sandbox::{Sandbox, chain};
 use crate::shard::Shard;
-use crate::shell::vcpu_threads;
+use crate::shell::{Held, vcpu_threads};
 
 /// What of a sandbox is not where it belongs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,9 +38,68 @@ pub struct WrongNode {
     pub vcpu_time: Duration,
 }
 
+impl std::iter::Sum for WrongNode {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            pages: sum.pages.saturating_add(one.pages),
+            pages_in_memory: sum.pages_in_memory.saturating_add(one.pages_in_memory),
+            vcpu_time: sum.vcpu_time.saturating_add(one.vcpu_time),
+        })
+    }
+}
+
+/// What was seen of where a sandbox is. It is the sandbox's, and so goes with it.
+#[derive(Debug, Default)]
+pub(crate) struct Whereabouts {
+    clock: VcpuClock,
+    last: Option<Look>,
+}
+
+/// Which process: a number alone may be another's later.
+pub(crate) type ProcessName = (Pid, u64);
+
+pub(crate) fn name_of(held: &Held) -> ProcessName {
+    (held.process.pid(), held.process.start_ticks())
+}
+
+/// A look at a process.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    process: ProcessName,
+    at: Instant,
+    /// None where it could not be seen.
+    found: Option<WrongNode>,
+}
+
+impl Whereabouts {
+    /// The last look at this process: one of another process of the sandbox says nothing of it.
+    fn last(&self, process: ProcessName) -> Option<Look> {
+        self.last.filter(|look| look.process == process)
+    }
+
+    /// How long ago this process was looked at; none if never.
+    pub(crate) fn looked_ago(&self, process: ProcessName) -> Option<Duration> {
+        self.last(process).map(|look| look.at.elapsed())
+    }
+
+    /// What was found of this process at the last look, where it could be seen.
+    pub(crate) fn found(&self, process: ProcessName) -> Option<WrongNode> {
+        self.last(process)?.found
+    }
+
+    /// Whether the last look at this process failed.
+    pub(crate) fn is_hidden(&self, process: ProcessName) -> bool {
+        self.last(process).is_some_and(|look| look.found.is_none())
+    }
+
+    fn keep(&mut self, process: ProcessName, found: Option<WrongNode>) {
+        self.last = Some(Look { process, at: Instant::now(), found });
+    }
+}
+
 /// What was seen of vCPU threads at the last look.
 #[derive(Debug, Default)]
-pub(crate) struct VcpuClock {
+struct VcpuClock {
     /// How long each had run.
     ran: BTreeMap<i32, Duration>,
     /// Of that, on other nodes.
@@ -46,7 +108,7 @@ pub(crate) struct VcpuClock {
 
 /// One vCPU thread, as the kernel tells of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
+struct Vcpu {
     thread: i32,
     ran: Duration,
     cpu: u32,
@@ -54,9 +116,9 @@ struct Seen {
 
 impl VcpuClock {
     /// Counts what threads ran since the last look.
-    fn look(&mut self, seen: &[Seen], near: &CpuList) {
+    fn look(&mut self, seen: &[Vcpu], near: &CpuList) {
         let mut ran = BTreeMap::new();
-        for Seen { thread, ran: now, cpu } in seen.iter().copied() {
+        for Vcpu { thread, ran: now, cpu } in seen.iter().copied() {
             let before = self.ran.get(&thread).copied().unwrap_or_default();
             if !near.contains(cpu) {
                 self.away += now.saturating_sub(before);
@@ -74,34 +136,82 @@ struct GuestRange {
     end: u64,
 }
 
-/// Looks at a sandbox that has a process.
-pub(crate) async fn wrong_node(
-    shard: &Rc<Shard>,
-    sandbox: &Rc<Sandbox>,
-) -> Result<WrongNode, ShardError> {
-    let id = sandbox.id;
-    let gone = ShardError::NoSuchSandbox(id);
-    let info = sandbox.info().ok_or(gone)?;
-    let Some(held) = sandbox.held() else { return Ok(WrongNode::default()) };
-    let start = held.layout.memory_address;
-    let guest = GuestRange { start, end: start.saturating_add(info.memory.to_bytes()) };
-    let pid = held.process.pid();
-    let look = move || -> io::Result<_> { Ok((mappings(pid)?, vcpus(pid)?)) };
-    let looked = rt::blocking(look).await.map_err(|error| failed(id, error.to_string()))?;
-    // Whose number it was may have ended meanwhile, and another process may have it.
-    if !held.process.is_alive() {
-        return Err(ShardError::NoSuchSandbox(id));
-    }
-    let (mappings, seen) = looked.map_err(|error| failed(id, chain(&error)))?;
-    let placement = shard.pool.placement();
-    let mut clock = sandbox.vcpu_clock();
-    clock.look(&seen, &placement.near_cpus);
-    let (pages, pages_in_memory) = count(&mappings, guest, placement);
-    Ok(WrongNode { pages, pages_in_memory, vcpu_time: clock.away })
+/// Why a process was not looked at
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LookError {
+    /// It has ended, or is about to.
+    #[error("it has ended")]
+    Gone,
+    /// Nothing was tried.
+    #[error("no thread had room for it")]
+    Busy(#[source] BlockingError),
+    /// The kernel does not show it.
+    #[error("what the kernel shows of it cannot be read")]
+    Proc(#[source] io::Error),
 }
 
-fn failed(sandbox: SandboxId, reason: String) -> ShardError {
-    ShardError::OperationFailed { operation: "looking at its placement", sandbox, reason }
+/// What one look found, and what of it the shard has to work out.
+struct Seen {
+    pages: u64,
+    pages_in_memory: u64,
+    vcpus: Vec<Vcpu>,
+}
+
+/// What of a sandbox is on the wrong node now.
+pub(crate) async fn wrong_node(shard: &Rc<Shard>, id: SandboxId) -> Result<WrongNode, ShardError> {
+    let sandbox = shard.find(id)?;
+    let Some(held) = sandbox.held() else {
+        return sandbox.info().map(|_| WrongNode::default()).ok_or(ShardError::NoSuchSandbox(id));
+    };
+    look(shard, &sandbox, &held, true).await.0.map_err(|error| match error {
+        LookError::Gone => ShardError::NoSuchSandbox(id),
+        error => ShardError::OperationFailed {
+            operation: "looking at its placement",
+            sandbox: id,
+            reason: chain(&error),
+        },
+    })
+}
+
+/// Looks at a process of a sandbox, and keeps what was found; at its pages only if told to. Also says how
+/// long the kernel took, whatever came of it.
+pub(crate) async fn look(
+    shard: &Rc<Shard>,
+    sandbox: &Sandbox,
+    held: &Rc<Held>,
+    at_pages: bool,
+) -> (Result<WrongNode, LookError>, Duration) {
+    let Some(info) = sandbox.info() else { return (Err(LookError::Gone), Duration::ZERO) };
+    let start = held.layout.memory_address;
+    let guest = GuestRange { start, end: start.saturating_add(info.memory.to_bytes()) };
+    let (pid, node) = (held.process.pid(), shard.pool.placement().memory_node);
+    let see = move || {
+        let begun = Instant::now();
+        (see(pid, at_pages.then_some(guest), node), begun.elapsed())
+    };
+    let (seen, took) = match rt::blocking(see).await {
+        Ok(seen) => seen,
+        Err(error) => return (Err(LookError::Busy(error)), Duration::ZERO),
+    };
+    let mut whereabouts = sandbox.whereabouts();
+    // Whose number it was may have ended meanwhile, and another process may have it.
+    let seen =
+        if held.process.is_alive() { seen.map_err(LookError::Proc) } else { Err(LookError::Gone) };
+    let found = seen.map(|Seen { pages, pages_in_memory, vcpus }| {
+        whereabouts.clock.look(&vcpus, &shard.pool.placement().near_cpus);
+        WrongNode { pages, pages_in_memory, vcpu_time: whereabouts.clock.away }
+    });
+    whereabouts.keep(name_of(held), found.as_ref().ok().copied());
+    (found, took)
+}
+
+/// Blocks.
+fn see(pid: Pid, guest: Option<GuestRange>, node: u32) -> io::Result<Seen> {
+    let (pages, pages_in_memory) = match guest {
+        Some(guest) => count(&mappings(pid)?, guest, node),
+        None => (0, 0),
+    };
+    Ok(Seen { pages, pages_in_memory, vcpus: vcpus(pid)? })
 }
 
 /// None where the kernel knows no nodes: then there is no wrong one.
@@ -116,7 +226,7 @@ fn mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
     }
 }
 
-fn vcpus(pid: Pid) -> io::Result<Vec<Seen>> {
+fn vcpus(pid: Pid) -> io::Result<Vec<Vcpu>> {
     let mut all = Vec::new();
     for thread in vcpu_threads(pid)? {
         let thread = thread.as_raw_nonzero().get();
@@ -133,15 +243,15 @@ fn vcpus(pid: Pid) -> io::Result<Vec<Seen>> {
 
 /// The first field of schedstat is the time on a cpu in nanoseconds; field 39 of stat is the cpu. The
 /// second field of stat may hold anything, so what counts comes after its last parenthesis.
-fn parse_thread(thread: i32, times: &str, stat: &str) -> Option<Seen> {
+fn parse_thread(thread: i32, times: &str, stat: &str) -> Option<Vcpu> {
     let ran = Duration::from_nanos(times.split_whitespace().next()?.parse().ok()?);
     let (_, rest) = stat.rsplit_once(") ")?;
     let cpu = rest.split(' ').nth(36)?.trim().parse().ok()?;
-    Some(Seen { thread, ran, cpu })
+    Some(Vcpu { thread, ran, cpu })
 }
 
 /// Pages on other nodes, and all.
-fn count(mappings: &[Mapping], guest: GuestRange, placement: &Placement) -> (u64, u64) {
+fn count(mappings: &[Mapping], guest: GuestRange, own: u32) -> (u64, u64) {
     let (mut wrong, mut all) = (0u64, 0u64);
     for mapping in mappings {
         let of_guest = (guest.start..guest.end).contains(&mapping.start);
@@ -152,7 +262,7 @@ fn count(mappings: &[Mapping], guest: GuestRange, placement: &Placement) -> (u64
         }
         for (node, pages) in &mapping.pages {
             all = all.saturating_add(*pages);
-            if *node != placement.memory_node {
+            if *node != own {
                 wrong = wrong.saturating_add(*pages);
             }
         }
@@ -162,21 +272,7 @@ fn count(mappings: &[Mapping], guest: GuestRange, placement: &Placement) -> (u64
 
 #[cfg(test)]
 mod tests {
-    use mica_numa::{MemoryPolicy, VcpuPin};
-
     use super::*;
-
-    fn on_node_1() -> Placement {
-        let near_cpus: CpuList = "4-7".parse().unwrap();
-        Placement {
-            node: 1,
-            cpus: near_cpus.clone(),
-            near_cpus,
-            memory_node: 1,
-            memory: MemoryPolicy::Bind,
-            pin: VcpuPin::Node,
-        }
-    }
 
     #[test]
     fn pages_of_the_guest_and_of_the_process_count_and_the_programs_do_not() {
@@ -186,13 +282,30 @@ mod tests {
             20000000 bind:1 file=/memfd:mica-exchange mapped=1 N0=1 kernelpagesize_kB=4\n\
             30000000 bind:1 heap anon=5 N1=5 kernelpagesize_kB=4\n";
         let guest = GuestRange { start: 0x1000_0000, end: 0x2000_0000 };
-        assert_eq!(count(&numa_maps::parse(text), guest, &on_node_1()), (2 + 1 + 1, 9 + 4 + 1 + 5));
+        assert_eq!(count(&numa_maps::parse(text), guest, 1), (2 + 1 + 1, 9 + 4 + 1 + 5));
+    }
+
+    #[test]
+    fn what_was_found_is_of_the_process_that_was_looked_at() {
+        let (old, new) = ((Pid::INIT, 5), (Pid::INIT, 6));
+        let found = WrongNode { pages: 3, ..WrongNode::default() };
+        let mut whereabouts = Whereabouts::default();
+        assert_eq!((whereabouts.looked_ago(old), whereabouts.found(old)), (None, None));
+        whereabouts.keep(old, Some(found));
+        assert_eq!(whereabouts.found(old), Some(found));
+        assert!(whereabouts.looked_ago(old).is_some() && !whereabouts.is_hidden(old));
+        // The same number, started later: the sandbox was resumed in another process.
+        assert_eq!((whereabouts.looked_ago(new), whereabouts.found(new)), (None, None));
+        // A look that saw nothing leaves no old number standing, and is a look all the same.
+        whereabouts.keep(old, None);
+        assert_eq!(whereabouts.found(old), None);
+        assert!(whereabouts.looked_ago(old).is_some() && whereabouts.is_hidden(old));
     }
 
     #[test]
     fn time_counts_for_where_a_thread_is_when_it_is_looked_at() {
         let near: CpuList = "4-7".parse().unwrap();
-        let seen = |thread, ms, cpu| Seen { thread, ran: Duration::from_millis(ms), cpu };
+        let seen = |thread, ms, cpu| Vcpu { thread, ran: Duration::from_millis(ms), cpu };
         let mut clock = VcpuClock::default();
         clock.look(&[seen(10, 5, 4), seen(11, 7, 0)], &near);
         assert_eq!(clock.away, Duration::from_millis(7));

@@ -28,12 +28,13 @@ use crate::choice::Choice;
 use crate::event::{ANSWERS_MAX, Address, Answer, REQUESTS_MAX, Request};
 use crate::loads::Loads;
 use crate::recovery::{Survivor, recover};
+use crate::rounds::MachineNodes;
 use crate::sandbox::Workshop;
 use crate::shard::{Place, Shard, random};
 use crate::shell::demand::{Bounds, Demand};
 use crate::shell::{Launcher, Pins, Pool, Size, empty_network, now_s};
 use crate::uids::Uids;
-use crate::{Host, HostConfig, RunError, hours, metrics, pressure, takeover, warmth};
+use crate::{Host, HostConfig, RunError, hours, metrics, pressure, rounds, takeover, warmth};
 
 /// A shard that does not turn for so long is told of.
 const STALL_MIN: Duration = Duration::from_millis(5);
@@ -112,6 +113,7 @@ where
 {
     let (mut base, survivors) = open(config, plan)?;
     base.workshop.nodes = plan.vcpus.iter().map(|vcpus| (vcpus.node, vcpus.cpus.len())).collect();
+    base.workshop.machine = Arc::new(MachineNodes::read());
     // Lives until all seats have ended.
     let watchdog = watchdog(&base.workshop.config);
     let inputs = inputs(plan, &base, survivors, watchdog.as_ref())?;
@@ -147,6 +149,7 @@ where
                 rt::spawn(take_answers(host.clone(), answers)),
                 rt::spawn(refuse_at_stop(Rc::clone(&shard), stop.clone())),
                 rt::spawn(pressure::watch(Rc::clone(&shard), memory_node, stop.clone())),
+                rt::spawn(rounds::keep(Rc::clone(&shard), stop.clone())),
                 rt::spawn(hours::keep(Rc::clone(&shard), stop.clone())),
                 rt::spawn(warmth::bring_in_all(Rc::clone(&shard), templates)),
             ];
@@ -211,7 +214,7 @@ pub(crate) fn open_base(config: HostConfig, plan: &Plan) -> Result<(Base, Cgroup
         .map_err(|error| machine(Box::new(error)))?;
     let netns = empty_network().map_err(|error| machine(Box::new(error)))?;
     let config = Arc::new(config);
-    let workshop = Workshop { config, store, nodes: Arc::default() };
+    let workshop = Workshop { config, store, nodes: Arc::default(), machine: Arc::default() };
     let (netns, pins) = (Arc::new(netns), Pins::new(plan));
     let base = Base { workshop, cgroups: cgroups.clone(), netns, pins, taken: Arc::default() };
     Ok((base, cgroups))

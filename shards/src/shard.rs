@@ -26,7 +26,7 @@ use crate::upkeep::Upkeep;
 use crate::view::Rising;
 use crate::{
     ConnectError, CreateRequest, Epoch, Host, Lifecycle, LogLine, NetworkPolicy, SandboxInfo,
-    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor, WrongNode,
+    SandboxProcess, ShardError, SnapshotInfo, Usage, Visitor,
 };
 
 /// Bytes of an access token, before they become hexadecimal.
@@ -183,7 +183,7 @@ impl Shard {
             Operation::Resume(id, wake) => Reply::Resumed(self.resume(id, wake).await),
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
             Operation::ProcessOf(id) => Reply::Process(self.process_of(id)),
-            Operation::WrongNode(id) => Reply::WrongNode(self.wrong_node(id).await),
+            Operation::WrongNode(id) => Reply::WrongNode(placement::wrong_node(&self, id).await),
             Operation::Forget(id) => {
                 self.images.forget(&id);
                 Reply::Done(Ok(()))
@@ -337,10 +337,6 @@ impl Shard {
         // Its seat stays its own.
         let request = request.map(|request| CreateRequest { seat: None, ..request });
         request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
-    }
-
-    async fn wrong_node(self: &Rc<Self>, id: SandboxId) -> Result<WrongNode, ShardError> {
-        placement::wrong_node(self, &self.find(id)?).await
     }
 
     fn process_of(&self, id: SandboxId) -> Result<SandboxProcess, ShardError> {

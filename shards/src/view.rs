@@ -90,6 +90,8 @@ pub struct ProcessView {
     pub cpu: Option<f64>,
     /// Pages of its guest on another node than its own, where that is known.
     pub wrong_node_pages: Option<u64>,
+    /// Time that its vCPUs ran on other nodes than its own, where that is known.
+    pub wrong_node_time: Option<Duration>,
 }
 
 /// The host.
@@ -204,7 +206,14 @@ impl Shard {
         let view = |(id, used): (SandboxId, proc::Use)| {
             let rising = seen.entry(id).or_insert_with(|| Rising::new(used.cpu));
             let cpu = rising.look(used.cpu);
-            (id, ProcessView { memory_bytes: used.anonymous_bytes, cpu, wrong_node_pages: None })
+            let away = self.all().get(&id).and_then(|sandbox| self.wrong_node_of(sandbox));
+            let view = ProcessView {
+                memory_bytes: used.anonymous_bytes,
+                cpu,
+                wrong_node_pages: away.map(|away| away.pages),
+                wrong_node_time: away.map(|away| away.vcpu_time),
+            };
+            (id, view)
         };
         used.into_iter().map(view).collect()
     }

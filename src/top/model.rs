@@ -35,7 +35,7 @@ pub enum SortBy {
     Memory,
     /// Processors in use, the most first.
     Cpu,
-    /// Pages on another node than its own, the most first.
+    /// Pages on another node than its own, then vCPU time there, the most first.
     WrongNode,
     /// The youngest first.
     Age,
@@ -111,7 +111,10 @@ fn compare(by: SortBy, a: &SandboxSummary, b: &SandboxSummary) -> Ordering {
     let first = match by {
         SortBy::Memory => b.memory_bytes.cmp(&a.memory_bytes),
         SortBy::Cpu => b.cpu.unwrap_or(-1.0).total_cmp(&a.cpu.unwrap_or(-1.0)),
-        SortBy::WrongNode => b.wrong_node_pages.cmp(&a.wrong_node_pages),
+        SortBy::WrongNode => b.wrong_node_pages.cmp(&a.wrong_node_pages).then_with(|| {
+            let time = |one: &SandboxSummary| one.wrong_node_cpu_s.unwrap_or(-1.0);
+            time(b).total_cmp(&time(a))
+        }),
         SortBy::Age => b.started_at.cmp(&a.started_at),
     };
     first.then_with(|| a.id.cmp(&b.id))
@@ -188,6 +191,7 @@ pub mod tests {
             memory_bytes: memory_mib.map(|mib| mib << 20),
             cpu,
             wrong_node_pages: memory_mib.map(|_| 7),
+            wrong_node_cpu_s: cpu.map(|cpu| cpu * 10.0),
         }
     }
 
@@ -233,6 +237,12 @@ pub mod tests {
         assert_eq!(order(&screen), ["ilarge1", "ismall", "ipaused22"]);
         screen.sort_by(SortBy::Cpu);
         assert_eq!(order(&screen), ["ismall", "ilarge1", "ipaused22"]);
+        screen.sort_by(SortBy::WrongNode);
+        assert_eq!(
+            order(&screen),
+            ["ismall", "ilarge1", "ipaused22"],
+            "by time where pages are equal"
+        );
         screen.sort_by(SortBy::Age);
         assert_eq!(order(&screen), ["ipaused22", "ilarge1", "ismall"]);
         screen.take(look(2, 15));

@@ -202,8 +202,16 @@ fn sandbox_lines(screen: &Screen, most: usize) -> Vec<Line<'static>> {
         return vec![Line::styled("no sandboxes", DIM)];
     }
     let head = format!(
-        "{:<22}{:<9}{:<24}{:>8}{:>11}{:>7}{:>11}{:>12}  tenant",
-        "sandbox", "state", "template", "node/shd", "memory", "cpu", "wrong node", "age"
+        "{:<22}{:<9}{:<20}{:>8}{:>11}{:>7}{:>11}{:>10}{:>12}  tenant",
+        "sandbox",
+        "state",
+        "template",
+        "node/shd",
+        "memory",
+        "cpu",
+        "wrong node",
+        "cpu there",
+        "age"
     );
     let mut all = vec![Line::styled(head, DIM)];
     all.extend(look.sandboxes.iter().take(most).map(|one| sandbox(one, look.at)));
@@ -223,12 +231,13 @@ fn sandbox(one: &SandboxSummary, now: SystemTime) -> Line<'static> {
     let age = parse_rfc3339(&one.started_at).and_then(|at| now.duration_since(at).ok());
     let place = format!("{}/{}", one.node, one.shard);
     let text = format!(
-        "{:<22}{state:<9}{:<24}{place:>8}{:>11}{:>7}{:>11}{:>12}  {}",
+        "{:<22}{state:<9}{:<20}{place:>8}{:>11}{:>7}{:>11}{:>10}{:>12}  {}",
         cut(&one.id, 21),
-        cut(&one.template, 23),
+        cut(&one.template, 19),
         or_none(one.memory_bytes.map(bytes)),
         or_none(one.cpu.map(|cpu| format!("{cpu:.2}"))),
         or_none(one.wrong_node_pages.map(|pages| pages.to_string())),
+        or_none(one.wrong_node_cpu_s.map(took)),
         or_none(age.map(lasted)),
         cut(&one.tenant, 24),
     );
@@ -300,7 +309,7 @@ mod tests {
         assert_eq!(words, ["create", "80", "6", "3.00", "ms", "9.00", "ms"]);
         assert!(at("ilarge1") < at("ismall") && at("ismall") < at("ipaused22"));
         assert!(
-            frame[at("ilarge1")].contains("1.95 GiB   0.10          7"),
+            frame[at("ilarge1")].contains("1.95 GiB   0.10          7    1.00 s"),
             "{}",
             frame[at("ilarge1")]
         );

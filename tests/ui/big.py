@@ -93,6 +93,7 @@ class BigHost:
             "memory_bytes": None if paused else int(chance.lognormvariate(18, 0.7)),
             "cpu": None if paused else round(chance.expovariate(4), 3),
             "wrong_node_pages": None if paused else chance.choice([0] * 9 + [chance.randint(1, 4000)]),
+            "wrong_node_cpu_s": None if paused else chance.choice([0] * 9 + [round(chance.expovariate(0.1), 3)]),
         }
 
     def state(self, limit, token):

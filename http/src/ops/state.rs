@@ -137,6 +137,10 @@ fn sandbox(view: SandboxView) -> SandboxSummary {
         memory_bytes: view.process.map(|process| process.memory_bytes),
         cpu: view.process.and_then(|process| process.cpu),
         wrong_node_pages: view.process.and_then(|process| process.wrong_node_pages),
+        wrong_node_cpu_s: view
+            .process
+            .and_then(|process| process.wrong_node_time)
+            .map(|time| time.as_secs_f64()),
     }
 }
 

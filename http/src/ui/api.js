@@ -85,7 +85,7 @@ export async function ownSandboxes() {
     for (const one of page) {
       sandboxes.push({
         id: one.sandboxID, template: one.alias ?? one.templateID, tenant: null, state: one.state, shard: null,
-        node: null, started_at: one.startedAt, memory_bytes: null, cpu: null, wrong_node_pages: null,
+        node: null, started_at: one.startedAt, memory_bytes: null, cpu: null, wrong_node_pages: null, wrong_node_cpu_s: null,
       });
     }
   });

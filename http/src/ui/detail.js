@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { el, keyed, setAttribute, setText } from "./dom.js";
-import { bytes, count, lasted, NONE } from "./format.js";
+import { bytes, count, lasted, NONE, took } from "./format.js";
 
 const LOG_MS = 2000;
 
@@ -16,7 +16,8 @@ function facts(one, detail) {
     ["Memory of its own", bytes(one.memory_bytes)],
     ["CPU", one.cpu === null ? NONE : one.cpu.toFixed(2)],
     ["Node and shard", one.node === null ? NONE : `${one.node}, ${one.shard}`],
-    ["Pages on a wrong node", one.wrong_node_pages === null ? NONE : count(one.wrong_node_pages)],
+    ["Pages on a wrong node", count(one.wrong_node_pages)],
+    ["vCPU time on a wrong node", took(one.wrong_node_cpu_s)],
     ["Tenant", one.tenant ?? NONE],
   ];
   return rows.map(([key, value]) => ({ key, value }));

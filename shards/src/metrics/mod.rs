@@ -54,8 +54,6 @@ pub(crate) struct Metrics {
     pub(crate) taken: Cell<u64>,
     /// Creates that were asked for here: those that failed, and those that did not.
     fastpath: [Buckets<{ FASTPATH_BOUNDS_NS.len() }>; 2],
-    /// Pages of its guests on another node than its own, where somebody looks for them.
-    pub(crate) wrong_node_pages: Cell<Option<u64>>,
     /// When its executor did not turn, where that is watched.
     pub(crate) stalls: OnceCell<Arc<Stalls>>,
     /// What the processes of its sandboxes used, when somebody looked last.
@@ -74,7 +72,6 @@ impl Metrics {
             full: PerShard::from_fn(shards, |_| Cell::new(0)),
             taken: Cell::new(0),
             fastpath: [const { Buckets::new(&FASTPATH_BOUNDS_NS) }; 2],
-            wrong_node_pages: Cell::new(None),
             stalls: OnceCell::new(),
             looked: Cell::new(None),
             sources: RefCell::default(),

@@ -11,7 +11,7 @@ use mica_numa::rt::{self, time::Instant};
 
 use super::{Measured, Sample, Value, table};
 use crate::shard::Shard;
-use crate::{pressure, proc};
+use crate::{WrongNode, pressure, proc};
 
 /// How long a look at all processes is good for.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -34,8 +34,10 @@ impl Shard {
         self.sample_executor(&mut samples);
         let used = self.used_by_all().await;
         sample_processes(used, &mut samples);
-        if let Some(pages) = self.wrong_node_pages() {
+        if let Some(WrongNode { pages, vcpu_time, .. }) = self.wrong_node_of_all() {
             samples.push(Sample::count(&table::VM_WRONG_NODE, [], pages));
+            let time = Value::Real(vcpu_time.as_secs_f64());
+            samples.push(Sample::new(&table::VM_WRONG_NODE_CPU, [], time));
         }
         let metrics = &self.metrics;
         Measured {
@@ -45,11 +47,6 @@ impl Shard {
             sent: metrics.sent.iter().map(|(_, sent)| sent.get()).collect(),
             taken: metrics.taken.get(),
         }
-    }
-
-    /// Pages of its guests on another node than its own; none as long as nobody looks for them.
-    pub(crate) fn wrong_node_pages(&self) -> Option<u64> {
-        self.metrics.wrong_node_pages.get()
     }
 
     fn sample_sandboxes(&self, into: &mut Vec<Sample>) {

@@ -160,7 +160,16 @@ pub(crate) static VM_WRONG_NODE: Family = shard(
     "mica_vm_wrong_node_pages",
     Kind::Gauge,
     "pages",
-    "Pages of guests on another memory node than their shard's. Absent where that is not known.",
+    "Pages of guests on another memory node than their shard's, of 4 KiB, as of the last look at each. Absent where no guest could be looked at.",
+    &[],
+);
+
+/// Time on the wrong node.
+pub(crate) static VM_WRONG_NODE_CPU: Family = shard(
+    "mica_vm_wrong_node_cpu_seconds",
+    Kind::Gauge,
+    "seconds",
+    "Time that vCPUs of the guests that are there ran on other nodes than their shard's, as of the last look at each. Absent where no guest could be looked at.",
     &[],
 );
 
@@ -320,6 +329,7 @@ pub static FAMILIES: &[&Family] = &[
     &VM_RESIDENT,
     &VM_CPU,
     &VM_WRONG_NODE,
+    &VM_WRONG_NODE_CPU,
     &RING_DEPTH,
     &RING_BUFFERS,
     &RING_SUBMISSIONS,

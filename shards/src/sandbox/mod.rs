@@ -29,7 +29,7 @@ use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
 use mica_units::{GuestPort, SandboxId, TenantId};
 
-use crate::placement::VcpuClock;
+use crate::placement::Whereabouts;
 use crate::shell::Held;
 use crate::{
     CreateRequest, Epoch, Lifecycle, NEVER, NetworkPolicy, OnTimeout, SandboxInfo, ShardError,
@@ -97,8 +97,8 @@ pub(crate) struct Sandbox {
     network: RefCell<NetworkPolicy>,
     /// Since when it is paused.
     paused_at: Cell<Option<Instant>>,
-    /// What its vCPUs ran where, as far as somebody looked.
-    vcpu_clock: RefCell<VcpuClock>,
+    /// What of it is where, as far as somebody looked.
+    whereabouts: RefCell<Whereabouts>,
     /// What happened to it, and what it used.
     journal: RefCell<Journal>,
     /// How often it stopped taking streams: those from before are not good any more.
@@ -133,7 +133,7 @@ impl Sandbox {
             deadline: Cell::new(from_now(NEVER).0),
             life: Cell::new(life),
             put_off_at: Cell::new(None),
-            vcpu_clock: RefCell::default(),
+            whereabouts: RefCell::default(),
             journal: RefCell::default(),
             epoch: Cell::default(),
             waking: RefCell::new(None),
@@ -234,9 +234,9 @@ impl Sandbox {
         self.held.borrow().clone()
     }
 
-    /// What was seen of its vCPUs.
-    pub(crate) fn vcpu_clock(&self) -> std::cell::RefMut<'_, VcpuClock> {
-        self.vcpu_clock.borrow_mut()
+    /// What was seen of where it is.
+    pub(crate) fn whereabouts(&self) -> std::cell::RefMut<'_, Whereabouts> {
+        self.whereabouts.borrow_mut()
     }
 
     /// Its process, whatever it is doing, if it has one.
@@ -276,6 +276,11 @@ impl Sandbox {
                 tracing::trace!(id = %self.id, "nobody waits for this change any more");
             }
         }
+    }
+
+    /// Whether clients may know it.
+    pub(crate) fn is_shown(&self) -> bool {
+        self.info.borrow().is_some()
     }
 
     /// Whether its end has been decided.

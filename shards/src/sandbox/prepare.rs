@@ -13,6 +13,7 @@ use super::chain;
 use super::image::Opened;
 use super::state::Cause;
 use crate::HostConfig;
+use crate::rounds::MachineNodes;
 
 /// What a shard needs of the host. Cheap to clone and to send to a blocking thread.
 #[derive(Clone, Debug)]
@@ -23,6 +24,8 @@ pub(crate) struct Workshop {
     pub(crate) store: Store,
     /// Memory nodes, and how many hardware threads of each run vCPUs.
     pub(crate) nodes: Arc<[(u32, usize)]>,
+    /// All nodes of the machine, also those that are in no plan.
+    pub(crate) machine: Arc<MachineNodes>,
 }
 
 /// Who makes a sandbox, as far as it matters for what it may be made from.

@@ -8,10 +8,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mica_numa::{MemoryPolicy, Plan, VcpuPin};
-use mica_shards::HostConfig;
+use mica_numa::{MemoryPolicy, Plan, VcpuPin, topology};
+use mica_shards::metrics::Value;
+use mica_shards::{Host, HostConfig};
 
-use crate::common::{Bench, request, two_seats};
+use crate::common::{Bench, Leftovers, request, two_seats};
+use crate::wait::eventually;
 
 /// The line of a process's status with this name.
 fn status(pid: u32, name: &str) -> String {
@@ -62,6 +64,60 @@ fn a_vm_process_has_the_cores_and_the_memory_of_its_node() {
         });
         ran.unwrap();
     }
+}
+
+/// The pages on a wrong node of each sandbox that has a process, and of all together.
+async fn wrong_pages(host: &Host) -> (Vec<Option<u64>>, Option<u64>) {
+    let view = host.view(None, 100).await.unwrap();
+    let of_each = view.sandboxes.iter().filter_map(|one| one.process);
+    let of_each = of_each.map(|process| process.wrong_node_pages).collect();
+    let measured = host.measure().await.unwrap();
+    let samples = measured.into_iter().flat_map(|shard| shard.samples);
+    let mut sum = None;
+    for sample in samples.filter(|sample| sample.family.name == "mica_vm_wrong_node_pages") {
+        let Value::Whole(pages) = sample.value else { panic!("{sample:?}") };
+        *sum.get_or_insert(0) += pages;
+    }
+    (of_each, sum)
+}
+
+#[test]
+fn a_host_looks_by_itself_for_what_is_on_a_wrong_node() {
+    if !Path::new("/proc/self/numa_maps").exists() {
+        println!("this kernel knows no nodes: nothing is looked at");
+        return;
+    }
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    let mut plan = two_seats();
+    // A node that is not there: whatever a process has is on another.
+    let strange = topology::read().unwrap().nodes.iter().map(|node| node.index).max().unwrap() + 1;
+    for vcpus in &mut plan.vcpus {
+        vcpus.memory_node = strange;
+    }
+    let ran = bench.host_on(&plan, bench.config(), move |host| async move {
+        assert_eq!(wrong_pages(&host).await, (vec![], Some(0)));
+        let (first, second) = (host.create(request("agent")), host.create(request("agent")));
+        let (first, second) = (first.await.unwrap().id, second.await.unwrap().id);
+        // Nobody asks for it: the shards look.
+        eventually("both were looked at", async || {
+            let (of_each, _) = wrong_pages(&host).await;
+            of_each.len() == 2 && of_each.iter().all(Option::is_some)
+        })
+        .await;
+        let (of_each, sum) = wrong_pages(&host).await;
+        assert!(of_each.iter().all(|pages| *pages > Some(0)), "{of_each:?}");
+        assert_eq!(sum, of_each.iter().flatten().copied().reduce(|a, b| a + b));
+        let placed = host.wrong_node(first).await.unwrap();
+        assert_eq!(placed.pages, placed.pages_in_memory, "{placed:?}");
+        host.kill(first).await.unwrap();
+        let (left, sum) = wrong_pages(&host).await;
+        assert_eq!((left.len(), sum), (1, left[0]), "its count went with it");
+        host.kill(second).await.unwrap();
+        assert_eq!(wrong_pages(&host).await, (vec![], Some(0)));
+    });
+    ran.unwrap();
+    assert_eq!(bench.leftovers(), Leftovers::default(), "the looks end with the host");
 }
 
 /// Where each vCPU thread of a process may run.

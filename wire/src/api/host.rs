@@ -139,6 +139,9 @@ pub struct SandboxSummary {
     pub memory_bytes: Option<u64>,
     /// Processors that it used since somebody looked last, a second ago or more; null at the first look.
     pub cpu: Option<f64>,
-    /// Pages of its memory on another node than its own; null where that is not known.
+    /// Pages of its memory on another node than its own, of 4 KiB, at the last look, which may be a minute
+    /// ago or more; 0 on a machine with one memory node; null where that is not known, or it has no process.
     pub wrong_node_pages: Option<u64>,
+    /// Seconds that its vCPUs ran on other nodes than its own, at that look; null as the pages are.
+    pub wrong_node_cpu_s: Option<f64>,
 }
