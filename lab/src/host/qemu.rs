@@ -37,7 +37,7 @@ pub fn arguments(home: &Home, lab: &Lab, image: &Image) -> Vec<String> {
     let mut add = |name: &str, value: String| words.extend([name.to_owned(), value]);
     let shape = &lab.shape;
     add("-name", format!("mica-lab-{}", home.name));
-    add("-machine", "q35,usb=off,vmport=off,i8042=off,hpet=off".to_owned());
+    add("-machine", "q35,usb=off,vmport=off,i8042=off,hpet=on".to_owned());
     add("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
     add("-cpu", "max".to_owned());
     add(
