@@ -28,6 +28,8 @@ pub enum Route {
     Health,
     /// `GET /metrics`
     Metrics,
+    /// `GET /metrics/sandboxes`
+    MetricsOfSandboxes,
     /// `GET /ui/state`
     HostState,
     /// `GET /debug/pprof/profile` and `GET /debug/flamegraph`
@@ -101,13 +103,16 @@ impl Route {
     /// Whether only the operator may know of it.
     #[must_use]
     pub fn is_operators(&self) -> bool {
-        matches!(self, Self::Metrics | Self::HostState | Self::Profile(_))
+        matches!(
+            self,
+            Self::Metrics | Self::MetricsOfSandboxes | Self::HostState | Self::Profile(_)
+        )
     }
 
     /// Whether it is not there where metrics are off.
     #[must_use]
     pub fn needs_metrics(&self) -> bool {
-        matches!(self, Self::Metrics)
+        matches!(self, Self::Metrics | Self::MetricsOfSandboxes)
     }
 }
 
@@ -132,6 +137,7 @@ const fn at(method: Method, path: &'static str, make: Make) -> Endpoint {
 pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
     at(Method::GET, "/health", |_| Route::Health),
     at(Method::GET, "/metrics", |_| Route::Metrics),
+    at(Method::GET, "/metrics/sandboxes", |_| Route::MetricsOfSandboxes),
     at(Method::GET, "/ui/state", |_| Route::HostState),
     at(Method::GET, "/debug/pprof/profile", |_| Route::Profile(Form::Pprof)),
     at(Method::GET, "/debug/flamegraph", |_| Route::Profile(Form::Flamegraph)),
@@ -209,7 +215,7 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
 ];
 
 /// How many.
-pub const ENDPOINT_COUNT: usize = 68;
+pub const ENDPOINT_COUNT: usize = 69;
 
 const CUBE_BUILDS: &str = "CubeSandbox's way of building templates";
 const TAG_HISTORY: &str = "the history of a template's tags";
@@ -307,6 +313,7 @@ mod tests {
         for (method, path, expected) in [
             (Method::GET, "/health", Route::Health),
             (Method::GET, "/metrics", Route::Metrics),
+            (Method::GET, "/metrics/sandboxes", Route::MetricsOfSandboxes),
             (Method::GET, "/ui/state", Route::HostState),
             (Method::GET, "/debug/flamegraph", Route::Profile(Form::Flamegraph)),
             (Method::HEAD, "/health", Route::Health),

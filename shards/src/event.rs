@@ -115,8 +115,6 @@ impl Operation {
                 | Self::Counts
                 | Self::MemoBegin(..)
                 | Self::MemoEnd(..)
-                | Self::Measure
-                | Self::View
         )
     }
 }

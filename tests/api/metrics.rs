@@ -132,7 +132,11 @@ impl Exposition {
 }
 
 fn scrape(daemon: &Daemon) -> Exposition {
-    let reply = daemon.ask("GET", "/metrics", None);
+    scrape_at(daemon, "/metrics")
+}
+
+fn scrape_at(daemon: &Daemon, path: &str) -> Exposition {
+    let reply = daemon.ask("GET", path, None);
     assert_eq!(reply.status, 200, "{reply:?}");
     assert_eq!(reply.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
     Exposition::parse(std::str::from_utf8(&reply.body).expect("text"))
@@ -327,9 +331,17 @@ fn what_is_on_a_wrong_node_is_known_of_each_sandbox_and_of_all() {
     if nodes.is_ok_and(|nodes| nodes.trim() == "0") {
         assert_eq!(pages, Some(0.0), "there is no other node");
     }
+    let each = scrape_at(&daemon, "/metrics/sandboxes");
+    for id in &ids {
+        let own = [("sandbox", id.as_str()), ("template", TEMPLATE), ("tenant", "default")];
+        assert!(each.get("mica_sandbox_memory_bytes", &own) > 0.0);
+        assert!(each.get("mica_sandbox_wrong_node_pages", &own) >= 0.0);
+        assert!(each.get("mica_sandbox_wrong_node_cpu_seconds", &own) >= 0.0);
+    }
     for id in ids {
         assert_eq!(daemon.delete(&id).status, 204);
     }
+    assert!(scrape_at(&daemon, "/metrics/sandboxes").samples.is_empty());
     assert_eq!(sums(&scrape(&daemon)), (Some(0.0), Some(0.0)), "their counts went with them");
 }
 
@@ -338,6 +350,7 @@ fn without_metrics_nothing_is_counted_and_the_state_is_there() {
     let daemon = Daemon::start_with(&["--metrics", "off"]);
     let id = daemon.create();
     daemon.ask("GET", "/metrics", None).error(404);
+    daemon.ask("GET", "/metrics/sandboxes", None).error(404);
     assert!(!daemon.threads().iter().any(|name| name == "watchdog"));
     let state = daemon.ask("GET", "/ui/state", None).json();
     assert_eq!(

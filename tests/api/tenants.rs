@@ -115,6 +115,7 @@ const ROWS: &[Row] = &[
     ("GET /metrics", |world| {
         world.operators_alone("/metrics");
     }),
+    ("GET /metrics/sandboxes", |world| world.operators_alone("/metrics/sandboxes")),
     ("GET /ui/state", |world| world.operators_alone("/ui/state")),
     ("GET /debug/pprof/profile", |world| {
         world.operators_alone("/debug/pprof/profile?seconds=1");

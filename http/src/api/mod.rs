@@ -122,9 +122,12 @@ async fn handle(
     let query = request.uri.query().unwrap_or_default();
     match route {
         // Answered above.
-        Route::Health | Route::OpenApi | Route::Metrics | Route::HostState | Route::Profile(_) => {
-            healthy()
-        }
+        Route::Health
+        | Route::OpenApi
+        | Route::Metrics
+        | Route::MetricsOfSandboxes
+        | Route::HostState
+        | Route::Profile(_) => healthy(),
         Route::Create(version) => Box::pin(once::create(call, version, &request.headers)).await,
         Route::List(version) => list(call.host, ListQuery::parse(version, query)?).await,
         Route::Sandbox(id, action) => Box::pin(sandbox::act(call, &id, action, query)).await,
@@ -170,6 +173,7 @@ async fn operators(
     let query = uri.query().unwrap_or_default();
     match route {
         Route::HostState => ops::state(host, query).await,
+        Route::MetricsOfSandboxes => ops::sandbox_metrics(host).await,
         Route::Profile(form) => ops::profile(*form, query).await,
         _ => ops::metrics(host).await,
     }

@@ -244,6 +244,10 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .text()
         .fails(&[404])
         .about("host"),
+    op("GET", "/metrics/sandboxes", "Numbers of each sandbox, as Prometheus reads them.")
+        .text()
+        .fails(&[404])
+        .about("host"),
     op("GET", "/ui/state", "Nodes, shards and sandboxes of the host, for its operator.")
         .asks(&PAGE)
         .json(200, of::<HostState>)

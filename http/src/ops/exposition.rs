@@ -1,4 +1,5 @@
-//! `GET /metrics`: numbers of the host, in the text format of Prometheus, version 0.0.4.
+//! `GET /metrics` and `GET /metrics/sandboxes`: numbers of the host, and of each of its sandboxes, in the
+//! text format of Prometheus, version 0.0.4.
 //!
 //! Called by [`crate::api`]. Refuses to keep numbers of its own: shards count, and are asked.
 
@@ -18,11 +19,22 @@ use crate::error::ApiError;
 /// # Errors
 /// When a shard does not answer.
 pub async fn answer(host: &Host) -> Result<Response<Body>, ApiError> {
-    let measured = host.measure().await?;
-    let mut response = Response::new(Body::full(text(&measured).into_bytes()));
+    Ok(shown(&host.measure().await?))
+}
+
+/// The same of every sandbox: a look at each process.
+///
+/// # Errors
+/// When a shard does not answer.
+pub async fn answer_sandboxes(host: &Host) -> Result<Response<Body>, ApiError> {
+    Ok(shown(&host.measure_sandboxes().await?))
+}
+
+fn shown(measured: &[Measured]) -> Response<Body> {
+    let mut response = Response::new(Body::full(text(measured).into_bytes()));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, kind);
-    Ok(response)
+    response
 }
 
 /// A family, and its numbers with the shard that each is of.

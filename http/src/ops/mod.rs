@@ -9,14 +9,14 @@ mod profile;
 mod requests;
 mod state;
 
-pub use exposition::answer as metrics;
+pub use exposition::{answer as metrics, answer_sandboxes as sandbox_metrics};
 pub use profile::{Form, answer as profile};
 pub use requests::{Requests, Served};
 pub use state::answer as state;
 
 use mica_shards::metrics::{FAMILIES, Family};
 
-/// Every family that `GET /metrics` shows, by name.
+/// Every family that `GET /metrics` and `GET /metrics/sandboxes` show, by name.
 #[must_use]
 pub fn families() -> Vec<&'static Family> {
     let mut all: Vec<_> = FAMILIES.iter().chain(requests::FAMILIES).copied().collect();

@@ -7,6 +7,7 @@
 mod operations;
 mod reading;
 mod sample;
+mod sandboxes;
 pub(crate) mod table;
 mod watch;
 

@@ -173,6 +173,45 @@ pub(crate) static VM_WRONG_NODE_CPU: Family = shard(
     &[],
 );
 
+/// Labels of what is told of each sandbox.
+const OF_SANDBOX: &[&str] = &["sandbox", "template", "tenant"];
+
+/// A sandbox's memory.
+pub(crate) static SANDBOX_MEMORY: Family = shard(
+    "mica_sandbox_memory_bytes",
+    Kind::Gauge,
+    "bytes",
+    "Of one sandbox: memory that it shares with nobody, which is what its guest wrote and its process's own. In /metrics/sandboxes.",
+    OF_SANDBOX,
+);
+
+/// Its processors.
+pub(crate) static SANDBOX_PROCESSORS: Family = shard(
+    "mica_sandbox_processors",
+    Kind::Gauge,
+    "processors",
+    "Of one sandbox: processors that it used over the last second or more. Absent at the first look. In /metrics/sandboxes.",
+    OF_SANDBOX,
+);
+
+/// Its pages on the wrong node.
+pub(crate) static SANDBOX_WRONG_NODE: Family = shard(
+    "mica_sandbox_wrong_node_pages",
+    Kind::Gauge,
+    "pages",
+    "Of one sandbox: pages on another memory node than its shard's, of 4 KiB, as of the last look. Absent before it. In /metrics/sandboxes.",
+    OF_SANDBOX,
+);
+
+/// Its time on the wrong node.
+pub(crate) static SANDBOX_WRONG_NODE_CPU: Family = shard(
+    "mica_sandbox_wrong_node_cpu_seconds",
+    Kind::Gauge,
+    "seconds",
+    "Of one sandbox: time that its vCPUs ran on other nodes than its shard's, as of the last look. Absent before it. In /metrics/sandboxes.",
+    OF_SANDBOX,
+);
+
 /// The ring for files.
 pub(crate) static RING_DEPTH: Family = shard(
     "mica_ring_depth",
@@ -330,6 +369,10 @@ pub static FAMILIES: &[&Family] = &[
     &VM_CPU,
     &VM_WRONG_NODE,
     &VM_WRONG_NODE_CPU,
+    &SANDBOX_MEMORY,
+    &SANDBOX_PROCESSORS,
+    &SANDBOX_WRONG_NODE,
+    &SANDBOX_WRONG_NODE_CPU,
     &RING_DEPTH,
     &RING_BUFFERS,
     &RING_SUBMISSIONS,
