@@ -213,6 +213,7 @@ fn obey(machine: &Arc<Machine>, line: &str) -> String {
             let bytes = machine.as_guest(|guest| guest.look(run(first, count)));
             bytes.iter().map(|byte| byte.map_or("??".to_owned(), |b| format!("{b:02x}"))).collect()
         }
+        ["base"] => machine.as_guest(|guest| guest.base.clone()),
         ["frames"] => machine.as_guest(|guest| guest.frames()).to_string(),
         ["churn", first, count] => {
             churn(machine, run(first, count));

@@ -6,7 +6,7 @@
 //! ending.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -43,6 +43,8 @@ pub struct Inner {
     freezes: u64,
     /// Frames that the guest wrote since the last freeze, a bit each, for a shard that asks for it.
     log: Option<Vec<u8>>,
+    /// What the first layer that it was given is called.
+    pub base: String,
 }
 
 impl Machine {
@@ -60,6 +62,7 @@ impl Machine {
             register: 0,
             freezes: 0,
             log: log_writes.then(|| vec![0; frames.div_ceil(8) as usize]),
+            base: String::new(),
         };
         Arc::new(Self { inner: Mutex::new(inner), moved: Condvar::new(), address })
     }
@@ -125,6 +128,10 @@ impl Machine {
                 FdRole::Layer => layers.push(File::from(fd)),
                 other => panic!("Restore brings {other:?}"),
             }
+        }
+        if let Some(base) = layers.first() {
+            let link = format!("/proc/self/fd/{}", base.as_raw_fd());
+            inner.base = std::fs::read_link(link).unwrap().to_string_lossy().into_owned();
         }
         let plan = read_part(exchange, 0, config.plan_bytes);
         let state_at = config.plan_bytes.next_multiple_of(PAGE_BYTES);

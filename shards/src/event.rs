@@ -195,8 +195,8 @@ pub(crate) enum Reply {
     Spawns(BTreeMap<String, Spawned>),
     /// To `Counts`.
     Counts(Counts),
-    /// To `Replica`; none where it does not fit.
-    Replica(Option<OwnedFd>),
+    /// To `Replica`; none where it does not fit, or why there is none.
+    Replica(Result<Option<OwnedFd>, String>),
     /// To `Measure`.
     Measured(Box<Measured>),
     /// To `View`.

@@ -3,7 +3,8 @@
 //! Kept by the first shard of a node for all shards there; asked through messages. A base layer that
 //! many guests map is then one inode in that node's own memory, checked once against its checksums,
 //! and no guest waits for the drive. Within a budget: the copy that was asked for longest ago makes
-//! room. Guests that map one keep it. Refuses a layer whose bytes are not what was written.
+//! room. Guests that map one keep it. A copy is made by a task of its own, whoever asks may go away
+//! meanwhile. Refuses a layer whose bytes are not what was written.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -41,12 +42,15 @@ struct Entry {
 
 #[derive(Debug)]
 enum State {
-    /// Being made, and who waits.
-    Coming(Vec<oneshot::Sender<()>>),
+    /// Being made, and who waits: they hear why it was not, or look again.
+    Coming(Vec<oneshot::Sender<Result<(), String>>>),
     There(OwnedFd),
-    /// It does not fit, or could not be made; asked again, the answer is the same until a restart.
+    /// It is none that is kept, or does not fit; asked again, the answer is the same until a restart.
     Refused,
 }
+
+/// A copy and its length; none where there shall be none; or why there is none.
+type Made = Result<Option<(OwnedFd, u64)>, String>;
 
 impl Replicas {
     /// No copies yet.
@@ -54,26 +58,32 @@ impl Replicas {
         Self { node, budget_bytes, entries: RefCell::default() }
     }
 
-    /// A copy of a snapshot's base layer, made now if it is not there. `None` when it does not fit.
+    /// A copy of a snapshot's base layer, made now if it is not there. None where it does not fit.
+    ///
+    /// # Errors
+    /// With why it could not be made; asked again, it is tried again.
     pub(crate) async fn get(
-        &self,
         shard: &Rc<Shard>,
         snapshot: String,
         layer: LayerId,
-    ) -> Option<OwnedFd> {
+    ) -> Result<Option<OwnedFd>, String> {
         loop {
-            let waiting = match self.look(layer) {
-                Look::There(copy) => return copy,
+            let waiting = match shard.replicas.look(layer) {
+                Look::There(copy) => return copy.map_err(|error| error.to_string()),
                 Look::Coming(waiting) => waiting,
-                Look::Absent => break,
+                Look::Absent(waiting) => {
+                    let (shard, snapshot) = (Rc::clone(shard), snapshot.clone());
+                    let making = async move {
+                        let made = make(&shard, snapshot, layer).await;
+                        shard.replicas.settle(layer, made);
+                    };
+                    // Who asked may be a create that ends first, and others wait for the same copy.
+                    rt::spawn(making).detach();
+                    waiting
+                }
             };
-            // Dropped or given, it is the same: look again.
-            waiting.await.unwrap_or(());
+            waiting.await.unwrap_or_else(|| Err("the host is shutting down".to_owned()))?;
         }
-        let made = self.make(shard, snapshot, layer).await;
-        let copy = made.as_ref().and_then(|(copy, _)| copy.try_clone().ok());
-        self.settle(layer, made);
-        copy
     }
 
     fn look(&self, layer: LayerId) -> Look {
@@ -82,13 +92,14 @@ impl Replicas {
             if entries.len() >= ENTRIES_MAX {
                 entries.retain(|entry| !matches!(entry.state, State::Refused));
             }
-            entries.push(Entry { layer, bytes: 0, state: State::Coming(Vec::new()) });
-            return Look::Absent;
+            let (sender, receiver) = oneshot::channel();
+            entries.push(Entry { layer, bytes: 0, state: State::Coming(vec![sender]) });
+            return Look::Absent(receiver);
         };
         let mut entry = entries.remove(at);
         let look = match &mut entry.state {
-            State::There(copy) => Look::There(copy.try_clone().ok()),
-            State::Refused => Look::There(None),
+            State::There(copy) => Look::There(copy.try_clone().map(Some)),
+            State::Refused => Look::There(Ok(None)),
             State::Coming(waiting) => {
                 let (sender, receiver) = oneshot::channel();
                 waiting.push(sender);
@@ -97,54 +108,6 @@ impl Replicas {
         };
         entries.push(entry);
         look
-    }
-
-    async fn make(
-        &self,
-        shard: &Rc<Shard>,
-        snapshot: String,
-        layer: LayerId,
-    ) -> Option<(OwnedFd, u64)> {
-        let store = shard.workshop.store.clone();
-        let opened = rt::blocking(move || -> Result<_, StorageError> {
-            let Some(found) = store.open_snapshot(&snapshot)? else { return Ok(None) };
-            let layer = found.layers.into_iter().find(|open| open.info().id == layer);
-            Ok(layer.filter(|layer| layer.info().kind == LayerKind::Flat).map(source))
-        });
-        let (layer, file, extents) = match opened.await {
-            Ok(Ok(Some(Ok(source)))) => source,
-            Ok(Ok(Some(Err(error)))) => {
-                tracing::warn!(%error, "a base layer cannot be read for a copy in memory");
-                return None;
-            }
-            Ok(Ok(None)) => return None,
-            Ok(Err(error)) => {
-                tracing::warn!(error = chain(&error), "a snapshot cannot be opened for a copy");
-                return None;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a base layer was not looked at");
-                return None;
-            }
-        };
-        let bytes: u64 = extents.iter().map(|extent| extent.bytes).sum();
-        if !self.make_room(bytes) {
-            return None;
-        }
-        let (file, whole) = (IoFile::from(file), layer.data_bytes());
-        let check = move |offset, piece: &[u8]| layer.is_intact(offset, piece);
-        let filled =
-            memfd::fill_sealed(&shard.ring, &file, whole, &extents, self.node, check).await;
-        match filled {
-            Ok(copy) => {
-                tracing::info!(node = self.node, bytes, "a base layer is in memory");
-                Some((copy, bytes))
-            }
-            Err(error) => {
-                tracing::error!(error = chain(&error), "a base layer was not copied to memory");
-                None
-            }
-        }
     }
 
     /// Lets old copies go until there is room. Whether there is.
@@ -163,29 +126,72 @@ impl Replicas {
         true
     }
 
-    fn settle(&self, layer: LayerId, made: Option<(OwnedFd, u64)>) {
+    fn settle(&self, layer: LayerId, made: Made) {
         let mut entries = self.entries.borrow_mut();
-        let Some(entry) = entries.iter_mut().find(|entry| entry.layer == layer) else { return };
-        let (state, bytes) = match made {
-            Some((copy, bytes)) => (State::There(copy), bytes),
-            None => (State::Refused, 0),
+        let Some(at) = entries.iter().position(|entry| entry.layer == layer) else { return };
+        let told = made.as_ref().map(drop).map_err(String::clone);
+        let before = match made {
+            Ok(Some((copy, bytes))) => {
+                entries[at].bytes = bytes;
+                std::mem::replace(&mut entries[at].state, State::There(copy))
+            }
+            Ok(None) => std::mem::replace(&mut entries[at].state, State::Refused),
+            // Whoever asks next tries again.
+            Err(_) => entries.remove(at).state,
         };
-        entry.bytes = bytes;
-        if let State::Coming(waiting) = std::mem::replace(&mut entry.state, state) {
-            for waiter in waiting {
-                if waiter.send(()).is_err() {
-                    tracing::trace!("nobody waits for this copy any more");
-                }
+        drop(entries);
+        let State::Coming(waiting) = before else { return };
+        for waiter in waiting {
+            if waiter.send(told.clone()).is_err() {
+                tracing::trace!("nobody waits for this copy any more");
             }
         }
     }
 }
 
 enum Look {
-    There(Option<OwnedFd>),
-    Coming(oneshot::Receiver<()>),
-    /// It is to be made by who asked.
-    Absent,
+    There(std::io::Result<Option<OwnedFd>>),
+    Coming(oneshot::Receiver<Result<(), String>>),
+    /// It is to be made by who asked, who waits as the others do.
+    Absent(oneshot::Receiver<Result<(), String>>),
+}
+
+/// Makes the copy, if it is one that is kept and there is room.
+async fn make(shard: &Rc<Shard>, snapshot: String, layer: LayerId) -> Made {
+    let store = shard.workshop.store.clone();
+    let opened = rt::blocking(move || -> Result<_, StorageError> {
+        let found = store.open_snapshot(&snapshot)?;
+        let mut layers = found.into_iter().flat_map(|found| found.layers);
+        Ok(layers.find(|open| open.info().id == layer))
+    });
+    let opened = opened.await.map_err(|error| failed("was not looked at", &error))?;
+    let found = opened.map_err(|error| failed("cannot be opened", &error))?;
+    // The snapshot was deleted or flattened meanwhile; another may lie on the same layer.
+    let found = found.ok_or("a base layer is gone")?;
+    if found.info().kind != LayerKind::Flat {
+        return Ok(None);
+    }
+    let read = rt::blocking(move || source(found)).await;
+    let read = read.map_err(|error| failed("was not looked at", &error))?;
+    let (layer, file, extents) = read.map_err(|error| failed("cannot be read", &error))?;
+    let bytes: u64 = extents.iter().map(|extent| extent.bytes).sum();
+    let replicas = &shard.replicas;
+    if !replicas.make_room(bytes) {
+        return Ok(None);
+    }
+    let (file, whole) = (IoFile::from(file), layer.data_bytes());
+    let check = move |offset, piece: &[u8]| layer.is_intact(offset, piece);
+    let node = replicas.node;
+    let filled = memfd::fill_sealed(&shard.ring, &file, whole, &extents, node, check).await;
+    let copy = filled.map_err(|error| failed("was not copied to memory", &error))?;
+    tracing::info!(node, bytes, "a base layer is in memory");
+    Ok(Some((copy, bytes)))
+}
+
+fn failed(what: &str, error: &dyn std::error::Error) -> String {
+    let why = format!("a base layer {what}: {}", chain(error));
+    tracing::error!("{why}");
+    why
 }
 
 /// The layer's file past the page cache, and what of it is no hole, in whole checksummed chunks.

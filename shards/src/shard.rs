@@ -90,7 +90,7 @@ pub(crate) struct Shard {
     /// How busy the processes of its sandboxes were then.
     pub(crate) seen: RefCell<BTreeMap<SandboxId, Rising>>,
     /// Those copies, if it is this one.
-    replicas: Replicas,
+    pub(crate) replicas: Replicas,
     /// Snapshots to be flattened.
     pub(crate) upkeep: Upkeep,
     /// The way to the other shards, while it serves.
@@ -199,7 +199,7 @@ impl Shard {
             Operation::View => Reply::View(Box::new((self.view(), self.sandbox_views()))),
             Operation::Uses(ids) => Reply::Uses(self.uses(ids).await),
             Operation::Replica(snapshot, layer) => {
-                Reply::Replica(self.replicas.get(&self, snapshot, layer).await)
+                Reply::Replica(Replicas::get(&self, snapshot, layer).await)
             }
         }
     }

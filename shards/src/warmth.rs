@@ -1,8 +1,10 @@
 //! Brings the memory of an image to where guests find it: into the node's memory, or the page cache.
 //!
-//! Called when a shard opens an image. All of it happens beside the creates, which do not wait: the
-//! first of them map the file. Refuses to fail a create: what cannot be brought in is read when it is
-//! touched.
+//! Called when a shard opens an image, and before a guest starts from one. Where memory is preferred to
+//! be near, all of it happens beside the creates, which do not wait: the first of them map the file, and
+//! what cannot be brought in is read when it is touched. Where memory is bound, a file's pages could lie
+//! on another node, so a guest waits for its node's copy: refuses to start one without, but where the
+//! operator gave copies too little room.
 
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -11,11 +13,12 @@ use std::sync::atomic::Ordering;
 
 use mica_numa::io::IoFile;
 use mica_numa::process::{RemoteMemory, Wanted};
-use mica_numa::rt;
+use mica_numa::{MemoryPolicy, rt};
 use mica_storage::{LayerKind, prefetch_plan};
 use mica_units::{PAGE_BYTES, frames_len, frames_of};
 
-use crate::sandbox::{Opened, chain};
+use crate::ShardError;
+use crate::sandbox::{Cause, Opened, Sandbox, chain};
 use crate::shard::Shard;
 use crate::shell::Held;
 
@@ -29,7 +32,11 @@ pub(crate) fn bring_in(shard: &Rc<Shard>, image: &Arc<Opened>) {
     }
     let (shard, image) = (Rc::clone(shard), Arc::clone(image));
     rt::spawn(async move {
-        if replicate(&shard, &image).await {
+        let is_near = replicate(&shard, &image).await.unwrap_or_else(|cause| {
+            tracing::debug!(?cause, "no copy of a base layer");
+            false
+        });
+        if is_near {
             // Clients ask by name or by id.
             let load = &shard.choice.loads()[shard.id];
             load.add_near(&image.manifest.id);
@@ -59,16 +66,51 @@ pub(crate) async fn bring_in_all(shard: Rc<Shard>, templates: Vec<String>) {
     }
 }
 
-/// Asks for the node's copy of the base. Whether there is one.
-async fn replicate(shard: &Rc<Shard>, image: &Opened) -> bool {
-    let Some(base) = image.layers.first().filter(|base| base.info().kind == LayerKind::Flat) else {
-        return false;
-    };
-    let Some(host) = shard.host() else { return false };
-    match host.replica(image.manifest.id.clone(), base.info().id).await {
-        Some(copy) => image.replica.set(copy).is_ok(),
-        None => false,
+/// Resolves when a guest may start from this image: where memory is bound, when the node's copy is
+/// there, or there shall be none. A sandbox that is not starting any more waits no longer, so that the
+/// deadline of its start, its end and the daemon's hold here too.
+pub(crate) async fn at_hand(
+    shard: &Rc<Shard>,
+    image: &Arc<Opened>,
+    sandbox: &Sandbox,
+) -> Result<(), Cause> {
+    let is_bound = shard.pool.placement().memory == MemoryPolicy::Bind;
+    // What comes on demand is copied to the guest's own memory.
+    let is_mapped = !shard.workshop.config.is_on_demand(image.file_bytes());
+    if is_bound && is_mapped {
+        let given_up = async {
+            sandbox.started_or_ended().await;
+            Err(Cause::Killed)
+        };
+        let copy = async { replicate(shard, image).await.map(drop) };
+        futures_lite::future::or(copy, given_up).await?;
     }
+    bring_in(shard, image);
+    Ok(())
+}
+
+/// Waits for the node's copy of the base. Whether there is one.
+async fn replicate(shard: &Rc<Shard>, image: &Opened) -> Result<bool, Cause> {
+    if let Some(known) = image.replica.get() {
+        return Ok(known.is_some());
+    }
+    let Some(base) = image.layers.first().filter(|base| base.info().kind == LayerKind::Flat) else {
+        return Ok(false);
+    };
+    let Some(host) = shard.host() else { return Err(Cause::Draining) };
+    let copy = match host.replica(image.manifest.id.clone(), base.info().id).await {
+        Ok(Ok(copy)) => copy,
+        Ok(Err(why)) => {
+            let node = shard.pool.placement().memory_node;
+            return Err(Cause::Failed(format!(
+                "node {node} has no copy of its template's memory, and memory is bound: {why}"
+            )));
+        }
+        Err(ShardError::ShuttingDown) => return Err(Cause::Draining),
+        Err(_) => return Err(Cause::Busy),
+    };
+    // Another create of this shard may have been first, with the same copy.
+    Ok(image.replica.get_or_init(|| copy).is_some())
 }
 
 /// Reads what guests of this image touched first into the page cache.

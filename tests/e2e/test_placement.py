@@ -89,8 +89,8 @@ def node_of(process: dict, nodes: dict) -> int:
 
 
 def guests_map_copies(template: str, nodes: dict) -> bool:
-    """Whether guests made now map their node's copy of the template's memory, on both nodes. Those that
-    are made while the copy is read map the file."""
+    """Whether guests made now map their node's copy of the template's memory, on both nodes. Where memory
+    is bound they wait for it; those of the daemon before may have mapped the file."""
     probes = [make(template) for _ in range(4)]
     try:
         processes = vm_processes()

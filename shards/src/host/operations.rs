@@ -215,19 +215,17 @@ impl Host {
         }
     }
 
-    /// This node's copy of a snapshot's base layer in memory; none where it does not fit.
-    pub(crate) async fn replica(&self, snapshot: String, layer: LayerId) -> Option<OwnedFd> {
+    /// This node's copy of a snapshot's base layer in memory, when it is there; none where it does not
+    /// fit. The outer error is one of the way to who keeps it, the inner one says why it was not made.
+    pub(crate) async fn replica(
+        &self,
+        snapshot: String,
+        layer: LayerId,
+    ) -> Result<Result<Option<OwnedFd>, String>, ShardError> {
         let librarian = self.0.shard.librarian;
-        match self.ask(librarian, Operation::Replica(snapshot, layer)).await {
-            Ok(Reply::Replica(copy)) => copy,
-            Ok(other) => {
-                tracing::error!(?other, "a shard answered out of form");
-                None
-            }
-            Err(error) => {
-                tracing::debug!(%error, "no copy of a base layer");
-                None
-            }
+        match self.ask(librarian, Operation::Replica(snapshot, layer)).await? {
+            Reply::Replica(copy) => Ok(copy),
+            other => Err(out_of_form(&other)),
         }
     }
 

@@ -49,8 +49,8 @@ pub(crate) struct Opened {
     pub(crate) plan: Vec<u8>,
     /// What guests of it touch first, where that is known.
     pub(crate) working_set: Option<Vec<FrameRun>>,
-    /// The node's copy of the base, once it is there.
-    pub(crate) replica: OnceLock<OwnedFd>,
+    /// The node's copy of the base, once it is there; none once it is known that there will be none.
+    pub(crate) replica: OnceLock<Option<OwnedFd>>,
     /// Whether it was begun to be brought into memory.
     pub(crate) brought_in: AtomicBool,
     /// Whether somebody notes its working set.
@@ -93,7 +93,7 @@ impl Opened {
     pub(crate) fn layer_fds(&self) -> Vec<BorrowedFd<'_>> {
         let mut fds: Vec<BorrowedFd<'_>> =
             self.layers.iter().map(|layer| layer.file().as_fd()).collect();
-        if let (Some(base), Some(replica)) = (fds.first_mut(), self.replica.get()) {
+        if let (Some(base), Some(Some(replica))) = (fds.first_mut(), self.replica.get()) {
             *base = replica.as_fd();
         }
         fds

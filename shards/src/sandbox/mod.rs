@@ -48,6 +48,7 @@ pub(crate) use prepare::{Origin, Workshop};
 use queue::Queue;
 pub(crate) use record::{Record, RecordedProcess, RecordedState};
 pub(crate) use ring_file::RingFile;
+pub(crate) use state::Cause;
 use state::{Event, State};
 pub(crate) use word::STATES;
 
@@ -253,6 +254,13 @@ impl Sandbox {
     /// Resolves when it is neither on its way to running nor away from it.
     pub(crate) async fn settled(&self) {
         while self.state.borrow().is_in_transition() {
+            self.changed().await;
+        }
+    }
+
+    /// Resolves when what it starts from is not looked for any more.
+    pub(crate) async fn started_or_ended(&self) {
+        while matches!(*self.state.borrow(), State::Starting(_)) {
             self.changed().await;
         }
     }

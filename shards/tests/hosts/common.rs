@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -103,10 +104,21 @@ impl Bench {
     fn fill_store(&self) {
         let store = Store::open(&self.store()).unwrap();
         for (name, ready) in [("agent", ReadyWhen::Agent), ("console", ReadyWhen::Console)] {
-            let id = add_template(&store, name, ready);
-            add_running_snapshot(&store, &id, name, ready);
+            add_warm(&store, &spec(name, ready), BASE.end);
         }
-        add_template(&store, "cold", ReadyWhen::Agent);
+        add_template(&store, &spec("cold", ReadyWhen::Agent));
+    }
+
+    /// One more template, `large`, with so much memory, all of it with content: to copy it takes a while.
+    /// The file that its memory is in.
+    pub fn add_large(&self, memory: Mebibytes) -> PathBuf {
+        let store = Store::open(&self.store()).unwrap();
+        let spec = TemplateSpec { memory, ..spec("large", ReadyWhen::Agent) };
+        let id = add_warm(&store, &spec, frames_of(memory));
+        let opened = store.open_snapshot(&id).unwrap().unwrap();
+        let base = opened.layers.first().unwrap();
+        let link = format!("/proc/self/fd/{}", base.file().as_fd().as_raw_fd());
+        fs::read_link(link).unwrap()
     }
 
     pub fn config(&self) -> HostConfig {
@@ -287,54 +299,57 @@ fn spec(name: &str, ready: ReadyWhen) -> TemplateSpec {
     }
 }
 
-fn add_template(store: &Store, name: &str, ready: ReadyWhen) -> String {
-    let spec = spec(name, ready);
+fn add_template(store: &Store, spec: &TemplateSpec) -> String {
     let staging = store.stage(&spec.name, false).unwrap();
     for (part, length) in [(Part::Kernel, 4096), (Part::Initramfs, 512), (Part::Disk, DISK_BYTES)] {
         let mut file = staging.create_part(part).unwrap();
         file.write_all(b"template").unwrap();
         file.set_len(length).unwrap();
     }
-    staging.commit(&spec).unwrap().manifest().id.clone()
+    staging.commit(spec).unwrap().manifest().id.clone()
 }
 
-/// What a warm-up leaves: memory, disk, and a state as the double saves it.
-fn add_running_snapshot(store: &Store, id: &str, name: &str, ready: ReadyWhen) {
-    let template = store.find_template(name).unwrap().unwrap();
-    let staging = store.stage_snapshot(id).unwrap();
+/// A template and what a warm-up leaves: memory, disk, and a state as the double saves it. Of its memory,
+/// so many frames are written, most of which are empty in small ones. Its id.
+fn add_warm(store: &Store, spec: &TemplateSpec, written: u32) -> String {
+    let id = add_template(store, spec);
+    let template = store.find_template(spec.name.as_str()).unwrap().unwrap();
+    let staging = store.stage_snapshot(&id).unwrap();
     let (layer, file) = staging.create_layer().unwrap();
     assert_eq!(frames_of(MEMORY), FRAMES);
-    let mut base = FlatWriter::new(BlockingFile::new(file), layer, FRAMES);
+    let frames = frames_of(spec.memory);
+    let mut base = FlatWriter::new(BlockingFile::new(file), layer, frames);
     let written = async {
-        for frame in 0..BASE.end {
-            let page = vec![base_byte(frame); usize::try_from(PAGE_BYTES).unwrap()];
+        for frame in 0..written {
+            let byte = if frames > FRAMES { 1 } else { base_byte(frame) };
+            let page = vec![byte; usize::try_from(PAGE_BYTES).unwrap()];
             base.push(&page).await?;
         }
         base.finish().await
     };
     let base = run_blocking(written).unwrap();
     staging.clone_disk(&template.open_disk().unwrap().unwrap()).unwrap();
-    let spec = spec(name, ready);
     let manifest = SnapshotManifest {
-        id: id.to_owned(),
+        id: id.clone(),
         kind: SnapshotKind::Template,
         name: None,
-        template_id: id.to_owned(),
-        template_name: spec.name,
+        template_id: id.clone(),
+        template_name: spec.name.clone(),
         parent: None,
         sandbox: None,
         tenant: None,
         created_unix_ms: 1,
         vcpus: spec.vcpus,
         memory: spec.memory,
-        envd_version: spec.envd_version,
-        ready,
+        envd_version: spec.envd_version.clone(),
+        ready: spec.ready,
         layers: vec![base],
         disk_bytes: DISK_BYTES,
         state: state(BASE_REGISTER),
         record: Vec::new(),
     };
     staging.seal(manifest).unwrap();
+    id
 }
 
 /// A state as the double saves it at its first freeze.

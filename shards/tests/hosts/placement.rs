@@ -1,18 +1,21 @@
 //! VM processes are where the plan says, from their first instruction on.
 //!
 //! Against the double, read from /proc. Memory nodes are counted where the kernel knows any; how it is
-//! with two of them is shown end to end (`tests/e2e/test_placement.py`).
+//! with two of them is shown end to end (`tests/e2e/test_placement.py`). A plan of two nodes shows here
+//! what guests start from on each.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mica_numa::plan::VcpuCores;
 use mica_numa::{MemoryPolicy, Plan, VcpuPin, topology};
 use mica_shards::metrics::Value;
-use mica_shards::{Host, HostConfig};
+use mica_shards::{Host, HostConfig, ShardError, rt};
+use mica_units::{Mebibytes, ShardCount};
 
-use crate::common::{Bench, Leftovers, request, two_seats};
+use crate::common::{Bench, Leftovers, request, tell, two_seats};
 use crate::wait::eventually;
 
 /// The line of a process's status with this name.
@@ -168,4 +171,132 @@ fn each_vcpu_has_a_hardware_thread_where_the_plan_says_so() {
         }
     });
     ran.unwrap();
+}
+
+/// Memory of a template whose copy takes longer than to start a sandbox without it.
+const LARGE: Mebibytes = Mebibytes::new(128);
+
+/// The two seats, each on a node of its own. The memory of both is of this machine's one.
+fn two_nodes(memory: MemoryPolicy) -> Plan {
+    let mut plan = Plan { memory, ..two_seats() };
+    let cpus = plan.vcpus[0].cpus.clone();
+    let vcpus =
+        |node| VcpuCores { node, memory_node: 0, cpus: cpus.clone(), shared_with_shards: true };
+    plan.vcpus = vec![vcpus(0), vcpus(1)];
+    for (node, seat) in (0..).zip(&mut plan.seats) {
+        (seat.node, seat.memory_node) = (node, 0);
+    }
+    plan
+}
+
+/// What sandboxes that are made at once start from, by shard.
+async fn bases(host: &Host, count: usize) -> BTreeMap<u16, Vec<String>> {
+    let creates: Vec<_> = (0..count)
+        .map(|_| {
+            let host = host.clone();
+            rt::spawn(async move { host.create(request("large")).await.unwrap().id })
+        })
+        .collect();
+    let mut found: BTreeMap<u16, Vec<String>> = BTreeMap::new();
+    for create in creates {
+        let id = create.join().await.unwrap();
+        let shard = id.shard(ShardCount::new(2).unwrap()).index();
+        found.entry(shard).or_default().push(tell(host, id, "base").await);
+        host.kill(id).await.unwrap();
+    }
+    found
+}
+
+#[test]
+fn where_memory_is_bound_the_first_creates_wait_for_their_nodes_copy() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    let file = bench.add_large(LARGE);
+    let config = || HostConfig { replica_budget_mib: 256, ..bench.config() };
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Bind), config(), |host| async move {
+        let found = bases(&host, 4).await;
+        assert_eq!(found.len(), 2, "creates went to one node only: {found:?}");
+        for base in found.into_values().flatten() {
+            assert!(base.starts_with("/memfd:mica-replica"), "{base}");
+        }
+    });
+    ran.unwrap();
+    // One whose copy would not fit is the page cache's, as the operator decided.
+    let small = HostConfig { replica_budget_mib: 64, ..bench.config() };
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Bind), small, |host| async move {
+        for base in bases(&host, 2).await.into_values().flatten() {
+            assert_eq!(Path::new(&base), file);
+        }
+    });
+    ran.unwrap();
+}
+
+#[test]
+fn a_create_that_waits_for_a_copy_ends_by_its_deadline_and_with_the_host() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    bench.add_large(LARGE);
+    let boot_deadline = Duration::from_millis(5);
+    let config = HostConfig { replica_budget_mib: 256, boot_deadline, ..bench.config() };
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Bind), config, |host| async move {
+        let late = host.create(request("large")).await.unwrap_err();
+        assert!(matches!(late, ShardError::BootTimedOut { .. }), "{late}");
+        // The host ends while this one waits.
+        rt::spawn(async move { host.create(request("large")).await }).detach();
+    });
+    ran.unwrap();
+    assert_eq!(bench.leftovers().sandboxes, 0);
+}
+
+#[test]
+fn a_copy_that_a_create_began_is_made_although_its_client_went_away() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    bench.add_large(LARGE);
+    let config = HostConfig { replica_budget_mib: 256, ..bench.config() };
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Bind), config, |host| async move {
+        let short = Duration::from_millis(5);
+        let given_up = rt::time::timeout(short, host.create(request("large"))).await;
+        assert!(given_up.is_err(), "{given_up:?}");
+        assert_eq!(bases(&host, 4).await.into_values().flatten().count(), 4);
+    });
+    ran.unwrap();
+}
+
+#[test]
+fn where_memory_is_bound_a_copy_that_fails_is_an_error_until_it_can_be_made() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    let file = bench.add_large(Mebibytes::new(32));
+    let whole = fs::read(&file).unwrap();
+    let mut damaged = whole.clone();
+    damaged[5 << 20] ^= 1;
+    let config = || HostConfig { replica_budget_mib: 256, ..bench.config() };
+
+    fs::write(&file, &damaged).unwrap();
+    let mend = (file.clone(), whole);
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Bind), config(), |host| async move {
+        for _ in 0..2 {
+            let error = host.create(request("large")).await.unwrap_err();
+            let text = error.to_string();
+            assert!(matches!(error, ShardError::BootFailed { .. }), "{text}");
+            assert!(text.contains("no copy of its template's memory"), "{text}");
+            assert!(text.contains("damaged at"), "{text}");
+        }
+        fs::write(mend.0, mend.1).unwrap();
+        for base in bases(&host, 4).await.into_values().flatten() {
+            assert!(base.starts_with("/memfd:mica-replica"), "{base}");
+        }
+    });
+    ran.unwrap();
+
+    // Where it is only preferred, guests start from the file.
+    fs::write(&file, &damaged).unwrap();
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Preferred), config(), |host| async move {
+        for base in bases(&host, 2).await.into_values().flatten() {
+            assert_eq!(Path::new(&base), file);
+        }
+    });
+    ran.unwrap();
+    assert_eq!(bench.pids(), [0; 0]);
 }

@@ -95,7 +95,9 @@ impl Driver {
                     found
                 }
             };
-            warmth::bring_in(&shard, &found.image);
+            if let Err(cause) = warmth::at_hand(&shard, &found.image, &sandbox).await {
+                return Done::Prepared(Err(cause));
+            }
             // It may have waited longer than its client did.
             if sandbox.is_ending() {
                 return Done::Prepared(Err(Cause::Killed));

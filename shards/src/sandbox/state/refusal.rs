@@ -54,7 +54,9 @@ pub(crate) fn doing(state: &State) -> &'static str {
         | State::Paused(Process::Thawing | Process::Returning)
         | State::Restoring(Birth::Resume)
         | State::Initialising(Birth::Resume) => "it is being resumed",
-        State::Starting(_) | State::Cancelling(_) => "making its disk and its process",
+        State::Starting(_) | State::Cancelling(_) => {
+            "finding what it starts from, and making its disk and its process"
+        }
         State::Restoring(Birth::Rollback)
         | State::Initialising(Birth::Rollback)
         | State::RollingBack(_) => "it is being rolled back",
