@@ -1,4 +1,5 @@
-//! The engine's benchmark, once through: it measures every operation that it promises, and writes it down.
+//! The engine's benchmark, once through: it measures every operation that it promises, and writes it down in a form
+//! that what compares and draws reports takes.
 //!
 //! Run by `cargo test`. Needs root, `/dev/kvm`, and the daemon beside the benchmark's program or in
 //! `$MICA_BIN_DIR`. Refuses to judge the figures: on a busy machine they mean nothing.
@@ -10,6 +11,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use kvm::have_kvm;
+use mica_lab::bench::compare::{Thresholds, compare};
+use mica_lab::bench::document::Document;
+use mica_lab::bench::html::page::page;
 use mica_lab::one_vm::find_mica_vm;
 use serde_json::Value;
 
@@ -55,8 +59,13 @@ fn a_quick_run_has_a_figure_for_every_operation() {
         .unwrap();
     let (table, log) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert!(ran.status.success(), "{table}\n{log}");
-    let report: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let document = Document::read(&file).unwrap();
     std::fs::remove_file(&file).unwrap();
+    let same = compare(&document, &document, Thresholds::default()).unwrap();
+    assert!(same.reasons.is_empty() && same.pairs.len() >= OPS.len(), "{}", same.text());
+    assert!(page(std::slice::from_ref(&document)).contains("bare system calls"));
+    let report = document.0;
+    assert_eq!((&report["command"], &report["options"]["quick"]), (&"engine".into(), &true.into()));
     assert!(report["host"].is_object(), "{report}");
     let rows = report["results"].as_array().unwrap();
     for op in OPS {
@@ -67,7 +76,14 @@ fn a_quick_run_has_a_figure_for_every_operation() {
         assert!(figure("p50_us") <= figure("p95_us"), "{row}");
         assert!(figure("p95_us") <= figure("p99_us"), "{row}");
         assert!(figure("p99_us") <= figure("max_us"), "{row}");
+        assert!(figure("min_us") <= figure("avg_us"), "{row}");
+        assert_eq!((&row["success"], &row["failed"]), (&row["n"], &Value::from(0)), "{row}");
         assert!(table.contains(op), "{table}");
     }
+    let http = rows.iter().find(|row| row["op"] == "create_http").unwrap();
+    let phases = http["phases"].as_array().unwrap_or_else(|| panic!("no phases: {http}"));
+    assert!(phases.iter().all(|phase| phase["operation"] == "create"), "{http}");
+    assert!(phases.iter().any(|phase| phase["phase"] == "run"), "{http}");
+    assert_eq!(http["seed"]["hardware"], "other hardware");
     assert!(report["idle_bytes_per_sandbox"].as_i64().unwrap() > 0, "{report}");
 }

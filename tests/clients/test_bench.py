@@ -1,4 +1,6 @@
-"""`mica bench exec` against a daemon with the stand-in VM: every row, and a message where it cannot."""
+"""`mica bench exec` against a daemon with the stand-in VM: every row, what else takes its report, and a message where
+it cannot.
+"""
 
 import json
 import os
@@ -27,17 +29,45 @@ def bench(daemon, *options, url=None):
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=300)
 
 
+def mica_bench(*words):
+    words = [PROGRAMS / "mica-bench", *words]
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=60)
+
+
 def test_every_operation_has_a_row(daemon, tmp_path):
     ran = bench(daemon, "--calls", "20", "--sandboxes", "4", "--json", tmp_path / "rows")
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "rows").read_text())
+    assert (found["format"], found["command"], found["complete"]) == ("mica-bench", "exec", True)
+    assert found["options"] == {"concurrency": [1, 10, 100], "sandboxes": 4, "calls": 20}
+    assert found["host"]["cores"] > 0 and found["target"]["daemon_pid"] == daemon.process.pid
     rows = {row["op"]: row for row in found["results"]}
     assert {op: row["clients"] for op, row in rows.items()} == OPERATIONS
     for op, row in rows.items():
         # Each client calls at least once.
-        assert row["n"] == max(20, row["clients"]), row
-        assert 0 < row["p50_us"] <= row["p95_us"] <= row["max_us"], row
-        assert row["per_s"] > 0 and op in ran.stdout, row
+        assert row["n"] == row["success"] == max(20, row["clients"]), row
+        assert (row["concurrency"], row["failed"], row["errors"]) == (row["clients"], 0, [])
+        times = [row[f"{name}_us"] for name in ("min", "p50", "p90", "p95", "p99", "max")]
+        assert 0 < times[0] and times == sorted(times) and times[0] <= row["avg_us"] <= times[-1], row
+        assert row["per_s"] == row["throughput_per_s"] > 0 and row["wall_us"] > 0 and op in ran.stdout, row
+    seed = rows["run_code_100"]["seed"]
+    assert (seed["of"], seed["hardware"], seed["per_s"]) == ("SoulBox", "other hardware", 1456.8)
+
+
+def test_its_report_is_compared_and_drawn(daemon, tmp_path):
+    report, worse, page = (tmp_path / name for name in ("report.json", "worse.json", "page.html"))
+    ran = bench(daemon, "-c", "1,2", "--calls", "4", "--sandboxes", "2", "-o", report)
+    assert ran.returncode == 0, ran.stderr
+    assert mica_bench("compare", report, report).returncode == 0
+    document = json.loads(report.read_text())
+    document["results"][0]["throughput_per_s"] /= 2
+    worse.write_text(json.dumps(document))
+    compared = mica_bench("compare", report, worse)
+    assert compared.returncode == 1 and "FAILED run_code_1: per s went from" in compared.stdout, compared.stdout
+    drawn = mica_bench("report", report, "--html", page)
+    assert drawn.returncode == 0, drawn.stderr
+    for figure in ("run code: latency", "run code: throughput", "command: latency", "command: throughput"):
+        assert f"{figure} against concurrency" in page.read_text()
 
 
 def forward_slowly(target):

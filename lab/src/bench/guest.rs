@@ -9,12 +9,15 @@ use serde_json::{Value, json};
 
 use super::host::{Host, Sandbox, Timed};
 use crate::engine::client::Client;
-use crate::engine::exec::{ended_well, frame};
 
 /// Where envd listens.
 const ENVD: u16 = 49983;
 /// Where the code interpreter listens.
 const INTERPRETER: u16 = 49999;
+/// The flag of the frame that ends a stream, in Connect's protocol.
+const END_OF_STREAM: u8 = 2;
+/// Flag and length, before each frame.
+const FRAME_HEAD_BYTES: usize = 5;
 
 /// A connection to a sandbox's envd.
 ///
@@ -46,6 +49,33 @@ pub fn command(client: &mut Client, line: &str) -> Timed<()> {
         ended_well(&answer).with_context(said)
     });
     Timed { begun, took, value }
+}
+
+/// One frame of Connect's streams.
+fn frame(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
+    [&[0], length.to_be_bytes().as_slice(), message].concat()
+}
+
+/// The frames of a process must end with exit code 0, and the stream without an error.
+fn ended_well(mut answer: &[u8]) -> Result<()> {
+    let mut exited = false;
+    loop {
+        let (head, rest) = answer.split_at_checked(FRAME_HEAD_BYTES).context("no last frame")?;
+        let [flag, length @ ..] = <[u8; FRAME_HEAD_BYTES]>::try_from(head)?;
+        let length = usize::try_from(u32::from_be_bytes(length))?;
+        let (message, rest) = rest.split_at_checked(length).context("a frame is cut off")?;
+        let message: Value = serde_json::from_slice(message).context("a frame is not JSON")?;
+        if flag & END_OF_STREAM != 0 {
+            ensure!(message["error"].is_null(), "the stream ended with an error");
+            ensure!(exited, "the process did not end with 0");
+            return Ok(());
+        }
+        let end = &message["event"]["end"];
+        // Zero is left out.
+        exited |= end["exited"] == true && end["exitCode"].as_i64().unwrap_or(0) == 0;
+        answer = rest;
+    }
 }
 
 /// The file that memory is filled with. By the sandbox's name, because a stand-in's guests share a machine.
@@ -87,7 +117,11 @@ pub enum Cell {
 
 /// Runs a cell over such a connection.
 pub fn cell(client: &mut Client, language: &str, code: &str) -> Timed<Cell> {
-    let body = json!({ "code": code, "language": language }).to_string();
+    execute(client, &json!({ "code": code, "language": language }))
+}
+
+fn execute(client: &mut Client, body: &Value) -> Timed<Cell> {
+    let body = body.to_string();
     let (begun, answer) = (Instant::now(), client.ask("POST", "/execute", body.as_bytes()));
     let took = begun.elapsed();
     let value = answer.and_then(|answer| match answer.status {
@@ -122,6 +156,14 @@ pub fn cell_that_says(client: &mut Client, language: &str, code: &str, wanted: &
     cell(client, language, code).and_then(|cell| says(&cell, wanted))
 }
 
+/// A cell of the language that sandboxes run where none is named. What it writes must be this, and nothing else.
+pub fn code(client: &mut Client, code: &str, wanted: &str) -> Timed<()> {
+    execute(client, &json!({ "code": code })).and_then(|cell| match cell {
+        Cell::Ran(text) if text == wanted => Ok(()),
+        cell => Err(anyhow!("{code} gave {cell:?}, and not {wanted:?}")),
+    })
+}
+
 /// # Errors
 /// When the cell did not say it.
 pub fn says(cell: &Cell, wanted: &str) -> Result<()> {
@@ -153,5 +195,26 @@ mod tests {
         assert!(says(&Cell::Ran("55".to_owned()), "55").is_ok());
         assert!(says(&Cell::Ran("54".to_owned()), "55").is_err());
         assert!(says(&Cell::NoKernel("no r".to_owned()), "55").is_err());
+    }
+
+    #[test]
+    fn only_a_command_that_ended_with_0_counts() {
+        let last = |text: &[u8]| {
+            let mut bytes = frame(text);
+            bytes[0] = END_OF_STREAM;
+            bytes
+        };
+        let stream = |end: &[u8], finish: &[u8]| {
+            [frame(br#"{"event":{"start":{"pid":7}}}"#), frame(end), last(finish)].concat()
+        };
+        let good = br#"{"event":{"end":{"exited":true,"status":"exit status 0"}}}"#;
+        ended_well(&stream(good, b"{}")).unwrap();
+        let failed = br#"{"event":{"end":{"exited":true,"exitCode":3}}}"#;
+        assert!(ended_well(&stream(failed, b"{}")).is_err());
+        assert!(ended_well(&stream(good, br#"{"error":{"code":"internal"}}"#)).is_err());
+        let whole = stream(good, b"{}");
+        for end in 0..whole.len() {
+            assert!(ended_well(&whole[..end]).is_err(), "cut at {end}");
+        }
     }
 }

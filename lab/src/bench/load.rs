@@ -128,7 +128,11 @@ pub fn round<J: Send, T: Send>(
     sum(done)
 }
 
-fn sum<T>(done: Vec<Timed<T>>) -> Result<Round<T>> {
+/// What calls came to, of whatever clients.
+///
+/// # Errors
+/// When there were none.
+pub fn sum<T>(done: Vec<Timed<T>>) -> Result<Round<T>> {
     let begun = done.iter().map(|one| one.begun).min().context("no jobs")?;
     let ended: Instant = done.iter().map(|one| one.begun + one.took).max().context("no jobs")?;
     let (mut times, mut values) = (Vec::new(), Vec::new());

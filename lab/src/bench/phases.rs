@@ -1,6 +1,6 @@
 //! What the daemon itself says an operation's time went to: sums that its `/metrics` counts, before and after.
 //!
-//! Called around every row. Where the daemon counts no phases there are none, and who shows them says so. Refuses to
+//! Called around every row, and by the engine's benchmark around what it does over HTTP. Where the daemon counts no phases there are none, and who shows them says so. Refuses to
 //! guess: a phase that was not counted in between is left out.
 
 use std::collections::BTreeMap;
@@ -47,14 +47,25 @@ impl Before {
     /// Looks. A host that does not answer, or counts nothing of the kind, has counted nothing.
     #[must_use]
     pub fn now(host: &Host) -> Self {
-        let text = host.get("/metrics").unwrap_or_default();
-        Self(sums(&String::from_utf8_lossy(&text)))
+        Self::of(&host.get("/metrics").unwrap_or_default())
+    }
+
+    /// What an answer to `GET /metrics` says was counted.
+    #[must_use]
+    pub fn of(answer: &[u8]) -> Self {
+        Self(sums(&String::from_utf8_lossy(answer)))
     }
 
     /// What came to it since.
     #[must_use]
     pub fn until_now(&self, host: &Host) -> Vec<Phase> {
-        difference(&self.0, &Self::now(host).0)
+        self.until(&Self::now(host))
+    }
+
+    /// What came to it until that was looked at.
+    #[must_use]
+    pub fn until(&self, later: &Self) -> Vec<Phase> {
+        difference(&self.0, &later.0)
     }
 }
 

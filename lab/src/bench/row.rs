@@ -25,6 +25,8 @@ pub struct Row {
     pub times: Vec<Duration>,
     /// From the first call to the last answer, of each round.
     pub walls: Vec<Duration>,
+    /// The times of the same work as bare system calls; nothing where there is no such work.
+    pub floor: Vec<Duration>,
     /// What did not succeed.
     pub failures: Failures,
     /// What somebody else's report says.
@@ -94,7 +96,7 @@ impl Row {
             "success": self.times.len(),
             "failed": failed,
             "errors": self.failures.json(),
-            "floor_p50_us": null,
+            "floor_p50_us": (!self.floor.is_empty()).then(|| us(percentile(&self.floor, 50))),
             "wall_us": (!self.walls.is_empty()).then(|| us(self.wall())),
             "per_op_us": self.per_op().map(us),
             "throughput_per_s": self.per_s().map(tenth),
@@ -199,6 +201,7 @@ mod tests {
         let times = (1..=19).map(ms).collect();
         row.add(Round { wall: ms(50), times, values: vec![(); 19], failures });
         row.set("dirty_mb", 7);
+        row.floor = vec![ms(3), ms(1), ms(2)];
         let json = row.json();
         for (name, value) in [
             ("n", json!(20)),
@@ -214,6 +217,7 @@ mod tests {
             ("wall_us", json!(50_000.0)),
             ("throughput_per_s", json!(380.0)),
             ("dirty_mb", json!(7)),
+            ("floor_p50_us", json!(2_000.0)),
         ] {
             assert_eq!(json[name], value, "{name} of {json}");
         }
@@ -225,7 +229,9 @@ mod tests {
     #[test]
     fn of_nothing_nothing_is_said() {
         let json = Row::new("create", String::new(), 1).json();
-        for name in ["p50_us", "avg_us", "wall_us", "throughput_per_s", "per_op_us", "seed"] {
+        for name in
+            ["p50_us", "avg_us", "wall_us", "throughput_per_s", "per_op_us", "seed", "floor_p50_us"]
+        {
             assert!(json[name].is_null(), "{name} of {json}");
         }
         assert_eq!((&json["n"], &json["success"]), (&json!(0), &json!(0)));

@@ -5,9 +5,14 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
+use serde_json::Value;
+
 use super::host::Host;
 use super::phases::Before;
 use super::row::{Row, Stats, ms};
+
+/// Fields that programs had under these names before there were others for the same: the line has them already.
+const SAID: [&str; 2] = ["clients", "per_s"];
 
 /// What is printed while a run goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,7 +150,8 @@ pub fn line(row: &Row) -> String {
     let seed = row.seed.map(|seed| format!("{}: {}", seed.of, seed.text())).unwrap_or_default();
     add(&mut text, format_args!("  {seed}"));
     let mut text = text.trim_end().to_owned() + "\n";
-    for (name, value) in row.more.iter().filter(|(_, value)| !value.is_array()) {
+    let own = |name: &str, value: &Value| !value.is_array() && !SAID.contains(&name);
+    for (name, value) in row.more.iter().filter(|(name, value)| own(name, value)) {
         add(&mut text, format_args!("  {name}: {value}\n"));
     }
     for (error, count) in failures.each() {
@@ -174,6 +180,7 @@ mod tests {
         failures.add(&anyhow::anyhow!("full"));
         let (wall, times) = (Duration::from_millis(8), vec![Duration::from_millis(4)]);
         row.add(Round { wall, times, values: vec![()], failures });
+        row.set("clients", 1);
         let text = line(&row);
         let words: Vec<&str> = text.lines().next().unwrap().split_whitespace().collect();
         assert_eq!(words[..5], ["create", "c=1", "2", "1", "4.00"]);

@@ -1,7 +1,7 @@
 //! An HTTP client of a few lines over one kept-alive connection, so that next to nothing of a measured time
 //! is its own.
 //!
-//! Called by `http` and `exec`. Refuses an answer longer than a benchmark's can be, and one that ends early.
+//! Called by `http` and by the tables of `bench`. Refuses an answer longer than a benchmark's can be, and one that ends early.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};

@@ -15,6 +15,7 @@ use super::client::Client;
 use super::floor::Floor;
 use super::place::{Places, TEMPLATE};
 use super::series::Book;
+use crate::bench::phases::Before;
 
 /// Shells that the daemon keeps.
 const POOL: usize = 8;
@@ -37,7 +38,11 @@ pub fn creates(
     let daemon = Daemon::start(places, mica)?;
     let mut client = daemon.client()?;
     let body = format!(r#"{{"templateID":"{TEMPLATE}","timeout":3600,"secure":false}}"#);
+    let mut counted = Before::default();
     for round in 0..=rounds {
+        if round == 1 {
+            counted = Before::of(&client.call("GET", "/metrics", b"", 200)?);
+        }
         let life = floor.life()?;
         daemon.quiet()?;
         let begun = Instant::now();
@@ -55,6 +60,9 @@ pub fn creates(
             book.add("destroy_http", destroy, life.destroy);
         }
     }
+    let now = Before::of(&client.call("GET", "/metrics", b"", 200)?);
+    let creates = counted.until(&now).into_iter().filter(|phase| phase.operation == "create");
+    book.spent("create_http", creates);
     Ok(())
 }
 

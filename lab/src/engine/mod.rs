@@ -1,14 +1,13 @@
 //! What the engine's operations cost.
 //!
 //! Called by `mica-bench`. `place` is where it works, `operations` and `density` are what it measures at the
-//! shard, `http` and `exec` at a client; `scale` is what the daemon itself takes, with `standin` in the place of
+//! shard, `http` at a client; `scale` is what the daemon itself takes, with `standin` in the place of
 //! VMs; `registry` is what choosing a host costs; `floor` is the physical limit that the figures are printed beside,
 //! and `report` prints them. Refuses to judge.
 
 pub mod client;
 pub mod density;
 pub mod dirt;
-pub mod exec;
 pub mod floor;
 pub mod handover;
 pub mod http;

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 
 use super::density::{Idle, Left};
 use super::series::{Series, percentile};
-use crate::bench::document::{FORMAT, VERSION};
+use crate::bench::document::Document;
+use crate::bench::row::{Row, us};
+use crate::bench::seeds;
 
 /// The row of what idle sandboxes cost, which is in bytes.
 const IDLE: &str = "idle_bytes_per_sandbox";
@@ -29,33 +31,30 @@ pub struct Report<'a> {
     pub left: Option<&'a Left>,
 }
 
-fn us(times: &[std::time::Duration], percent: usize) -> f64 {
-    // A tenth of a microsecond is what the clock can tell.
-    (percentile(times, percent).as_secs_f64() * 1e7).round() / 10.0
-}
-
 impl Report<'_> {
-    /// As JSON.
+    /// As programs read it, and `mica bench compare` and `report` do.
     #[must_use]
-    pub fn json(&self) -> Value {
-        let mut results: Vec<Value> = self.series.iter().map(row).collect();
+    pub fn document(&self, options: &Value) -> Document {
+        let mut rows: Vec<Row> = self.series.iter().map(row).collect();
         if let Some(idle) = self.idle {
             // In bytes, so that there are no times.
-            results.push(json!({
-                "op": IDLE, "n": idle.sandboxes, "bytes": idle.bytes_each, "p50_us": null,
-                "p95_us": null, "p99_us": null, "max_us": null, "floor_p50_us": null,
-            }));
+            let mut row = Row::new(IDLE, String::new(), 1);
+            for count in ["n", "success"] {
+                row.set(count, idle.sandboxes);
+            }
+            row.set("bytes", idle.bytes_each);
+            rows.push(row);
         }
-        json!({
-            "format": FORMAT,
-            "version": VERSION,
-            "command": "engine",
-            "host": self.host,
-            "results": results,
-            IDLE: self.idle.map(|idle| idle.bytes_each),
-            "idle": self.idle,
-            "create_kill_rounds": self.left,
-        })
+        let mut document = Document::new("engine", options, &rows);
+        for (name, value) in [
+            ("host", self.host.clone()),
+            (IDLE, json!(self.idle.map(|idle| idle.bytes_each))),
+            ("idle", json!(self.idle)),
+            ("create_kill_rounds", json!(self.left)),
+        ] {
+            document.0[name] = value;
+        }
+        document
     }
 
     /// As a table.
@@ -65,9 +64,10 @@ impl Report<'_> {
             "{:<20} {:>5} {:>10} {:>10} {:>10} {:>10} {:>10} {:>7}\n",
             "µs", "n", "p50", "p95", "p99", "max", "floor p50", "ratio"
         );
-        for Series { op, times, floor } in self.series {
-            let [p50, p95, p99, max] = [50, 95, 99, 100].map(|percent| us(times, percent));
-            let least = us(floor, 50);
+        for Series { op, times, floor, .. } in self.series {
+            let [p50, p95, p99, max] =
+                [50, 95, 99, 100].map(|percent| us(percentile(times, percent)));
+            let least = us(percentile(floor, 50));
             let ratio = if least > 0.0 { format!("{:.2}", p50 / least) } else { "-".to_owned() };
             let n = times.len();
             let line = format!(
@@ -93,20 +93,11 @@ impl Report<'_> {
     }
 }
 
-/// One operation, as programs read it.
-#[must_use]
-pub fn row(series: &Series) -> Value {
-    let Series { op, times, floor } = series;
-    json!({
-        "op": op,
-        "n": times.len(),
-        "p50_us": us(times, 50),
-        "p95_us": us(times, 95),
-        "p99_us": us(times, 99),
-        "max_us": us(times, 100),
-        // Of a time that has none, none.
-        "floor_p50_us": (!floor.is_empty()).then(|| us(floor, 50)),
-    })
+/// One operation, as a row of a table: one client, no conditions.
+fn row(series: &Series) -> Row {
+    let Series { op, times, floor, phases } = series.clone();
+    let seed = seeds::of_engine(op);
+    Row { times, floor, phases, seed, ..Row::new(op, String::new(), 1) }
 }
 
 fn memory(idle: &Idle) -> String {
@@ -200,23 +191,87 @@ fn commit() -> Option<String> {
 mod tests {
     use std::time::Duration;
 
+    use super::super::memory::{Machine, Process};
     use super::*;
+    use crate::bench::compare::{Thresholds, compare};
+    use crate::bench::html::page::page;
+    use crate::bench::phases::Phase;
 
     fn report(series: &[Series]) -> Report<'_> {
         Report { host: json!({}), series, idle: None, left: None }
     }
 
+    fn idle() -> Idle {
+        Idle {
+            sandboxes: 200,
+            available_bytes_each: 2 << 20,
+            bytes_each: 1 << 20,
+            bytes_each_with_pool: 3 << 20,
+            machine_each: Machine::default(),
+            process_each: Process::default(),
+        }
+    }
+
     #[test]
     fn rows_have_what_programs_read() {
         let us = Duration::from_micros;
-        let series =
-            [Series { op: "pause", times: vec![us(30), us(10), us(20)], floor: vec![us(5)] }];
-        let json = report(&series).json();
-        let expected = json!({"op": "pause", "n": 3, "p50_us": 20.0, "p95_us": 30.0,
-            "p99_us": 30.0, "max_us": 30.0, "floor_p50_us": 5.0});
-        assert_eq!(json["results"], json!([expected]));
-        let table = report(&series).table();
+        let phase = |phase: &str| Phase {
+            operation: "pause".to_owned(),
+            phase: phase.to_owned(),
+            count: 3.0,
+            avg_us: 7.0,
+        };
+        let series = [Series {
+            op: "pause",
+            times: vec![us(30), us(10), us(20)],
+            floor: vec![us(5)],
+            phases: vec![phase("freeze")],
+        }];
+        let idle = idle();
+        let report = Report { idle: Some(&idle), ..report(&series) };
+        let document = report.document(&json!({ "shards": 1 }));
+        let rows: Vec<&Value> = document.rows().collect();
+        for (name, value) in [
+            ("op", json!("pause")),
+            ("n", json!(3)),
+            ("success", json!(3)),
+            ("failed", json!(0)),
+            ("min_us", json!(10.0)),
+            ("p50_us", json!(20.0)),
+            ("p90_us", json!(30.0)),
+            ("p95_us", json!(30.0)),
+            ("p99_us", json!(30.0)),
+            ("max_us", json!(30.0)),
+            ("avg_us", json!(20.0)),
+            ("floor_p50_us", json!(5.0)),
+        ] {
+            assert_eq!(rows[0][name], value, "{name} of {}", rows[0]);
+        }
+        assert_eq!(rows[0]["seed"]["hardware"], "other hardware");
+        assert_eq!(rows[0]["phases"][0]["phase"], "freeze");
+        assert_eq!((&rows[1]["op"], &rows[1]["n"]), (&json!(IDLE), &json!(200)));
+        assert_eq!((&rows[1]["bytes"], &rows[1]["p95_us"]), (&json!(1 << 20), &Value::Null));
+        assert_eq!((&document.0[IDLE], &document.0["complete"]), (&json!(1 << 20), &json!(true)));
+        assert_eq!(document.0["options"]["shards"], 1);
+        let table = report.table();
         assert!(table.lines().nth(1).is_some_and(|line| line.ends_with("   4.00")), "{table}");
+    }
+
+    #[test]
+    fn runs_are_compared_and_drawn() {
+        let series = |ms| {
+            let (times, floor) =
+                (vec![Duration::from_millis(ms); 3], vec![Duration::from_millis(1)]);
+            [Series { op: "pause", times, floor, phases: Vec::new() }]
+        };
+        let (fast, slow) = (series(2), series(4));
+        let [fast, slow] = [&fast, &slow].map(|series| report(series).document(&json!({})));
+        let verdict = compare(&fast, &slow, Thresholds::default()).unwrap();
+        assert_eq!(verdict.reasons, ["pause: p95 went from 2.00 ms to 4.00 ms: 2.00 > 1.2"]);
+        let page = page(&[slow]);
+        for part in ["bare system calls", "<svg", "CubeSandbox", "floor p50"] {
+            assert!(page.contains(part), "{part} is not in {page}");
+        }
     }
 
     #[test]

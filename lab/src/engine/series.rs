@@ -4,8 +4,10 @@
 
 use std::time::Duration;
 
+use crate::bench::phases::Phase;
+
 /// The times of one operation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Series {
     /// Its name in the results.
     pub op: &'static str,
@@ -13,10 +15,12 @@ pub struct Series {
     pub times: Vec<Duration>,
     /// How long the same work took as bare system calls. Empty where there is no such work.
     pub floor: Vec<Duration>,
+    /// What the daemon says it spent the time on; nothing where there is none.
+    pub phases: Vec<Phase>,
 }
 
 /// The series of one run, in the order in which they began.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Book(Vec<Series>);
 
 impl Book {
@@ -27,9 +31,15 @@ impl Book {
         series.floor.push(floor);
     }
 
+    /// Says what the daemon spent the times of an operation on.
+    pub fn spent(&mut self, op: &'static str, phases: impl IntoIterator<Item = Phase>) {
+        self.series(op).phases.extend(phases);
+    }
+
     fn series(&mut self, op: &'static str) -> &mut Series {
         let at = self.0.iter().position(|series| series.op == op).unwrap_or_else(|| {
-            self.0.push(Series { op, times: Vec::new(), floor: Vec::new() });
+            let (times, floor, phases) = (Vec::new(), Vec::new(), Vec::new());
+            self.0.push(Series { op, times, floor, phases });
             self.0.len() - 1
         });
         &mut self.0[at]
@@ -37,10 +47,11 @@ impl Book {
 
     /// Takes another book's series in.
     pub fn append(&mut self, other: Self) {
-        for Series { op, times, floor } in other.0 {
+        for Series { op, times, floor, phases } in other.0 {
             let series = self.series(op);
             series.times.extend(times);
             series.floor.extend(floor);
+            series.phases.extend(phases);
         }
     }
 

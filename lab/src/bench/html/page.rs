@@ -12,7 +12,7 @@ use super::{escape, plots, scale};
 const STYLE: &str = include_str!("style.css");
 
 /// The columns of the table: a name, a field, and what the field is divided by.
-const COLUMNS: [(&str, &str, f64); 9] = [
+const COLUMNS: [(&str, &str, f64); 10] = [
     ("avg", "avg_us", 1e3),
     ("min", "min_us", 1e3),
     ("p50", "p50_us", 1e3),
@@ -20,6 +20,7 @@ const COLUMNS: [(&str, &str, f64); 9] = [
     ("p95", "p95_us", 1e3),
     ("p99", "p99_us", 1e3),
     ("max", "max_us", 1e3),
+    ("floor p50", "floor_p50_us", 1e3),
     ("wall", "wall_us", 1e3),
     ("per s", "throughput_per_s", 1.0),
 ];
@@ -99,7 +100,8 @@ fn facts(document: &Value) -> String {
     };
     row("run", format!("{} {}", text(&document["command"]), text(&document["made_at"])));
     let target = &document["target"];
-    row("host", format!("{} {}", text(&target["url"]), text(&target["template"])));
+    let host = format!("{} {}", text(&target["url"]), text(&target["template"]));
+    row("host", host.trim().to_owned());
     if target["is_local"] == true {
         row("where it runs", "on the machine of the clients".to_owned());
     } else if target["is_local"] == false {
@@ -155,7 +157,7 @@ fn table(rows: &[&Value]) -> String {
             let said = escape(error["error"].as_str().unwrap_or_default());
             let count = &error["count"];
             out += &format!(
-                "<tr><td></td><td class=\"bad\" colspan=\"14\">{count} times: {said}</td></tr>\n"
+                "<tr><td></td><td class=\"bad\" colspan=\"15\">{count} times: {said}</td></tr>\n"
             );
         }
     }

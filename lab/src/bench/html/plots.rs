@@ -26,6 +26,8 @@ const LATENCY: Axis = Axis { label: "ms, log scale", log: true };
 #[must_use]
 pub fn all(rows: &[&Value]) -> Vec<Figure> {
     let mut figures = by_concurrency(rows);
+    figures.extend(throughput(rows));
+    figures.extend(floor(rows));
     figures.extend(dirty(rows));
     figures.extend(density(rows));
     figures.extend(load(rows));
@@ -33,14 +35,23 @@ pub fn all(rows: &[&Value]) -> Vec<Figure> {
     figures
 }
 
-/// Names of operations in the order of their rows, where at least two rows have one.
-fn operations<'a>(rows: &[&'a Value], wanted: impl Fn(&Value) -> bool) -> Vec<&'a str> {
+/// What is drawn as one curve: an operation, or those of `exec`, whose names end in the number of clients.
+fn curve(row: &Value) -> &str {
+    let op = row["op"].as_str().unwrap_or_default();
+    let clients = row["clients"].as_u64();
+    let named = op
+        .rsplit_once('_')
+        .filter(|(_, number)| clients.is_some_and(|clients| number.parse() == Ok(clients)));
+    named.map_or(op, |(name, _)| name)
+}
+
+/// Names of curves in the order of their rows.
+fn curves<'a>(rows: &[&'a Value], wanted: impl Fn(&Value) -> bool) -> Vec<&'a str> {
     let mut names: Vec<&str> = Vec::new();
     for row in rows.iter().filter(|row| wanted(row)) {
-        if let Some(op) = row["op"].as_str()
-            && !names.contains(&op)
-        {
-            names.push(op);
+        let name = curve(row);
+        if !name.is_empty() && !names.contains(&name) {
+            names.push(name);
         }
     }
     names
@@ -74,9 +85,9 @@ fn by_concurrency(rows: &[&Value]) -> Vec<Figure> {
             && row["p50_us"].is_number()
     };
     let mut figures = Vec::new();
-    for op in operations(rows, has_curve) {
+    for op in curves(rows, has_curve) {
         let of_op: Vec<&Value> =
-            rows.iter().copied().filter(|row| row["op"] == op && has_curve(row)).collect();
+            rows.iter().copied().filter(|row| curve(row) == op && has_curve(row)).collect();
         if of_op.len() < 2 {
             continue;
         }
@@ -101,6 +112,42 @@ fn by_concurrency(rows: &[&Value]) -> Vec<Figure> {
         figures.push(drawn(title, CLIENTS, LATENCY, lines));
     }
     figures
+}
+
+/// What clients together get done in a second, of rows that say how many there were.
+fn throughput(rows: &[&Value]) -> Vec<Figure> {
+    let is_of_clients =
+        |row: &Value| row["clients"].is_u64() && row["throughput_per_s"].is_number();
+    let mut figures = Vec::new();
+    for op in curves(rows, is_of_clients) {
+        let of_op: Vec<&Value> =
+            rows.iter().copied().filter(|row| curve(row) == op && is_of_clients(row)).collect();
+        if of_op.len() < 2 {
+            continue;
+        }
+        let lines = [
+            line("all clients", &of_op, clients, |row| row["throughput_per_s"].as_f64()),
+            other("all clients", &of_op, clients, |row| row["seed"]["per_s"].as_f64()),
+        ];
+        let title = format!("{}: throughput against concurrency", op.replace('_', " "));
+        figures.push(drawn(title, CLIENTS, Axis { label: "in a second", log: false }, lines));
+    }
+    figures
+}
+
+/// What the engine takes beside the same work as bare system calls.
+fn floor(rows: &[&Value]) -> Option<Figure> {
+    let bar = |row: &&Value| {
+        let least = row["floor_p50_us"].as_f64().filter(|least| *least > 0.0)?;
+        let ratio = row["p50_us"].as_f64()? / least;
+        Some(Bar { name: row["op"].as_str()?.to_owned(), parts: vec![("p50".to_owned(), ratio)] })
+    };
+    let bars: Vec<Bar> = rows.iter().filter_map(bar).collect();
+    if bars.is_empty() {
+        return None;
+    }
+    let caption = "p50 beside the same work as bare system calls".to_owned();
+    Some(Figure { svg: stacks(&caption, "times as long", &bars), caption })
 }
 
 fn dirty(rows: &[&Value]) -> Option<Figure> {
@@ -234,6 +281,12 @@ mod tests {
             row("delete", 1),
             with(row("snapshot_dirty", 1), "dirty_mb", json!(0)),
             with(row("snapshot_dirty", 1), "dirty_mb", json!(10)),
+            json!({ "op": "run_code_1", "concurrency": 1, "clients": 1, "p50_us": 900.0, "p95_us": 950.0,
+                "throughput_per_s": 900.0, "seed": { "of": "SoulBox", "per_s": 180.3 } }),
+            json!({ "op": "run_code_10", "concurrency": 10, "clients": 10, "p50_us": 1900.0,
+                "p95_us": 2500.0, "throughput_per_s": 4000.0 }),
+            // The engine's names end in numbers, too.
+            with(with(row("clone_1", 1), "floor_p50_us", json!(500.0)), "seed", json!(null)),
             json!({ "op": "density", "sandboxes": 0, "bytes_taken": 0 }),
             json!({ "op": "density", "sandboxes": 9, "bytes_taken": 90, "bytes_per_sandbox": 10 }),
             with(row("load", 64), "rate_per_s", json!(10)),
@@ -253,6 +306,9 @@ mod tests {
             captions,
             [
                 "create: latency against concurrency",
+                "run code: latency against concurrency",
+                "run code: throughput against concurrency",
+                "p50 beside the same work as bare system calls",
                 "snapshot time against dirty memory",
                 "memory against live sandboxes",
                 "memory of one, by live sandboxes",

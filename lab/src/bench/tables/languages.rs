@@ -34,7 +34,7 @@ pub enum Language {
     Bash,
     /// IRkernel.
     R,
-    /// A Go kernel.
+    /// The kernel whose cells are programs in Go.
     Go,
     /// A Java kernel.
     Java,
@@ -58,7 +58,9 @@ impl Language {
             Self::Javascript => "console.log('Hello World')",
             Self::Bash => "echo 'Hello World'",
             Self::R => "cat('Hello World\\n')",
-            Self::Go => "import \"fmt\"\nfmt.Println(\"Hello World\")",
+            Self::Go => {
+                "package main\n\nimport \"fmt\"\n\nfunc main() { fmt.Println(\"Hello World\") }"
+            }
             Self::Java => "System.out.println(\"Hello World\");",
         }
     }
@@ -77,7 +79,8 @@ impl Language {
             }
             Self::R => "f <- function(n) if (n <= 1) n else f(n - 1) + f(n - 2); cat(f(10), '\\n')",
             Self::Go => {
-                "func f(n int) int { if n <= 1 { return n }; return f(n-1) + f(n-2) }\nfmt.Println(f(10))"
+                "package main\n\nimport \"fmt\"\n\nfunc f(n int) int { if n <= 1 { return n }; return f(n-1) + f(n-2) }\n\n\
+                 func main() { fmt.Println(f(10)) }"
             }
             Self::Java => {
                 "int f(int n) { return n <= 1 ? n : f(n - 1) + f(n - 2); }\nSystem.out.println(f(10));"

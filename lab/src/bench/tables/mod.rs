@@ -7,6 +7,7 @@ pub mod clone;
 pub mod create;
 pub mod density;
 pub mod dirty;
+pub mod exec;
 pub mod from_snapshot;
 pub mod languages;
 pub mod levels;

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
+use mica_lab::bench::html::page::page;
 use mica_lab::engine::density::{self, Idle, Left};
 use mica_lab::engine::dirt::Dirt;
 use mica_lab::engine::floor::{Config, Floor};
@@ -19,6 +20,7 @@ use mica_lab::engine::report::{self, Report};
 use mica_lab::engine::series::Book;
 use mica_lab::one_vm::find_mica_vm;
 use mica_units::Mebibytes;
+use serde_json::{Value, json};
 
 use crate::print;
 
@@ -41,9 +43,12 @@ pub struct EngineArgs {
     /// Shards of the host.
     #[arg(long, value_name = "N", default_value_t = 1)]
     shards: u16,
-    /// Write the results to this file.
+    /// Write the report to this file, as JSON.
+    #[arg(short, long, alias = "json", value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Write a page with plots to this file.
     #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    html: Option<PathBuf>,
     /// A few rounds of everything: shows that it works, and no more.
     #[arg(long)]
     quick: bool,
@@ -53,7 +58,7 @@ pub struct EngineArgs {
 }
 
 /// What can be measured by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
     /// Creates, pauses, resumes, ends.
     Lives,
@@ -133,11 +138,24 @@ pub fn engine(args: &EngineArgs) -> Result<()> {
         left: run.left.as_ref(),
     };
     print(&report.table())?;
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&report.json())?;
-        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    let document = report.document(&args.options());
+    if let Some(path) = &args.output {
+        document.write(path)?;
+    }
+    if let Some(path) = &args.html {
+        std::fs::write(path, page(std::slice::from_ref(&document)))
+            .with_context(|| format!("write {}", path.display()))?;
     }
     Ok(())
+}
+
+impl EngineArgs {
+    /// What it was asked to do, for the report.
+    fn options(&self) -> Value {
+        let name = |part: &Part| part.to_possible_value().map(|value| value.get_name().to_owned());
+        let only: Vec<_> = self.only.iter().filter_map(name).collect();
+        json!({ "shards": self.shards, "quick": self.quick, "only": only })
+    }
 }
 
 /// One run of the program.

@@ -9,7 +9,6 @@
 mod ab;
 mod compare;
 mod engine;
-mod exec;
 mod registry;
 mod report;
 mod scale;
@@ -25,6 +24,7 @@ use mica_lab::bench::tables::clone::Clones;
 use mica_lab::bench::tables::create::Create;
 use mica_lab::bench::tables::density::Density;
 use mica_lab::bench::tables::dirty::Dirty;
+use mica_lab::bench::tables::exec::Exec;
 use mica_lab::bench::tables::from_snapshot::FromSnapshot;
 use mica_lab::bench::tables::languages::Languages;
 use mica_lab::bench::tables::levels::Levels;
@@ -46,7 +46,7 @@ enum Command {
     /// Every operation on sandboxes, at the shard and over HTTP, with a tiny guest of 2 vCPUs and 2 GiB.
     Engine(engine::EngineArgs),
     /// Code and commands in warm sandboxes of a host that runs, from 1, 10 and 100 clients at once.
-    Exec(exec::ExecArgs),
+    Exec(One<Exec>),
     /// Sandboxes from a template, by concurrency: cube-bench's table, with its options.
     Create(One<Create>),
     /// What one more idle sandbox costs the machine, by how many live.
@@ -108,7 +108,6 @@ fn run(command: &Command) -> Result<()> {
     }
     match command {
         Command::Engine(args) => engine::engine(args),
-        Command::Exec(args) => exec::measure(args),
         Command::Scale(args) => scale::run(args),
         Command::Registry(args) => registry::run(args),
         Command::Compare(args) => compare::run(args),
@@ -122,6 +121,7 @@ impl Command {
     /// What measures a host, if this is a table.
     fn table(&self) -> Option<(&dyn Measure, &tables::Common)> {
         Some(match self {
+            Self::Exec(one) => (&one.measure, &one.common),
             Self::Create(one) => (&one.measure, &one.common),
             Self::Density(one) => (&one.measure, &one.common),
             Self::Snapshot(one) => (&one.measure, &one.common),
