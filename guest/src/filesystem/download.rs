@@ -152,6 +152,11 @@ fn open(path: &Path, wanted: &Wanted) -> Result<Opened, DownloadError> {
             first = read_chunk(&mut file, CHUNK_BYTES).map_err(fail)?;
             first.is_empty().then_some(0)
         }
+        // Read before its length is promised: one that is being written anew is shorter a moment later.
+        size if size <= CHUNK_BYTES as u64 => {
+            (&file).take(size).read_to_end(&mut first).map_err(fail)?;
+            Some(first.len() as u64)
+        }
         size => Some(size),
     };
     // A file whose size only reading tells is another one each time.
@@ -174,12 +179,21 @@ fn open(path: &Path, wanted: &Wanted) -> Result<Opened, DownloadError> {
     }
     match head.part {
         Part::Unsatisfiable => return Err(DownloadError::Range { size: size.unwrap_or(0) }),
-        Part::Range { first, .. } => {
-            file.seek(std::io::SeekFrom::Start(first)).map_err(fail)?;
+        Part::Range { first: start, last } => {
+            file.seek(std::io::SeekFrom::Start(start)).map_err(fail)?;
+            first = part_of(first, start, last);
         }
         Part::Whole => {}
     }
     Ok((file, first, head))
+}
+
+/// What of a file that was read whole is asked for. Nothing of one that was not.
+fn part_of(mut whole: Vec<u8>, start: u64, last: u64) -> Vec<u8> {
+    let at = |place: u64| usize::try_from(place).unwrap_or(usize::MAX);
+    whole.truncate(at(last.saturating_add(1)));
+    whole.drain(..at(start).min(whole.len()));
+    whole
 }
 
 enum CopyError {
@@ -235,6 +249,7 @@ fn copy(
     head: &Head,
     sink: &mut Sink<'_>,
 ) -> Result<(), CopyError> {
+    let read = first.len() as u64;
     sink.put(first)?;
     // The length went out with the head: a file that grows is cut there, and one that shrinks
     // breaks the answer off.
@@ -242,7 +257,7 @@ fn copy(
         (Part::Range { first, last }, _) => Some(last - first + 1),
         (_, size) => size,
     };
-    let mut left = promised;
+    let mut left = promised.map(|promised| promised.saturating_sub(read));
     while left != Some(0) {
         let most = left.and_then(|left| usize::try_from(left).ok()).unwrap_or(usize::MAX);
         let chunk = read_chunk(file, most.min(CHUNK_BYTES)).map_err(CopyError::Io)?;

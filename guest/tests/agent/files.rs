@@ -125,6 +125,31 @@ fn a_file_is_sent_only_when_its_conditions_hold() {
 
 /// A client sends all of its body before it reads: closing early would take the answer from it.
 #[test]
+fn a_small_file_that_is_written_anew_all_the_time_is_read_whole() {
+    let agent = Agent::start();
+    let path = agent.directory().join("beat");
+    std::fs::write(&path, "the first").unwrap();
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // As a shell writes it: cut to nothing first.
+            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                std::fs::write(&path, "the same words over and over again").unwrap();
+            }
+        });
+        for _ in 0..500 {
+            let line = format!("GET /files?path={}", path.display());
+            let mut answer = ask(&agent, &line, &[], b"");
+            assert_eq!(answer.status, 200);
+            assert!(answer.header("content-length").is_some());
+            // It panics where the answer breaks off.
+            answer.body();
+        }
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+#[test]
 fn an_upload_that_is_refused_at_once_is_answered_all_the_same() {
     let agent = Agent::start();
     let body = vec![b'x'; 3_000_000];
