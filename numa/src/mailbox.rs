@@ -7,6 +7,7 @@
 //! core takes to leave its idle state. So who expects a message soon stays awake for it, for a bounded
 //! time, and nobody needs to ring: see [`Inbox::watching`] and [`Lookout`].
 
+use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
@@ -185,7 +186,7 @@ impl<M> Inbox<M> {
 /// Stays awake for a message, at most for `limit`. May be dropped at any await: a message that came stays.
 async fn watch<M>(hush: &Hush, queue: &Receiver<M>, limit: Duration) -> Option<M> {
     let _quiet = hush.begin();
-    let mut pace = Pace::begin(limit);
+    let pace = Pace::begin(limit);
     loop {
         if let Ok(message) = queue.try_recv() {
             return Some(message);
@@ -196,31 +197,42 @@ async fn watch<M>(hush: &Hush, queue: &Receiver<M>, limit: Duration) -> Option<M
     }
 }
 
+thread_local! {
+    /// When the slice began that this executor's watches share, and when one of them looked last.
+    static SLICES: Cell<Option<(Instant, Instant)>> = const { Cell::new(None) };
+}
+
 /// How a watch goes on: its executor's other tasks run between two looks, and its rings are seen to after
-/// each slice.
+/// each slice. Watches at the same time, or one right after the other, share their slices: otherwise they
+/// would keep the executor from its rings together.
 struct Pace {
     began: Instant,
-    slice: Instant,
     limit: Duration,
 }
 
 impl Pace {
     fn begin(limit: Duration) -> Self {
         let began = Instant::now();
-        Self { began, slice: began, limit }
+        let goes_on = |(_, seen): &(Instant, Instant)| began.duration_since(*seen) < SLICE;
+        let slice = SLICES.get().filter(goes_on).map_or(began, |(slice, _)| slice);
+        SLICES.set(Some((slice, began)));
+        Self { began, limit }
     }
 
     /// Whether there is time for another look.
-    async fn goes_on(&mut self) -> bool {
+    async fn goes_on(&self) -> bool {
         let now = Instant::now();
+        let slice = SLICES.get().map_or(now, |(slice, _)| slice);
+        SLICES.set(Some((slice, now)));
         if now.duration_since(self.began) >= self.limit {
             return false;
         }
-        if now.duration_since(self.slice) < SLICE {
+        if now.duration_since(slice) < SLICE {
             rt::yield_now().await;
         } else {
             rt::turn().await;
-            self.slice = Instant::now();
+            let turned = Instant::now();
+            SLICES.set(Some((turned, turned)));
         }
         true
     }
@@ -231,9 +243,9 @@ impl<M> Lookout<M> {
     /// `limit`. May be dropped at any await: what came has been taken then.
     pub async fn watch(&self, limit: Duration, take: impl Fn(M), done: impl Fn() -> bool) {
         let watcher = Watcher { quiet: self.hush.begin(), queue: &self.queue, take };
-        let mut pace = Pace::begin(limit);
+        let pace = Pace::begin(limit);
         loop {
-            watcher.take_all();
+            watcher.take(BATCH);
             if done() || !pace.goes_on().await {
                 return;
             }
@@ -249,8 +261,10 @@ struct Watcher<'l, M, T: Fn(M)> {
 }
 
 impl<M, T: Fn(M)> Watcher<'_, M, T> {
-    fn take_all(&self) {
-        while let Ok(message) = self.queue.try_recv() {
+    /// Takes at most so many.
+    fn take(&self, most: u32) {
+        for _ in 0..most {
+            let Ok(message) = self.queue.try_recv() else { return };
             (self.take)(message);
         }
     }
@@ -259,7 +273,7 @@ impl<M, T: Fn(M)> Watcher<'_, M, T> {
 impl<M, T: Fn(M)> Drop for Watcher<'_, M, T> {
     fn drop(&mut self) {
         self.quiet = None;
-        self.take_all();
+        self.take(u32::MAX);
     }
 }
 

@@ -14,6 +14,7 @@ use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
 use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
 use crate::metrics::Measured;
+use crate::replicas::NoCopy;
 use crate::shell::PoolCounts;
 use crate::{
     BuiltFor, ConnectError, CreateRequest, Epoch, LogLine, NetworkPolicy, OnTimeout, ProcessView,
@@ -97,7 +98,9 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
-    /// Whether a shard answers it from its own memory: without a file, a process or another shard.
+    /// Whether a shard answers it from its own memory: without a file, a process or another shard. So too a
+    /// visit, most of which find a sandbox that runs and cost one message to its process; the others are
+    /// watched for in vain.
     pub(crate) fn is_at_hand(&self) -> bool {
         matches!(
             self,
@@ -106,7 +109,6 @@ impl Operation {
                 | Self::List
                 | Self::SetTimeout(..)
                 | Self::Extend(..)
-                | Self::Logs(_)
                 | Self::Usage(..)
                 | Self::Connect(..)
                 | Self::RequestOf(_)
@@ -196,7 +198,7 @@ pub(crate) enum Reply {
     /// To `Counts`.
     Counts(Counts),
     /// To `Replica`; none where it does not fit, or why there is none.
-    Replica(Result<Option<OwnedFd>, String>),
+    Replica(Result<Option<OwnedFd>, NoCopy>),
     /// To `Measure`.
     Measured(Box<Measured>),
     /// To `View`.

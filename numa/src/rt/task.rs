@@ -3,7 +3,11 @@
 //! Called by everything that runs on a shard. Refuses to move a future to another core.
 
 use std::future::Future;
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::Duration;
+
+use glommio::timer::Timer;
 
 /// A task on this executor. Dropping the handle lets the task go on alone.
 #[must_use = "use `detach` to say that the task goes on alone"]
@@ -43,12 +47,28 @@ pub async fn yield_now() {
     glommio::executor().yield_now().await;
 }
 
-/// How far off a timer is that has passed when the executor looks at its timers: it goes through its rings
-/// first, with several system calls.
+/// How far off the timer of a turn is: it has passed when the executor looks at its timers, since it goes
+/// through its rings first, with several system calls.
 const SOON: Duration = Duration::from_micros(1);
 
-/// Lets the executor see to its rings and timers once, without sleeping. [`yield_now`] does not: as long as
-/// a task can run, glommio looks at its rings only every 100 ms.
+/// Lets the executor see to its rings and timers once, without sleeping, as soon as no other task can run.
+/// [`yield_now`] does not: as long as a task can run, glommio looks at its rings only every 100 ms.
 pub async fn turn() {
-    glommio::timer::sleep(SOON).await;
+    let mut begun: Option<Timer> = None;
+    std::future::poll_fn(|context| {
+        if let Some(timer) = &mut begun {
+            return Pin::new(timer).poll(context).map(drop);
+        }
+        let mut soon = SOON;
+        loop {
+            let mut timer = Timer::new(soon);
+            if Pin::new(&mut timer).poll(context).is_pending() {
+                begun = Some(timer);
+                return Poll::Pending;
+            }
+            // This thread was held up for longer than that, and a timer that is over does not wait.
+            soon *= 2;
+        }
+    })
+    .await;
 }
