@@ -14,6 +14,8 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use crate::MemoryPolicy;
+
 /// A mapping, unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
@@ -131,14 +133,15 @@ impl Mapping {
         self.advise(offset, bytes, Advice::LinuxPopulateWrite)
     }
 
-    /// Has what comes into this memory lie on `node` while that has room. Of a shared mapping it is the
-    /// file's memory that has this policy, whoever writes to it.
+    /// Has what comes into this memory lie on `node`: with [`MemoryPolicy::Bind`] nowhere else, otherwise
+    /// while that has room. Of a shared mapping it is the file's memory that has this policy, whoever writes
+    /// to it.
     ///
     /// # Errors
     /// When there is no such node, or the kernel knows no nodes.
-    pub fn prefer_node(&self, node: u32) -> io::Result<()> {
+    pub fn place_on(&self, node: u32, policy: MemoryPolicy) -> io::Result<()> {
         let start = self.start.as_ptr().expose_provenance();
-        crate::sys::prefer_node(start, self.bytes, node)
+        crate::sys::place_on(start, self.bytes, node, policy == MemoryPolicy::Bind)
     }
 
     fn advise(&self, offset: u64, bytes: u64, advice: Advice) -> io::Result<()> {

@@ -19,8 +19,10 @@ use std::rc::Rc;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, memfd_create, seek};
 
+use crate::MemoryPolicy;
 use crate::arena::Mapping;
 use crate::io::{IO_BUF_BYTES, IoFile, Ring};
+use crate::placement::is_without_nodes;
 use crate::rt::Task;
 
 /// Pieces that are on their way at a time: enough for a drive, and some buffers for others.
@@ -158,8 +160,8 @@ impl<C> Drop for Stop<C> {
     }
 }
 
-/// Copies the extents of `file`, which is `bytes` long and open for direct I/O, to new memory on `node`
-/// and seals it. `check` sees every piece, which crosses no multiple of [`IO_BUF_BYTES`], with its
+/// Copies the extents of `file`, which is `bytes` long and open for direct I/O, to new memory that lies as
+/// `place` says, and seals it. `check` sees every piece, which crosses no multiple of [`IO_BUF_BYTES`], with its
 /// offset, in no order, and says whether it is as it should be.
 ///
 /// # Errors
@@ -169,7 +171,7 @@ pub async fn fill_sealed(
     file: &IoFile,
     bytes: u64,
     extents: &[Extent],
-    node: u32,
+    place: (u32, MemoryPolicy),
     check: impl Fn(u64, &[u8]) -> bool + 'static,
 ) -> Result<OwnedFd, ReplicaError> {
     if bytes == 0 || !bytes.is_multiple_of(BLOCK) {
@@ -177,7 +179,7 @@ pub async fn fill_sealed(
     }
     let left = RefCell::new(pieces(extents, bytes)?.into_iter());
     let memory = |source| ReplicaError::Memory { bytes, source };
-    let replica = empty(bytes, node).map_err(memory)?;
+    let replica = empty(bytes, place).map_err(memory)?;
     let to = IoFile::from(replica.try_clone().map_err(memory)?);
     let (ring, from) = (Rc::clone(ring), file.clone());
     let copy = Rc::new(Copy { ring, from, to, check, left, stopped: Cell::new(false) });
@@ -204,7 +206,7 @@ pub async fn fill_sealed(
 }
 
 /// Memory of a length, all zero and none of it there, that will lie on `node`.
-fn empty(bytes: u64, node: u32) -> io::Result<OwnedFd> {
+fn empty(bytes: u64, (node, policy): (u32, MemoryPolicy)) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     // Kernels before 6.3 do not know the flag, newer ones want it.
     let memory = memfd_create("mica-replica", flags | MemfdFlags::NOEXEC_SEAL)
@@ -212,8 +214,13 @@ fn empty(bytes: u64, node: u32) -> io::Result<OwnedFd> {
     rustix::fs::ftruncate(&memory, bytes)?;
     // A policy of the memory itself and not of a thread: the kernel's own threads write to it.
     let mapping = Mapping::shared(&memory, bytes)?;
-    if let Err(error) = mapping.prefer_node(node) {
-        tracing::warn!(%error, node, "a replica may lie on another node");
+    match mapping.place_on(node, policy) {
+        // A kernel without nodes has no other.
+        Err(error) if policy == MemoryPolicy::Bind && !is_without_nodes(&error) => {
+            return Err(error);
+        }
+        Err(error) => tracing::warn!(%error, node, "a replica may lie on another node"),
+        Ok(()) => {}
     }
     Ok(memory)
 }

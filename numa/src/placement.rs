@@ -130,7 +130,7 @@ pub(crate) fn prefer_memory(node: u32) {
 }
 
 /// Whether the kernel was built without memory nodes.
-fn is_without_nodes(error: &io::Error) -> bool {
+pub(crate) fn is_without_nodes(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOSYS)
 }
 

@@ -150,10 +150,12 @@ impl ThreadMemory {
     }
 }
 
-/// mbind(2) with MPOL_PREFERRED: pages that come to the range lie on `node` while it has room.
-pub(crate) fn prefer_node(start: usize, bytes: usize, node: u32) -> io::Result<()> {
+/// mbind(2): pages that come to the range lie on `node`: nowhere else where it is `bound`, while that has room
+/// otherwise.
+pub(crate) fn place_on(start: usize, bytes: usize, node: u32, bound: bool) -> io::Result<()> {
     let nodes = only_node(node)?;
-    let (mode, bits) = (libc::MPOL_PREFERRED, NODE_BITS);
+    let mode = if bound { libc::MPOL_BIND } else { libc::MPOL_PREFERRED };
+    let bits = NODE_BITS;
     // SAFETY: the policy changes where pages come to lie, and no byte of them, whatever the range is;
     // the mask has as many bits as the kernel reads.
     let set =

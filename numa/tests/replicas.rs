@@ -18,10 +18,12 @@ use common::on_one;
 use mica_numa::arena::Mapping;
 use mica_numa::io::{IO_BUF_BYTES, IoFile, Ring, RingConfig};
 use mica_numa::memfd::{Extent, ReplicaError, extents, fill_sealed};
-use mica_numa::rt;
+use mica_numa::{MemoryPolicy, rt};
 use rustix::fs::{Mode, OFlags, SealFlags};
 
 const MIB: u64 = IO_BUF_BYTES as u64;
+/// Where copies lie.
+const NEAR: (u32, MemoryPolicy) = (0, MemoryPolicy::Bind);
 
 /// A file without a name, and the same open for direct I/O.
 fn file_of(bytes: u64, parts: &[(u64, u64)]) -> (File, IoFile) {
@@ -71,7 +73,7 @@ fn a_replica_is_the_file_and_cannot_be_changed() {
                 expected[at..at + bytes.len()] == *bytes
             }
         };
-        let replica = fill_sealed(&ring, &direct, 9 * MIB, &found, 0, check).await.unwrap();
+        let replica = fill_sealed(&ring, &direct, 9 * MIB, &found, NEAR, check).await.unwrap();
         let seen: u64 = seen.borrow().iter().map(|extent| extent.bytes).sum();
         assert_eq!(seen, sum);
         let replica = File::from(replica);
@@ -103,7 +105,7 @@ fn damage_and_impossible_shapes_are_errors_and_leave_nothing() {
             let (ring, direct) = (Rc::clone(&ring), direct.clone());
             async move {
                 let check = move |offset, _: &[u8]| Some(offset) != bad;
-                fill_sealed(&ring, &direct, bytes, &extents, 0, check).await
+                fill_sealed(&ring, &direct, bytes, &extents, NEAR, check).await
             }
         };
         let damaged = fill(8 * MIB, all.clone(), Some(5 * MIB)).await;
@@ -138,7 +140,7 @@ fn a_copy_that_nobody_waits_for_stops() {
         };
         let task = {
             let ring = Rc::clone(&ring);
-            rt::spawn(async move { fill_sealed(&ring, &direct, 16 * MIB, &all, 0, check).await })
+            rt::spawn(async move { fill_sealed(&ring, &direct, 16 * MIB, &all, NEAR, check).await })
         };
         while pieces.get() == 0 {
             rt::yield_now().await;
@@ -163,7 +165,7 @@ fn figures_of_a_replica() {
         let (file, direct) = file_of(BYTES, &[(0, BYTES)]);
         let all = extents(&file, BYTES).unwrap();
         let begun = Instant::now();
-        let fill = fill_sealed(&ring, &direct, BYTES, &all, 0, |_, _| true);
+        let fill = fill_sealed(&ring, &direct, BYTES, &all, NEAR, |_, _| true);
         let replica = fill.await.unwrap();
         let ours = begun.elapsed();
         let begun = Instant::now();
@@ -188,4 +190,23 @@ fn copied_by_hand(from: OwnedFd, bytes: u64) -> File {
         to.write_all_at(piece, offset).unwrap();
     }
     to
+}
+
+#[test]
+fn memory_that_is_bound_to_a_node_is_on_it_or_is_not_there() {
+    if !std::fs::exists("/proc/self/numa_maps").unwrap() {
+        // A kernel without nodes has no wrong one.
+        return;
+    }
+    on_one(|| async {
+        let ring = Ring::attach(RingConfig { buffers: 3 }).unwrap();
+        let (file, direct) = file_of(MIB, &[(0, MIB)]);
+        let all = extents(&file, MIB).unwrap();
+        // No machine has so many nodes.
+        let fill = |policy| fill_sealed(&ring, &direct, MIB, &all, (1000, policy), |_, _| true);
+        let refused = fill(MemoryPolicy::Bind).await;
+        assert!(matches!(refused, Err(ReplicaError::Memory { .. })), "{refused:?}");
+        assert!(fill(MemoryPolicy::Preferred).await.is_ok(), "it is only preferred");
+        ring.close().await;
+    });
 }

@@ -6,23 +6,55 @@
 //! room. Guests that map one keep it. A copy is made by a task of its own, whoever asks may go away
 //! meanwhile. Refuses a layer whose bytes are not what was written.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
+use mica_numa::MemoryPolicy;
 use mica_numa::io::IoFile;
 use mica_numa::memfd::{self, Extent};
-use mica_numa::rt::{self, oneshot};
+use mica_numa::rt::{self, BlockingError, oneshot};
 use mica_storage::{CHUNK_BYTES, Layer, LayerId, LayerKind, StorageError};
 use rustix::fs::OFlags;
 
+use crate::pressure;
 use crate::sandbox::chain;
 use crate::shard::Shard;
 
 /// Copies that are being made or waited for at one time, at the most.
 const ENTRIES_MAX: usize = 256;
+
+/// A copy that cannot be made is asked for again by every create; the log has so long a rest.
+const LOG_EVERY: Duration = Duration::from_secs(5);
+
+/// Why there is no copy, where there should be one
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum NoCopy {
+    /// The snapshot that it was to be made from is not there any more. Another may lie on the same layer.
+    #[error("its snapshot is gone")]
+    Gone,
+    /// No thread had room for it.
+    #[error("the host is busy")]
+    Busy,
+    /// Nobody is there to make it.
+    #[error("the host is shutting down")]
+    ShuttingDown,
+    /// It was tried.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<BlockingError> for NoCopy {
+    fn from(error: BlockingError) -> Self {
+        match error {
+            BlockingError::Full => Self::Busy,
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
 
 /// The copies of one node.
 #[derive(Debug)]
@@ -31,6 +63,7 @@ pub(crate) struct Replicas {
     budget_bytes: u64,
     /// The last asked for at the end.
     entries: RefCell<Vec<Entry>>,
+    logged: Cell<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -43,19 +76,19 @@ struct Entry {
 #[derive(Debug)]
 enum State {
     /// Being made, and who waits: they hear why it was not, or look again.
-    Coming(Vec<oneshot::Sender<Result<(), String>>>),
+    Coming(Vec<oneshot::Sender<Result<(), NoCopy>>>),
     There(OwnedFd),
     /// It is none that is kept, or does not fit; asked again, the answer is the same until a restart.
     Refused,
 }
 
 /// A copy and its length; none where there shall be none; or why there is none.
-type Made = Result<Option<(OwnedFd, u64)>, String>;
+type Made = Result<Option<(OwnedFd, u64)>, NoCopy>;
 
 impl Replicas {
     /// No copies yet.
     pub(crate) fn new(node: u32, budget_bytes: u64) -> Self {
-        Self { node, budget_bytes, entries: RefCell::default() }
+        Self { node, budget_bytes, entries: RefCell::default(), logged: Cell::new(None) }
     }
 
     /// A copy of a snapshot's base layer, made now if it is not there. None where it does not fit.
@@ -66,11 +99,13 @@ impl Replicas {
         shard: &Rc<Shard>,
         snapshot: String,
         layer: LayerId,
-    ) -> Result<Option<OwnedFd>, String> {
+    ) -> Result<Option<OwnedFd>, NoCopy> {
         loop {
-            let waiting = match shard.replicas.look(layer) {
-                Look::There(copy) => return copy.map_err(|error| error.to_string()),
-                Look::Coming(waiting) => waiting,
+            let (waiting, is_own) = match shard.replicas.look(layer) {
+                Look::There(copy) => {
+                    return copy.map_err(|error| NoCopy::Failed(error.to_string()));
+                }
+                Look::Coming(waiting) => (waiting, false),
                 Look::Absent(waiting) => {
                     let (shard, snapshot) = (Rc::clone(shard), snapshot.clone());
                     let making = async move {
@@ -79,10 +114,14 @@ impl Replicas {
                     };
                     // Who asked may be a create that ends first, and others wait for the same copy.
                     rt::spawn(making).detach();
-                    waiting
+                    (waiting, true)
                 }
             };
-            waiting.await.unwrap_or_else(|| Err("the host is shutting down".to_owned()))?;
+            match waiting.await.unwrap_or(Err(NoCopy::ShuttingDown)) {
+                // That was another's snapshot: ours is still there, or we shall hear it.
+                Err(NoCopy::Gone) if !is_own => {}
+                told => told?,
+            }
         }
     }
 
@@ -110,8 +149,8 @@ impl Replicas {
         look
     }
 
-    /// Lets old copies go until there is room. Whether there is.
-    fn make_room(&self, bytes: u64) -> bool {
+    /// Lets old copies go until there is room, and takes it. Whether there is.
+    fn make_room(&self, layer: LayerId, bytes: u64) -> bool {
         if bytes > self.budget_bytes {
             return false;
         }
@@ -123,13 +162,17 @@ impl Replicas {
                 None => return false,
             }
         }
+        // From now on, so that copies that are made at the same time share the budget.
+        if let Some(own) = entries.iter_mut().find(|entry| entry.layer == layer) {
+            own.bytes = bytes;
+        }
         true
     }
 
     fn settle(&self, layer: LayerId, made: Made) {
         let mut entries = self.entries.borrow_mut();
         let Some(at) = entries.iter().position(|entry| entry.layer == layer) else { return };
-        let told = made.as_ref().map(drop).map_err(String::clone);
+        let told = made.as_ref().map(drop).map_err(NoCopy::clone);
         let before = match made {
             Ok(Some((copy, bytes))) => {
                 entries[at].bytes = bytes;
@@ -137,7 +180,10 @@ impl Replicas {
             }
             Ok(None) => std::mem::replace(&mut entries[at].state, State::Refused),
             // Whoever asks next tries again.
-            Err(_) => entries.remove(at).state,
+            Err(error) => {
+                self.log(&error);
+                entries.remove(at).state
+            }
         };
         drop(entries);
         let State::Coming(waiting) = before else { return };
@@ -147,13 +193,21 @@ impl Replicas {
             }
         }
     }
+
+    fn log(&self, error: &NoCopy) {
+        let NoCopy::Failed(why) = error else { return };
+        if self.logged.get().is_none_or(|last| last.elapsed() >= LOG_EVERY) {
+            self.logged.set(Some(Instant::now()));
+            tracing::error!(node = self.node, "no copy of a base layer: {why}");
+        }
+    }
 }
 
 enum Look {
     There(std::io::Result<Option<OwnedFd>>),
-    Coming(oneshot::Receiver<Result<(), String>>),
+    Coming(oneshot::Receiver<Result<(), NoCopy>>),
     /// It is to be made by who asked, who waits as the others do.
-    Absent(oneshot::Receiver<Result<(), String>>),
+    Absent(oneshot::Receiver<Result<(), NoCopy>>),
 }
 
 /// Makes the copy, if it is one that is kept and there is room.
@@ -164,34 +218,45 @@ async fn make(shard: &Rc<Shard>, snapshot: String, layer: LayerId) -> Made {
         let mut layers = found.into_iter().flat_map(|found| found.layers);
         Ok(layers.find(|open| open.info().id == layer))
     });
-    let opened = opened.await.map_err(|error| failed("was not looked at", &error))?;
-    let found = opened.map_err(|error| failed("cannot be opened", &error))?;
-    // The snapshot was deleted or flattened meanwhile; another may lie on the same layer.
-    let found = found.ok_or("a base layer is gone")?;
+    let found = opened.await?.map_err(|error| failed("cannot be opened", &error))?;
+    // Deleted or flattened meanwhile.
+    let found = found.ok_or(NoCopy::Gone)?;
     if found.info().kind != LayerKind::Flat {
         return Ok(None);
     }
-    let read = rt::blocking(move || source(found)).await;
-    let read = read.map_err(|error| failed("was not looked at", &error))?;
+    let read = rt::blocking(move || source(found)).await?;
     let (layer, file, extents) = read.map_err(|error| failed("cannot be read", &error))?;
     let bytes: u64 = extents.iter().map(|extent| extent.bytes).sum();
     let replicas = &shard.replicas;
-    if !replicas.make_room(bytes) {
+    if !replicas.make_room(layer.info().id, bytes) {
         return Ok(None);
+    }
+    let (node, policy) = (replicas.node, shard.pool.placement().memory);
+    if policy == MemoryPolicy::Bind {
+        has_room(node, bytes).await?;
     }
     let (file, whole) = (IoFile::from(file), layer.data_bytes());
     let check = move |offset, piece: &[u8]| layer.is_intact(offset, piece);
-    let node = replicas.node;
-    let filled = memfd::fill_sealed(&shard.ring, &file, whole, &extents, node, check).await;
+    let place = (node, policy);
+    let filled = memfd::fill_sealed(&shard.ring, &file, whole, &extents, place, check).await;
     let copy = filled.map_err(|error| failed("was not copied to memory", &error))?;
     tracing::info!(node, bytes, "a base layer is in memory");
     Ok(Some((copy, bytes)))
 }
 
-fn failed(what: &str, error: &dyn std::error::Error) -> String {
-    let why = format!("a base layer {what}: {}", chain(error));
-    tracing::error!("{why}");
-    why
+/// Refuses a copy that a node has no room for: where memory is bound, the kernel would end a process that has
+/// memory there, whichever it likes.
+async fn has_room(node: u32, bytes: u64) -> Result<(), NoCopy> {
+    let memory = rt::blocking(move || pressure::memory(node)).await?;
+    let (_, free) = memory.map_err(|error| failed("was not begun", &error))?;
+    if free > bytes {
+        return Ok(());
+    }
+    Err(NoCopy::Failed(format!("it takes {bytes} bytes, and the node has {free} left")))
+}
+
+fn failed(what: &str, error: &dyn std::error::Error) -> NoCopy {
+    NoCopy::Failed(format!("a base layer {what}: {}", chain(error)))
 }
 
 /// The layer's file past the page cache, and what of it is no hole, in whole checksummed chunks.

@@ -18,6 +18,7 @@ use mica_storage::{LayerKind, prefetch_plan};
 use mica_units::{PAGE_BYTES, frames_len, frames_of};
 
 use crate::ShardError;
+use crate::replicas::NoCopy;
 use crate::sandbox::{Cause, Opened, Sandbox, chain};
 use crate::shard::Shard;
 use crate::shell::Held;
@@ -36,12 +37,7 @@ pub(crate) fn bring_in(shard: &Rc<Shard>, image: &Arc<Opened>) {
             tracing::debug!(?cause, "no copy of a base layer");
             false
         });
-        if is_near {
-            // Clients ask by name or by id.
-            let load = &shard.choice.loads()[shard.id];
-            load.add_near(&image.manifest.id);
-            load.add_near(image.manifest.template_name.as_str());
-        } else {
+        if !is_near {
             prefetch(&shard, &image).await;
         }
     })
@@ -100,17 +96,27 @@ async fn replicate(shard: &Rc<Shard>, image: &Opened) -> Result<bool, Cause> {
     let Some(host) = shard.host() else { return Err(Cause::Draining) };
     let copy = match host.replica(image.manifest.id.clone(), base.info().id).await {
         Ok(Ok(copy)) => copy,
+        Ok(Err(NoCopy::Busy)) | Err(ShardError::Busy) => return Err(Cause::Busy),
+        Ok(Err(NoCopy::ShuttingDown)) | Err(ShardError::ShuttingDown) => {
+            return Err(Cause::Draining);
+        }
         Ok(Err(why)) => {
             let node = shard.pool.placement().memory_node;
             return Err(Cause::Failed(format!(
                 "node {node} has no copy of its template's memory, and memory is bound: {why}"
             )));
         }
-        Err(ShardError::ShuttingDown) => return Err(Cause::Draining),
-        Err(_) => return Err(Cause::Busy),
+        Err(error) => return Err(Cause::Failed(error.to_string())),
     };
+    let is_near = copy.is_some();
     // Another create of this shard may have been first, with the same copy.
-    Ok(image.replica.get_or_init(|| copy).is_some())
+    if image.replica.set(copy).is_ok() && is_near {
+        // Clients ask by name or by id.
+        let load = &shard.choice.loads()[shard.id];
+        load.add_near(&image.manifest.id);
+        load.add_near(image.manifest.template_name.as_str());
+    }
+    Ok(is_near)
 }
 
 /// Reads what guests of this image touched first into the page cache.

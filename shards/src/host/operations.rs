@@ -14,6 +14,7 @@ use mica_units::{Mebibytes, SandboxId, TenantId};
 
 use super::{Host, out_of_form};
 use crate::event::{IfRunning, Operation, Purpose, Reply, Spawned, Wake};
+use crate::replicas::NoCopy;
 use crate::{
     HostCounters, LogLine, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo, Usage,
     WrongNode,
@@ -221,7 +222,7 @@ impl Host {
         &self,
         snapshot: String,
         layer: LayerId,
-    ) -> Result<Result<Option<OwnedFd>, String>, ShardError> {
+    ) -> Result<Result<Option<OwnedFd>, NoCopy>, ShardError> {
         let librarian = self.0.shard.librarian;
         match self.ask(librarian, Operation::Replica(snapshot, layer)).await? {
             Reply::Replica(copy) => Ok(copy),
