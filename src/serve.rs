@@ -86,6 +86,12 @@ pub fn run(args: ServeArgs) -> Result<()> {
 
 /// Holds how long cores may take to wake, for as long as the host runs.
 fn hold_latency(limit_us: u32) -> Result<CpuLatency> {
+    if !CpuLatency::has_effect() {
+        tracing::warn!(
+            limit_us,
+            "--cpu-latency-us has no effect: this kernel has no driver for idle states, and halts its cores"
+        );
+    }
     CpuLatency::hold(limit_us).context(
         "cannot hold --cpu-latency-us: the kernel takes it through /dev/cpu_dma_latency, which root may \
          write; leave the option out to go without",

@@ -123,7 +123,8 @@ impl VcpuClock {
             if !near.contains(cpu) {
                 self.away += now.saturating_sub(before);
             }
-            ran.insert(thread, now);
+            // Two looks at once may end in the other order.
+            ran.insert(thread, now.max(before));
         }
         self.ran = ran;
     }

@@ -27,6 +27,8 @@ pub struct Facts {
     /// How many processors each governor has.
     pub governors: BTreeMap<String, usize>,
     pub idle: Idle,
+    /// Whether this is a virtual machine.
+    pub is_guest: bool,
     pub cpus: usize,
     pub nodes: usize,
     pub numa_balancing: Option<u64>,
@@ -116,6 +118,7 @@ impl Facts {
             smt_active: tree.number("sys/devices/system/cpu/smt/active").map(|active| active != 0),
             governors,
             idle: tree.idle(),
+            is_guest: cpuinfo.split_whitespace().any(|flag| flag == "hypervisor"),
             cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
             nodes: tree.nodes(),
             numa_balancing: tree.number("proc/sys/kernel/numa_balancing"),

@@ -8,6 +8,9 @@ use super::finding::Finding;
 /// Leaving an idle state costs no more than what is done then.
 const LATENCY_US_MAX: u64 = 10;
 
+/// What C1 of Intel's and AMD's server processors is left in, by the tables of intel_idle and the ACPI of most.
+const C1_LATENCY_US: u64 = 2;
+
 /// The findings of this family.
 pub fn judge(facts: &Facts) -> Vec<Finding> {
     vec![huge_page_splitting(facts), threads(facts), governor(facts), idle(facts)]
@@ -60,24 +63,34 @@ fn governor(facts: &Facts) -> Finding {
         .mend("cpupower frequency-set -g performance")
 }
 
-/// What crosses cores waits for the one that sleeps.
+/// What crosses cores waits for the one that sleeps. A guest's kernel knows nothing of how long its
+/// hypervisor takes.
 fn idle(facts: &Facts) -> Finding {
     let check = "idle states";
-    let found = match (&facts.idle.deepest, facts.idle.halt_poll_ns) {
-        (_, Some(0)) => "a core that idles is given back to the hypervisor at once".to_owned(),
-        (_, Some(polled_ns)) => {
-            return Finding::ok(check, format!("polled for {polled_ns} ns before a core halts"));
+    let idle = &facts.idle;
+    let (found, limit_us) = match (&idle.deepest, idle.halt_poll_ns) {
+        (_, Some(polled_ns)) if polled_ns > 0 => {
+            return Finding::ok(
+                check,
+                format!("polled for up to {polled_ns} ns before a core halts"),
+            );
+        }
+        (_, Some(_)) => ("a core that idles is given back to the hypervisor at once".to_owned(), 0),
+        (_, None) if facts.is_guest => {
+            ("a core that idles is given back to the hypervisor".to_owned(), 0)
         }
         (None, None) => return Finding::note(check, "unknown: the kernel does not choose them"),
         (Some((name, latency_us)), None) if *latency_us <= LATENCY_US_MAX => {
             return Finding::ok(check, format!("{name} at the deepest, left in {latency_us} us"));
         }
-        (Some((name, latency_us)), None) => format!("as deep as {name}, left in {latency_us} us"),
+        (Some((name, latency_us)), None) => {
+            (format!("as deep as {name}, left in {latency_us} us"), C1_LATENCY_US)
+        }
     };
     Finding::note(check, found)
         .costs(
             "whatever crosses cores waits for the one that sleeps: a request to another shard once, one to a \
              guest's server twice",
         )
-        .mend("mica serve --cpu-latency-us 1, or 0 where that is not enough; it takes power")
+        .mend(format!("mica serve --cpu-latency-us {limit_us}; it takes power"))
 }

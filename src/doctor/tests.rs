@@ -236,4 +236,11 @@ fn the_deepest_idle_state_that_is_on_is_what_a_hand_over_waits_for() {
         ("sys/module/haltpoll/parameters/guest_halt_poll_ns", "200000\n"),
     ]);
     assert_eq!(polled.status, Status::Ok, "{polled:?}");
+    let guest = of(&[
+        ("proc/cpuinfo", "processor\t: 0\nflags\t\t: fpu hypervisor\n"),
+        ("sys/devices/system/cpu/cpu0/cpuidle/state1/name", "C1\n"),
+        ("sys/devices/system/cpu/cpu0/cpuidle/state1/latency", "1\n"),
+    ]);
+    assert_eq!(guest.status, Status::Note, "its C1 is not the hypervisor's: {guest:?}");
+    assert!(guest.mend.contains("--cpu-latency-us 0") && deep.mend.contains("--cpu-latency-us 2"));
 }

@@ -9,6 +9,7 @@ use hyper::Response;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use mica_shards::Host;
 use mica_shards::metrics::{Family, Kind, Measured, Sample, Value};
+use mica_shards::rt;
 use mica_units::Distribution;
 
 use crate::body::Body;
@@ -19,19 +20,24 @@ use crate::error::ApiError;
 /// # Errors
 /// When a shard does not answer.
 pub async fn answer(host: &Host) -> Result<Response<Body>, ApiError> {
-    Ok(shown(&host.measure().await?))
+    Ok(shown(text(&host.measure().await?)))
 }
 
-/// The same of every sandbox: a look at each process.
+/// The same of every sandbox: a look at each process. Written off the shard, as it may be a megabyte.
 ///
 /// # Errors
-/// When a shard does not answer.
+/// When a shard does not answer, or no thread has room.
 pub async fn answer_sandboxes(host: &Host) -> Result<Response<Body>, ApiError> {
-    Ok(shown(&host.measure_sandboxes().await?))
+    let measured = host.measure_sandboxes().await?;
+    let text = rt::blocking(move || text(&measured)).await.map_err(|error| {
+        tracing::debug!(%error, "numbers of sandboxes were not written");
+        ApiError::busy()
+    })?;
+    Ok(shown(text))
 }
 
-fn shown(measured: &[Measured]) -> Response<Body> {
-    let mut response = Response::new(Body::full(text(measured).into_bytes()));
+fn shown(text: String) -> Response<Body> {
+    let mut response = Response::new(Body::full(text.into_bytes()));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, kind);
     response

@@ -75,7 +75,8 @@ pub fn measure(config: &Config) -> Result<Vec<Figure>> {
     let start =
         |shards| Daemon::start_with(&config.mica, &config.standin, shards, config.cpu_latency_us);
     let (one, two) = (start(1)?, start(2)?);
-    let mut found = vec![figure("hand_over_p50", us(handover::p50()?), "us", None)];
+    let handed_over = handover::p50()?.map(|took| figure("hand_over_p50", us(took), "us", None));
+    let mut found: Vec<Figure> = handed_over.into_iter().collect();
     idle(&two, config.idle, &mut found)?;
     let mut pair = [Side::of(&one, 1)?, Side::of(&two, 2)?];
     let health = in_turns(&mut pair, config, |side| side.ask_health(config.requests))?;

@@ -53,7 +53,9 @@ fn main() -> Result<()> {
     raise_descriptors()?;
     let server = Server::start().context("cannot start a server")?;
     let daemon = start(&args)?;
-    println!("a core that idles is handed work in {:.1} us (p50)", us(handover::p50()?));
+    if let Some(took) = handover::p50()? {
+        println!("a core that idles is handed work in {:.1} us (p50)", us(took));
+    }
     let id = daemon.create()?;
     let times = load::interleaved(&daemon, &server, &id, args.requests)?;
     let direct = &times.direct;
