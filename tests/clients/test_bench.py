@@ -1,5 +1,5 @@
 """`mica bench exec` against a daemon with the stand-in VM: every row, what else takes its report, and a message where
-it cannot.
+it cannot. And the proxy's bound on idle streams, which needs no host.
 """
 
 import json
@@ -110,3 +110,24 @@ def test_nothing_stays_and_failures_are_told(daemon):
     assert wrong.returncode == 1 and "gave 404" in wrong.stderr, wrong.stderr
     request = urllib.request.Request(f"{daemon.url}/v2/sandboxes", headers={"X-API-Key": daemon.api_key})
     assert json.load(urllib.request.urlopen(request, timeout=60)) == []
+
+
+def test_idle_streams_are_held_to_a_bound():
+    words = [
+        *(PROGRAMS / "bench-proxy", "--mica", PROGRAMS / "mica", "--standin", PROGRAMS / "standin-vm"),
+        *("--requests", "10", "--sandboxes", "2", "--idle-streams", "100", "--idle-bytes-max"),
+    ]
+
+    def held_to(most):
+        ran = [*words, most]
+        return subprocess.run(list(map(str, ran)), capture_output=True, text=True, check=False, timeout=120)
+
+    over = held_to(1)
+    assert over.returncode == 1 and "idle streams take too much: KeptAlive" in over.stderr, over.stderr
+    # The others are measured all the same.
+    assert "100 Switched" in over.stdout, over.stdout
+    within = held_to(1 << 20)
+    assert within.returncode == 0, within.stderr
+    words[words.index("--idle-streams") + 1] = "0"
+    nothing = held_to(1)
+    assert nothing.returncode == 1 and "--idle-streams above 0" in nothing.stderr, nothing.stderr

@@ -71,9 +71,14 @@ pub struct Held {
 }
 
 impl Held {
+    /// What all streams take.
+    pub fn taken(&self) -> u64 {
+        self.with.saturating_sub(self.before)
+    }
+
     /// What one stream takes.
-    pub fn each(&self, streams: usize) -> u64 {
-        self.with.saturating_sub(self.before) / u64::try_from(streams.max(1)).unwrap_or(1)
+    pub fn each(&self, streams: u64) -> u64 {
+        self.taken() / streams.max(1)
     }
 }
 

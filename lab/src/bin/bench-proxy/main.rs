@@ -3,7 +3,8 @@
 //! Run by hand, as root: `bench-proxy --mica FILE --standin FILE`. The daemon is the real one; the guest
 //! is the stand-in, whose servers are this program's, so the same server is asked directly and
 //! through the daemon, in turns. The stand-in's own part (a thread and a TCP connection for each request)
-//! is in the difference: a guest's is, too. Refuses to report a run with a wrong answer.
+//! is in the difference: a guest's is, too. Refuses to report a run with a wrong answer. With `--idle-bytes-max` it is
+//! a gate: it ends with 1 where a stream takes more.
 
 #![forbid(unsafe_code)]
 
@@ -13,7 +14,7 @@ mod server;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use mica_lab::engine::handover;
 use mica_lab::engine::standin::Daemon;
@@ -43,6 +44,9 @@ struct Args {
     /// Streams that are opened and left idle, after the requests.
     #[arg(long, default_value_t = 0)]
     idle_streams: usize,
+    /// What one idle stream of any kind may take of the daemon's memory, in bytes: more ends the program with 1.
+    #[arg(long, value_name = "BYTES", requires = "idle_streams")]
+    idle_bytes_max: Option<u64>,
     /// Sandboxes that the idle streams are spread over.
     #[arg(long, default_value_t = 40)]
     sandboxes: usize,
@@ -50,6 +54,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    let no_streams = args.idle_bytes_max.is_some() && args.idle_streams == 0;
+    ensure!(!no_streams, "--idle-bytes-max takes --idle-streams above 0");
     raise_descriptors()?;
     let server = Server::start().context("cannot start a server")?;
     let daemon = start(&args)?;
@@ -72,9 +78,12 @@ fn main() -> Result<()> {
     drop(daemon);
     if args.idle_streams > 0 {
         println!("{:<26}{:>10}{:>10}{:>14}", "idle", "MiB before", "MiB with", "bytes each");
+        let mut over = Vec::new();
         for kind in [Kind::KeptAlive, Kind::Response, Kind::Switched] {
-            idle(&args, &server, kind)?;
+            over.extend(idle(&args, &server, kind)?);
         }
+        // After all of them: who reads it sees every kind.
+        ensure!(over.is_empty(), "idle streams take too much: {}", over.join(", "));
     }
     Ok(())
 }
@@ -83,16 +92,19 @@ fn start(args: &Args) -> Result<Daemon> {
     Daemon::start_with(&args.mica, &args.standin, args.shards, args.cpu_latency_us)
 }
 
-/// A new daemon each time: one that held more before would hide what it takes.
-fn idle(args: &Args, server: &Server, kind: Kind) -> Result<()> {
+/// A new daemon each time: one that held more before would hide what it takes. What is over the bound, if it is.
+fn idle(args: &Args, server: &Server, kind: Kind) -> Result<Option<String>> {
     let daemon = start(args)?;
     let ids = (0..args.sandboxes).map(|_| daemon.create()).collect::<Result<Vec<_>>>()?;
     let held = load::idle(&daemon, server, &ids, kind, args.idle_streams)?;
     let mib = |bytes: u64| bytes / (1 << 20);
     let name = format!("{} {kind:?}", args.idle_streams);
-    let (before, with, each) = (mib(held.before), mib(held.with), held.each(args.idle_streams));
+    let streams = u64::try_from(args.idle_streams)?;
+    let (before, with, each) = (mib(held.before), mib(held.with), held.each(streams));
     println!("{name:<26}{before:>10}{with:>10}{each:>14}");
-    Ok(())
+    let is_over = |most: &u64| held.taken() > most.saturating_mul(streams);
+    let told = |most| format!("{kind:?} {each} bytes each, and {most} may be");
+    Ok(args.idle_bytes_max.filter(is_over).map(told))
 }
 
 /// Both ends of every stream are here or in the daemon, which inherits the limit.
