@@ -1,5 +1,5 @@
 """`mica bench exec` against a daemon with the stand-in VM: every row, what else takes its report, and a message where
-it cannot. And the proxy's bound on idle streams, which needs no host.
+it cannot. And the benchmarks that need no host: the proxy's bound on idle streams, and the registry's report.
 """
 
 import json
@@ -131,3 +131,33 @@ def test_idle_streams_are_held_to_a_bound():
     words[words.index("--idle-streams") + 1] = "0"
     nothing = held_to(1)
     assert nothing.returncode == 1 and "--idle-streams above 0" in nothing.stderr, nothing.stderr
+
+
+def test_the_registrys_report_is_as_the_engines_and_is_compared(tmp_path):
+    report, worse, page = (tmp_path / name for name in ("report.json", "worse.json", "page.html"))
+    ran = mica_bench("registry", "--batches", "3", "-o", report)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(report.read_text())
+    assert (found["format"], found["version"], found["command"]) == ("mica-bench", 1, "registry")
+    assert (found["options"], found["complete"]) == ({"batches": 3}, True) and found["host"]["cores"] > 0
+    rows = {row["op"]: row for row in found["results"]}
+    assert len(rows) == 11
+    for op, row in rows.items():
+        assert (row["n"], row["success"], row["failed"], row["errors"]) == (3, 3, 0, []), row
+        times = [row[f"{name}_ns"] for name in ("min", "p50", "p90", "p95", "p99", "max")]
+        assert 0 < times[0] and times == sorted(times) and times[0] <= row["avg_ns"] <= times[-1], row
+        seed = row["seed"]
+        assert (seed["of"], seed["hardware"]) == ("Fast Sandbox", "other hardware") and seed["avg_ns"] > 0
+        assert op in ran.stdout
+    assert rows["BenchmarkRegistryAllocate"]["seed"]["avg_ns"] == 1312
+    by_its_old_name = mica_bench("registry", "--batches", "1", "--json", worse)
+    assert by_its_old_name.returncode == 0 and json.loads(worse.read_text())["options"] == {"batches": 1}
+    same = mica_bench("compare", report, report)
+    assert same.returncode == 0 and "BenchmarkRegistryRelease" in same.stdout, same.stderr
+    rows["BenchmarkRegistryRelease"]["p95_ns"] *= 2
+    worse.write_text(json.dumps(found))
+    compared = mica_bench("compare", report, worse)
+    assert compared.returncode == 1, compared.stdout
+    assert "FAILED BenchmarkRegistryRelease: p95 went from" in compared.stdout, compared.stdout
+    assert mica_bench("report", report, "--html", page).returncode == 0
+    assert "BenchmarkParallelAllocate" in page.read_text()

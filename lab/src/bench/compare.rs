@@ -30,21 +30,33 @@ impl Default for Thresholds {
 /// What is compared: a name for people, the fields that hold it, and which way is worse.
 struct Measure {
     name: &'static str,
-    fields: &'static [&'static str],
+    /// Each with what it is in the unit of its kind.
+    fields: &'static [(&'static str, f64)],
     kind: Kind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
+    /// In microseconds.
     Time,
+    /// In bytes.
     Memory,
+    /// In a second.
     Throughput,
 }
 
 const MEASURES: [Measure; 3] = [
-    Measure { name: "p95", fields: &["p95_us"], kind: Kind::Time },
-    Measure { name: "memory", fields: &["bytes_per_sandbox", "bytes"], kind: Kind::Memory },
-    Measure { name: "per s", fields: &["throughput_per_s", "per_s"], kind: Kind::Throughput },
+    Measure { name: "p95", fields: &[("p95_us", 1.0), ("p95_ns", 1e-3)], kind: Kind::Time },
+    Measure {
+        name: "memory",
+        fields: &[("bytes_per_sandbox", 1.0), ("bytes", 1.0)],
+        kind: Kind::Memory,
+    },
+    Measure {
+        name: "per s",
+        fields: &[("throughput_per_s", 1.0), ("per_s", 1.0)],
+        kind: Kind::Throughput,
+    },
 ];
 
 /// One figure of one row, in both runs.
@@ -76,7 +88,7 @@ pub struct Verdict {
 /// Compares `after` with `before`.
 ///
 /// # Errors
-/// When `before` has no rows.
+/// When `before` has no rows, or there is no figure in them to compare: a gate that held nothing is not passed.
 pub fn compare(before: &Document, after: &Document, limits: Thresholds) -> Result<Verdict> {
     ensure!(before.rows().next().is_some(), "the first report has no rows");
     let mut verdict = Verdict::default();
@@ -95,6 +107,9 @@ pub fn compare(before: &Document, after: &Document, limits: Thresholds) -> Resul
             None => verdict.reasons.push(format!("{name}: the second run has no such row")),
         }
     }
+    let something = !verdict.pairs.is_empty() || !verdict.reasons.is_empty();
+    let command = before.0["command"].as_str().unwrap_or("no command");
+    ensure!(something, "there is nothing to compare in a report of {command}");
     for row in after.rows().map(name_of) {
         if before.rows().all(|other| name_of(other) != row) {
             verdict.notes.push(format!("{row} is only in the second run"));
@@ -112,7 +127,10 @@ impl Verdict {
             self.reasons.push(reason);
         }
         for measure in &MEASURES {
-            let figure = |row: &Value| measure.fields.iter().find_map(|field| row[*field].as_f64());
+            let figure = |row: &Value| {
+                let mut fields = measure.fields.iter();
+                fields.find_map(|(field, unit)| Some(row[*field].as_f64()? * unit))
+            };
             match (figure(before), figure(after)) {
                 (Some(was), Some(is)) => self.pair(name, measure, was, is, limits),
                 (Some(_), None) => {
@@ -185,7 +203,9 @@ fn name_of(row: &Value) -> String {
 
 fn shown(kind: Kind, value: f64) -> String {
     match kind {
-        Kind::Time => format!("{:.2} ms", value / 1e3),
+        Kind::Time if value >= 1e3 => format!("{:.2} ms", value / 1e3),
+        Kind::Time if value >= 10.0 => format!("{value:.1} us"),
+        Kind::Time => format!("{:.1} ns", value * 1e3),
         Kind::Memory => format!("{:.2} MiB", value / f64::from(1 << 20)),
         Kind::Throughput => format!("{value:.1} /s"),
     }
@@ -249,10 +269,39 @@ mod tests {
         let engine = |bytes: i64| json!([{ "op": "idle_bytes_per_sandbox", "bytes": bytes }]);
         assert_eq!(reasons(engine(100), engine(151)).len(), 1);
         // Noise below zero has no ratio, and is said.
-        let (before, after) = (document(memory(-5)), document(memory(1 << 20)));
+        let noise = |bytes: i64| {
+            let both = [memory(bytes)[0].clone(), create(1.0, 1.0)[0].clone()];
+            document(json!(both))
+        };
+        let (before, after) = (noise(-5), noise(1 << 20));
         let verdict = compare(&before, &after, Thresholds::default()).unwrap();
         assert!(verdict.reasons.is_empty());
         assert_eq!(verdict.notes.len(), 1, "{verdict:?}");
+    }
+
+    #[test]
+    fn times_in_nanoseconds_are_times() {
+        let registry =
+            |p95_ns: f64| json!([{ "op": "BenchmarkRegistryAllocate", "p95_ns": p95_ns }]);
+        assert_eq!(reasons(registry(50.0), registry(60.0)), [""; 0]);
+        let found = reasons(registry(50.0), registry(61.0));
+        let wanted = "BenchmarkRegistryAllocate: p95 went from 50.0 ns to 61.0 ns: 1.22 > 1.2";
+        assert_eq!(found, [wanted]);
+        // Whatever the unit of either: 50 ns, and then 61.
+        let engine = json!([{ "op": "BenchmarkRegistryAllocate", "p95_us": 0.061 }]);
+        assert_eq!(reasons(registry(50.0), engine), [wanted]);
+    }
+
+    #[test]
+    fn a_gate_that_compared_nothing_is_not_passed() {
+        let ratios =
+            json!([{ "op": "create c=1", "a_median_us": 1.0, "b_median_us": 2.0, "ratio": 2.0 }]);
+        let mut turns = document(ratios);
+        turns.0["command"] = json!("ab");
+        let error = compare(&turns, &turns, Thresholds::default()).unwrap_err().to_string();
+        assert_eq!(error, "there is nothing to compare in a report of ab");
+        let noise = document(json!([{ "op": "density", "bytes_per_sandbox": -5 }]));
+        assert!(compare(&noise, &noise, Thresholds::default()).is_err());
     }
 
     #[test]

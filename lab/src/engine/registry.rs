@@ -17,6 +17,9 @@ use mica_shards::registry::{
 };
 use serde_json::{Value, json};
 
+use crate::bench::document::Document;
+use crate::bench::row::{number, tenth};
+
 /// Slots of each host.
 const SLOTS: u32 = 100;
 /// Templates that there are; every host has half of them.
@@ -27,7 +30,7 @@ const BATCH: usize = 2000;
 /// hosts of the smaller pool that have the template.
 const PORTS: u16 = 100;
 /// What the figures beside ours were measured on.
-const SEED_HARDWARE: &str = "other hardware: Apple M4 Pro, Go";
+const SEED_MACHINE: &str = "Apple M4 Pro, Go";
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -319,28 +322,45 @@ pub fn measure(work: Work, batches: usize) -> Result<Found> {
     Ok(Found { work, batch, times_ns })
 }
 
-fn tenth(ns: f64) -> f64 {
-    (ns * 10.0).round() / 10.0
+/// As programs read it, and `mica bench compare` does: a report as that of the engine. `host` is the machine.
+#[must_use]
+pub fn document(found: &[Found], options: &Value, host: Value) -> Document {
+    let mut document = Document::new("registry", options, &[]);
+    document.0["host"] = host;
+    document.0["results"] = found.iter().map(row).collect();
+    document
 }
 
-/// As programs read it.
-#[must_use]
-pub fn rows(found: &[Found]) -> Vec<Value> {
-    let row = |found: &Found| {
-        json!({
-            "op": found.work.name,
-            "n": found.times_ns.len(),
-            "batch": found.batch,
-            "hosts": found.work.hosts,
-            "p50_ns": tenth(found.at(50)),
-            "p95_ns": tenth(found.at(95)),
-            "p99_ns": tenth(found.at(99)),
-            "max_ns": tenth(found.at(100)),
-            "seed_ns": found.work.seed_ns,
-            "seed_hardware": SEED_HARDWARE,
-        })
-    };
-    found.iter().map(row).collect()
+/// The fields of the engine's rows, in nanoseconds: its microseconds would hide what differs.
+fn row(found: &Found) -> Value {
+    let n = found.times_ns.len();
+    let mean = found.times_ns.iter().sum::<f64>() / number(n.max(1));
+    json!({
+        "op": found.work.name,
+        "case": "",
+        "concurrency": 1,
+        "n": n,
+        "success": n,
+        "failed": 0,
+        "errors": [],
+        "floor_p50_ns": null,
+        "wall_ns": null,
+        "per_op_ns": null,
+        "throughput_per_s": null,
+        "min_ns": tenth(found.times_ns.first().copied().unwrap_or_default()),
+        "p50_ns": tenth(found.at(50)),
+        "p90_ns": tenth(found.at(90)),
+        "p95_ns": tenth(found.at(95)),
+        "p99_ns": tenth(found.at(99)),
+        "max_ns": tenth(found.at(100)),
+        "avg_ns": tenth(mean),
+        "seed": {
+            "of": "Fast Sandbox", "hardware": "other hardware", "machine": SEED_MACHINE,
+            "avg_ns": found.work.seed_ns,
+        },
+        "batch": found.batch,
+        "hosts": found.work.hosts,
+    })
 }
 
 /// As people read it.
@@ -359,7 +379,9 @@ pub fn table(found: &[Found]) -> String {
         text.push_str(&row);
         text.push('\n');
     }
-    if writeln!(text, "seed: Fast Sandbox's own figures, on {SEED_HARDWARE}").is_err() {
+    if writeln!(text, "seed: Fast Sandbox's own figures, of other hardware: {SEED_MACHINE}")
+        .is_err()
+    {
         unreachable!("a string takes what is written to it");
     }
     text
@@ -367,6 +389,8 @@ pub fn table(found: &[Found]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::report::Report;
+    use super::super::series::Series;
     use super::*;
 
     /// The best of several medians each: what else runs on the machine makes a figure larger, never smaller.
@@ -386,12 +410,36 @@ mod tests {
     #[test]
     fn every_benchmark_runs_and_has_its_row() {
         let found: Vec<_> = ALL.iter().map(|work| measure(*work, 2).unwrap()).collect();
-        let rows = rows(&found);
-        assert_eq!(rows.len(), 11);
-        for (row, work) in rows.iter().zip(ALL) {
+        let document = document(&found, &json!({ "batches": 2 }), json!({ "cores": 2 }));
+        assert_eq!(document.rows().count(), 11);
+        for (row, work) in document.rows().zip(ALL) {
             assert_eq!(row["op"], work.name);
             assert!(row["p50_ns"].as_f64().is_some_and(|ns| ns > 0.0), "{row}");
+            assert_eq!(row["seed"]["avg_ns"], work.seed_ns);
             assert!(table(&found).contains(work.name));
+        }
+        assert_eq!(
+            (&document.0["command"], &document.0["version"]),
+            (&json!("registry"), &json!(1))
+        );
+    }
+
+    #[test]
+    fn a_row_has_every_field_of_the_engines_in_nanoseconds() {
+        let series =
+            [Series { op: "pause", times: Vec::new(), floor: Vec::new(), phases: Vec::new() }];
+        let report = Report { host: json!({}), series: &series, idle: None, left: None };
+        let (engine, ours) = (report.document(&json!({})), document(&[], &json!({}), json!({})));
+        let row = row(&measure(ALL[9], 1).unwrap());
+        for name in engine.rows().next().unwrap().as_object().unwrap().keys() {
+            let name = name.replace("_us", "_ns");
+            assert!(row.get(&name).is_some(), "{name} is not in {row}");
+        }
+        // What is beside the rows is the engine's own.
+        for name in
+            ["format", "version", "made_at", "command", "options", "complete", "host", "results"]
+        {
+            assert!(ours.0.get(name).is_some() && engine.0.get(name).is_some(), "{name}");
         }
     }
 }
