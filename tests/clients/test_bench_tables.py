@@ -40,14 +40,22 @@ TABLES = {
         {(op, f"d={size}"): 1 for size in (0, 2) for op in ("snapshot_dirty", "create_from_dirty")},
     ),
     "from-snapshot": (["-c", "2", "-n", "2", "-s", "0", "-t", "base"], {("from_snapshot", "c=2"): 4}),
-    "rollback": (["-c", "2", "-n", "1", "-s", "0", "-d", "1", "-t", "base"], {("rollback", "c=2 d=1"): 2}),
+    "rollback": (
+        ["-c", "1,2", "-n", "1", "-s", "0", "-d", "1", "-t", "base"],
+        {("rollback", "c=1 d=1"): 1, ("rollback", "c=2 d=1"): 2},
+    ),
     "clone": (
-        ["-n", "3", "-c", "2", "--rounds", "1", "-s", "0", "-t", "base"],
-        {("clone", "n=3 c=2"): 3, ("clone_request", "n=3"): 1},
+        ["-n", "1,3", "-c", "1,2", "--rounds", "1", "-s", "0", "-t", "base"],
+        {
+            ("clone", "n=1 c=1"): 1,
+            ("clone_request", "n=1"): 1,
+            ("clone", "n=3 c=2"): 3,
+            ("clone_request", "n=3"): 1,
+        },
     ),
     "pause-resume": (
-        ["-c", "2", "-n", "2", "-s", "0", "-t", "base"],
-        {("pause", "c=2"): 4, ("resume", "c=2"): 4},
+        ["-c", "1,2", "-n", "2", "-s", "0", "-t", "base"],
+        {(op, f"c={n}"): 2 * n for op in ("pause", "resume") for n in (1, 2)},
     ),
     "languages": (
         ["-l", "python,r", "-n", "1", "--cells", "2"],
@@ -62,6 +70,45 @@ TABLES = {
         ["-r", "5,20", "--seconds", "1", "--request", "get", "--sandboxes", "2", "-c", "4", "-t", "base"],
         {("load", "5/s"): 5, ("load", "20/s"): 20},
     ),
+}
+
+
+# What the reports say of a row, and whose it is. The first figure is what is printed beside the row.
+SEEDS = {
+    ("create", "c=1"): ("CubeSandbox", "avg_ms", 47.8),
+    ("snapshot", "c=1"): ("CubeSandbox", "wall_avg_ms", 49.8),
+    ("snapshot_dirty", "d=0"): ("CubeSandbox", "avg_ms", 45.7),
+    ("create_from_dirty", "d=0"): ("CubeSandbox", "avg_ms", 64.8),
+    ("rollback", "c=1 d=1"): ("CubeSandbox", "wall_avg_ms", 81.6),
+    ("pause", "c=1"): ("CubeSandbox", "wall_avg_ms", 558.4),
+    ("resume", "c=1"): ("CubeSandbox", "wall_avg_ms", 41.8),
+    ("clone", "n=1 c=1"): ("CubeSandbox", "wall_avg_ms", 219.6),
+    ("density_after_code", "live=1"): ("SoulBox", "total_mb", 128.0),
+    ("cold_hello_python", ""): ("SoulBox", "avg_ms", 95.0),
+    ("memory_python", ""): ("SoulBox", "overhead_mb", 32.0),
+}
+# What the daemon goes through in what a row times, and in nothing else that its rounds do.
+RESTORE = ["layers", "pool", "ready", "route", "run", "state"]
+SNAPSHOT = ["commit", "copy", "freeze", "scan", "sync", "write"]
+PHASES = {
+    "create": ("create", RESTORE),
+    "from_snapshot": ("restore", RESTORE),
+    "create_from_dirty": ("restore", RESTORE),
+    "clone": ("restore", RESTORE),
+    "clone_request": ("clone", ["copies", "snapshot"]),
+    "snapshot": ("snapshot", SNAPSHOT),
+    "snapshot_dirty": ("snapshot", SNAPSHOT),
+    "pause": ("pause", SNAPSHOT),
+    "resume": ("resume", ["layers", "pool", "ready", "run", "state"]),
+    "rollback": ("rollback", ["freeze", "plan", "ready", "run", "state"]),
+}
+# Plots that a table's page must have.
+PLOTS = {
+    "create": "create: latency against concurrency",
+    "dirty": "snapshot time against dirty memory",
+    "density": "memory against live sandboxes",
+    "density --after code": "memory against live sandboxes, after code",
+    "snapshot": "what the daemon spends the time of one on",
 }
 
 
@@ -118,9 +165,29 @@ def test_every_table_has_its_rows_and_leaves_nothing(daemon, tmp_path, table):
             assert times[0] > 0 and times == sorted(times), row
             assert times[0] <= row["avg_us"] <= times[-1], row
             assert row["wall_us"] > 0 and row["throughput_per_s"] > 0, row
+        phases = row.get("phases", [])
+        spent = sorted((phase["operation"], phase["phase"]) for phase in phases)
+        operation, names = PHASES.get(op, (None, []))
+        assert spent == [(operation, name) for name in names], row
+        assert all(phase["avg_us"] >= 0 and phase["count"] >= row["success"] for phase in phases), row
+    seeds(rows, out)
     check(table, rows)
     well_formed(page.read_text())
+    if table in PLOTS:
+        assert f"<figcaption>{PLOTS[table]}</figcaption>" in page.read_text()
     nothing_is_left(daemon)
+
+
+def seeds(rows, out):
+    """The figures of reports, in the rows and in what is printed."""
+    for key, (of, name, figure) in SEEDS.items():
+        if key not in rows:
+            continue
+        seed = rows[key]["seed"]
+        assert (seed["of"], seed["hardware"], seed[name]) == (of, "other hardware", figure), key
+        words = [key[0], *key[1].split()]
+        line = next(line for line in out.splitlines() if line.split()[: len(words)] == words)
+        assert line.endswith(f"{of}: {figure:g} {name.replace('_', ' ')}"), line
 
 
 def check(table, rows):
@@ -133,7 +200,6 @@ def check(table, rows):
         snapshot = rows["snapshot_dirty", "d=2"]
         # The stand-in's memory is not its agent's: the snapshot holds a few pages that it writes itself.
         assert snapshot["dirty_mb"] == 2 and snapshot["snapshot_bytes"] > 0
-        assert rows["snapshot_dirty", "d=0"]["seed"]["avg_ms"] == 45.7
     if table == "languages":
         of_r = {key for key in rows if key[0].endswith("_r")}
         has_r = rows["first_hello_r", ""]["success"] == 1

@@ -28,6 +28,23 @@ pub struct Phase {
     pub avg_us: f64,
 }
 
+/// What the daemon calls what is timed in a row: making what is measured, and removing it, goes through phases, too.
+#[must_use]
+pub fn own(op: &str) -> &'static [&'static str] {
+    match op {
+        // Which of both it is depends on what `--template` names.
+        "create" => &["create", "restore"],
+        // One of `clone` is a create from the snapshot that the round begins with.
+        "from_snapshot" | "create_from_dirty" | "clone" => &["restore"],
+        "clone_request" => &["clone"],
+        "snapshot" | "snapshot_dirty" => &["snapshot"],
+        "rollback" => &["rollback"],
+        "pause" => &["pause"],
+        "resume" => &["resume"],
+        _ => &[],
+    }
+}
+
 impl Phase {
     /// For programs.
     #[must_use]
@@ -135,6 +152,31 @@ mica_sandboxes 3
         assert_eq!((phases[0].phase.as_str(), phases[0].count), ("restore", 4.0));
         assert!((phases[0].avg_us - 100_000.0).abs() < 1e-6, "{phases:?}");
         assert_eq!(difference(&Sums::new(), &before).len(), 2);
+    }
+
+    #[test]
+    fn a_row_has_the_phases_of_what_it_times_and_no_others() {
+        let phase = |operation: &str| Phase {
+            operation: operation.to_owned(),
+            phase: "run".to_owned(),
+            count: 1.0,
+            avg_us: 1.0,
+        };
+        let all = ["create", "restore", "snapshot", "pause", "resume", "rollback", "clone"];
+        let all = all.map(phase);
+        for (op, wanted) in [
+            ("create", &["create", "restore"][..]),
+            ("from_snapshot", &["restore"]),
+            ("snapshot_dirty", &["snapshot"]),
+            ("clone_request", &["clone"]),
+            ("resume", &["resume"]),
+            ("run_code_1", &[]),
+        ] {
+            let mut row = super::super::row::Row::new(op, String::new(), 1);
+            row.spent(&all);
+            let found: Vec<&str> = row.phases.iter().map(|one| one.operation.as_str()).collect();
+            assert_eq!(found, wanted, "{op}");
+        }
     }
 
     #[test]

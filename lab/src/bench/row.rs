@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::load::{Failures, Round};
-use super::phases::Phase;
+use super::phases::{Phase, own};
 use super::seeds::{self, Seed};
 use crate::engine::series::percentile;
 
@@ -57,6 +57,13 @@ impl Row {
         self.walls.push(round.wall);
         self.failures.append(round.failures);
         round.values
+    }
+
+    /// Takes of what the daemon went through meanwhile what is the row's own.
+    pub fn spent(&mut self, phases: &[Phase]) {
+        let own = own(&self.op);
+        let is_own = |phase: &&Phase| own.contains(&phase.operation.as_str());
+        self.phases.extend(phases.iter().filter(is_own).cloned());
     }
 
     /// Sets a field of its own.

@@ -43,21 +43,37 @@ impl Table {
         Self { show, ..Self::default() }
     }
 
-    /// Measures a row, with the daemon's phases before and after.
+    /// Measures a row, with the phases that the daemon goes through meanwhile.
     ///
     /// # Errors
     /// When `measure` gives up; the row is kept as far as it came.
     pub fn row<T>(
         &mut self,
         host: &Host,
-        mut row: Row,
+        row: Row,
         measure: impl FnOnce(&mut Row) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
+        self.rows(host, [row], |[row]| measure(row))
+    }
+
+    /// Measures rows whose rounds are the same. Each has the phases of its own operation.
+    ///
+    /// # Errors
+    /// When `measure` gives up; the rows are kept as far as they came.
+    pub fn rows<T, const N: usize>(
+        &mut self,
+        host: &Host,
+        mut rows: [Row; N],
+        measure: impl FnOnce(&mut [Row; N]) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
         let before = Before::now(host);
-        let done = measure(&mut row);
-        row.phases = before.until_now(host);
-        if done.is_ok() || !row.times.is_empty() {
-            self.push(row);
+        let done = measure(&mut rows);
+        let phases = before.until_now(host);
+        for mut row in rows {
+            row.spent(&phases);
+            if done.is_ok() || !row.times.is_empty() {
+                self.push(row);
+            }
         }
         done
     }

@@ -69,13 +69,13 @@ impl Measure for Dirty {
                 row.set("dirty_mb", *megabytes);
                 row
             };
-            let mut create = row("create_from_dirty");
-            table.row(host, row("snapshot_dirty"), |snapshot| {
+            let both = [row("snapshot_dirty"), row("create_from_dirty")];
+            table.rows(host, both, |[snapshot, create]| {
                 let mut held = Vec::new();
                 for number in 0..=self.rounds {
                     host.go_on()?;
                     let counts = number > 0;
-                    let bytes = self.once(host, *megabytes, counts, snapshot, &mut create)?;
+                    let bytes = self.once(host, *megabytes, counts, snapshot, create)?;
                     held.extend(bytes.filter(|_| counts));
                     host.rest(self.settle);
                 }
@@ -84,7 +84,6 @@ impl Measure for Dirty {
                 }
                 Ok(())
             })?;
-            table.push(create);
         }
         Ok(())
     }

@@ -9,7 +9,6 @@ use serde_json::Value;
 
 use super::super::host::Host;
 use super::super::load::round;
-use super::super::phases::Before;
 use super::super::row::Row;
 use super::super::table::Table;
 use super::Measure;
@@ -34,33 +33,23 @@ impl Measure for PauseResume {
     fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
         for (clients, rounds) in self.rounds.levels(&[1, 5, 10], 5)? {
             let row = |op| Row::new(op, format!("c={clients}"), clients).beside(clients, 0);
-            let (mut pause, mut resume) = (row("pause"), row("resume"));
-            let before = Before::now(host);
-            let done = self.rounds.each(host, rounds, |counts| {
-                let sandboxes = ids(&make(host, &host.address.template, clients)?);
-                let paused = round(host, clients, &sandboxes, |client, id| host.pause(client, id))?;
-                let resumed =
-                    round(host, clients, &sandboxes, |client, id| host.resume(client, id))?;
-                if counts {
-                    pause.add(paused);
-                    resume.add(resumed);
-                } else {
-                    paused.all("warm up")?;
-                    resumed.all("warm up")?;
-                }
-                host.remove(&sandboxes, &[])
-            });
-            // The rounds go through both: each row has what its name says.
-            for phase in before.until_now(host) {
-                if phase.operation.contains("pause") {
-                    pause.phases.push(phase);
-                } else if phase.operation.contains("resume") {
-                    resume.phases.push(phase);
-                }
-            }
-            table.push(pause);
-            table.push(resume);
-            done?;
+            table.rows(host, [row("pause"), row("resume")], |[pause, resume]| {
+                self.rounds.each(host, rounds, |counts| {
+                    let sandboxes = ids(&make(host, &host.address.template, clients)?);
+                    let paused =
+                        round(host, clients, &sandboxes, |client, id| host.pause(client, id))?;
+                    let resumed =
+                        round(host, clients, &sandboxes, |client, id| host.resume(client, id))?;
+                    if counts {
+                        pause.add(paused);
+                        resume.add(resumed);
+                    } else {
+                        paused.all("warm up")?;
+                        resumed.all("warm up")?;
+                    }
+                    host.remove(&sandboxes, &[])
+                })
+            })?;
         }
         Ok(())
     }
