@@ -306,16 +306,30 @@ def test_compare_is_a_gate_and_report_joins_runs(daemon, tmp_path):
 
 
 def test_two_daemons_run_in_turns(tmp_path):
-    report, place = tmp_path / "ab.json", tmp_path / "place"
+    report, place, marks, second = (tmp_path / name for name in ("ab.json", "place", "marks", "second"))
+    # Another program, that says what it was started for and with which number.
+    second.write_text(f"#!/bin/sh\necho $$ $1 >> '{marks}'\nexec '{PROGRAMS}/mica' \"$@\"\n")
+    second.chmod(0o755)
     words = [
-        *(PROGRAMS / "mica-bench", "ab", "--a", PROGRAMS / "mica", "--blocks", "2", "-o", report),
+        *(PROGRAMS / "mica-bench", "ab", "--a", PROGRAMS / "mica", "--b", second, "--blocks", "2", "-o", report),
         *("--directory", place, "--a-serve-args=--shards 1", "--b-serve-args=--shards 1 --pool-min 0 --pool-max 0"),
         *("--", "create", "-c", "1", "-n", "3", "-w", "0"),
     ]
     ran = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    rows = {row["op"]: row for row in json.loads(report.read_text())["results"]}
+    document = json.loads(report.read_text())
+    rows = {row["op"]: row for row in document["results"]}
     assert set(rows) == {"create c=1", "daemon_cpu_per_request"}
+    assert [turn["side"] for turn in document["turns"]] == list("ABBABAAB")
+    started = [line.split() for line in marks.read_text().splitlines()]
+    assert [word for _, word in started] == ["template", "serve"]
+    of = {side: {turn["daemon_pid"] for turn in document["turns"] if turn["side"] == side} for side in "AB"}
+    assert of["B"] == {int(started[1][0])} and len(of["A"]) == 1 and of["A"] != of["B"]
+    # Ratios of two daemons are no run that a gate could hold against another.
+    gate = subprocess.run(
+        list(map(str, (PROGRAMS / "mica-bench", "compare", report, report))), capture_output=True, text=True, check=False
+    )
+    assert gate.returncode == 1 and "nothing to compare in a report of ab" in gate.stderr, gate.stdout
     for row in rows.values():
         assert row["a_median_us"] > 0 and row["b_median_us"] > 0, row
         assert row["ci95_low"] <= row["ratio"] <= row["ci95_high"], row

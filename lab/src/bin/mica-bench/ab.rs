@@ -93,7 +93,7 @@ pub fn run(args: &AbArgs) -> Result<()> {
     std::fs::create_dir(&root).with_context(|| format!("make {}", root.display()))?;
     let done = in_turns(args, measure, &root);
     let removed = std::fs::remove_dir(&root).with_context(|| format!("{} stays", root.display()));
-    let samples = done?;
+    let (samples, turns) = done?;
     removed?;
     let results = estimates(&samples, args.seed);
     print(&text(&results))?;
@@ -104,13 +104,19 @@ pub fn run(args: &AbArgs) -> Result<()> {
         });
         let mut document = Document::new("ab", &options, &[]);
         document.0["host"] = report::host(std::path::Path::new("/"))?;
+        document.0["turns"] = turns.into();
         document.0["results"] = results.iter().map(json_of).collect();
         document.write(path)?;
     }
     Ok(())
 }
 
-fn in_turns(args: &AbArgs, measure: &dyn Measure, root: &std::path::Path) -> Result<Samples> {
+/// The samples, and whose turn it was, in order.
+fn in_turns(
+    args: &AbArgs,
+    measure: &dyn Measure,
+    root: &std::path::Path,
+) -> Result<(Samples, Vec<Value>)> {
     let stop = stop_flag()?;
     let first = args.a.clone().map_or_else(|| beside("mica", "--a"), Ok)?;
     let second = args.b.clone().unwrap_or_else(|| first.clone());
@@ -125,7 +131,7 @@ fn in_turns(args: &AbArgs, measure: &dyn Measure, root: &std::path::Path) -> Res
     for side in [&a, &b] {
         quietly(measure, &side.address, &stop)?;
     }
-    let mut samples = Samples::new();
+    let (mut samples, mut turns) = (Samples::new(), Vec::new());
     for block in 0..args.blocks {
         let order = if block.is_multiple_of(2) {
             [Which::A, Which::B, Which::B, Which::A]
@@ -135,9 +141,11 @@ fn in_turns(args: &AbArgs, measure: &dyn Measure, root: &std::path::Path) -> Res
         for which in order {
             let side = if which == Which::A { &a } else { &b };
             slot(measure, side, which, &stop, usize::try_from(block)?, &mut samples)?;
+            let name = format!("{which:?}");
+            turns.push(json!({ "side": name, "daemon_pid": side.daemon.pid }));
         }
     }
-    Ok(samples)
+    Ok((samples, turns))
 }
 
 /// One run on one side.
