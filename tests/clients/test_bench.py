@@ -15,7 +15,9 @@ import pytest
 import standin
 
 PROGRAMS = pathlib.Path(os.environ["MICA_BIN_DIR"])
-OPERATIONS = {f"{work}_{clients}": clients for work in ("run_code", "command") for clients in (1, 10, 100)}
+WORK = ("run_code", "command", "direct_get", "proxy_get")
+OPERATIONS = {f"{work}_{clients}": clients for work in WORK for clients in (1, 10, 100)}
+SERVER = "Answers every request with the same few bytes"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,8 @@ def test_every_operation_has_a_row(daemon, tmp_path):
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "rows").read_text())
     assert (found["format"], found["command"], found["complete"]) == ("mica-bench", "exec", True)
-    assert found["options"] == {"concurrency": [1, 10, 100], "sandboxes": 4, "calls": 20}
+    work = ["run-code", "command", "get"]
+    assert found["options"] == {"concurrency": [1, 10, 100], "sandboxes": 4, "calls": 20, "work": work}
     assert found["host"]["cores"] > 0 and found["target"]["daemon_pid"] == daemon.process.pid
     rows = {row["op"]: row for row in found["results"]}
     assert {op: row["clients"] for op, row in rows.items()} == OPERATIONS
@@ -50,8 +53,23 @@ def test_every_operation_has_a_row(daemon, tmp_path):
         times = [row[f"{name}_us"] for name in ("min", "p50", "p90", "p95", "p99", "max")]
         assert 0 < times[0] and times == sorted(times) and times[0] <= row["avg_us"] <= times[-1], row
         assert row["per_s"] == row["throughput_per_s"] > 0 and row["wall_us"] > 0 and op in ran.stdout, row
-    seed = rows["run_code_100"]["seed"]
-    assert (seed["of"], seed["hardware"], seed["per_s"]) == ("SoulBox", "other hardware", 1456.8)
+    for clients in (1, 10, 100):
+        direct, proxied = (rows[f"{name}_get_{clients}"] for name in ("direct", "proxy"))
+        added = proxied["p50_us"] - direct["p50_us"]
+        assert abs(proxied["added_us"] - added) < 0.2 and "added_us" not in direct, (proxied, direct)
+        assert f"added_us: {proxied['added_us']}" in ran.stdout
+    assert SERVER not in subprocess.check_output(["ps", "-eo", "args"], text=True)
+
+
+def test_the_computation_of_the_report_has_its_figure_beside_it(daemon, tmp_path):
+    options = ("-c", "1,10", "--calls", "10", "--sandboxes", "2", "--work", "fibonacci", "-o", tmp_path / "rows")
+    ran = bench(daemon, *options)
+    assert ran.returncode == 0, ran.stderr
+    rows = {row["op"]: row for row in json.loads((tmp_path / "rows").read_text())["results"]}
+    assert {op: row["success"] for op, row in rows.items()} == {"fibonacci_1": 10, "fibonacci_10": 10}
+    for op, per_s in (("fibonacci_1", 180.3), ("fibonacci_10", 1250.7)):
+        seed = rows[op]["seed"]
+        assert (seed["of"], seed["hardware"], seed["per_s"]) == ("SoulBox", "other hardware", per_s)
 
 
 def test_its_report_is_compared_and_drawn(daemon, tmp_path):
@@ -66,8 +84,9 @@ def test_its_report_is_compared_and_drawn(daemon, tmp_path):
     assert compared.returncode == 1 and "FAILED run_code_1: per s went from" in compared.stdout, compared.stdout
     drawn = mica_bench("report", report, "--html", page)
     assert drawn.returncode == 0, drawn.stderr
-    for figure in ("run code: latency", "run code: throughput", "command: latency", "command: throughput"):
-        assert f"{figure} against concurrency" in page.read_text()
+    for name in ("run code", "command", "proxy get", "direct get"):
+        for figure in ("latency", "throughput"):
+            assert f"{name}: {figure} against concurrency" in page.read_text()
 
 
 def forward_slowly(target):

@@ -5,6 +5,8 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use super::host::{Host, Sandbox, Timed};
@@ -37,9 +39,24 @@ pub fn interpreter(host: &Host, sandbox: &Sandbox) -> Result<Client> {
 
 /// Runs a line of bash over such a connection; it must end with 0.
 pub fn command(client: &mut Client, line: &str) -> Timed<()> {
-    let request = json!({
-        "process": { "cmd": "/bin/bash", "args": ["-l", "-c", line] }, "stdin": false,
-    });
+    run(client, line, &[]).and_then(|_| Ok(()))
+}
+
+/// Runs a Python program with arguments over such a connection; it must end with 0. Gives what it printed.
+///
+/// # Errors
+/// When it does not, or printed no text.
+pub fn python(client: &mut Client, program: &str, args: &[&str]) -> Result<String> {
+    // A template may have no Python but its code interpreter's.
+    let line = "PATH=\"$PATH:/opt/mica/python/bin\"; exec python3 -c \"$0\" \"$@\"";
+    let printed = run(client, line, &[&[program], args].concat()).value?;
+    String::from_utf8(printed).context("a program that printed no text")
+}
+
+/// Runs a line of bash, whose `$0` and so on are `args`. Gives what it printed.
+fn run(client: &mut Client, line: &str, args: &[&str]) -> Timed<Vec<u8>> {
+    let args = [&["-l", "-c", line], args].concat();
+    let request = json!({ "process": { "cmd": "/bin/bash", "args": args }, "stdin": false });
     let body = frame(request.to_string().as_bytes());
     let (begun, answer) =
         (Instant::now(), client.call("POST", "/process.Process/Start", &body, 200));
@@ -57,9 +74,9 @@ fn frame(message: &[u8]) -> Vec<u8> {
     [&[0], length.to_be_bytes().as_slice(), message].concat()
 }
 
-/// The frames of a process must end with exit code 0, and the stream without an error.
-fn ended_well(mut answer: &[u8]) -> Result<()> {
-    let mut exited = false;
+/// The frames of a process must end with exit code 0, and the stream without an error. Gives its output.
+fn ended_well(mut answer: &[u8]) -> Result<Vec<u8>> {
+    let (mut exited, mut printed) = (false, Vec::new());
     loop {
         let (head, rest) = answer.split_at_checked(FRAME_HEAD_BYTES).context("no last frame")?;
         let [flag, length @ ..] = <[u8; FRAME_HEAD_BYTES]>::try_from(head)?;
@@ -69,7 +86,10 @@ fn ended_well(mut answer: &[u8]) -> Result<()> {
         if flag & END_OF_STREAM != 0 {
             ensure!(message["error"].is_null(), "the stream ended with an error");
             ensure!(exited, "the process did not end with 0");
-            return Ok(());
+            return Ok(printed);
+        }
+        if let Some(text) = message["event"]["data"]["stdout"].as_str() {
+            printed.extend(STANDARD.decode(text).context("output that is not base64")?);
         }
         let end = &message["event"]["end"];
         // Zero is left out.
@@ -208,7 +228,10 @@ mod tests {
             [frame(br#"{"event":{"start":{"pid":7}}}"#), frame(end), last(finish)].concat()
         };
         let good = br#"{"event":{"end":{"exited":true,"status":"exit status 0"}}}"#;
-        ended_well(&stream(good, b"{}")).unwrap();
+        assert_eq!(ended_well(&stream(good, b"{}")).unwrap(), b"");
+        let data = br#"{"event":{"data":{"stdout":"NDIK"}}}"#;
+        let printed = [frame(data), stream(good, b"{}")].concat();
+        assert_eq!(ended_well(&printed).unwrap(), b"42\n");
         let failed = br#"{"event":{"end":{"exited":true,"exitCode":3}}}"#;
         assert!(ended_well(&stream(failed, b"{}")).is_err());
         assert!(ended_well(&stream(good, br#"{"error":{"code":"internal"}}"#)).is_err());

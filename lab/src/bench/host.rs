@@ -35,6 +35,8 @@ pub struct Sandbox {
     pub id: String,
     /// What its agent asks for; empty where it asks for nothing.
     pub token: String,
+    /// What the names of its ports end in.
+    pub domain: String,
 }
 
 /// One call: when it began, how long the answer took, and what came of it.
@@ -160,6 +162,15 @@ impl Host {
             ("Connect-Protocol-Version", "1"),
         ];
         Client::open(self.socket, &headers)
+    }
+
+    /// A connection to a port of a sandbox, by the name that browsers use.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn by_name(&self, sandbox: &Sandbox, port: u16) -> Result<Client> {
+        let Sandbox { id, domain, .. } = sandbox;
+        Client::open_as(self.socket, &format!("{port}-{id}.{domain}"), &[])
     }
 
     /// Starts a sandbox of a template or of a snapshot.
@@ -404,7 +415,9 @@ fn nothing(_: Value) -> Result<()> {
 
 fn sandbox_of(answer: &Value) -> Result<Sandbox> {
     let token = answer["envdAccessToken"].as_str().unwrap_or_default().to_owned();
-    Ok(Sandbox { id: text_of(answer, "sandboxID")?, token })
+    // A host that was given no domain takes any.
+    let domain = answer["domain"].as_str().unwrap_or("sandbox.example").to_owned();
+    Ok(Sandbox { id: text_of(answer, "sandboxID")?, token, domain })
 }
 
 fn text_of(answer: &Value, field: &str) -> Result<String> {

@@ -13,6 +13,7 @@ pub mod document;
 pub mod guest;
 pub mod host;
 pub mod html;
+pub mod inside;
 pub mod load;
 pub mod phases;
 pub mod row;

@@ -62,11 +62,19 @@ impl Client {
     /// # Errors
     /// When nobody listens.
     pub fn open(address: SocketAddr, headers: &[(&str, &str)]) -> Result<Self> {
+        Self::open_as(address, &address.to_string(), headers)
+    }
+
+    /// The same, where the host goes by another name than its address.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn open_as(address: SocketAddr, name: &str, headers: &[(&str, &str)]) -> Result<Self> {
         let stream =
             TcpStream::connect(address).with_context(|| format!("connect to {address}"))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut text = format!("Host: {address}\r\n");
+        let mut text = format!("Host: {name}\r\n");
         for (name, value) in headers {
             write!(text, "{name}: {value}\r\n")?;
         }

@@ -1,5 +1,6 @@
 //! `exec`: what a client waits for code and for a command in a sandbox that is warm, from one client and from many at
-//! once: `1+1` in the code interpreter, `true` through envd.
+//! once: `1+1` in the code interpreter, `true` through envd. And for the proxy alone: a static server in the sandbox,
+//! asked through it, and from beside the server.
 //!
 //! A table of its own because its clients share sandboxes, each over a connection that it keeps. They connect one after the
 //! other, each when the one before was answered: a port that QEMU forwards has room for one connection that nobody has
@@ -8,18 +9,25 @@
 
 use std::sync::Barrier;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::super::guest;
 use super::super::host::{Host, Sandbox, Timed};
-use super::super::load::sum;
-use super::super::row::{Row, tenth};
+use super::super::inside::{Direct, Server, get};
+use super::super::load::{Failures, Round, sum};
+use super::super::row::{Row, tenth, us};
 use super::super::table::Table;
 use super::{CLIENTS_MAX, Measure};
 use crate::engine::client::Client;
+use crate::engine::series::percentile;
+
+/// What `SoulBox`'s report counts in a second.
+const FIBONACCI: &str = "def fibonacci(n):\n    if n <= 1:\n        return n\n    return fibonacci(n-1) + fibonacci(n-2)\n\n\
+     result = fibonacci(10)\nprint(f\"Fibonacci(10) = {result}\")";
 
 /// Code and commands in warm sandboxes, by clients.
 #[derive(Args, Debug)]
@@ -34,13 +42,23 @@ pub struct Exec {
     /// How often everything is done at each number of clients, and at least once by each.
     #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     calls: u32,
+    /// What is done; several, separated by commas.
+    #[arg(long, value_name = "WORK", value_delimiter = ',', value_enum,
+        default_values_t = [Work::RunCode, Work::Command, Work::Get])]
+    work: Vec<Work>,
 }
 
 /// What is done again and again.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Work {
+    /// `1+1` in the code interpreter.
     RunCode,
+    /// `true` through envd.
     Command,
+    /// A static server in the sandbox, through the proxy and from beside it.
+    Get,
+    /// `fibonacci(10)` in the code interpreter, as `SoulBox`'s report has it.
+    Fibonacci,
 }
 
 impl Work {
@@ -48,13 +66,17 @@ impl Work {
         match self {
             Self::RunCode => "run_code",
             Self::Command => "command",
+            Self::Get => "proxy_get",
+            Self::Fibonacci => "fibonacci",
         }
     }
 
-    fn open(self, host: &Host, sandbox: &Sandbox) -> Result<Client> {
+    fn open(self, host: &Host, place: &Place) -> Result<Client> {
+        let sandbox = &place.sandbox;
         match self {
-            Self::RunCode => guest::interpreter(host, sandbox),
+            Self::RunCode | Self::Fibonacci => guest::interpreter(host, sandbox),
             Self::Command => guest::envd(host, sandbox),
+            Self::Get => host.by_name(sandbox, place.server.context("no server")?.port),
         }
     }
 
@@ -62,8 +84,16 @@ impl Work {
         match self {
             Self::RunCode => guest::code(client, "1+1", "2"),
             Self::Command => guest::command(client, "true"),
+            Self::Get => get(client),
+            Self::Fibonacci => guest::code(client, FIBONACCI, "Fibonacci(10) = 55\n"),
         }
     }
+}
+
+/// A sandbox that clients share, and the server in it if one is asked for.
+struct Place {
+    sandbox: Sandbox,
+    server: Option<Server>,
 }
 
 impl Measure for Exec {
@@ -72,28 +102,32 @@ impl Measure for Exec {
     }
 
     fn options(&self) -> Value {
-        json!({ "concurrency": self.concurrency, "sandboxes": self.sandboxes, "calls": self.calls })
+        let name = |work: &Work| work.to_possible_value().map(|value| value.get_name().to_owned());
+        let work: Vec<_> = self.work.iter().filter_map(name).collect();
+        json!({
+            "concurrency": self.concurrency, "sandboxes": self.sandboxes, "calls": self.calls,
+            "work": work,
+        })
     }
 
     fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
         let mut control = host.client()?;
-        let mut sandboxes = Vec::new();
+        let mut places = Vec::new();
         for _ in 0..self.sandboxes {
             let made = host.create(&mut control, &host.address.template).value;
-            sandboxes.push(made.context("make the sandboxes")?);
+            let sandbox = made.context("make the sandboxes")?;
+            let asked = self.work.contains(&Work::Get);
+            let server = asked.then(|| Server::start(host, &sandbox)).transpose()?;
+            places.push(Place { sandbox, server });
             host.go_on()?;
         }
         for clients in &self.concurrency {
-            for work in [Work::RunCode, Work::Command] {
-                let clients = usize::from(*clients);
-                let row = Row::new(&format!("{}_{clients}", work.name()), String::new(), clients);
-                let askers = askers(host, &sandboxes, work, clients)
-                    .with_context(|| format!("warm {clients} clients up for {}", work.name()))?;
-                table
-                    .row(host, row.beside(clients, 0), |row| self.level(host, row, work, askers))?;
+            for work in &self.work {
+                self.rows(host, table, &places, *work, usize::from(*clients))?;
             }
         }
-        for sandbox in &sandboxes {
+        for Place { sandbox, server } in &places {
+            server.map_or(Ok(()), |server| server.stop(host, sandbox))?;
             host.kill(&mut control, &sandbox.id).value?;
         }
         host.give_back(control);
@@ -101,29 +135,89 @@ impl Measure for Exec {
     }
 }
 
-/// A client, and the sandbox that it asks.
-struct Asker<'s> {
+/// A client, and where it asks.
+struct Asker<'p> {
     client: Client,
-    sandbox: &'s Sandbox,
+    place: &'p Place,
 }
 
 /// Clients whose connections are warm.
-fn askers<'s>(
+fn askers<'p>(
     host: &Host,
-    sandboxes: &'s [Sandbox],
+    places: &'p [Place],
     work: Work,
     clients: usize,
-) -> Result<Vec<Asker<'s>>> {
-    let warm = |sandbox| {
+) -> Result<Vec<Asker<'p>>> {
+    let warm = |place| {
         host.go_on()?;
-        let mut asker = Asker { client: work.open(host, sandbox)?, sandbox };
+        let mut asker = Asker { client: work.open(host, place)?, place };
         work.once(&mut asker.client).value?;
         Ok(asker)
     };
-    sandboxes.iter().cycle().take(clients).map(warm).collect()
+    places.iter().cycle().take(clients).map(warm).collect()
 }
 
 impl Exec {
+    /// The row of one work at one number of clients; the proxy's has that of the server alone before it.
+    fn rows(
+        &self,
+        host: &Host,
+        table: &mut Table,
+        places: &[Place],
+        work: Work,
+        clients: usize,
+    ) -> Result<()> {
+        let row = |name: &str| Row::new(&format!("{name}_{clients}"), String::new(), clients);
+        let direct = if work == Work::Get {
+            let measure = |row: &mut Row| self.direct(host, row, places, clients);
+            Some(table.row(host, row("direct_get"), measure)?)
+        } else {
+            None
+        };
+        let askers = askers(host, places, work, clients)
+            .with_context(|| format!("warm {clients} clients up for {}", work.name()))?;
+        table.row(host, row(work.name()).beside(clients, 0), |row| {
+            self.level(host, row, work, askers)?;
+            if let (Some(direct), false) = (direct, row.times.is_empty()) {
+                let added = us(percentile(&row.times, 50)) - us(direct);
+                row.set("added_us", tenth(added));
+            }
+            Ok(())
+        })
+    }
+
+    /// The servers asked by as many clients, which are where the servers are. Gives the median.
+    fn direct<'p>(
+        &self,
+        host: &Host,
+        row: &mut Row,
+        places: &'p [Place],
+        clients: usize,
+    ) -> Result<Duration> {
+        let calls = usize::try_from(self.calls)?.div_ceil(clients);
+        // As many for each as those that come through the proxy.
+        let share = |number| (clients + places.len() - 1 - number) / places.len();
+        let shares = places.iter().enumerate().map(|(number, place)| (place, share(number)));
+        let found: Vec<Result<Direct>> = thread::scope(|scope| {
+            let begin = |(place, share): (&'p Place, usize)| {
+                scope.spawn(move || {
+                    let server = place.server.context("no server")?;
+                    server.direct(host, &place.sandbox, share, calls)
+                })
+            };
+            let threads: Vec<_> = shares.filter(|(_, share)| *share > 0).map(begin).collect();
+            let panicked = |_| Err(anyhow!("a client panicked"));
+            threads.into_iter().map(|one| one.join().unwrap_or_else(panicked)).collect()
+        });
+        host.go_on()?;
+        let found: Vec<Direct> = found.into_iter().collect::<Result<_>>()?;
+        let wall = found.iter().map(|one| one.wall).max().unwrap_or_default();
+        let times: Vec<Duration> = found.into_iter().flat_map(|one| one.times).collect();
+        row.add(Round { wall, values: Vec::<()>::new(), times, failures: Failures::default() });
+        as_before(row, clients);
+        Ok(percentile(&row.times, 50))
+    }
+
     /// One row: every client calls as soon as it has its last answer.
     fn level(&self, host: &Host, row: &mut Row, work: Work, askers: Vec<Asker<'_>>) -> Result<()> {
         let clients = askers.len();
@@ -144,11 +238,15 @@ impl Exec {
         host.go_on()?;
         let done: Vec<_> = done.into_iter().collect::<Result<Vec<_>>>()?;
         row.add(sum(done.into_iter().flatten().collect())?);
-        // As its rows called them before there were other tables.
-        row.set("clients", clients);
-        row.set("per_s", row.per_s().map(tenth));
+        as_before(row, clients);
         Ok(())
     }
+}
+
+/// Two fields as this table's rows called them before there were other tables.
+fn as_before(row: &mut Row, clients: usize) {
+    row.set("clients", clients);
+    row.set("per_s", row.per_s().map(tenth));
 }
 
 /// So many calls of one client. One that breaks its connection is counted, and the next has a new one.
@@ -156,9 +254,32 @@ fn again(host: &Host, mut asker: Asker<'_>, work: Work, calls: usize) -> Result<
     let mut done = Vec::with_capacity(calls);
     while done.len() < calls && !host.stopped() {
         if !asker.client.is_open() {
-            asker.client = work.open(host, asker.sandbox)?;
+            asker.client = work.open(host, asker.place)?;
         }
         done.push(work.once(&mut asker.client));
     }
     Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        exec: Exec,
+    }
+
+    #[test]
+    fn the_levels_and_the_work_of_the_report_can_be_asked_for() {
+        let words = ["exec", "-c", "1,10,100,500,1000", "--work", "fibonacci"];
+        let Exec { concurrency, work, .. } = Cli::try_parse_from(words).unwrap().exec;
+        assert_eq!((concurrency, work), (vec![1, 10, 100, 500, 1000], vec![Work::Fibonacci]));
+        let usual = Cli::try_parse_from(["exec"]).unwrap().exec;
+        assert_eq!(usual.options()["work"], json!(["run-code", "command", "get"]));
+        assert!(Cli::try_parse_from(["exec", "--work", "nothing"]).is_err());
+    }
 }
