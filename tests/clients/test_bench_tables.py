@@ -27,6 +27,10 @@ TABLES = {
         ["-c", "2", "-n", "4", "-w", "0", "-m", "create-delete", "-t", "base"],
         {("create", "c=2"): 4, ("delete", "c=2"): 4},
     ),
+    "density --after code": (
+        ["--live", "1,2", "-c", "2", "--reserve", "64", "--settle", "0.2", "--after", "code"],
+        {("density_after_code", f"live={n}"): made for n, made in ((0, 0), (1, 1), (2, 1))},
+    ),
     "density": (
         ["--live", "2,3", "-c", "2", "--reserve", "64", "--settle", "0.2", "-t", "base"],
         {("density", "live=0"): 0, ("density", "live=2"): 2, ("density", "live=3"): 1},
@@ -64,6 +68,8 @@ TABLES = {
             ("first_hello_python", ""): 1,
             ("hello_python", ""): 2,
             ("fibonacci_python", ""): 2,
+            # It has bytes, and no times.
+            ("memory_python", ""): 0,
         },
     ),
     "load-levels": (
@@ -204,7 +210,10 @@ def check(table, rows):
         of_r = {key for key in rows if key[0].endswith("_r")}
         has_r = rows["first_hello_r", ""]["success"] == 1
         assert ("missing" in rows["first_hello_r", ""]) is not has_r
-        assert len(of_r) == (4 if has_r else 1), of_r
+        assert len(of_r) == (5 if has_r else 1), of_r
+        memory = rows["memory_python", ""]
+        assert memory["sandboxes"] == 1 and memory["bytes_before"] > 0
+        assert memory["bytes_overhead"] == memory["bytes"] - memory["bytes_before"]
         cold, first = (rows[f"{op}_hello_python", ""]["p50_us"] for op in ("cold", "first"))
         assert cold > first
     if table == "load-levels":

@@ -279,6 +279,21 @@ impl Host {
         body
     }
 
+    /// What a sandbox takes of memory that it shares with nobody, as the host's metrics have it.
+    ///
+    /// # Errors
+    /// When the host shows no metrics, or not to this key.
+    pub fn memory_of(&self, sandbox: &Sandbox) -> Result<u64> {
+        let text = String::from_utf8(self.get("/metrics/sandboxes")?)?;
+        let own = format!("sandbox=\"{}\"", sandbox.id);
+        let found = text.lines().find_map(|line| {
+            let rest = line.strip_prefix("mica_sandbox_memory_bytes{")?;
+            let (labels, value) = rest.rsplit_once('}')?;
+            labels.split(',').any(|label| label.trim() == own).then_some(value.trim())
+        });
+        found.context("it has no memory in /metrics/sandboxes")?.parse().context("its memory")
+    }
+
     /// Kills these and deletes those, with a few clients at once.
     ///
     /// # Errors

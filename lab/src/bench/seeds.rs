@@ -140,6 +140,12 @@ const THROUGHPUT: [Row; 5] = [
     (1000, 0, &[1234.5]),
 ];
 
+/// Of an idle machine: what it takes in all, in MB.
+const IDLE: [Row; 1] = [(1, 0, &[64.0])];
+
+/// By sandboxes that have run code, at once: what they take in all, in MB.
+const AFTER_CODE: [Row; 3] = [(1, 0, &[128.0]), (10, 0, &[256.0]), (100, 0, &[1200.0])];
+
 /// A create and a "Hello World" in Python.
 const COLD_HELLO: [f64; 4] = [95.0, 85.0, 120.0, 140.0];
 
@@ -148,7 +154,9 @@ const COLD_HELLO: [f64; 4] = [95.0, 85.0, 120.0, 140.0];
 pub fn find(op: &str, by: usize, and: usize) -> Option<Seed> {
     let (of, names, rows): (_, &[&str], &[Row]) = match op {
         "create" => (CUBE, &TIMES, &CREATE),
+        "density" if by == 1 => (SOUL, &["total_mb"], &IDLE),
         "density" => (CUBE, &["mb_each"], &DENSITY),
+        "density_after_code" => (SOUL, &["total_mb"], &AFTER_CODE),
         "snapshot" => (CUBE, &ROUNDS, &SNAPSHOT),
         "snapshot_dirty" => (CUBE, &WRITTEN, &DIRTY),
         "create_from_dirty" => (CUBE, &TIMES, &DIRTY_CREATE),
@@ -190,6 +198,9 @@ fn language(op: &str) -> Option<Seed> {
         "fibonacci_python" => (&["execution_ms"], &[115.0]),
         "fibonacci_javascript" => (&["execution_ms"], &[80.0]),
         "fibonacci_go" => (&["execution_ms"], &[40.0]),
+        "memory_python" => (&["overhead_mb"], &[32.0]),
+        "memory_javascript" => (&["overhead_mb"], &[24.0]),
+        "memory_go" => (&["overhead_mb"], &[16.0]),
         _ => return None,
     };
     Some(Seed { of: SOUL, names, values })
@@ -212,6 +223,12 @@ mod tests {
         // It is not what those do.
         assert_eq!(first("run_code_100", 100, 0), None);
         assert_eq!(first("command_100", 100, 0), None);
+        let after = [1, 10, 100].map(|live| first("density_after_code", live, 0).unwrap());
+        assert_eq!(after, [128.0, 256.0, 1200.0]);
+        assert_eq!((first("density", 1, 0), first("density", 100, 0)), (Some(64.0), Some(21.5)));
+        let memory =
+            ["python", "javascript", "go", "r"].map(|one| first(&format!("memory_{one}"), 0, 0));
+        assert_eq!(memory, [Some(32.0), Some(24.0), Some(16.0), None]);
         assert_eq!(first("create", 2, 0), None);
         assert_eq!(first("clone", 100, 5), None);
         assert_eq!(of_engine("clone_100"), find("clone", 100, 50));

@@ -29,7 +29,8 @@ pub fn all(rows: &[&Value]) -> Vec<Figure> {
     figures.extend(throughput(rows));
     figures.extend(floor(rows));
     figures.extend(dirty(rows));
-    figures.extend(density(rows));
+    figures.extend(density(rows, "density", ""));
+    figures.extend(density(rows, "density_after_code", ", after code"));
     figures.extend(load(rows));
     figures.extend(phases(rows));
     figures
@@ -171,8 +172,8 @@ fn dirty(rows: &[&Value]) -> Option<Figure> {
     Some(drawn("snapshot time against dirty memory".to_owned(), x, y, lines))
 }
 
-fn density(rows: &[&Value]) -> Vec<Figure> {
-    let of: Vec<&Value> = rows.iter().copied().filter(|row| row["op"] == "density").collect();
+fn density(rows: &[&Value], op: &str, after: &str) -> Vec<Figure> {
+    let of: Vec<&Value> = rows.iter().copied().filter(|row| row["op"] == op).collect();
     if of.len() < 2 {
         return Vec::new();
     }
@@ -181,7 +182,8 @@ fn density(rows: &[&Value]) -> Vec<Figure> {
     let total = [
         line("taken, MiB", &of, live, |row| Some(row["bytes_taken"].as_f64()? / MIB)),
         other("taken", &of, live, |row| {
-            Some(row["seed"]["mb_each"].as_f64()? * row["sandboxes"].as_f64()?)
+            let of_all = || Some(row["seed"]["mb_each"].as_f64()? * row["sandboxes"].as_f64()?);
+            row["seed"]["total_mb"].as_f64().or_else(of_all)
         }),
     ];
     let each = [
@@ -191,8 +193,8 @@ fn density(rows: &[&Value]) -> Vec<Figure> {
     let (all_axis, each_axis) =
         (Axis { label: "MiB of the machine", log: false }, Axis { label: "MiB each", log: false });
     vec![
-        drawn("memory against live sandboxes".to_owned(), x, all_axis, total),
-        drawn("memory of one, by live sandboxes".to_owned(), x, each_axis, each),
+        drawn(format!("memory against live sandboxes{after}"), x, all_axis, total),
+        drawn(format!("memory of one, by live sandboxes{after}"), x, each_axis, each),
     ]
 }
 
@@ -289,6 +291,9 @@ mod tests {
             with(with(row("clone_1", 1), "floor_p50_us", json!(500.0)), "seed", json!(null)),
             json!({ "op": "density", "sandboxes": 0, "bytes_taken": 0 }),
             json!({ "op": "density", "sandboxes": 9, "bytes_taken": 90, "bytes_per_sandbox": 10 }),
+            json!({ "op": "density_after_code", "sandboxes": 1, "bytes_taken": 9,
+                "seed": { "of": "SoulBox", "total_mb": 128.0 } }),
+            json!({ "op": "density_after_code", "sandboxes": 9, "bytes_taken": 90 }),
             with(row("load", 64), "rate_per_s", json!(10)),
             with(row("load", 64), "rate_per_s", json!(100)),
             with(
@@ -312,6 +317,8 @@ mod tests {
                 "snapshot time against dirty memory",
                 "memory against live sandboxes",
                 "memory of one, by live sandboxes",
+                "memory against live sandboxes, after code",
+                "memory of one, by live sandboxes, after code",
                 "latency against load, from when a request was due",
                 "what the daemon spends the time of one on",
             ]

@@ -1,4 +1,4 @@
-//! `density`: what one more idle sandbox costs the machine, by how many live.
+//! `density`: what one more sandbox costs the machine, by how many live: idle ones, or such as have run code.
 //!
 //! `MemAvailable` is read before the first and after each batch, of the machine that this runs on; the report says
 //! whether that is the host's. Refuses to run the machine out of memory: it stops when what a few more would take
@@ -8,15 +8,17 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::super::daemon::{Daemon, is_local};
-use super::super::host::Host;
+use super::super::guest;
+use super::super::host::{Host, Sandbox};
 use super::super::load::round;
 use super::super::row::Row;
 use super::super::table::Table;
 use super::{CLIENTS_MAX, Measure, seconds};
+use crate::engine::client::Client;
 
 /// Memory counts as at rest when it has moved by no more than this.
 const REST_BYTES: u64 = 2 << 20;
@@ -26,6 +28,15 @@ const LOOKS: usize = 5;
 const LOOK: Duration = Duration::from_millis(100);
 /// What a sandbox is thought to take before one was seen, in bytes.
 const FIRST_GUESS_BYTES: u64 = 64 << 20;
+
+/// What a sandbox has done when memory is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum After {
+    /// Nothing.
+    None,
+    /// It has run a cell in the code interpreter, at once with the others of its batch.
+    Code,
+}
 
 /// Memory by live sandboxes.
 #[derive(Args, Debug)]
@@ -44,6 +55,9 @@ pub struct Density {
     /// Longest wait for memory to come to rest.
     #[arg(short, long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     settle: Duration,
+    /// What each sandbox has done when memory is looked at.
+    #[arg(long, value_enum, default_value_t = After::None)]
+    after: After,
 }
 
 impl Measure for Density {
@@ -52,8 +66,9 @@ impl Measure for Density {
     }
 
     fn options(&self) -> Value {
+        let after = self.after.to_possible_value().map(|value| value.get_name().to_owned());
         json!({
-            "live": self.live, "concurrency": self.concurrency, "reserve_mib": self.reserve,
+            "after": after, "live": self.live, "concurrency": self.concurrency, "reserve_mib": self.reserve,
             "settle_s": self.settle.as_secs_f64(),
         })
     }
@@ -70,9 +85,14 @@ impl Measure for Density {
         }
         // The first sandbox makes what all of them share.
         let first = super::rounds::make(host, &host.address.template, 1)?;
+        self.have_it_work(host, &first)?;
         host.remove(&super::rounds::ids(&first), &[])?;
         let empty = self.at_rest(host)?;
-        let row = |live: u32| Row::new("density", format!("live={live}"), self.concurrency.into());
+        let op = match self.after {
+            After::None => "density",
+            After::Code => "density_after_code",
+        };
+        let row = |live: u32| Row::new(op, format!("live={live}"), self.concurrency.into());
         let mut base = row(0);
         set(&mut base, 0, empty, empty);
         table.push(base);
@@ -81,7 +101,10 @@ impl Measure for Density {
             let mut batch = row(*wanted).beside(usize::try_from(*wanted)?, 0);
             let begun = Instant::now();
             let full = self.grow(host, &mut batch, &mut live, *wanted, empty)?;
-            batch.walls = vec![begun.elapsed()];
+            // What runs in them is no part of how fast they are made.
+            if self.after == After::None {
+                batch.walls = vec![begun.elapsed()];
+            }
             let now = self.at_rest(host)?;
             if full {
                 batch.case = format!("live={live}");
@@ -129,12 +152,27 @@ impl Density {
             let failed = done.failures.total();
             let made = row.add(done);
             *live += u32::try_from(made.len())?;
+            self.have_it_work(host, &made)?;
             // A host that has no more room would be asked for ever.
             if failed > 0 {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    /// Has each of these do what it is to have done, all at once.
+    fn have_it_work(&self, host: &Host, sandboxes: &[Sandbox]) -> Result<()> {
+        if self.after == After::None || sandboxes.is_empty() {
+            return Ok(());
+        }
+        // One after the other: a port that QEMU forwards has room for one that waits.
+        let connect = |sandbox| guest::interpreter(host, sandbox);
+        let connections = sandboxes.iter().map(connect).collect::<Result<Vec<_>>>()?;
+        let clients = connections.len();
+        let run = |_: &mut Client, mut own: Client| guest::code(&mut own, "1+1", "2");
+        round(host, clients, connections, run)?.all("run code in the sandboxes")?;
+        Ok(())
     }
 
     fn reserve(&self) -> Result<u64> {

@@ -2,7 +2,8 @@
 //!
 //! `cold_hello` is a create and a first "Hello World", `first_hello` is that cell alone, `hello` the same in a kernel that
 //! ran it before, `fibonacci` a small computation. A language that the template has no kernel for has one row that
-//! says so. Refuses a cell that does not say what it must.
+//! says so. `memory` is what such a sandbox takes beyond one that ran nothing, where the host shows it. Refuses a cell
+//! that does not say what it must.
 
 use std::time::Duration;
 
@@ -112,6 +113,16 @@ struct Rows {
     first: Row,
     hello: Row,
     fibonacci: Row,
+    memory: Memory,
+}
+
+/// Bytes of sandboxes, where the host shows them.
+#[derive(Debug, Default)]
+struct Memory {
+    /// Of one that has run nothing.
+    before: Option<u64>,
+    /// Of those whose cells have run.
+    after: Vec<u64>,
 }
 
 impl Measure for Languages {
@@ -142,6 +153,7 @@ impl Languages {
             first: row("first_hello"),
             hello: row("hello"),
             fibonacci: row("fibonacci"),
+            memory: Memory::default(),
         };
         for number in 0..=self.rounds {
             host.go_on()?;
@@ -149,6 +161,9 @@ impl Languages {
             let made = host.create(&mut client, &host.address.template);
             let (begun, created) = (made.begun, made.took);
             let sandbox = made.value?;
+            if number == 0 {
+                rows.memory.before = look(host, table, &sandbox);
+            }
             let first = first_cell(host, &sandbox, language)?;
             if let Ok(Cell::NoKernel(said)) = &first.value {
                 let mut missing = row("first_hello");
@@ -166,14 +181,18 @@ impl Languages {
                 rows.cold.add(one(cold));
                 rows.first.add(one(ran));
                 self.warm(host, &sandbox, language, &mut rows)?;
+                rows.memory.after.extend(look(host, table, &sandbox));
             } else if let Err(error) = ran.value {
                 bail!("warm up: {error:#}");
             }
             host.kill(&mut client, &sandbox.id).value?;
             host.give_back(client);
         }
-        let Rows { cold, first, hello, fibonacci } = rows;
+        let Rows { cold, first, hello, fibonacci, memory } = rows;
         [cold, first, hello, fibonacci].into_iter().for_each(|row| table.push(row));
+        if let Some(memory) = memory.row(row("memory")) {
+            table.push(memory);
+        }
         Ok(())
     }
 
@@ -200,6 +219,26 @@ impl Languages {
         }
         Ok(())
     }
+}
+
+impl Memory {
+    /// As a row, which has bytes and no times.
+    fn row(&self, mut row: Row) -> Option<Row> {
+        let count = u64::try_from(self.after.len()).ok().filter(|count| *count > 0)?;
+        let mean = i64::try_from(self.after.iter().sum::<u64>() / count).ok()?;
+        let before = i64::try_from(self.before?).ok()?;
+        row.set("sandboxes", count);
+        row.set("bytes", mean);
+        row.set("bytes_before", before);
+        row.set("bytes_overhead", mean - before);
+        Some(row)
+    }
+}
+
+/// What a sandbox takes; where it cannot be seen, a note says why.
+fn look(host: &Host, table: &mut Table, sandbox: &Sandbox) -> Option<u64> {
+    let seen = host.memory_of(sandbox);
+    seen.inspect_err(|error| table.note(format!("memory is not to be seen: {error:#}"))).ok()
 }
 
 /// A cell; one that fails is counted, and the next has a connection of its own if it broke.
@@ -239,5 +278,20 @@ fn one(timed: Timed<()>) -> Round<()> {
             failures.add(&error);
             Round { wall, times: Vec::new(), values: Vec::new(), failures }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_a_language_is_what_its_cells_made_it_more() {
+        let memory = Memory { before: Some(100), after: vec![120, 160] };
+        let row = memory.row(Row::default()).unwrap();
+        let fields = ["sandboxes", "bytes", "bytes_before", "bytes_overhead"];
+        assert_eq!(fields.map(|name| row.more[name].clone()), [2, 140, 100, 40].map(|n| json!(n)));
+        assert!(Memory { before: None, after: vec![1] }.row(Row::default()).is_none());
+        assert!(Memory { before: Some(1), after: Vec::new() }.row(Row::default()).is_none());
     }
 }
