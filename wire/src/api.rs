@@ -169,9 +169,8 @@ pub struct SandboxDetail {
     pub alias: Option<String>,
     /// RFC 3339.
     pub started_at: String,
-    /// RFC 3339. Absent: it never ends by itself.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub end_at: Option<String>,
+    /// RFC 3339. The last second of the year 9999: it never ends by itself.
+    pub end_at: String,
     /// Number of vCPUs.
     pub cpu_count: u32,
     /// Guest memory, in MiB.

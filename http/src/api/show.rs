@@ -15,6 +15,9 @@ use crate::rfc3339;
 /// What `clientID` says. Sandbox ids are global, so it means nothing, and SDKs demand it.
 const CLIENT_ID: &str = "mica";
 
+/// What `endAt` says of a sandbox without an end: E2B's SDKs fail on an entry that lacks it.
+const WITHOUT_END: &str = "9999-12-31T23:59:59.000Z";
+
 /// A sandbox as the answer to what made it run.
 pub fn sandbox(config: &HttpConfig, info: SandboxInfo) -> Sandbox {
     Sandbox {
@@ -45,7 +48,7 @@ pub fn listed(info: SandboxInfo) -> SandboxDetail {
         client_id: CLIENT_ID.to_owned(),
         alias: Some(info.template_name.to_string()),
         started_at: rfc3339::format(info.started_at),
-        end_at: info.end_at.map(rfc3339::format),
+        end_at: info.end_at.map_or_else(|| WITHOUT_END.to_owned(), rfc3339::format),
         cpu_count: u32::from(info.vcpus.get()),
         memory_mib: info.memory.count(),
         disk_size_mib: info.disk.count(),

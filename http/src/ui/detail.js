@@ -11,7 +11,7 @@ function facts(one, detail) {
     ["State", one.state],
     ["Template", one.template],
     ["Started", new Date(one.started_at).toLocaleString("en-GB")],
-    ["Ends", detail === null ? NONE : detail.endAt === undefined ? "never by itself" : `in ${lasted((Date.parse(detail.endAt) - Date.now()) / 1000)}, then ${detail.lifecycle?.onTimeout ?? "kill"}`],
+    ["Ends", detail === null ? NONE : detail.endAt.startsWith("9999-") ? "never by itself" : `in ${lasted((Date.parse(detail.endAt) - Date.now()) / 1000)}, then ${detail.lifecycle?.onTimeout ?? "kill"}`],
     ["Size", detail === null ? NONE : `${detail.cpuCount} vCPU, ${bytes(detail.memoryMB * 2 ** 20)}`],
     ["Memory of its own", bytes(one.memory_bytes)],
     ["CPU", one.cpu === null ? NONE : one.cpu.toFixed(2)],
