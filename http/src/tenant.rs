@@ -233,7 +233,7 @@ impl<'a> TenantHost<'a> {
     pub async fn resume(
         &self,
         id: SandboxId,
-        life: Duration,
+        life: Option<Duration>,
         on_timeout: Option<OnTimeout>,
     ) -> Result<SandboxInfo, ShardError> {
         self.of(id).await?.resume(id, life, on_timeout).await

@@ -146,8 +146,8 @@ pub(crate) struct Entry {
 /// How a paused sandbox is to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Wake {
-    /// For at least so long.
-    pub(crate) life: Duration,
+    /// For at least so long; `None`: for as long as it was made for.
+    pub(crate) life: Option<Duration>,
     /// What happens when its time is over; `None`: what was wished for before.
     pub(crate) on_timeout: Option<OnTimeout>,
     /// What if it runs.

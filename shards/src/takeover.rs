@@ -62,8 +62,8 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
         }
         (RecordedState::Paused { .. }, process) => Start::Paused(Box::new(record), process),
         (RecordedState::RollingBack { .. }, _) => {
-            let wake =
-                Wake { life: left(&record), on_timeout: None, if_running: IfRunning::Refuse };
+            let life = Some(left(&record));
+            let wake = Wake { life, on_timeout: None, if_running: IfRunning::Refuse };
             let (sender, _nobody) = oneshot::channel();
             sandbox.ask(Request::Resume(wake, sender));
             Start::Paused(Box::new(record), None)

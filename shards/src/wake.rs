@@ -79,7 +79,7 @@ impl Shard {
 
     async fn resume_for_visitors(&self, sandbox: &Sandbox) -> Woken {
         let life = sandbox.life_when_woken(WOKEN_LIFE_MIN);
-        let wake = Wake { life, on_timeout: None, if_running: IfRunning::Extend };
+        let wake = Wake { life: Some(life), on_timeout: None, if_running: IfRunning::Extend };
         loop {
             match self.resume(sandbox.id, wake).await {
                 Ok(_) => return Ok(()),

@@ -80,7 +80,7 @@ fn a_sandbox_from_create_to_kill() {
 }
 
 /// Whole seconds between `startedAt` and `endAt`, which differ in their last digits only.
-fn lifetime(detail: &Value) -> i64 {
+pub fn lifetime(detail: &Value) -> i64 {
     let seconds = |field: &str| {
         let text = detail[field].as_str().expect("a time");
         let number = |range| text.get(range).and_then(|n: &str| n.parse::<i64>().ok());

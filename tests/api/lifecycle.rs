@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client::Reply;
+use crate::control_plane::lifetime;
 use crate::daemon::{Daemon, eventually};
 use crate::template::TEMPLATE;
 
@@ -160,6 +161,33 @@ fn ends_are_met_to_the_second_also_after_a_restart() {
     assert!(takes_visitors(&daemon, &waking), "and the wish to be woken is kept");
     assert_eq!(daemon.state(&waking), "running");
     assert_eq!(daemon.get(&never).json()["endAt"], WITHOUT_END);
+}
+
+#[test]
+fn a_resume_that_names_no_time_is_for_as_long_as_the_create_asked_for() {
+    let daemon = Daemon::start_with(&["--sandbox-timeout-default", "700"]);
+    for (wish, least) in [(json!({}), 700), (json!({ "timeout": 600 }), 600)] {
+        let id = create(&daemon, "/sandboxes", &wish);
+        // What was set since is not what the create asked for.
+        let set = daemon.act_with(&id, "timeout", &json!({ "timeout": 60 }));
+        assert_eq!(set.status, 204, "{set:?}");
+        for body in [None, Some(json!({})), Some(json!({ "autoPause": true }))] {
+            daemon.pause(&id);
+            let path = format!("/sandboxes/{id}/resume");
+            assert_eq!(daemon.ask("POST", &path, body.as_ref()).status, 201, "{wish} {body:?}");
+            let life = lifetime(&daemon.get(&id).json());
+            assert!((least..least + 60).contains(&life), "{wish} {body:?}: {life} s");
+        }
+    }
+    let id = create(&daemon, "/sandboxes", &json!({ "timeout": 9 }));
+    daemon.pause(&id);
+    assert_eq!(daemon.act(&id, "resume").status, 201);
+    let life = lifetime(&daemon.get(&id).json());
+    assert!((15..60).contains(&life), "15 seconds at the least: {life} s");
+    let id = create(&daemon, "/sandboxes", &json!({ "timeout": -1 }));
+    daemon.pause(&id);
+    assert_eq!(daemon.act(&id, "resume").status, 201);
+    assert_eq!(daemon.get(&id).json()["endAt"], WITHOUT_END);
 }
 
 #[test]

@@ -255,7 +255,7 @@ pub struct PauseSandbox {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ResumeSandbox {
-    /// Seconds from now. Absent: 15.
+    /// Seconds from now; -1: without an end. Absent: what its create asked for, and 15 at the least.
     pub timeout: Option<i64>,
     /// What happens when that time is over. Absent: what was wished for before.
     #[serde(rename = "autoPause", alias = "auto_pause")]

@@ -10,10 +10,8 @@ use mica_shards::NEVER;
 use crate::config::Limits;
 use crate::error::ApiError;
 
-/// Of a resume on v1.
-pub const TIMEOUT_SECONDS_V1: i64 = 15;
-/// Of a connect on v2.
-pub const TIMEOUT_SECONDS_V2: i64 = 300;
+/// Of a connect that names no time.
+pub const CONNECT_SECONDS: i64 = 300;
 
 /// What `timeout` says of a life without an end, as CubeSandbox's clients write it.
 const WITHOUT_END: i64 = -1;

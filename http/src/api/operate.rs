@@ -12,7 +12,7 @@ use mica_wire::api::{
 };
 
 use super::json;
-use super::life::{self, TIMEOUT_SECONDS_V1, TIMEOUT_SECONDS_V2};
+use super::life::{self, CONNECT_SECONDS};
 use crate::config::Limits;
 use crate::error::ApiError;
 
@@ -28,8 +28,8 @@ const SNAPSHOT_ID_CHARS_MAX: usize = 64;
 /// What a resume asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resume {
-    /// How long from now.
-    pub life: Duration,
+    /// How long from now; `None`: as long as its create asked for.
+    pub life: Option<Duration>,
     /// What then; `None`: as before.
     pub on_timeout: Option<OnTimeout>,
 }
@@ -68,7 +68,7 @@ pub fn refresh(body: &[u8]) -> Result<Duration, ApiError> {
 pub fn connect_timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
     let ConnectSandbox { timeout, memory } = json::read_or_default(body)?;
     refuse_disk_only(memory)?;
-    life::remaining(timeout.unwrap_or(TIMEOUT_SECONDS_V2), limits)
+    life::remaining(timeout.unwrap_or(CONNECT_SECONDS), limits)
 }
 
 /// Reads the body of a resume.
@@ -82,7 +82,7 @@ pub fn resume(body: &[u8], limits: &Limits) -> Result<Resume, ApiError> {
         true => OnTimeout::Pause,
         false => OnTimeout::Kill,
     });
-    let life = life::of_new(timeout.unwrap_or(TIMEOUT_SECONDS_V1), limits)?;
+    let life = timeout.map(|seconds| life::of_new(seconds, limits)).transpose()?;
     Ok(Resume { life, on_timeout })
 }
 
@@ -226,16 +226,17 @@ mod tests {
     }
 
     #[test]
-    fn a_resume_lives_15_seconds_and_ends_as_wished_before_unless_told() {
+    fn a_resume_lives_and_ends_as_wished_before_unless_told() {
         let read = |body: &str| status(resume(body.as_bytes(), &limits()));
-        let wish =
-            |seconds, on_timeout| Ok(Resume { life: Duration::from_secs(seconds), on_timeout });
+        let wish = |seconds: Option<u64>, on_timeout| {
+            Ok(Resume { life: seconds.map(Duration::from_secs), on_timeout })
+        };
         for absent in ["", "{}", r#"{"memory":true,"autoPause":null}"#] {
-            assert_eq!(read(absent), wish(15, None), "{absent}");
+            assert_eq!(read(absent), wish(None, None), "{absent}");
         }
         let wished = r#"{"timeout":60,"autoPause":true}"#;
-        assert_eq!(read(wished), wish(60, Some(OnTimeout::Pause)));
-        assert_eq!(read(r#"{"autoPause":false}"#), wish(15, Some(OnTimeout::Kill)));
+        assert_eq!(read(wished), wish(Some(60), Some(OnTimeout::Pause)));
+        assert_eq!(read(r#"{"autoPause":false}"#), wish(None, Some(OnTimeout::Kill)));
         for bad in [
             r#"{"timeout":0}"#,
             r#"{"timeout":86401}"#,

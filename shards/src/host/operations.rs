@@ -60,18 +60,18 @@ impl Host {
         self.ask_done(id, Operation::Pause(id)).await
     }
 
-    /// Lets a paused sandbox go on, for `life` from now. `on_timeout` replaces what was wished for
-    /// the end of its time.
+    /// Lets a paused sandbox go on, for `life` from now; without one for as long as its create asked
+    /// for, and 15 seconds at the least. `on_timeout` replaces what was wished for the end of its time.
     ///
     /// # Errors
     /// [`ShardError::AlreadyRunning`] for one that runs; see [`ShardError`].
     pub async fn resume(
         &self,
         id: SandboxId,
-        life: Duration,
+        life: impl Into<Option<Duration>>,
         on_timeout: Option<OnTimeout>,
     ) -> Result<SandboxInfo, ShardError> {
-        let wake = Wake { life, on_timeout, if_running: IfRunning::Refuse };
+        let wake = Wake { life: life.into(), on_timeout, if_running: IfRunning::Refuse };
         Ok(self.wake(id, wake).await?.0)
     }
 
@@ -84,7 +84,8 @@ impl Host {
         id: SandboxId,
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
-        self.wake(id, Wake { life, on_timeout: None, if_running: IfRunning::Extend }).await
+        let wake = Wake { life: Some(life), on_timeout: None, if_running: IfRunning::Extend };
+        self.wake(id, wake).await
     }
 
     async fn wake(&self, id: SandboxId, wake: Wake) -> Result<(SandboxInfo, bool), ShardError> {

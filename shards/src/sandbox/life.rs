@@ -13,6 +13,9 @@ use crate::{NEVER, SandboxInfo};
 /// Longest life that is counted: 100 years. Keeps both clocks from overflowing.
 const LIFE_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
+/// How long a resume that names no time lets a sandbox live at the least, as E2B's does.
+const RESUMED_LIFE_MIN: Duration = Duration::from_secs(15);
+
 /// How far the record of a sandbox that lives by its requests may be behind them.
 const RECORD_BEHIND_MAX: Duration = Duration::from_secs(1);
 
@@ -29,10 +32,15 @@ impl Sandbox {
         if request.idle { self.life.get() } else { request.timeout.max(least) }
     }
 
-    /// The life that a resume for `wanted` gives it: one without an end, or that lives by its requests,
-    /// keeps at least what it had.
-    pub(crate) fn life_after_resume(&self, wanted: Duration) -> Duration {
-        let had = self.life.get();
+    /// The life that somebody names; who names none wants what it was made for.
+    pub(crate) fn life_wanted(&self, named: Option<Duration>) -> Duration {
+        named.unwrap_or_else(|| self.identity.request.timeout.max(RESUMED_LIFE_MIN))
+    }
+
+    /// The life that a resume gives it: one without an end, or that lives by its requests, keeps at
+    /// least what it had.
+    pub(crate) fn life_after_resume(&self, named: Option<Duration>) -> Duration {
+        let (had, wanted) = (self.life.get(), self.life_wanted(named));
         let keeps = self.identity.request.idle || from_now(had).1.is_none();
         if keeps { had.max(wanted) } else { wanted }
     }

@@ -345,6 +345,7 @@ impl Driver {
                 Some(Refusal::AlreadyRunning),
                 Request::Resume(Wake { life, if_running: IfRunning::Extend, .. }, sender),
             ) => {
+                let life = self.sandbox.life_wanted(life);
                 let info = self.sandbox.extend_life(life).map(Box::new);
                 let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
                 if sender.send(info.map(|info| (info, false))).is_err() {
