@@ -12,6 +12,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
+use serde_json::{Value, json};
+
 use crate::client::{Connection, PATIENCE};
 use crate::daemon::{Daemon, eventually, free_address};
 use crate::upstream::Upstream;
@@ -146,6 +148,42 @@ fn http_2_is_agreed_on_where_both_know_it() {
         }
         let got = stream.conn.alpn_protocol().map(String::from_utf8_lossy);
         assert_eq!(got.as_deref(), agreed, "{offered:?}");
+    }
+}
+
+#[test]
+fn links_for_uploads_lead_back_the_way_the_client_came() {
+    let certificates = Certificates::make("links");
+    let daemon = certificates.daemon(&[]);
+    let announced = daemon.ask("POST", "/v3/templates", Some(&json!({ "name": "app" }))).json();
+    let template = announced["templateID"].as_str().expect("an id");
+    let request = |more: &str| {
+        let key = daemon.key();
+        format!(
+            "GET /templates/{template}/files/aa HTTP/1.1\r\nhost: localhost:3944\r\n\
+             x-api-key: {key}\r\nconnection: close\r\n{more}\r\n"
+        )
+    };
+    let config = certificates.client(&["http/1.1"]);
+    let under_tls = |more: &str| {
+        let answer = ask(&mut secure(daemon.address(), &config, "localhost"), &request(more));
+        let answer = answer.expect("an answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        assert!(head.starts_with("HTTP/1.1 201 "), "{answer}");
+        serde_json::from_str::<Value>(body).expect("JSON")
+    };
+    let in_the_clear = |more: &str| daemon.connect().send(request(more)).reply().json();
+    let forwarded = |scheme: &str| format!("x-forwarded-proto: {scheme}\r\n");
+    for (answer, scheme) in [
+        (under_tls(""), "https"),
+        (in_the_clear(""), "http"),
+        // What a proxy in front of the host says of the client's own way to it holds.
+        (in_the_clear(&forwarded("https")), "https"),
+        (under_tls(&forwarded("http")), "http"),
+    ] {
+        let url = answer["url"].as_str().expect("a link");
+        let wanted = format!("{scheme}://localhost:3944/build-files/");
+        assert!(url.starts_with(&wanted), "{url}");
     }
 }
 

@@ -27,7 +27,6 @@ pub mod wish;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use http::request::Parts;
-use hyper::header::HOST;
 use hyper::{Response, StatusCode};
 use mica_shards::rt::{self, oneshot};
 use mica_shards::{
@@ -44,6 +43,7 @@ pub use upload::take as upload;
 
 use crate::api::{Call, json};
 use crate::body::Body;
+use crate::conn::UnderTls;
 use crate::error::ApiError;
 use crate::percent;
 
@@ -137,16 +137,19 @@ async fn files(host: &Host, tenant: &TenantId, request: &Parts, id: &str, hash: 
     json::answer(StatusCode::CREATED, &answer)
 }
 
-/// Where an upload goes: the same place that the client came to.
+/// Where an upload goes: the same place that the client came to, under TLS where it came so. A proxy in
+/// front of this host knows better than this host how the client came to it.
 fn url(request: &Parts, token: &str) -> Result<String, ApiError> {
-    let text = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
+    let text = |name: &str| request.headers.get(name).and_then(|value| value.to_str().ok());
     let authority = request.uri.authority().map(http::uri::Authority::as_str);
-    let host = authority.or_else(|| text(HOST)).filter(|host| !host.is_empty());
+    let host = authority.or_else(|| text("host")).filter(|host| !host.is_empty());
     let host = host.ok_or_else(|| ApiError::bad_request("the request has no Host"))?;
-    let forwarded = request.headers.get("x-forwarded-proto");
-    let scheme = match forwarded.is_some_and(|scheme| scheme == "https") {
-        true => "https",
-        false => "http",
+    let is_tls = request.extensions.get::<UnderTls>().is_some();
+    let scheme = match text("x-forwarded-proto") {
+        Some("https") => "https",
+        Some("http") => "http",
+        _ if is_tls => "https",
+        _ => "http",
     };
     Ok(format!("{scheme}://{host}/build-files/{token}"))
 }

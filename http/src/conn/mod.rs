@@ -41,8 +41,8 @@ use crate::serve::Entry;
 pub use io::Adapted;
 pub use phase::InService;
 use phase::Phase;
-pub use stream::Accepts;
-use stream::{Protocol, Unserved};
+pub use stream::{Accepts, UnderTls};
+use stream::{ClientStream, Protocol, Unserved};
 
 /// What a client may still send after an error before its bytes are answered with a reset, which
 /// would destroy the answer on its way.
@@ -99,13 +99,29 @@ pub async fn drive(
     // What is rare or short has a box of its own: a connection at rest keeps only what it needs.
     let unwrapped = Box::pin(stream::unwrap(stream, early, accepts));
     match before_requests(unwrapped, limits.head_timeout, stop).await {
-        Some(Ok((stream, Protocol::H1))) => h1::drive(stream, phase, limits, stop, answer).await,
-        Some(Ok((stream, Protocol::H2))) => h2::drive(stream, phase, limits, stop, answer).await,
+        Some(Ok((stream, protocol))) => {
+            let answer = marked(&stream, answer);
+            match protocol {
+                Protocol::H1 => h1::drive(stream, phase, limits, stop, answer).await,
+                Protocol::H2 => h2::drive(stream, phase, limits, stop, answer).await,
+            }
+        }
         Some(Err(Unserved::Broken(error))) => tracing::debug!(%error, "no TLS"),
         Some(Err(Unserved::InTheClear(stream))) => {
             Box::pin(hang_up(stream, Some(ApiError::in_the_clear()))).await;
         }
         None => tracing::debug!("a TLS handshake did not end in time"),
+    }
+}
+
+/// The same answers, to requests that say whether they came under TLS.
+fn marked(stream: &ClientStream, answer: impl Answer) -> impl Answer {
+    let is_tls = stream.is_tls();
+    move |mut request: Request<Incoming>, switch| {
+        if is_tls {
+            request.extensions_mut().insert(UnderTls);
+        }
+        answer(request, switch)
     }
 }
 

@@ -70,6 +70,17 @@ pub enum Unserved {
     InTheClear(ClientStream),
 }
 
+/// Marks the requests that came under TLS of this host's own.
+#[derive(Clone, Copy, Debug)]
+pub struct UnderTls;
+
+impl ClientStream {
+    /// Whether the client's bytes came under TLS.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+}
+
 impl From<TcpStream> for ClientStream {
     fn from(stream: TcpStream) -> Self {
         Self::Plain(Rewound { early: Vec::new(), stream })
