@@ -189,7 +189,7 @@ impl ApiError {
     #[must_use]
     pub fn unknown_signature() -> Self {
         Self::bad_request(
-            "no running sandbox made this signature; ask under its own host name, \
+            "no sandbox that runs or wakes made this signature; ask under its own host name, \
              49983-ID.DOMAIN, to be told more",
         )
     }

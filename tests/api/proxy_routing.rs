@@ -158,6 +158,33 @@ fn a_signed_file_is_found_by_whose_token_signed_it() {
 }
 
 #[test]
+fn a_signed_file_wakes_the_sandbox_that_signed_it_where_that_was_wished_for() {
+    let daemon = Daemon::start();
+    for wakes in [true, false] {
+        let body = json!({
+            "templateID": TEMPLATE, "timeout": 300, "secure": true, "autoPause": true,
+            "autoResume": { "enabled": wakes },
+        });
+        let made = daemon.ask("POST", "/v2/sandboxes", Some(&body)).json();
+        let text = |name: &str| made[name].as_str().expect("a text");
+        let (id, token) = (text("sandboxID"), text("envdAccessToken"));
+        daemon.pause(id);
+        let signature = signature("/nothing-here", "read", "root", token);
+        let path = format!("/files?path=/nothing-here&username=root&signature={signature}");
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        let reply = daemon.connect().send(request).reply();
+        if wakes {
+            assert!(reply.error(502).contains("port is not open"), "{reply:?}");
+            assert_eq!(reply.json()["sandboxId"], id);
+            assert_eq!(daemon.state(id), "running");
+        } else {
+            assert!(reply.error(400).contains("signature"), "{reply:?}");
+            assert_eq!(daemon.state(id), "paused");
+        }
+    }
+}
+
+#[test]
 fn an_agent_is_found_by_the_token_that_the_client_shows() {
     let daemon = Daemon::start();
     let secure = || {

@@ -102,7 +102,7 @@ impl Searches {
         Search::begin(&self.0).ok_or_else(ApiError::busy)
     }
 
-    /// The running sandbox whose token signed this request.
+    /// The sandbox whose token signed this request: one that runs, or that a request may wake.
     ///
     /// # Errors
     /// 400 when there is none, 503 when too many are looked for already.
@@ -120,7 +120,7 @@ impl Searches {
         let begun = signed.begun();
         let made_it = sandboxes.iter().find(|info| {
             let token = info.access_token.as_deref();
-            info.state == Lifecycle::Running
+            (info.state == Lifecycle::Running || info.auto_resume)
                 && token.is_some_and(|token| signed.is_made_with(token, &begun))
         });
         made_it.map(|info| info.id).ok_or_else(ApiError::unknown_signature)
