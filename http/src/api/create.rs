@@ -19,24 +19,30 @@ use crate::route::Version;
 /// Longest template id or name, so that an error message can repeat it.
 const TEMPLATE_CHARS_MAX: usize = 128;
 
-/// What clients may wish for and this version cannot do.
+/// What clients may wish for and this host does not have. To make the sandbox without it would be to
+/// break a promise that the client sees only later.
 #[derive(Deserialize)]
 struct Unsupported {
     #[serde(rename = "volumeMounts")]
     volume_mounts: Option<Vec<serde_json::Value>>,
+    mcp: Option<serde_json::Value>,
+    iam: Option<serde_json::Value>,
 }
+
+/// The label by which CubeSandbox's clients ask for directories of the host.
+const HOST_MOUNT: &str = "host-mount";
 
 /// Reads the body of a create.
 ///
 /// # Errors
-/// 400, naming the field and what to write in it.
+/// 400, naming the field and what to write in it; 501 for what this host does not have.
 pub fn create_request(
     version: Version,
     body: &[u8],
     limits: &Limits,
 ) -> Result<CreateRequest, ApiError> {
     let wanted: NewSandbox = json::read(body)?;
-    refuse_unsupported(&json::read(body)?)?;
+    refuse_unsupported(&json::read(body)?, wanted.metadata.as_ref())?;
     let template = template(&wanted.template_id)?;
     let life = life::of_create(wanted.timeout, wanted.lifecycle.is_some(), limits)?;
     let (on_timeout, auto_resume) = at_its_end(&wanted)?;
@@ -101,12 +107,23 @@ fn env_vars(vars: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, 
     }
 }
 
-fn refuse_unsupported(wanted: &Unsupported) -> Result<(), ApiError> {
-    if wanted.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
-        let what = "`volumeMounts` is not supported by this version; leave it out";
-        return Err(ApiError::bad_request(what));
-    }
-    Ok(())
+fn refuse_unsupported(
+    wanted: &Unsupported,
+    metadata: Option<&BTreeMap<String, String>>,
+) -> Result<(), ApiError> {
+    let what = if wanted.mcp.is_some() {
+        "MCP; leave out `mcp`, and start the server in the sandbox yourself"
+    } else if wanted.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
+        "volumes; leave out `volumeMounts`, and write the files into the sandbox or its template"
+    } else if wanted.iam.is_some() {
+        "identity tokens; leave out `iam`, and give the sandbox its credentials in `envVars`"
+    } else if metadata.is_some_and(|metadata| metadata.contains_key(HOST_MOUNT)) {
+        "directories of its own in sandboxes; leave `host-mount` out of `metadata`, and write the \
+         files into the sandbox or its template"
+    } else {
+        return Ok(());
+    };
+    Err(ApiError::not_offered(what))
 }
 
 #[cfg(test)]
@@ -170,7 +187,7 @@ mod tests {
             r#"{"templateID":"base","autoPauseMemory":false}"#,
             r#"{"templateID":"base","network":{"allowOut":["example.org"]}}"#,
             r#"{"templateID":"base","lifecycle":"pause"}"#,
-            r#"{"templateID":"base","volumeMounts":[{"name":"v","path":"/v"}]}"#,
+            r#"{"templateID":"base","volumeMounts":7}"#,
             r#"{"templateID":"base"} trailing"#,
         ] {
             let status = create(bad).map_err(|error| error.status().as_u16());
@@ -178,6 +195,25 @@ mod tests {
         }
         let deep = format!(r#"{{"templateID":"base","x":{}}}"#, "[".repeat(10_000));
         assert!(create(&deep).is_err(), "nesting is bounded");
+    }
+
+    #[test]
+    fn what_this_host_does_not_have_is_a_501_that_says_what_to_leave_out() {
+        for (wish, named) in [
+            (r#""mcp":{}"#, "does not offer MCP; leave out `mcp`"),
+            (r#""mcp":{"exa":{"apiKey":"x"}}"#, "`mcp`"),
+            (r#""volumeMounts":[{"name":"v","path":"/v"}]"#, "`volumeMounts`"),
+            (r#""iam":{"tokens":{"aws":{"audience":"a","tokenType":"b"}}}"#, "`iam`"),
+            (r#""metadata":{"host-mount":"[]"}"#, "`host-mount`"),
+        ] {
+            let refused = create(&format!(r#"{{"templateID":"base",{wish}}}"#)).unwrap_err();
+            assert_eq!(refused.status().as_u16(), 501, "{wish}");
+            assert!(refused.message().contains(named), "{}", refused.message());
+        }
+        for nothing in [r#""mcp":null"#, r#""volumeMounts":[]"#, r#""iam":null"#] {
+            let asked = create(&format!(r#"{{"templateID":"base",{nothing}}}"#));
+            assert!(asked.is_ok(), "{nothing}: {asked:?}");
+        }
     }
 
     #[test]

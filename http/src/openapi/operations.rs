@@ -218,6 +218,8 @@ const SANDBOX_IDS: [Parameter; 1] = [Parameter {
 
 /// Of what makes a sandbox run.
 const START_ERRORS: &[u16] = &[403, 404, 409, 422, 504, 507];
+/// Of one that is made, with what this host does not have.
+const CREATE_ERRORS: &[u16] = &[403, 404, 409, 422, 501, 504, 507];
 /// Of what is done with one that is there.
 const SANDBOX_ERRORS: &[u16] = &[404];
 const BUSY_ERRORS: &[u16] = &[404, 409, 507];
@@ -271,11 +273,11 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
     op("POST", "/sandboxes", "Makes a sandbox.")
         .takes(of::<NewSandbox>)
         .json(201, of::<Sandbox>)
-        .fails(START_ERRORS),
+        .fails(CREATE_ERRORS),
     op("POST", "/v2/sandboxes", "Makes a sandbox.")
         .takes(of::<NewSandbox>)
         .json(201, of::<Sandbox>)
-        .fails(START_ERRORS),
+        .fails(CREATE_ERRORS),
     op("GET", "/sandboxes", "Running sandboxes.")
         .asks(&[METADATA])
         .json(200, of::<Vec<SandboxDetail>>),
