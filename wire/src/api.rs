@@ -42,7 +42,7 @@ pub struct NewSandbox {
     /// Free labels, returned by `GET` and matched by the list filter.
     pub metadata: Option<BTreeMap<String, String>>,
     /// Environment of every process in the sandbox.
-    #[serde(rename = "envVars")]
+    #[serde(rename = "envVars", alias = "envs")]
     pub env_vars: Option<BTreeMap<String, String>>,
     /// Pause instead of kill when the time is over. Absent: kill.
     #[serde(rename = "autoPause", alias = "auto_pause")]

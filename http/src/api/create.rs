@@ -188,6 +188,8 @@ mod tests {
             r#"{"templateID":"base","network":{"allowOut":["example.org"]}}"#,
             r#"{"templateID":"base","lifecycle":"pause"}"#,
             r#"{"templateID":"base","volumeMounts":7}"#,
+            r#"{"templateID":"base","envs":{"A=B":"c"}}"#,
+            r#"{"templateID":"base","envVars":{"A":"b"},"envs":{"A":"c"}}"#,
             r#"{"templateID":"base"} trailing"#,
         ] {
             let status = create(bad).map_err(|error| error.status().as_u16());
@@ -213,6 +215,14 @@ mod tests {
         for nothing in [r#""mcp":null"#, r#""volumeMounts":[]"#, r#""iam":null"#] {
             let asked = create(&format!(r#"{{"templateID":"base",{nothing}}}"#));
             assert!(asked.is_ok(), "{nothing}: {asked:?}");
+        }
+    }
+
+    #[test]
+    fn variables_under_either_name() {
+        for name in ["envVars", "envs"] {
+            let request = create(&format!(r#"{{"templateID":"base","{name}":{{"X":"1"}}}}"#));
+            assert_eq!(request.unwrap().env_vars["X"], "1", "{name}");
         }
     }
 
