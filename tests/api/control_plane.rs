@@ -113,7 +113,7 @@ fn connecting_shows_a_sandbox_and_never_shortens_its_life() {
     assert!((900..=905).contains(&life()), "{}", life());
     // CubeSandbox's clients leave it out on v1.
     assert_eq!(connect("", Some(json!({}))).status, 200);
-    assert!(connect("/v2", Some(json!({ "timeout": -2 }))).error(400).contains("0 or more"));
+    assert!(connect("/v2", Some(json!({ "timeout": -2 }))).error(400).contains("at least 1"));
     assert!(connect("/v2", Some(json!({ "timeout": 86401 }))).error(400).contains("24 hours"));
     let nobody = "i00000000000000000000";
     for path in ["/sandboxes", "/v2/sandboxes"] {

@@ -191,6 +191,23 @@ fn a_resume_that_names_no_time_is_for_as_long_as_the_create_asked_for() {
 }
 
 #[test]
+fn a_connect_for_no_time_is_refused_and_wakes_nothing() {
+    let daemon = Daemon::start();
+    let id = create(&daemon, "/v2/sandboxes", &json!({}));
+    for state in ["running", "paused"] {
+        if state == "paused" {
+            daemon.pause(&id);
+        }
+        for version in ["", "/v2"] {
+            let path = format!("{version}/sandboxes/{id}/connect");
+            let refused = daemon.ask("POST", &path, Some(&json!({ "timeout": 0 }))).error(400);
+            assert!(refused.contains("`timeout` is 0"), "{refused}");
+            assert_eq!(daemon.state(&id), state);
+        }
+    }
+}
+
+#[test]
 fn refreshes_only_extend() {
     let daemon = Daemon::start();
     let id = create(&daemon, "/v2/sandboxes", &json!({ "timeout": 5 }));

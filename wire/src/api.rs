@@ -234,7 +234,7 @@ pub struct SetTimeout {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ConnectSandbox {
-    /// Seconds from now that the sandbox lives at the least; -1: without an end. Absent: 300.
+    /// Seconds from now that the sandbox lives at the least, 1 or more; -1: without an end. Absent: 300.
     pub timeout: Option<i64>,
     /// `false`: boot a paused sandbox from its disk instead of going on.
     pub memory: Option<bool>,

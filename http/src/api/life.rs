@@ -49,7 +49,7 @@ pub fn of_create(
     Ok(NewLife { timeout, idle })
 }
 
-/// Of a sandbox that is made: at least a second, or without an end.
+/// Of a sandbox that is made, or that somebody goes on with: at least a second, or without an end.
 ///
 /// # Errors
 /// 400, naming the bound.

@@ -61,14 +61,15 @@ pub fn refresh(body: &[u8]) -> Result<Duration, ApiError> {
     life::refreshed(duration)
 }
 
-/// Reads the body of a connect: how long the sandbox is to live at the least.
+/// Reads the body of a connect: how long the sandbox is to live at the least. 0 is none: a paused
+/// sandbox would be resumed only to end.
 ///
 /// # Errors
 /// 400, naming what to write instead.
 pub fn connect_timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
     let ConnectSandbox { timeout, memory } = json::read_or_default(body)?;
     refuse_disk_only(memory)?;
-    life::remaining(timeout.unwrap_or(CONNECT_SECONDS), limits)
+    life::of_new(timeout.unwrap_or(CONNECT_SECONDS), limits)
 }
 
 /// Reads the body of a resume.
@@ -216,6 +217,7 @@ mod tests {
         }
         for bad in [
             r#"{"timeout":-2}"#,
+            r#"{"timeout":0}"#,
             r#"{"timeout":86401}"#,
             r#"{"timeout":"7"}"#,
             r#"{"timeout":7,"memory":false}"#,
