@@ -117,7 +117,7 @@ struct UpdateBody {
 /// # Errors
 /// 400.
 pub fn public(body: &[u8]) -> Result<Option<bool>, ApiError> {
-    Ok(json::read::<UpdateBody>(body)?.public)
+    Ok(json::read_or_default::<UpdateBody>(body)?.public)
 }
 
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -386,6 +386,7 @@ mod tests {
         {
             assert!(of(bad).is_err(), "{bad}");
         }
+        assert_eq!(public(b"").unwrap(), None, "the body may be absent");
         assert!(tags(br#"{"target":"app:v1","tags":[]}"#).is_err());
         assert_eq!(tags(br#"{"name":"app","tags":["A"]}"#).unwrap().1, ["a"]);
     }
