@@ -330,6 +330,37 @@ fn what_is_anothers_does_not_exist() {
     }
 }
 
+/// Public is for everybody to use, and for its owner alone to change.
+#[test]
+fn a_public_template_is_not_there_for_others_to_change() {
+    let world = World::new();
+    let id = &world.template;
+    // The body of an update may be absent, and then it changes nothing.
+    let path = format!("/templates/{id}");
+    let same = world.owner("PATCH", &path, None);
+    assert_eq!((same.status, same.json()), (200, json!({ "names": ["owner/owners-own"] })));
+    let public = world.owner("PATCH", &path, Some(&json!({ "public": true })));
+    assert_eq!(public.status, 200, "{public:?}");
+    for path in ["/templates/owner%2Fowners-own/tags", &format!("{path}/tags")] {
+        assert_eq!(world.other("GET", path, None).status, 200, "it may be used: {path}");
+    }
+    let no = || Some(json!({ "public": false }));
+    for (method, path, body) in [
+        ("PATCH", "/templates/{id}", no()),
+        ("PATCH", "/v2/templates/{id}", no()),
+        ("PATCH", "/templates/{id}", None),
+        ("DELETE", "/templates/{id}", None),
+        ("POST", "/templates/tags", Some(json!({ "target": id, "tags": ["v1"] }))),
+        ("DELETE", "/templates/tags", Some(json!({ "name": id, "tags": ["v1"] }))),
+    ] {
+        world.hidden_build(method, path, body);
+    }
+    let name = "/templates/owner%2Fowners-own";
+    world.hidden("DELETE", name, None, "owners-own", "nobodys-own");
+    world.hidden("PATCH", name, no().as_ref(), "owners-own", "nobodys-own");
+    assert_eq!(world.owner("GET", &format!("{path}/tags"), None).status, 200, "it is as it was");
+}
+
 #[test]
 fn two_keys_of_a_tenant_see_the_same() {
     let daemon = Daemon::start();

@@ -220,21 +220,22 @@ async fn record_and<T: Send + 'static>(
 
 /// A template that a tenant built, or may use.
 async fn template(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
-    let unknown = || ApiError::no_such_template(&id.chars().take(64).collect::<String>());
-    let reference = Reference::parse(id).ok_or_else(unknown)?;
-    base::find_template(host, tenant, &reference).await?.ok_or_else(unknown)
+    let reference = Reference::parse(id).ok_or_else(|| no_such_template(id))?;
+    base::find_template(host, tenant, &reference).await?.ok_or_else(|| no_such_template(id))
 }
 
-/// One that is the tenant's own, so that it may be changed.
+fn no_such_template(id: &str) -> ApiError {
+    ApiError::no_such_template(&id.chars().take(64).collect::<String>())
+}
+
+/// One that is the tenant's own, so that it may be changed. Another's is not there to be changed, also
+/// where it is there to be used.
 async fn own(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
     let found = template(host, tenant, id).await?;
-    match found.tenant == tenant.as_str() {
-        true => Ok(found),
-        false => Err(ApiError::with_status(
-            StatusCode::FORBIDDEN,
-            format!("template `{}` belongs to another tenant", found.name),
-        )),
+    if found.tenant != tenant.as_str() {
+        return Err(no_such_template(id));
     }
+    Ok(found)
 }
 
 async fn assign_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
@@ -300,8 +301,10 @@ pub async fn delete(
     id: &str,
 ) -> Result<Option<Response<Body>>, ApiError> {
     let Some(reference) = Reference::parse(id) else { return Ok(None) };
-    let Some(found) = base::find_template(host, tenant, &reference).await? else { return Ok(None) };
-    let template = own(host, tenant, &found.id).await?;
+    if base::find_template(host, tenant, &reference).await?.is_none() {
+        return Ok(None);
+    }
+    let template = own(host, tenant, id).await?;
     let removed = host.with_builds(move |builds| Ok(builds.remove_built(&template.id)?)).await??;
     let Some(freed) = removed else { return Ok(None) };
     forget_snapshots(host, freed).await;
