@@ -14,7 +14,7 @@ use crate::client::{PATIENCE, Reply};
 use crate::daemon::{Daemon, NO_POOL, eventually};
 
 /// A daemon whose sandboxes have the real agent, and a directory for what steps write.
-fn daemon(options: &[&str]) -> (Daemon, PathBuf) {
+pub fn daemon(options: &[&str]) -> (Daemon, PathBuf) {
     let options: Vec<&str> = NO_POOL.iter().chain(options).copied().collect();
     let daemon = Daemon::start_with(&options);
     daemon.use_guest_agent();
@@ -23,7 +23,7 @@ fn daemon(options: &[&str]) -> (Daemon, PathBuf) {
     (daemon, site)
 }
 
-fn announce(daemon: &Daemon, name: &str) -> (String, String) {
+pub fn announce(daemon: &Daemon, name: &str) -> (String, String) {
     let reply = daemon.ask("POST", "/v3/templates", Some(&json!({ "name": name })));
     assert_eq!(reply.status, 202, "{reply:?}");
     let text = |field: &str| reply.json()[field].as_str().expect("a text").to_owned();
@@ -35,7 +35,7 @@ fn start(daemon: &Daemon, (template, build): &(String, String), body: &Value) {
     assert_eq!((reply.status, reply.body.len()), (202, 0), "{reply:?}");
 }
 
-fn status(daemon: &Daemon, (template, build): &(String, String)) -> Value {
+pub fn status(daemon: &Daemon, (template, build): &(String, String)) -> Value {
     let path = format!("/templates/{template}/builds/{build}/status?logsOffset=0&limit=100");
     let reply = daemon.ask("GET", &path, None);
     assert_eq!(reply.status, 200, "{reply:?}");
@@ -58,14 +58,14 @@ fn once(daemon: &Daemon, build: &(String, String), wanted: &[&str]) -> Value {
 }
 
 /// Builds a template of these steps, to its end.
-fn build(daemon: &Daemon, name: &str, steps: &Value) -> ((String, String), Value) {
+pub fn build(daemon: &Daemon, name: &str, steps: &Value) -> ((String, String), Value) {
     let build = announce(daemon, name);
     start(daemon, &build, &json!({ "fromTemplate": "base", "steps": steps, "force": false }));
     let status = once(daemon, &build, &["ready", "error"]);
     (build, status)
 }
 
-fn run(command: &str) -> Value {
+pub fn run(command: &str) -> Value {
     json!({ "type": "RUN", "args": [command], "force": false })
 }
 
@@ -73,7 +73,7 @@ fn step(kind: &str, args: &[&str]) -> Value {
     json!({ "type": kind, "args": args, "force": false })
 }
 
-fn create(daemon: &Daemon, template: &str) -> Reply {
+pub fn create(daemon: &Daemon, template: &str) -> Reply {
     daemon.ask("POST", "/v2/sandboxes", Some(&json!({ "templateID": template, "timeout": 300 })))
 }
 

@@ -43,6 +43,7 @@ mod proxy_streaming;
 mod proxy_tls;
 mod proxy_upgrade;
 mod quotas;
+mod renaming;
 mod resources;
 mod snapshots;
 mod template;

@@ -349,6 +349,7 @@ fn a_public_template_is_not_there_for_others_to_change() {
         ("PATCH", "/templates/{id}", no()),
         ("PATCH", "/v2/templates/{id}", no()),
         ("PATCH", "/templates/{id}", None),
+        ("PUT", "/templates/{id}/alias", Some(json!({ "alias": "x" }))),
         ("DELETE", "/templates/{id}", None),
         ("POST", "/templates/tags", Some(json!({ "target": id, "tags": ["v1"] }))),
         ("DELETE", "/templates/tags", Some(json!({ "name": id, "tags": ["v1"] }))),

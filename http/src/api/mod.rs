@@ -146,7 +146,10 @@ async fn handle(
         }
         Route::SetTemplateAlias(id) => {
             let body = call.read().await?;
-            templates::set_alias(call.host, &id, &body).await
+            match builds::rename(call.host.builder(), &id, &body).await? {
+                Some(renamed) => Ok(renamed),
+                None => templates::set_alias(call.host, &id, &body).await,
+            }
         }
         Route::DeleteTemplate(id) => match builds::delete(call.host.builder(), &id).await? {
             Some(deleted) => Ok(deleted),

@@ -117,7 +117,7 @@ pub async fn update(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     json::answer(StatusCode::OK, &TemplateNames { names: vec![template.name.to_string()] })
 }
 
-/// `PUT /templates/{id}/alias`: a template keeps the one name it has.
+/// `PUT /templates/{id}/alias`: a template of the operator's keeps the one name it has.
 ///
 /// # Errors
 /// 403 for another.

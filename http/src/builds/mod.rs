@@ -33,6 +33,7 @@ use mica_shards::{
     BuildPhase, BuildRecord, BuildStore, BuiltTemplate, DEFAULT_TAG, Host, Reference,
 };
 use mica_units::TenantId;
+use mica_wire::api::TemplateAlias;
 use serde_json::json;
 
 pub use base::{create, find_template, info_of, listed};
@@ -93,13 +94,7 @@ pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> 
 
 async fn announce(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
     let wanted = wish::announced(body, tenant.as_str())?;
-    let theirs = host.templates().await?;
-    if theirs.iter().any(|template| template.name.as_str() == wanted.name) {
-        return Err(ApiError::conflict(format!(
-            "`{}` is a template of this host's operator; give yours another name",
-            wanted.name
-        )));
-    }
+    refuse_operators_name(host, &wanted.name).await?;
     let tenant = tenant.clone();
     let record = host.with_builds(move |builds| {
         let template = builds.template_for(&tenant, &wanted.name)?;
@@ -117,6 +112,16 @@ async fn announce(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
         })
     });
     json::answer(StatusCode::ACCEPTED, &show::announced(&record.await??))
+}
+
+async fn refuse_operators_name(host: &Host, name: &str) -> Result<(), ApiError> {
+    let theirs = host.templates().await?;
+    if theirs.iter().any(|template| template.name.as_str() == name) {
+        return Err(ApiError::conflict(format!(
+            "`{name}` is a template of this host's operator; give yours another name"
+        )));
+    }
+    Ok(())
 }
 
 async fn files(host: &Host, tenant: &TenantId, request: &Parts, id: &str, hash: &str) -> Answer {
@@ -290,6 +295,28 @@ pub async fn update(
     }
     let names = [format!("{}/{}", template.tenant, template.name)];
     json::answer(StatusCode::OK, &json!({ "names": names })).map(Some)
+}
+
+/// Gives a template that a tenant built another name. `None`: it built none of that name.
+///
+/// # Errors
+/// When it is another's, or the new name is taken or none.
+pub async fn rename(
+    (host, tenant): (&Host, &TenantId),
+    id: &str,
+    body: &[u8],
+) -> Result<Option<Response<Body>>, ApiError> {
+    let Some(reference) = Reference::parse(id) else { return Ok(None) };
+    if base::find_template(host, tenant, &reference).await?.is_none() {
+        return Ok(None);
+    }
+    let name = wish::name(body, tenant.as_str())?;
+    let template = own(host, tenant, id).await?;
+    refuse_operators_name(host, &name).await?;
+    let renamed = host.with_builds(move |builds| builds.rename(&template.id, &name)).await??;
+    let template = renamed.ok_or_else(|| no_such_template(id))?;
+    let alias = TemplateAlias { template_id: template.id, public: template.public };
+    json::answer(StatusCode::OK, &alias).map(Some)
 }
 
 /// Deletes a template that a tenant built. `None`: it built none of that name.

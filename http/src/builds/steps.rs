@@ -63,7 +63,7 @@ impl From<ShardError> for StepError {
 impl From<BuildStoreError> for StepError {
     fn from(error: BuildStoreError) -> Self {
         match error {
-            BuildStoreError::TooMany(text) => Self(text),
+            BuildStoreError::TooMany(text) | BuildStoreError::NameTaken(text) => Self(text),
             BuildStoreError::Store(error) => {
                 // The cause may hold paths of the host.
                 tracing::error!(%error, "the store failed under a build");

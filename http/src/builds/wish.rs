@@ -4,6 +4,7 @@
 //! any of them runs.
 
 use mica_shards::{DEFAULT_TAG, Reference};
+use mica_wire::api::SetAlias;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -48,10 +49,7 @@ pub fn announced(body: &[u8], tenant: &str) -> Result<Announced, ApiError> {
     let AnnounceBody { name, alias, tags, cpu_count, memory_mb } = json::read(body)?;
     let text = name.or(alias).ok_or_else(|| ApiError::bad_request("`name` is missing"))?;
     let reference = reference(&text, "name")?;
-    if reference.namespace.as_deref().is_some_and(|namespace| namespace != tenant) {
-        let message = format!("`name` is in another namespace; yours is `{tenant}`");
-        return Err(ApiError::bad_request(message));
-    }
+    refuse_other_namespace(&reference, "name", tenant)?;
     let mut tags = checked_tags(tags.unwrap_or_default())?;
     tags.extend(reference.tag);
     if tags.is_empty() {
@@ -118,6 +116,31 @@ struct UpdateBody {
 /// 400.
 pub fn public(body: &[u8]) -> Result<Option<bool>, ApiError> {
     Ok(json::read_or_default::<UpdateBody>(body)?.public)
+}
+
+/// Reads the new name of a template. `tenant` may stand in front of it.
+///
+/// # Errors
+/// 400, saying what to change.
+pub fn name(body: &[u8], tenant: &str) -> Result<String, ApiError> {
+    let SetAlias { alias } = json::read_or_default(body)?;
+    let text = alias.ok_or_else(|| ApiError::bad_request("`alias` is missing"))?;
+    let reference = reference(&text, "alias")?;
+    refuse_other_namespace(&reference, "alias", tenant)?;
+    if reference.tag.is_some() {
+        return Err(ApiError::bad_request(
+            "`alias` has a tag; tags stay as they are, leave it out",
+        ));
+    }
+    Ok(reference.name)
+}
+
+fn refuse_other_namespace(name: &Reference, field: &str, tenant: &str) -> Result<(), ApiError> {
+    if name.namespace.as_deref().is_some_and(|namespace| namespace != tenant) {
+        let message = format!("`{field}` is in another namespace; yours is `{tenant}`");
+        return Err(ApiError::bad_request(message));
+    }
+    Ok(())
 }
 
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -385,6 +408,12 @@ mod tests {
             ["{}", r#"{"name":"a b"}"#, r#"{"name":"other/app"}"#, r#"{"name":"a","tags":["/"]}"#]
         {
             assert!(of(bad).is_err(), "{bad}");
+        }
+        let renamed = |body: &str| name(body.as_bytes(), "default").map_err(|e| e.message());
+        assert_eq!(renamed(r#"{"alias":"default/App"}"#).unwrap(), "app");
+        for bad in ["", "{}", r#"{"alias":"a b"}"#, r#"{"alias":"app:v1"}"#, r#"{"alias":"x/app"}"#]
+        {
+            assert!(renamed(bad).is_err(), "{bad}");
         }
         assert_eq!(public(b"").unwrap(), None, "the body may be absent");
         assert!(tags(br#"{"target":"app:v1","tags":[]}"#).is_err());

@@ -31,6 +31,7 @@ impl From<BuildStoreError> for ApiError {
     fn from(error: BuildStoreError) -> Self {
         match error {
             BuildStoreError::TooMany(text) => Self::new(StatusCode::TOO_MANY_REQUESTS, text),
+            BuildStoreError::NameTaken(text) => Self::conflict(text),
             BuildStoreError::Store(error) => {
                 let operation = "keeping builds";
                 ShardError::from_storage(operation, error).into()

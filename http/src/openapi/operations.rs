@@ -449,7 +449,7 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .may_take(of::<SetAlias>)
         .json(200, of::<TemplateAlias>)
         .about("templates")
-        .fails(TEMPLATE_ERRORS),
+        .fails(BUILD_ERRORS),
     none("GET", "/volumes"),
     none("POST", "/volumes"),
     none("GET", "/volumes/{volumeID}"),

@@ -61,6 +61,9 @@ pub enum BuildStoreError {
     /// A bound was reached.
     #[error("{0}")]
     TooMany(String),
+    /// A name is that of something else.
+    #[error("{0}")]
+    NameTaken(String),
 }
 
 /// The part of a store that builds use. Cheap to clone.

@@ -211,6 +211,28 @@ impl BuildStore {
         Ok(Some(template))
     }
 
+    /// Gives a template another name, and keeps its id, its tags and its builds. `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`BuildStoreError::NameTaken`]; when it cannot be written.
+    pub fn rename(
+        &self,
+        template_id: &str,
+        name: &str,
+    ) -> std::result::Result<Option<BuiltTemplate>, BuildStoreError> {
+        let _alone = self.lock()?;
+        let Some(mut template) = self.read_template(template_id)? else { return Ok(None) };
+        let Ok(tenant) = template.tenant.parse() else { return Ok(None) };
+        let has_it = |other: &BuiltTemplate| other.name == name && other.id != template.id;
+        if self.templates_of(&tenant)?.iter().any(has_it) {
+            let text = format!("`{name}` is another template of yours; take another name");
+            return Err(BuildStoreError::NameTaken(text));
+        }
+        name.clone_into(&mut template.name);
+        self.store_template(&template)?;
+        Ok(Some(template))
+    }
+
     /// Deletes a template: its snapshots, which are to be deleted now. `None` when it is gone.
     ///
     /// # Errors
