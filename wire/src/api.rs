@@ -34,10 +34,11 @@ pub struct NewSandbox {
     /// The id or the name of a template, or the id of a snapshot.
     #[serde(rename = "templateID")]
     pub template_id: String,
-    /// Life time in seconds; -1: without an end. Absent: 15 on v1, 300 on v2, without an end where
-    /// `lifecycle` is there. With `lifecycle` each request to the sandbox starts it again.
+    /// Life time in seconds; -1: without an end. Absent: what the host gives, 300 unless its operator
+    /// says otherwise, and without an end where `lifecycle` is there. With `lifecycle` each request to
+    /// the sandbox starts it again.
     pub timeout: Option<i64>,
-    /// Whether envd demands the access token. Absent: yes.
+    /// Whether envd demands the access token. Absent: no on v1, yes on v2.
     pub secure: Option<bool>,
     /// Free labels, returned by `GET` and matched by the list filter.
     pub metadata: Option<BTreeMap<String, String>>,
