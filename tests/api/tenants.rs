@@ -356,6 +356,14 @@ fn a_public_template_is_not_there_for_others_to_change() {
     ] {
         world.hidden_build(method, path, body);
     }
+    // Nor does the name of another's stand for one of the same name that the caller has.
+    let made = world.other("POST", "/v3/templates", Some(&json!({ "name": "owners-own" })));
+    assert_eq!(made.status, 202, "{made:?}");
+    let body = json!({ "target": "owner/owners-own", "tags": ["v1"] });
+    for method in ["POST", "DELETE"] {
+        let path = "/templates/tags";
+        world.hidden(method, path, Some(&body), "owner/owners-own", "owner/nobodys-own");
+    }
     let name = "/templates/owner%2Fowners-own";
     world.hidden("DELETE", name, None, "owners-own", "nobodys-own");
     world.hidden("PATCH", name, no().as_ref(), "owners-own", "nobodys-own");

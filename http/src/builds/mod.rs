@@ -243,9 +243,18 @@ async fn own(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, 
     Ok(found)
 }
 
+/// What a name says of the template, without the tag: in whose namespace it is, too, since another's may
+/// have the name of one of the tenant's own.
+fn untagged(target: &Reference) -> String {
+    match &target.namespace {
+        Some(namespace) => format!("{namespace}/{}", target.name),
+        None => target.name.clone(),
+    }
+}
+
 async fn assign_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
     let (target, tags) = wish::tags(body)?;
-    let template = own(host, tenant, &target.name).await?;
+    let template = own(host, tenant, &untagged(&target)).await?;
     let (from, moved) = (target.tag().to_owned(), tags.clone());
     let assigned =
         host.with_builds(move |builds| builds.assign_tags(&template.id, &from, &moved)).await??;
@@ -263,7 +272,7 @@ async fn remove_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
         let message = format!("the tag `{DEFAULT_TAG}` stays; delete the template instead");
         return Err(ApiError::bad_request(message));
     }
-    let template = own(host, tenant, &target.name).await?;
+    let template = own(host, tenant, &untagged(&target)).await?;
     let removed = host.with_builds(move |builds| Ok(builds.remove_tags(&template.id, &tags)?));
     let Some(freed) = removed.await?? else {
         let message = format!("`{}` does not have all of these tags", target.name);
