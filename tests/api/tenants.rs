@@ -7,13 +7,17 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::client::Reply;
-use crate::daemon::{Daemon, patiently};
+use crate::daemon::{Daemon, NO_POOL, eventually, patiently};
 use crate::template::TEMPLATE;
 
 const NOBODY: &str = "i00000000000000000000";
 const NO_SNAPSHOT: &str = "00000000000000000000";
+/// The name of the template that the first tenant built, and one that nobody has.
+const BUILT: &str = "owners-built";
+const NOT_BUILT: &str = "nobodys-built";
 
-/// A host with two tenants. The first has sandboxes, a snapshot, and a template that it builds.
+/// A host with two tenants. The first has sandboxes, a snapshot, a template that it built, and one that it
+/// builds.
 struct World {
     daemon: Daemon,
     owner: String,
@@ -23,11 +27,15 @@ struct World {
     /// One that is announced, and a build of it.
     template: String,
     build: String,
+    /// One whose build is done, and which is not public: its owner can use it.
+    built: String,
 }
 
 impl World {
+    /// Builds need the real agent, and VM processes that wait would have another.
     fn new() -> Self {
-        let daemon = Daemon::start();
+        let daemon = Daemon::start_with(&NO_POOL);
+        daemon.use_guest_agent();
         let owner = daemon.make_key(&["--tenant", "owner"]);
         let other = daemon.make_key(&["--tenant", "other"]);
         let body = json!({ "templateID": TEMPLATE, "timeout": 300, "metadata": { "a": "b" } });
@@ -42,7 +50,30 @@ impl World {
         let made = daemon.ask_as(&owner, "POST", "/v3/templates", Some(&body));
         assert_eq!(made.status, 202, "{made:?}");
         let (template, build) = (text(&made.json()["templateID"]), text(&made.json()["buildID"]));
-        Self { daemon, owner, other, sandbox, snapshot, template, build }
+        let built = String::new();
+        let mut world = Self { daemon, owner, other, sandbox, snapshot, template, build, built };
+        let (built, done) = world.build(&world.owner, BUILT, TEMPLATE);
+        assert_eq!(done["status"], "ready", "{done}");
+        world.built = built;
+        world
+    }
+
+    /// Builds a template on another, to its end. What it is, and how it ended.
+    fn build(&self, key: &str, name: &str, base: &str) -> (String, Value) {
+        let ask = |method: &str, path: &str, body: Option<&Value>| {
+            self.daemon.ask_as(key, method, path, body)
+        };
+        let announced = ask("POST", "/v3/templates", Some(&json!({ "name": name }))).json();
+        let (template, build) = (text(&announced["templateID"]), text(&announced["buildID"]));
+        let body = json!({ "fromTemplate": base, "steps": [] });
+        let started = ask("POST", &format!("/v2/templates/{template}/builds/{build}"), Some(&body));
+        assert_eq!(started.status, 202, "{started:?}");
+        let path = format!("/templates/{template}/builds/{build}/status");
+        let status = || ask("GET", &path, None).json();
+        eventually("a build is over", || {
+            ["ready", "error"].contains(&status()["status"].as_str().unwrap_or_default())
+        });
+        (template, status())
     }
 
     fn owner(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
@@ -101,6 +132,61 @@ impl World {
     }
 }
 
+/// What the first tenant built.
+impl World {
+    /// A request about it, by id and by name where `path` and `body` say `{id}`. Its owner gets this
+    /// status, so that the other's 404 is about whose it is.
+    fn hidden_built(&self, method: &str, path: &str, body: Option<&Value>, owners: u16) {
+        for (found, missing) in [(self.built.as_str(), NO_SNAPSHOT), (BUILT, NOT_BUILT)] {
+            let path = path.replace("{id}", found);
+            let body: Option<Value> = body.map(|body| {
+                serde_json::from_str(&body.to_string().replace("{id}", found)).expect("JSON")
+            });
+            self.hidden(method, &path, body.as_ref(), found, missing);
+            let own = self.owner(method, &path, body.as_ref());
+            assert_eq!(own.status, owners, "{method} {path}: {own:?}");
+        }
+    }
+
+    /// Nor under the name that says whose it is.
+    fn no_sandbox_of_what_is_built(&self, path: &str) {
+        let full = format!("owner/{BUILT}");
+        let names = [(self.built.as_str(), NO_SNAPSHOT), (BUILT, NOT_BUILT), (&full, "owner/none")];
+        for (found, missing) in names {
+            let body = json!({ "templateID": found });
+            self.hidden("POST", path, Some(&body), found, missing);
+            let made = self.owner("POST", path, Some(&body));
+            assert_eq!(made.status, 201, "{made:?}");
+            let id = text(&made.json()["sandboxID"]);
+            assert_eq!(self.owner("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+        }
+    }
+
+    /// A build on it ends as one on what nobody has, in the same words.
+    fn nothing_is_built_on_what_is_built(&self) {
+        let reason = |base: &str| {
+            let (_, done) = self.build(&self.other, "on-it", base);
+            assert_eq!(done["status"], "error", "{base}: {done}");
+            text(&done["reason"]["message"])
+        };
+        for (found, missing) in [(self.built.as_str(), NO_SNAPSHOT), (BUILT, NOT_BUILT)] {
+            let said = reason(found);
+            assert!(said.contains("there is no template"), "{said}");
+            assert_eq!(said.replace(found, missing), reason(missing));
+            let (_, done) = self.build(&self.owner, "on-it", found);
+            assert_eq!(done["status"], "ready", "{done}");
+        }
+    }
+
+    /// Ids of the templates that a key lists.
+    fn listed(&self, key: &str, path: &str) -> Vec<String> {
+        let reply = self.daemon.ask_as(key, "GET", path, None);
+        assert_eq!(reply.status, 200, "{reply:?}");
+        let entries = reply.json();
+        entries.as_array().expect("a list").iter().map(|entry| text(&entry["templateID"])).collect()
+    }
+}
+
 fn text(value: &Value) -> String {
     value.as_str().expect("a text").to_owned()
 }
@@ -129,6 +215,7 @@ const ROWS: &[Row] = &[
             assert_eq!(made.status, 201, "{made:?}");
             let id = text(&made.json()["sandboxID"]);
             assert_eq!(world.owner("DELETE", &format!("/sandboxes/{id}"), None).status, 204);
+            world.no_sandbox_of_what_is_built(path);
         }
     }),
     ("GET /sandboxes", |world| {
@@ -195,11 +282,12 @@ const ROWS: &[Row] = &[
         }
     }),
     ("GET /templates", |world| {
-        // They are the operator's.
-        for reply in
-            [world.owner("GET", "/templates", None), world.other("GET", "/templates", None)]
-        {
-            assert_eq!(reply.json()[0]["names"], json!([TEMPLATE]));
+        let operators = world.owner("GET", &format!("/templates/{TEMPLATE}"), None).json();
+        let operators = text(&operators["templateID"]);
+        for path in ["/templates", "/v2/templates"] {
+            let own = world.listed(&world.owner, path);
+            assert!(own.contains(&operators) && own.contains(&world.built), "{path}: {own:?}");
+            assert_eq!(world.listed(&world.other, path), [operators.clone()], "{path}");
         }
     }),
     ("GET /openapi.json", |world| {
@@ -228,9 +316,9 @@ const ROWS: &[Row] = &[
         let (own, other) = ("/default-templates", "/default-templates");
         assert_eq!(world.owner("GET", own, None).json(), world.other("GET", other, None).json());
     }),
-    ("GET /templates/{id}", |world| world.hidden_build("GET", "/templates/{id}", None)),
+    ("GET /templates/{id}", |world| world.hidden_built("GET", "/templates/{id}", None, 200)),
     ("GET /templates/aliases/{alias}", |world| {
-        world.hidden("GET", "/templates/aliases/owners-own", None, "owners-own", "nobodys-own");
+        world.hidden_built("GET", "/templates/aliases/{id}", None, 200);
         assert_eq!(world.other("GET", &format!("/templates/aliases/{TEMPLATE}"), None).status, 200);
     }),
     ("PATCH /templates/{id}", |world| {
@@ -239,7 +327,8 @@ const ROWS: &[Row] = &[
         world.hidden_build("PATCH", "/v2/templates/{id}", body());
     }),
     ("PUT /templates/{id}/alias", |world| {
-        world.hidden_build("PUT", "/templates/{id}/alias", Some(json!({ "alias": "x" })));
+        let body = json!({ "alias": BUILT });
+        world.hidden_built("PUT", "/templates/{id}/alias", Some(&body), 200);
     }),
     ("POST /v3/templates", |world| {
         // Names are each tenant's own.
@@ -259,6 +348,7 @@ const ROWS: &[Row] = &[
     ("POST /v2/templates/{id}/builds/{buildID}", |world| {
         let body = Some(json!({ "fromTemplate": TEMPLATE }));
         world.hidden_build("POST", "/v2/templates/{id}/builds/{build}", body);
+        world.nothing_is_built_on_what_is_built();
     }),
     ("GET /templates/{id}/builds/{buildID}/status", |world| {
         world.hidden_build("GET", "/templates/{id}/builds/{build}/status", None);
