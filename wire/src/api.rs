@@ -7,11 +7,17 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod builds;
 mod host;
 mod network;
 mod observe;
 mod templates;
 
+pub use builds::{
+    AssignedTemplateTags, BuildLogEntry, BuildStatusReason, TemplateBuildFileUpload,
+    TemplateBuildInfo, TemplateBuildLogsResponse, TemplateBuildStatus, TemplateRequestResponseV3,
+    TemplateTag, TemplateTagExistsResponse, TemplateTagsCountResponse,
+};
 pub use host::{
     HostState, HostSummary, NodeSummary, OperationSummary, PhaseSummary, PoolSummary,
     SandboxSummary, ShardSummary,

@@ -6,6 +6,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_shards::{BUILD_LOG_BYTES_MAX, Host};
+pub use mica_wire::api::{BuildLogEntry as Entry, LogLevel as Level};
 use serde::{Deserialize, Serialize};
 
 use crate::rfc3339;
@@ -17,32 +18,15 @@ const RESERVE_BYTES: u64 = 64 * 1024;
 /// What is said at most once.
 const FULL: &str = "the log of this build is full; what its commands say further is left out";
 
-/// How much an entry matters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    /// For those who look for a mistake.
-    #[default]
-    Debug,
-    /// What happens.
-    Info,
-    /// What commands write to standard error.
-    Warn,
-    /// Why it ended.
-    Error,
-}
-
-impl Level {
-    /// Reads one as clients write it.
-    pub fn parse(text: &str) -> Option<Self> {
-        Some(match text {
-            "debug" => Self::Debug,
-            "info" => Self::Info,
-            "warn" => Self::Warn,
-            "error" => Self::Error,
-            _ => return None,
-        })
-    }
+/// Reads a level as clients write it.
+pub fn level(text: &str) -> Option<Level> {
+    Some(match text {
+        "debug" => Level::Debug,
+        "info" => Level::Info,
+        "warn" => Level::Warn,
+        "error" => Level::Error,
+        _ => return None,
+    })
 }
 
 /// One entry as it is stored: a line of JSON.
@@ -53,20 +37,6 @@ struct Stored {
     m: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     s: Option<String>,
-}
-
-/// One entry as clients see it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Entry {
-    /// When.
-    pub timestamp: String,
-    /// What.
-    pub message: String,
-    /// How much it matters.
-    pub level: Level,
-    /// Which step said it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub step: Option<String>,
 }
 
 /// The log of one build that runs.

@@ -33,8 +33,10 @@ use mica_shards::{
     BuildPhase, BuildRecord, BuildStore, BuiltTemplate, DEFAULT_TAG, Host, Reference,
 };
 use mica_units::TenantId;
-use mica_wire::api::TemplateAlias;
-use serde_json::json;
+use mica_wire::api::{
+    AssignedTemplateTags, TemplateAlias, TemplateBuildFileUpload, TemplateNames, TemplateTagExistsResponse,
+    TemplateTagsCountResponse,
+};
 
 pub use base::{create, find_template, info_of, listed};
 use log::Level;
@@ -81,13 +83,13 @@ pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> 
             json::answer(StatusCode::OK, &show::tags(&template))
         }
         BuildRoute::TagCount(id) => {
-            let count = template(host, tenant, &id).await?.tags.len();
-            json::answer(StatusCode::OK, &json!({ "total": count }))
+            let total = template(host, tenant, &id).await?.tags.len();
+            json::answer(StatusCode::OK, &TemplateTagsCountResponse { total })
         }
         BuildRoute::TagExists(id) => {
-            let wanted = parameter(query, "tag")?.unwrap_or_default().to_ascii_lowercase();
-            let exists = template(host, tenant, &id).await?.tagged(&wanted).is_some();
-            json::answer(StatusCode::OK, &json!({ "exists": exists, "normalizedTag": wanted }))
+            let normalized_tag = parameter(query, "tag")?.unwrap_or_default().to_ascii_lowercase();
+            let exists = template(host, tenant, &id).await?.tagged(&normalized_tag).is_some();
+            json::answer(StatusCode::OK, &TemplateTagExistsResponse { exists, normalized_tag })
         }
     }
 }
@@ -136,8 +138,8 @@ async fn files(host: &Host, tenant: &TenantId, request: &Parts, id: &str, hash: 
         false => builds.grant_upload(&tenant, &hash).map(Some),
     });
     let answer = match token.await?? {
-        None => json!({ "present": true }),
-        Some(token) => json!({ "present": false, "url": url(request, &token)? }),
+        None => TemplateBuildFileUpload { present: true, url: None },
+        Some(token) => TemplateBuildFileUpload { present: false, url: Some(url(request, &token)?) },
     };
     json::answer(StatusCode::CREATED, &answer)
 }
@@ -263,7 +265,7 @@ async fn assign_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
         return Err(ApiError::not_found(message));
     };
     forget_snapshots(host, freed).await;
-    json::answer(StatusCode::CREATED, &json!({ "tags": tags, "buildID": build }))
+    json::answer(StatusCode::CREATED, &AssignedTemplateTags { tags, build_id: build })
 }
 
 async fn remove_tags(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
@@ -302,8 +304,8 @@ pub async fn update(
         let set = host.with_builds(move |builds| Ok(builds.set_public(&id, public)?)).await??;
         template = set.ok_or_else(|| ApiError::no_such_template(&template.id))?;
     }
-    let names = [format!("{}/{}", template.tenant, template.name)];
-    json::answer(StatusCode::OK, &json!({ "names": names })).map(Some)
+    let names = vec![format!("{}/{}", template.tenant, template.name)];
+    json::answer(StatusCode::OK, &TemplateNames { names }).map(Some)
 }
 
 /// Gives a template that a tenant built another name. `None`: it built none of that name.
@@ -366,7 +368,7 @@ fn page(query: &str) -> Result<(PageQuery, Option<u64>, bool), ApiError> {
     let size = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
     let level = match parameter(query, "level")? {
         None => Level::Debug,
-        Some(text) => Level::parse(&text).ok_or_else(|| {
+        Some(text) => log::level(&text).ok_or_else(|| {
             ApiError::bad_request("`level` must be `debug`, `info`, `warn` or `error`")
         })?,
     };

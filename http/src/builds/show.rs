@@ -5,8 +5,10 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use mica_shards::{BuildPhase, BuildRecord, BuiltTag, BuiltTemplate};
-use serde::Serialize;
-use serde_json::{Value, json};
+use mica_wire::api::{
+    BuildStatusReason, TemplateBuildInfo, TemplateBuildLogsResponse, TemplateBuildStatus,
+    TemplateRequestResponseV3, TemplateTag,
+};
 
 use super::log::{self, Entry, Level};
 use crate::rfc3339;
@@ -17,15 +19,15 @@ pub const ENTRIES_MAX: usize = 100;
 const REASON_ENTRIES: usize = 10;
 
 /// The answer to an announcement.
-pub fn announced(record: &BuildRecord) -> Value {
-    json!({
-        "templateID": record.template_id,
-        "buildID": record.id,
-        "public": false,
-        "names": [format!("{}/{}", record.tenant, record.name)],
-        "tags": record.tags,
-        "aliases": [record.name],
-    })
+pub fn announced(record: &BuildRecord) -> TemplateRequestResponseV3 {
+    TemplateRequestResponseV3 {
+        template_id: record.template_id.clone(),
+        build_id: record.id.clone(),
+        public: false,
+        names: vec![format!("{}/{}", record.tenant, record.name)],
+        tags: record.tags.clone(),
+        aliases: vec![record.name.clone()],
+    }
 }
 
 /// What a page of a build's log was asked for.
@@ -39,38 +41,36 @@ pub struct PageQuery {
     pub level: Level,
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Reason {
-    message: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    step: Option<String>,
-    log_entries: Vec<Entry>,
-}
-
 /// How far a build is, and a page of its log.
-pub fn status(record: &BuildRecord, log: &[u8], query: PageQuery) -> Value {
-    let entries = log::page(log, query.level, query.offset, query.limit);
-    let lines: Vec<String> =
-        entries.iter().map(|entry| format!("[{}] {}\n", entry.timestamp, entry.message)).collect();
-    let mut status = json!({
-        "logs": lines,
-        "logEntries": entries,
-        "templateID": record.template_id,
-        "buildID": record.id,
-        "status": word(&record.phase),
-    });
-    if let BuildPhase::Failed { message, step } = &record.phase {
-        let log_entries = log::tail(log, step.as_deref(), REASON_ENTRIES);
-        let reason = Reason { message: message.clone(), step: step.clone(), log_entries };
-        status["reason"] = json!(reason);
+pub fn status(record: &BuildRecord, log: &[u8], query: PageQuery) -> TemplateBuildInfo {
+    let log_entries = log::page(log, query.level, query.offset, query.limit);
+    let line = |entry: &Entry| format!("[{}] {}\n", entry.timestamp, entry.message);
+    let reason = match &record.phase {
+        BuildPhase::Failed { message, step } => Some(BuildStatusReason {
+            message: message.clone(),
+            step: step.clone(),
+            log_entries: log::tail(log, step.as_deref(), REASON_ENTRIES),
+        }),
+        _ => None,
+    };
+    TemplateBuildInfo {
+        logs: log_entries.iter().map(line).collect(),
+        log_entries,
+        template_id: record.template_id.clone(),
+        build_id: record.id.clone(),
+        status: word(&record.phase),
+        reason,
     }
-    status
 }
 
 /// A page of a build's log alone. `backward`: from its end.
-pub fn logs(log: &[u8], query: PageQuery, after_ms: Option<u64>, backward: bool) -> Value {
-    let bound = after_ms.map(|ms| rfc3339::format(UNIX_EPOCH + Duration::from_millis(ms)));
+pub fn logs(
+    log: &[u8],
+    query: PageQuery,
+    after_ms: Option<u64>,
+    backward: bool,
+) -> TemplateBuildLogsResponse {
+    let bound = after_ms.map(time);
     // Times are all written alike, so their order is that of their text.
     let wanted = |entry: &Entry| {
         entry.level >= query.level
@@ -83,31 +83,33 @@ pub fn logs(log: &[u8], query: PageQuery, after_ms: Option<u64>, backward: bool)
         true => log::entries(log).rev().filter(wanted).take(query.limit).collect(),
         false => log::entries(log).filter(wanted).take(query.limit).collect(),
     };
-    json!({ "logs": entries })
+    TemplateBuildLogsResponse { logs: entries }
 }
 
 /// A build's phase in E2B's words.
-fn word(phase: &BuildPhase) -> &'static str {
+fn word(phase: &BuildPhase) -> TemplateBuildStatus {
     match phase {
-        BuildPhase::Announced | BuildPhase::Waiting => "waiting",
-        BuildPhase::Building => "building",
-        BuildPhase::Ready => "ready",
-        BuildPhase::Failed { .. } => "error",
+        BuildPhase::Announced | BuildPhase::Waiting => TemplateBuildStatus::Waiting,
+        BuildPhase::Building => TemplateBuildStatus::Building,
+        BuildPhase::Ready => TemplateBuildStatus::Ready,
+        BuildPhase::Failed { .. } => TemplateBuildStatus::Error,
     }
 }
 
 /// A template's tags, the newest first.
-pub fn tags(template: &BuiltTemplate) -> Value {
+pub fn tags(template: &BuiltTemplate) -> Vec<TemplateTag> {
     let mut tags: Vec<&BuiltTag> = template.tags.iter().collect();
     tags.sort_by_key(|tag| std::cmp::Reverse((tag.assigned_unix_ms, &tag.tag)));
-    let tags = tags.into_iter().map(|tag| {
-        json!({
-            "tag": tag.tag,
-            "buildID": tag.build_id,
-            "createdAt": rfc3339::format(UNIX_EPOCH + Duration::from_millis(tag.assigned_unix_ms)),
-        })
-    });
-    tags.collect()
+    let shown = |tag: &BuiltTag| TemplateTag {
+        tag: tag.tag.clone(),
+        build_id: tag.build_id.clone(),
+        created_at: time(tag.assigned_unix_ms),
+    };
+    tags.into_iter().map(shown).collect()
+}
+
+fn time(unix_ms: u64) -> String {
+    rfc3339::format(UNIX_EPOCH + Duration::from_millis(unix_ms))
 }
 
 #[cfg(test)]
@@ -131,13 +133,16 @@ mod tests {
         let query = PageQuery { offset: 0, limit: 100, level: Level::Debug };
         let log = b"{\"t\":0,\"l\":\"info\",\"m\":\"a\",\"s\":\"1\"}\n{\"t\":1,\"l\":\"error\",\"m\":\"b\",\"s\":\"2\"}\n";
         let shown = status(&record, log, query);
-        assert_eq!(shown["status"], "error");
-        assert_eq!(shown["reason"]["step"], "2");
-        assert_eq!(shown["reason"]["logEntries"][0]["message"], "b");
-        assert_eq!(shown["logEntries"].as_array().unwrap().len(), 2);
-        assert_eq!(shown["logEntries"][0]["timestamp"], "1970-01-01T00:00:00.000Z");
-        assert_eq!(announced(&record)["aliases"][0], "app");
-        assert_eq!(logs(log, query, Some(1), false)["logs"][0]["message"], "b");
-        assert_eq!(logs(log, query, None, true)["logs"][0]["message"], "b");
+        assert_eq!(shown.log_entries.len(), 2);
+        assert_eq!(shown.log_entries[0].timestamp, "1970-01-01T00:00:00.000Z");
+        assert_eq!(shown.status, TemplateBuildStatus::Error);
+        let reason = shown.reason.unwrap();
+        assert_eq!(
+            (reason.step.as_deref(), reason.log_entries[0].message.as_str()),
+            (Some("2"), "b")
+        );
+        assert_eq!(announced(&record).aliases, ["app"]);
+        assert_eq!(logs(log, query, Some(1), false).logs[0].message, "b");
+        assert_eq!(logs(log, query, None, true).logs[0].message, "b");
     }
 }

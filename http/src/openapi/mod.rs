@@ -221,6 +221,29 @@ mod tests {
         assert_eq!(ids.len(), OPERATIONS.len());
     }
 
+    /// Of this document alone nothing but that it is an object is said.
+    #[test]
+    fn every_answer_names_its_fields() {
+        let document = document();
+        let mut named = 0;
+        for (path, operations) in document["paths"].as_object().unwrap() {
+            let responses = operations.as_object().unwrap().values();
+            let responses =
+                responses.flat_map(|operation| operation["responses"].as_object().unwrap());
+            for (status, answer) in responses {
+                let schema = &answer["content"]["application/json"]["schema"];
+                let entry = if schema["type"] == "array" { &schema["items"] } else { schema };
+                let is_named = entry["$ref"].is_string();
+                named += usize::from(is_named);
+                assert!(
+                    schema.is_null() || is_named || path == "/openapi.json",
+                    "{path} {status}: {schema}"
+                );
+            }
+        }
+        assert!(named > 30, "{named}");
+    }
+
     #[test]
     fn what_clients_demand_is_required() {
         let document = document();
@@ -235,5 +258,10 @@ mod tests {
         for field in ["cpuCount", "memoryMB", "diskSizeMB", "state", "startedAt"] {
             assert!(required("SandboxDetail").contains(field), "{field}");
         }
+        for field in ["templateID", "buildID", "public", "names", "tags", "aliases"] {
+            assert!(required("TemplateRequestResponseV3").contains(field), "{field}");
+        }
+        let always = ["logs", "logEntries", "templateID", "buildID", "status"];
+        assert_eq!(required("TemplateBuildInfo"), always.map(str::to_owned).into());
     }
 }

@@ -4,10 +4,13 @@
 //! missing.
 
 use mica_wire::api::{
-    ConnectSandbox, CopySandbox, ForkResult, Health, HostState, Logs, LogsV2, NetworkConfig,
-    NewSandbox, NewSnapshot, PauseSandbox, RefreshSandbox, ResumeSandbox, RollbackSandbox,
-    RolledBack, Sandbox, SandboxDetail, SandboxMetric, SandboxesWithMetrics, SetAlias, SetTimeout,
-    Snapshot, Template, TemplateAlias, TemplateNames, TemplateWithBuilds, UpdateTemplate,
+    AssignedTemplateTags, ConnectSandbox, CopySandbox, ForkResult, Health, HostState, Logs, LogsV2,
+    NetworkConfig, NewSandbox, NewSnapshot, PauseSandbox, RefreshSandbox, ResumeSandbox,
+    RollbackSandbox, RolledBack, Sandbox, SandboxDetail, SandboxMetric, SandboxesWithMetrics,
+    SetAlias, SetTimeout, Snapshot, Template, TemplateAlias, TemplateBuildFileUpload,
+    TemplateBuildInfo, TemplateBuildLogsResponse, TemplateNames, TemplateRequestResponseV3,
+    TemplateTag, TemplateTagExistsResponse, TemplateTagsCountResponse, TemplateWithBuilds,
+    UpdateTemplate,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
@@ -75,11 +78,6 @@ fn of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     generator.subschema_for::<T>()
 }
 
-/// Any object: what it has is in `docs/templates.md`.
-fn object(generator: &mut SchemaGenerator) -> Schema {
-    of::<serde_json::Map<String, serde_json::Value>>(generator)
-}
-
 const fn op(method: &'static str, path: &'static str, summary: &'static str) -> Operation {
     Operation {
         method,
@@ -115,8 +113,12 @@ impl Operation {
         self
     }
 
-    const fn nothing(mut self) -> Self {
-        self.answers = [Some((204, Answer::Nothing)), None];
+    const fn nothing(self) -> Self {
+        self.without_body(204)
+    }
+
+    const fn without_body(mut self, status: u16) -> Self {
+        self.answers = [Some((status, Answer::Nothing)), None];
         self
     }
 
@@ -365,7 +367,7 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .about("templates"),
     op("POST", "/v3/templates", "Announces the build of a template.")
         .takes(of::<AnnounceBody>)
-        .json(202, object)
+        .json(202, of::<TemplateRequestResponseV3>)
         .about("builds")
         .fails(&[403, 409, 507]),
     op(
@@ -373,32 +375,32 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         "/build-files/{token}",
         "Takes a file for a build, from whoever was given its address.",
     )
-    .json(200, object)
+    .without_body(200)
     .about("builds")
     .fails(&[404, 411, 500, 507])
     .open(),
     op("POST", "/v2/templates/{templateID}/builds/{buildID}", "Starts a build.")
         .takes(of::<StartBody>)
-        .json(202, object)
+        .without_body(202)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("GET", "/templates/{templateID}/builds/{buildID}/status", "How far a build is.")
         .asks(&BUILD_STATUS)
-        .json(200, object)
+        .json(200, of::<TemplateBuildInfo>)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("GET", "/templates/{templateID}/builds/{buildID}/logs", "What was written in a build.")
         .asks(&BUILD_LOGS)
-        .json(200, object)
+        .json(200, of::<TemplateBuildLogsResponse>)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("GET", "/templates/{templateID}/files/{hash}", "Where a file for a build is to go.")
-        .json(201, object)
+        .json(201, of::<TemplateBuildFileUpload>)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("POST", "/templates/tags", "Gives a build more tags.")
         .takes(of::<TagsBody>)
-        .json(201, object)
+        .json(201, of::<AssignedTemplateTags>)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("DELETE", "/templates/tags", "Takes tags from a template.")
@@ -407,16 +409,16 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .about("builds")
         .fails(BUILD_ERRORS),
     op("GET", "/templates/{templateID}/tags", "The tags of a template.")
-        .json(200, of::<Vec<serde_json::Map<String, serde_json::Value>>>)
+        .json(200, of::<Vec<TemplateTag>>)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("GET", "/templates/{templateID}/tags/count", "How many tags a template has.")
-        .json(200, object)
+        .json(200, of::<TemplateTagsCountResponse>)
         .about("builds")
         .fails(BUILD_ERRORS),
     op("GET", "/templates/{templateID}/tags/exists", "Whether a template has a tag.")
         .asks(&[query("tag", Kind::Text, "The tag.")])
-        .json(200, object)
+        .json(200, of::<TemplateTagExistsResponse>)
         .about("builds")
         .fails(BUILD_ERRORS),
     none("GET", "/templates/{templateID}/tags/groups"),
