@@ -185,9 +185,11 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
     at(Method::GET, "/templates/{templateID}/tags/exists", |p| {
         Route::Build(BuildRoute::TagExists(named(p)))
     }),
-    at(Method::GET, "/templates/{templateID}/tags/groups", |_| Route::NotOffered(TAG_HISTORY)),
-    at(Method::GET, "/templates/{templateID}/tags/{tag}/assignments", |_| {
-        Route::NotOffered(TAG_HISTORY)
+    at(Method::GET, "/templates/{templateID}/tags/groups", |p| {
+        Route::Build(BuildRoute::TagGroups(named(p)))
+    }),
+    at(Method::GET, "/templates/{templateID}/tags/{tag}/assignments", |p| {
+        both(p, BuildRoute::TagAssignments)
     }),
     at(Method::GET, "/templates/compat", |_| Route::NotOffered(CUBE_BUILDS)),
     at(Method::GET, "/templates/aliases/{alias}", |p| Route::TemplateAlias(named(p))),
@@ -218,7 +220,6 @@ pub static ENDPOINTS: [Endpoint; ENDPOINT_COUNT] = [
 pub const ENDPOINT_COUNT: usize = 69;
 
 const CUBE_BUILDS: &str = "CubeSandbox's way of building templates";
-const TAG_HISTORY: &str = "the history of a template's tags";
 const VOLUMES: &str = "volumes";
 const SECRETS: &str = "secrets";
 const TEAMS: &str = "teams";

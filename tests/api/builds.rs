@@ -30,7 +30,7 @@ pub fn announce(daemon: &Daemon, name: &str) -> (String, String) {
     (text("templateID"), text("buildID"))
 }
 
-fn start(daemon: &Daemon, (template, build): &(String, String), body: &Value) {
+pub fn start(daemon: &Daemon, (template, build): &(String, String), body: &Value) {
     let reply = daemon.ask("POST", &format!("/v2/templates/{template}/builds/{build}"), Some(body));
     assert_eq!((reply.status, reply.body.len()), (202, 0), "{reply:?}");
 }
@@ -43,7 +43,7 @@ pub fn status(daemon: &Daemon, (template, build): &(String, String)) -> Value {
 }
 
 /// The status once it is one of these.
-fn once(daemon: &Daemon, build: &(String, String), wanted: &[&str]) -> Value {
+pub fn once(daemon: &Daemon, build: &(String, String), wanted: &[&str]) -> Value {
     let deadline = Instant::now() + 4 * PATIENCE;
     loop {
         let status = status(daemon, build);
@@ -69,7 +69,7 @@ pub fn run(command: &str) -> Value {
     json!({ "type": "RUN", "args": [command], "force": false })
 }
 
-fn step(kind: &str, args: &[&str]) -> Value {
+pub fn step(kind: &str, args: &[&str]) -> Value {
     json!({ "type": kind, "args": args, "force": false })
 }
 
@@ -106,7 +106,7 @@ fn archive(directory: &Path, files: &[(&str, &str)]) -> Vec<u8> {
 }
 
 /// Asks for a link. `None`: the file is there.
-fn link(daemon: &Daemon, template: &str, hash: &str) -> Option<String> {
+pub fn link(daemon: &Daemon, template: &str, hash: &str) -> Option<String> {
     let reply = daemon.ask("GET", &format!("/templates/{template}/files/{hash}"), None);
     assert_eq!(reply.status, 201, "{reply:?}");
     if reply.json()["present"] == true {
@@ -300,46 +300,6 @@ fn bases_that_are_not_there_say_what_is() {
     let bad = json!({ "fromTemplate": "base", "steps": [step("ADD", &["x"])] });
     assert!(daemon.ask("POST", &path, Some(&bad)).error(400).contains("step 1"));
     daemon.ask("GET", "/templates/nope/builds/nope/status", None).error(404);
-}
-
-#[test]
-fn tags_move_and_templates_build_on_templates() {
-    let (daemon, site) = daemon(&[]);
-    let before = daemon.snapshots_kept();
-    let ((template, first), done) = build(&daemon, "app", &json!([step("ENV", &["A", "1"])]));
-    assert_eq!(done["status"], "ready", "{done}");
-    let tag = |target: &str, tags: &[&str]| {
-        daemon.ask("POST", "/templates/tags", Some(&json!({ "target": target, "tags": tags })))
-    };
-    let tagged = tag("app:default", &["v1", "old"]);
-    assert_eq!((tagged.status, &tagged.json()["buildID"]), (201, &json!(first)));
-    // Built on itself: what the base says holds, and the first build stays, for tags stand for it.
-    let second = announce(&daemon, "app");
-    let file = site.join("seen");
-    let steps = json!([step("ENV", &["B", "2"]), run(&format!("echo $A$B > {}", file.display()))]);
-    start(&daemon, &second, &json!({ "fromTemplate": "app:v1", "steps": steps }));
-    assert_eq!(once(&daemon, &second, &["ready"])["status"], "ready");
-    assert_eq!(std::fs::read_to_string(&file).expect("a file"), "12\n");
-    assert_eq!(daemon.snapshots_kept(), before + 2);
-
-    let tags = daemon.ask("GET", &format!("/templates/{template}/tags"), None).json();
-    let mut tags: Vec<_> = tags.as_array().expect("tags").iter().collect();
-    tags.sort_by_key(|tag| tag["tag"].as_str());
-    let names: Vec<_> = tags.iter().map(|tag| (&tag["tag"], &tag["buildID"])).collect();
-    let (d, o, v) = (json!("default"), json!("old"), json!("v1"));
-    let (one, two) = (json!(first), json!(second.1));
-    assert_eq!(names, [(&d, &two), (&o, &one), (&v, &one)]);
-    let remove = |body: Value| daemon.ask("DELETE", "/templates/tags", Some(&body));
-    remove(json!({ "name": "app", "tags": ["default"] })).error(400);
-    remove(json!({ "name": "app", "tags": ["none"] })).error(404);
-    assert_eq!(remove(json!({ "name": "app", "tags": ["old", "v1"] })).status, 204);
-    assert_eq!(daemon.snapshots_kept(), before + 1, "the first build is nobody's now");
-    tag("app:v1", &["x"]).error(404);
-    let exists = |tag: &str| {
-        let path = format!("/templates/app/tags/exists?tag={tag}");
-        daemon.ask("GET", &path, None).json()["exists"].clone()
-    };
-    assert_eq!((exists("default"), exists("v1")), (json!(true), json!(false)));
 }
 
 #[test]

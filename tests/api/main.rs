@@ -46,6 +46,7 @@ mod quotas;
 mod renaming;
 mod resources;
 mod snapshots;
+mod tags;
 mod template;
 mod tenants;
 mod top;

@@ -373,6 +373,12 @@ const ROWS: &[Row] = &[
     ("GET /templates/{id}/tags/exists", |world| {
         world.hidden_build("GET", "/templates/{id}/tags/exists?tag=v1", None);
     }),
+    ("GET /templates/{id}/tags/groups", |world| {
+        world.hidden_built("GET", "/templates/{id}/tags/groups", None, 200);
+    }),
+    ("GET /templates/{id}/tags/{tag}/assignments", |world| {
+        world.hidden_built("GET", "/templates/{id}/tags/default/assignments", None, 200);
+    }),
     ("DELETE /templates/{id}", |world| {
         world.hidden_build("DELETE", "/templates/{id}", None);
         let path = format!("/templates/{}", world.snapshot);

@@ -16,7 +16,8 @@ mod templates;
 pub use builds::{
     AssignedTemplateTags, BuildLogEntry, BuildStatusReason, TemplateBuildFileUpload,
     TemplateBuildInfo, TemplateBuildLogsResponse, TemplateBuildStatus, TemplateRequestResponseV3,
-    TemplateTag, TemplateTagExistsResponse, TemplateTagsCountResponse,
+    TemplateTag, TemplateTagAssignment, TemplateTagAssignmentsResponse, TemplateTagExistsResponse,
+    TemplateTagGroup, TemplateTagGroupsResponse, TemplateTagsCountResponse,
 };
 pub use host::{
     HostState, HostSummary, NodeSummary, OperationSummary, PhaseSummary, PoolSummary,

@@ -41,7 +41,7 @@ use mica_wire::api::{
 pub use base::{create, find_template, info_of, listed};
 use log::Level;
 use route::BuildRoute;
-use show::{ENTRIES_MAX, PageQuery};
+use show::{ENTRIES_MAX, PageQuery, TagOrder, TagQuery};
 pub use upload::take as upload;
 
 use crate::api::{Call, json};
@@ -90,6 +90,16 @@ pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> 
             let normalized_tag = parameter(query, "tag")?.unwrap_or_default().to_ascii_lowercase();
             let exists = template(host, tenant, &id).await?.tagged(&normalized_tag).is_some();
             json::answer(StatusCode::OK, &TemplateTagExistsResponse { exists, normalized_tag })
+        }
+        BuildRoute::TagGroups(id) => {
+            let wanted = tag_query(query)?;
+            let template = template(host, tenant, &id).await?;
+            json::answer(StatusCode::OK, &show::groups(&template, &wanted))
+        }
+        BuildRoute::TagAssignments(id, tag) => {
+            let template = template(host, tenant, &id).await?;
+            let tag = tag.to_ascii_lowercase();
+            json::answer(StatusCode::OK, &show::assignments(&template, &tag))
         }
     }
 }
@@ -376,6 +386,21 @@ fn page(query: &str) -> Result<(PageQuery, Option<u64>, bool), ApiError> {
     let offset = number("logsOffset")?.map_or(0, size);
     let backward = parameter(query, "direction")?.is_some_and(|direction| direction == "backward");
     Ok((PageQuery { offset, limit, level }, number("cursor")?, backward))
+}
+
+fn tag_query(query: &str) -> Result<TagQuery, ApiError> {
+    let search = parameter(query, "search")?.unwrap_or_default().to_ascii_lowercase();
+    let (order, descending) = match parameter(query, "sort")?.as_deref() {
+        None | Some("latest_desc") => (TagOrder::Latest, true),
+        Some("latest_asc") => (TagOrder::Latest, false),
+        Some("name_asc") => (TagOrder::Name, false),
+        Some("name_desc") => (TagOrder::Name, true),
+        Some(_) => {
+            let message = "`sort` must be `latest_asc`, `latest_desc`, `name_asc` or `name_desc`";
+            return Err(ApiError::bad_request(message));
+        }
+    };
+    Ok(TagQuery { search, order, descending })
 }
 
 fn parameter(query: &str, name: &str) -> Result<Option<String>, ApiError> {

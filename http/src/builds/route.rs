@@ -27,4 +27,8 @@ pub enum BuildRoute {
     TagCount(String),
     /// `GET /templates/{template}/tags/exists`
     TagExists(String),
+    /// `GET /templates/{template}/tags/groups`
+    TagGroups(String),
+    /// `GET /templates/{template}/tags/{tag}/assignments`
+    TagAssignments(String, String),
 }

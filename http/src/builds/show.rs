@@ -7,10 +7,12 @@ use std::time::{Duration, UNIX_EPOCH};
 use mica_shards::{BuildPhase, BuildRecord, BuiltTag, BuiltTemplate};
 use mica_wire::api::{
     BuildStatusReason, TemplateBuildInfo, TemplateBuildLogsResponse, TemplateBuildStatus,
-    TemplateRequestResponseV3, TemplateTag,
+    TemplateRequestResponseV3, TemplateTag, TemplateTagAssignment, TemplateTagAssignmentsResponse,
+    TemplateTagGroup, TemplateTagGroupsResponse,
 };
 
 use super::log::{self, Entry, Level};
+use crate::ids::uuid_of;
 use crate::rfc3339;
 
 /// Most entries of one answer.
@@ -96,16 +98,80 @@ fn word(phase: &BuildPhase) -> TemplateBuildStatus {
     }
 }
 
+/// How tags are ordered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TagOrder {
+    /// By when they were given.
+    Latest,
+    /// By their names.
+    Name,
+}
+
+/// Which tags are shown, and in which order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TagQuery {
+    /// What their names contain.
+    pub search: String,
+    /// The order,
+    pub order: TagOrder,
+    /// and whether it is the other way round.
+    pub descending: bool,
+}
+
+fn ordered(template: &BuiltTemplate, order: TagOrder, descending: bool) -> Vec<&BuiltTag> {
+    let mut tags: Vec<&BuiltTag> = template.tags.iter().collect();
+    match order {
+        TagOrder::Latest => tags.sort_by_key(|tag| (tag.assigned_unix_ms, &tag.tag)),
+        TagOrder::Name => tags.sort_by_key(|tag| &tag.tag),
+    }
+    if descending {
+        tags.reverse();
+    }
+    tags
+}
+
 /// A template's tags, the newest first.
 pub fn tags(template: &BuiltTemplate) -> Vec<TemplateTag> {
-    let mut tags: Vec<&BuiltTag> = template.tags.iter().collect();
-    tags.sort_by_key(|tag| std::cmp::Reverse((tag.assigned_unix_ms, &tag.tag)));
     let shown = |tag: &BuiltTag| TemplateTag {
         tag: tag.tag.clone(),
         build_id: tag.build_id.clone(),
         created_at: time(tag.assigned_unix_ms),
     };
-    tags.into_iter().map(shown).collect()
+    ordered(template, TagOrder::Latest, true).into_iter().map(shown).collect()
+}
+
+/// A template's tags, each with what it stands for.
+pub fn groups(template: &BuiltTemplate, query: &TagQuery) -> TemplateTagGroupsResponse {
+    let group = |tag: &BuiltTag| TemplateTagGroup {
+        tag: tag.tag.clone(),
+        assignments: assignment(template, tag).into_iter().collect(),
+        has_more: false,
+    };
+    let tags = ordered(template, query.order, query.descending).into_iter();
+    let tags = tags.filter(|tag| tag.tag.contains(&query.search)).map(group).collect();
+    TemplateTagGroupsResponse { tags, next_cursor: None }
+}
+
+/// What a tag stands for. A template without it has nothing that it stood for.
+pub fn assignments(template: &BuiltTemplate, name: &str) -> TemplateTagAssignmentsResponse {
+    let tag = template.tags.iter().find(|tag| tag.tag == name);
+    let data = tag.and_then(|tag| assignment(template, tag)).into_iter().collect();
+    TemplateTagAssignmentsResponse { data, next_cursor: None }
+}
+
+/// Of what a tag stood for before, nothing is kept.
+fn assignment(template: &BuiltTemplate, tag: &BuiltTag) -> Option<TemplateTagAssignment> {
+    let built = template.tagged(&tag.tag)?;
+    let named = [&template.id, &tag.tag, &tag.build_id].into_iter();
+    // No id and no tag has a zero in it.
+    let named = named.flat_map(|text| text.bytes().chain([0]));
+    Some(TemplateTagAssignment {
+        assignment_id: uuid_of(named.chain(tag.assigned_unix_ms.to_le_bytes())),
+        build_id: tag.build_id.clone(),
+        assigned_at: time(tag.assigned_unix_ms),
+        build_created_at: time(built.created_unix_ms),
+        build_finished_at: Some(time(built.finished_unix_ms)),
+    })
 }
 
 fn time(unix_ms: u64) -> String {

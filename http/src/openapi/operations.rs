@@ -9,8 +9,8 @@ use mica_wire::api::{
     RollbackSandbox, RolledBack, Sandbox, SandboxDetail, SandboxMetric, SandboxesWithMetrics,
     SetAlias, SetTimeout, Snapshot, Template, TemplateAlias, TemplateBuildFileUpload,
     TemplateBuildInfo, TemplateBuildLogsResponse, TemplateNames, TemplateRequestResponseV3,
-    TemplateTag, TemplateTagExistsResponse, TemplateTagsCountResponse, TemplateWithBuilds,
-    UpdateTemplate,
+    TemplateTag, TemplateTagAssignmentsResponse, TemplateTagExistsResponse,
+    TemplateTagGroupsResponse, TemplateTagsCountResponse, TemplateWithBuilds, UpdateTemplate,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
@@ -229,6 +229,14 @@ const TEMPLATE_ERRORS: &[u16] = &[403, 404];
 const BUILD_ERRORS: &[u16] = &[403, 404, 409, 507];
 const LOG_LEVEL: Parameter =
     query("level", Kind::OneOf(&["debug", "info", "warn", "error"]), "Nothing below it.");
+const TAG_GROUPS: [Parameter; 2] = [
+    query("search", Kind::Text, "What the tag contains."),
+    query(
+        "sort",
+        Kind::OneOf(&["latest_asc", "latest_desc", "name_asc", "name_desc"]),
+        "By when it was given, or by name; newest first unless told.",
+    ),
+];
 const BUILD_STATUS: [Parameter; 3] = [
     query("logsOffset", Kind::Integer(0, i64::MAX), "Entries of the log that are known."),
     query("limit", Kind::Integer(0, 100), "Entries of the answer."),
@@ -421,8 +429,15 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .json(200, of::<TemplateTagExistsResponse>)
         .about("builds")
         .fails(BUILD_ERRORS),
-    none("GET", "/templates/{templateID}/tags/groups"),
-    none("GET", "/templates/{templateID}/tags/{tag}/assignments"),
+    op("GET", "/templates/{templateID}/tags/groups", "The tags of a template and their builds.")
+        .asks(&TAG_GROUPS)
+        .json(200, of::<TemplateTagGroupsResponse>)
+        .about("builds")
+        .fails(BUILD_ERRORS),
+    op("GET", "/templates/{templateID}/tags/{tag}/assignments", "The build that a tag stands for.")
+        .json(200, of::<TemplateTagAssignmentsResponse>)
+        .about("builds")
+        .fails(BUILD_ERRORS),
     none("GET", "/templates/compat"),
     op("GET", "/templates/aliases/{alias}", "What a name stands for.")
         .json(200, of::<TemplateAlias>)

@@ -155,3 +155,55 @@ pub struct TemplateTagExistsResponse {
     /// The tag as it would be kept.
     pub normalized_tag: String,
 }
+
+/// That a tag was given to a build.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct TemplateTagAssignment {
+    /// A UUID: the same as long as the tag stays where it is.
+    pub assignment_id: String,
+    /// A UUID.
+    pub build_id: String,
+    /// RFC 3339.
+    pub assigned_at: String,
+    /// When the build was asked for, RFC 3339.
+    pub build_created_at: String,
+    /// When it was done, RFC 3339.
+    pub build_finished_at: Option<String>,
+}
+
+/// The answer to `GET /templates/{id}/tags/{tag}/assignments`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct TemplateTagAssignmentsResponse {
+    /// What the tag stands for now; what it stood for before is not kept.
+    pub data: Vec<TemplateTagAssignment>,
+    /// Always null: there is one page.
+    #[serde(rename = "nextCursor")]
+    pub next_cursor: Option<String>,
+}
+
+/// A tag, and what it stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct TemplateTagGroup {
+    /// Its name.
+    pub tag: String,
+    /// One: what was before is not kept.
+    pub assignments: Vec<TemplateTagAssignment>,
+    /// Always false.
+    pub has_more: bool,
+}
+
+/// The answer to `GET /templates/{id}/tags/groups`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct TemplateTagGroupsResponse {
+    /// Every tag.
+    pub tags: Vec<TemplateTagGroup>,
+    /// Always null: there is one page.
+    #[serde(rename = "nextCursor")]
+    pub next_cursor: Option<String>,
+}
