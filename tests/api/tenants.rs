@@ -196,7 +196,11 @@ type Row = (&'static str, fn(&World));
 
 const ROWS: &[Row] = &[
     ("GET /health", |world| {
-        assert_eq!(world.daemon.ask_as("", "GET", "/health", None).status, 200);
+        for (key, sandboxes) in [("", 0), ("e2b_00", 0), (&world.owner, 1), (&world.other, 0)] {
+            let reply = world.daemon.ask_as(key, "GET", "/health", None);
+            let wanted = json!({ "status": "ok", "sandboxes": sandboxes });
+            assert_eq!((reply.status, reply.json()), (200, wanted), "{key}");
+        }
     }),
     ("GET /metrics", |world| {
         world.operators_alone("/metrics");

@@ -310,6 +310,8 @@ pub struct ErrorBody {
 pub struct Health {
     /// Always `ok`.
     pub status: String,
+    /// Running sandboxes of whoever's key comes with the request; 0 where none does.
+    pub sandboxes: usize,
 }
 
 /// The body of `POST /sandboxes/{id}/snapshots`. It may be absent.

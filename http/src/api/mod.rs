@@ -26,7 +26,7 @@ use hyper::header::{
     ACCESS_CONTROL_REQUEST_HEADERS, HeaderValue,
 };
 use hyper::{Method, Request, Response, StatusCode, Uri};
-use mica_shards::Host;
+use mica_shards::{Host, Lifecycle};
 use mica_units::TenantId;
 use mica_wire::api::Health;
 
@@ -105,7 +105,14 @@ async fn handle(
     route: Route,
 ) -> Result<Response<Body>, ApiError> {
     match &route {
-        Route::Health => return healthy(),
+        Route::Health => {
+            let sandboxes = match config.keys.admit(&request.headers) {
+                Some(caller) => Box::pin(running(host, &caller)).await?,
+                // Nor is any shard asked.
+                None => 0,
+            };
+            return json::answer(StatusCode::OK, &Health { status: "ok".to_owned(), sandboxes });
+        }
         Route::OpenApi => return Ok(openapi::answer()),
         // Whoever has the URL was given it by somebody with a key.
         Route::Build(BuildRoute::Upload(token)) => {
@@ -127,7 +134,7 @@ async fn handle(
         | Route::Metrics
         | Route::MetricsOfSandboxes
         | Route::HostState
-        | Route::Profile(_) => healthy(),
+        | Route::Profile(_) => Err(missing(request.uri.path())),
         Route::Create(version) => Box::pin(once::create(call, version, &request.headers)).await,
         Route::List(version) => list(call.host, ListQuery::parse(version, query)?).await,
         Route::Sandbox(id, action) => Box::pin(sandbox::act(call, &id, action, query)).await,
@@ -182,8 +189,10 @@ async fn operators(
     }
 }
 
-fn healthy() -> Result<Response<Body>, ApiError> {
-    json::answer(StatusCode::OK, &Health { status: "ok".to_owned() })
+/// How many sandboxes of a caller's run.
+async fn running(host: &Host, caller: &Caller) -> Result<usize, ApiError> {
+    let theirs = TenantHost::new(host, caller).list().await?;
+    Ok(theirs.iter().filter(|one| one.state == Lifecycle::Running).count())
 }
 
 async fn list(host: &TenantHost<'_>, query: ListQuery) -> Result<Response<Body>, ApiError> {
