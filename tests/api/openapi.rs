@@ -10,7 +10,8 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::daemon::Daemon;
+use crate::builds;
+use crate::daemon::{Daemon, NO_POOL};
 use crate::template::TEMPLATE;
 
 /// What is looked for in every answer.
@@ -38,6 +39,12 @@ fn schemathesis() -> PathBuf {
 
 /// Asks everything but what `without` names, with these values for parameters.
 fn ask_everything(daemon: &Daemon, name: &str, parameters: &str, phases: &str, without: &[&str]) {
+    let chosen: Vec<&str> = without.iter().flat_map(|id| ["--exclude-operation-id", id]).collect();
+    ask_for(daemon, name, parameters, phases, &chosen);
+}
+
+/// Asks what `chosen` chooses.
+fn ask_for(daemon: &Daemon, name: &str, parameters: &str, phases: &str, chosen: &[&str]) {
     let directory =
         std::env::temp_dir().join(format!("mica-openapi-{}-{name}", std::process::id()));
     fs::create_dir_all(&directory).expect("a directory");
@@ -59,10 +66,8 @@ fn ask_everything(daemon: &Daemon, name: &str, parameters: &str, phases: &str, w
         .args(["--max-examples", CASES_MAX, "--generation-deterministic"])
         .args(["--exclude-tag", "not offered", "--no-color", "--warnings", "off"])
         .args(["--suppress-health-check", "all", "--no-shrink"])
+        .args(chosen)
         .current_dir(&directory);
-    for operation in without {
-        command.args(["--exclude-operation-id", operation]);
-    }
     let ran = command.output().expect("schemathesis");
     let said = String::from_utf8_lossy(&ran.stdout).into_owned();
     drop(fs::remove_dir_all(&directory));
@@ -74,20 +79,97 @@ fn ask_everything(daemon: &Daemon, name: &str, parameters: &str, phases: &str, w
 /// Each takes as long as it is told, up to a minute.
 const PROFILES: [&str; 2] = ["get_debug_pprof_profile", "get_debug_flamegraph"];
 
+/// What must have succeeded when it was asked of what is there: its answer was checked then.
+const SUCCEED: [(&str, &str); 22] = [
+    ("GET", "/health"),
+    ("GET", "/sandboxes"),
+    ("GET", "/sandboxes/{sandboxID}"),
+    ("GET", "/sandboxes/{sandboxID}/logs"),
+    ("GET", "/sandboxes/{sandboxID}/metrics"),
+    ("POST", "/sandboxes/{sandboxID}/connect"),
+    ("GET", "/templates"),
+    ("GET", "/templates/{templateID}"),
+    ("PATCH", "/templates/{templateID}"),
+    ("GET", "/templates/aliases/{alias}"),
+    ("POST", "/v3/templates"),
+    ("POST", "/v2/templates/{templateID}/builds/{buildID}"),
+    ("GET", "/templates/{templateID}/builds/{buildID}/status"),
+    ("GET", "/templates/{templateID}/builds/{buildID}/logs"),
+    ("GET", "/templates/{templateID}/files/{hash}"),
+    ("PUT", "/build-files/{token}"),
+    ("GET", "/templates/{templateID}/tags"),
+    ("GET", "/templates/{templateID}/tags/count"),
+    ("GET", "/templates/{templateID}/tags/exists"),
+    ("GET", "/templates/{templateID}/tags/groups"),
+    ("GET", "/templates/{templateID}/tags/{tag}/assignments"),
+    ("GET", "/sandboxes/metrics"),
+];
+
+/// Fails where one was never answered with a 2xx.
+fn succeeded(daemon: &Daemon, operations: &[(&str, &str)]) {
+    let metrics = daemon.ask("GET", "/metrics", None);
+    let metrics = String::from_utf8_lossy(&metrics.body).into_owned();
+    for (method, route) in operations {
+        let labels =
+            [format!("method=\"{method}\""), format!("route=\"{route}\""), "status=\"2xx\"".into()];
+        let counts = metrics.lines().filter(|line| {
+            line.starts_with("mica_http_requests_total{")
+                && labels.iter().all(|label| line.contains(label))
+        });
+        let counts = counts.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        assert!(counts.sum::<f64>() > 0.0, "{method} {route} never succeeded");
+    }
+}
+
+fn sandbox(daemon: &Daemon) -> String {
+    let body = json!({ "templateID": TEMPLATE, "timeout": -1 });
+    let created = daemon.ask("POST", "/v2/sandboxes", Some(&body));
+    created.json()["sandboxID"].as_str().expect("an id").to_owned()
+}
+
+/// Builds a template with the real agent, in a daemon that has the stand-in's otherwise.
+fn built(daemon: &Daemon, name: &str) -> String {
+    daemon.use_guest_agent();
+    let ((template, _), done) = builds::build(daemon, name, &json!([]));
+    assert_eq!(done["status"], "ready", "{done}");
+    daemon.change_vm_options("");
+    template
+}
+
+/// Ids that are there, as schemathesis takes them: a template with a tag, another build of it that may be
+/// started once, and a link that takes one file.
+fn parameters(daemon: &Daemon, sandbox: &str) -> String {
+    let template = built(daemon, "there");
+    let (of, build) = builds::announce(daemon, "there");
+    assert_eq!(of, template, "a name is one template");
+    let link = builds::link(daemon, &template, "aa").expect("a link");
+    let token = link.rsplit('/').next().expect("a token");
+    [
+        ("sandboxID", sandbox),
+        ("templateID", &template),
+        ("buildID", &build),
+        ("alias", "there"),
+        ("tag", "default"),
+        ("hash", "bb"),
+        ("token", token),
+    ]
+    .map(|(name, value)| format!("\"path.{name}\" = \"{value}\""))
+    .join("\n")
+}
+
 #[test]
 fn every_answer_is_one_that_the_document_declares() {
-    let daemon = Daemon::start_with(&["--sandboxes-max", "4000", "--pool-max", "2"]);
+    let daemon = Daemon::start_with(&[&NO_POOL[..], &["--sandboxes-max", "4000"]].concat());
     let document = daemon.ask("GET", "/openapi.json", None);
     assert_eq!((document.status, &document.json()["openapi"]), (200, &json!("3.1.0")));
 
-    // One that is there: what would end it or copy it a thousand times is asked of others.
-    let body = json!({ "templateID": TEMPLATE, "timeout": -1 });
-    let created = daemon.ask("POST", "/v2/sandboxes", Some(&body));
-    let id = created.json()["sandboxID"].as_str().expect("an id").to_owned();
-    let there = format!("\"path.sandboxID\" = \"{id}\"");
+    // What would end it or copy it a thousand times is asked of others.
+    let id = sandbox(&daemon);
+    let there = parameters(&daemon, &id);
     let ending = [
         "delete_sandboxes_sandboxid",
         "post_sandboxes_sandboxid_timeout",
+        "delete_templates_templateid",
         "post_sandboxes_sandboxid_clone",
         "post_sandboxes_sandboxid_fork",
         PROFILES[0],
@@ -95,6 +177,23 @@ fn every_answer_is_one_that_the_document_declares() {
     ];
     ask_everything(&daemon, "there", &there, "coverage,fuzzing", &ending);
     assert_eq!(daemon.get(&id).status, 200, "it was not ended");
+    succeeded(&daemon, &SUCCEED);
+
+    // Each has something of its own to end.
+    for operation in &ending[..2] {
+        let spare = format!("\"path.sandboxID\" = \"{}\"", sandbox(&daemon));
+        ask_for(&daemon, operation, &spare, "coverage", &["--include-operation-id", operation]);
+    }
+    let spare = format!("\"path.templateID\" = \"{}\"", built(&daemon, "spare"));
+    ask_for(&daemon, "template", &spare, "coverage", &["--include-operation-id", ending[2]]);
+    succeeded(
+        &daemon,
+        &[
+            ("DELETE", "/sandboxes/{sandboxID}"),
+            ("POST", "/sandboxes/{sandboxID}/timeout"),
+            ("DELETE", "/templates/{templateID}"),
+        ],
+    );
 
     ask_everything(&daemon, "anything", "", "fuzzing", &PROFILES);
 }
