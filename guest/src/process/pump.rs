@@ -125,3 +125,47 @@ async fn tell_pipe(
         process.hub.publish(data(buffer[..length].to_vec())).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    use tokio::process::Command;
+
+    use super::super::messages::{ProcessConfig, Selector};
+
+    fn process_of(child: &Child) -> Arc<Process> {
+        let pid = child.id().unwrap();
+        let raw = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        Arc::new(Process {
+            pid,
+            tag: None,
+            config: ProcessConfig::default(),
+            pidfd: pidfd_open(raw, PidfdFlags::empty()).unwrap(),
+            hub: Default::default(),
+            input: tokio::sync::Mutex::new(InputEnd::Closed),
+            terminal: Default::default(),
+            killed: Default::default(),
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_ended_process_is_forgotten_after_its_time() {
+        let child = Command::new("true").spawn().unwrap();
+        let (process, table) = (process_of(&child), Arc::new(Table::default()));
+        table.add(Arc::clone(&process));
+        // Nobody writes to them.
+        let ((_, stdout), (_, stderr)) = (pipe::pipe().unwrap(), pipe::pipe().unwrap());
+        let output = Output::Pipes(stdout, stderr);
+        let supervised = supervise(Arc::clone(&table), Arc::clone(&process), child, output, None);
+        let supervised = tokio::spawn(supervised);
+        process.hub.ended().await;
+        let (ended, selector) = (Instant::now(), Selector::Pid(process.pid));
+        tokio::time::sleep(Duration::from_secs(RETAIN_SECONDS - 1)).await;
+        assert!(table.find(&selector).is_ok(), "its exit can still be asked for");
+        supervised.await.unwrap();
+        assert_eq!(ended.elapsed().as_secs(), RETAIN_SECONDS);
+        assert!(table.find(&selector).is_err(), "it is forgotten");
+    }
+}

@@ -169,13 +169,13 @@ fn silence_is_filled_with_keepalives() {
 #[test]
 fn the_environment_is_the_users_the_sandboxs_and_the_calls() {
     let agent = Agent::start();
-    let script = "echo $HOME $USER $LOGNAME $OF_THE_SANDBOX $E2B_SANDBOX $E2B_SANDBOX_ID $A; \
+    let script = "echo $HOME $USER $LOGNAME $OF_THE_SANDBOX $E2B_SANDBOX $E2B_SANDBOX_ID $E2B_TEMPLATE_ID $A; \
                   pwd; test -n \"$PATH\" && echo path";
     let message = json!({"process": {"cmd": "sh", "args": ["-c", script],
         "envs": {"A": "call", "OF_THE_SANDBOX": "2", "": "x", "B=C": "y"}, "cwd": "~"},
         "stdin": false});
     let (out, _, _) = agent.start_process(&message).1.rest();
-    assert_eq!(out, "/root root root 2 true itest call\n/root\npath\n");
+    assert_eq!(out, "/root root root 2 true itest template call\n/root\npath\n");
 }
 
 #[test]
