@@ -54,6 +54,7 @@ check: packages
 unit: build
 	$(CARGO) test --locked --profile $(PROFILE) -p mica-vmm --features breakout --test breakout
 	MICA_BIN_DIR=$(CURDIR)/$(OUT) MICA_TEST_PYTHON="$$(tools/python-env)/bin/python" \
+	  REQUIRE_TEST_PYTHON=1 \
 	  $(CARGO) test --locked --profile $(PROFILE) --workspace
 
 # Every fuzz target for a moment, from its committed corpus; see docs/testing.md.

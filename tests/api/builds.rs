@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::client::{PATIENCE, Reply};
 use crate::daemon::{Daemon, NO_POOL, eventually};
+use crate::required;
 
 /// A daemon whose sandboxes have the real agent, and a directory for what steps write.
 pub fn daemon(options: &[&str]) -> (Daemon, PathBuf) {
@@ -396,8 +397,8 @@ fn a_build_that_runs_when_the_host_is_stopped_ends_with_it() {
 #[test]
 fn the_sdk_builds_a_template() {
     let Some(python) = std::env::var_os("MICA_TEST_PYTHON") else {
-        eprintln!("MICA_TEST_PYTHON is not set: nothing is built with the SDK");
-        return;
+        let text = "MICA_TEST_PYTHON is not set: nothing is built with the SDK";
+        return required::skip("TEST_PYTHON", text);
     };
     let (daemon, site) = daemon(&[]);
     std::fs::write(site.join("hello.txt"), "from the SDK").expect("a file");

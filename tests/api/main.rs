@@ -44,6 +44,8 @@ mod proxy_tls;
 mod proxy_upgrade;
 mod quotas;
 mod renaming;
+#[path = "../../guest/tests/required/mod.rs"]
+mod required;
 mod resources;
 mod snapshots;
 mod tags;

@@ -5,6 +5,7 @@ use std::net::{Shutdown, TcpListener};
 
 use mica_wire::guest::{ENVD_VERSION, Verdict};
 
+use crate::required;
 use crate::support::{Agent, TOKEN};
 
 #[test]
@@ -58,8 +59,7 @@ fn other_ports_are_carried_with_half_close() {
 #[test]
 fn a_server_on_the_other_family_is_reached_too() {
     let Ok(listener) = TcpListener::bind("[::1]:0") else {
-        eprintln!("skipped: this machine has no IPv6 loopback");
-        return;
+        return required::skip("IPV6", "this machine has no IPv6 loopback");
     };
     let agent = Agent::start();
     assert_eq!(agent.port(listener.local_addr().unwrap().port()).1, Some(Verdict::Open));

@@ -6,6 +6,8 @@ mod gateway;
 mod identity;
 mod interpreter;
 mod process;
+#[path = "../required/mod.rs"]
+mod required;
 mod stream_input;
 mod support;
 mod watch;

@@ -9,4 +9,6 @@
 mod kernels;
 mod optional;
 mod python;
+#[path = "../required/mod.rs"]
+mod required;
 mod support;
