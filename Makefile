@@ -11,6 +11,8 @@ OUT := target/mica
 HOST_PROGRAMS := mica mica-lab standin-vm boot-vm bench-boot bench-http bench-proxy mica-bench
 STATIC_PROGRAMS := mica-vm mica-guest
 CARGO := cargo
+# What the optional kernels of the code interpreter run on; Java's own comes with tools/python-env.
+KERNEL_PACKAGES := r-cran-irkernel default-jdk-headless golang-go
 
 .PHONY: help packages build demo test check unit fuzz-smoke fuzz test-clients-fast test-clients test-ui lab-test lab-endurance bench bench-lab bench-smoke clean
 
@@ -52,9 +54,10 @@ check: packages
 # Unit, tidy and KVM tests, and the daemon's own with a stand-in for the VM. The break-out tests need a
 # mica-vm with a hook that no other build has; the build of everything after them puts it back.
 unit: build
+	@tools/install-packages $(KERNEL_PACKAGES)
 	$(CARGO) test --locked --profile $(PROFILE) -p mica-vmm --features breakout --test breakout
 	MICA_BIN_DIR=$(CURDIR)/$(OUT) MICA_TEST_PYTHON="$$(tools/python-env)/bin/python" \
-	  REQUIRE_TEST_PYTHON=1 \
+	  REQUIRE_TEST_PYTHON=1 REQUIRE_OPTIONAL_KERNELS='r java go' \
 	  $(CARGO) test --locked --profile $(PROFILE) --workspace
 
 # Every fuzz target for a moment, from its committed corpus; see docs/testing.md.
