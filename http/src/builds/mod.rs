@@ -34,8 +34,8 @@ use mica_shards::{
 };
 use mica_units::TenantId;
 use mica_wire::api::{
-    AssignedTemplateTags, TemplateAlias, TemplateBuildFileUpload, TemplateNames, TemplateTagExistsResponse,
-    TemplateTagsCountResponse,
+    AssignedTemplateTags, TemplateAlias, TemplateBuildFileUpload, TemplateNames,
+    TemplateTagExistsResponse, TemplateTagsCountResponse,
 };
 
 pub use base::{create, find_template, info_of, listed};
