@@ -12,7 +12,7 @@ use crate::daemon::{Daemon, eventually};
 use crate::template::TEMPLATE;
 
 /// What `endAt` says of a sandbox without an end.
-const WITHOUT_END: &str = "9999-12-31T23:59:59.000Z";
+const WITHOUT_END: &str = "9999-12-30T00:00:00.000Z";
 
 /// A port where nothing listens: a running sandbox says so, and others say something else.
 const CLOSED_PORT: u16 = 1;

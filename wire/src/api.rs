@@ -177,7 +177,7 @@ pub struct SandboxDetail {
     pub alias: Option<String>,
     /// RFC 3339.
     pub started_at: String,
-    /// RFC 3339. The last second of the year 9999: it never ends by itself.
+    /// RFC 3339. In the year 9999: it never ends by itself.
     pub end_at: String,
     /// Number of vCPUs.
     pub cpu_count: u32,

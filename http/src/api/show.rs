@@ -15,8 +15,9 @@ use crate::rfc3339;
 /// What `clientID` says. Sandbox ids are global, so it means nothing, and SDKs demand it.
 const CLIENT_ID: &str = "mica";
 
-/// What `endAt` says of a sandbox without an end: E2B's SDKs fail on an entry that lacks it.
-const WITHOUT_END: &str = "9999-12-31T23:59:59.000Z";
+/// What `endAt` says of a sandbox without an end: E2B's SDKs fail on an entry that lacks it. It is before the
+/// last day that Python knows, in whose other time zones it has to be a date as well.
+const WITHOUT_END: &str = "9999-12-30T00:00:00.000Z";
 
 /// A sandbox as the answer to what made it run.
 pub fn sandbox(config: &HttpConfig, info: SandboxInfo) -> Sandbox {
