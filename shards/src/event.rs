@@ -8,12 +8,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
-use mica_numa::rt::time::Instant;
 use mica_storage::LayerId;
 use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
 use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
-use crate::metrics::Measured;
+use crate::metrics::{Asked, Measured};
 use crate::replicas::NoCopy;
 use crate::shell::PoolCounts;
 use crate::{
@@ -37,9 +36,9 @@ const _: () = assert!(ANSWERS_MAX >= OUTSTANDING_MAX);
 #[derive(Debug)]
 pub(crate) enum Operation {
     /// Make this sandbox, whose id hashes to the shard asked. It was asked for at this moment.
-    Create(SandboxId, Box<CreateRequest>, Instant),
+    Create(SandboxId, Box<CreateRequest>, Asked),
     /// The same, as one of several copies.
-    Copy(SandboxId, Box<CreateRequest>, Instant),
+    Copy(SandboxId, Box<CreateRequest>, Asked),
     /// Say whose a sandbox is, also one that is being made.
     TenantOf(SandboxId),
     /// Show a sandbox.

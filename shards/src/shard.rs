@@ -16,7 +16,7 @@ use mica_units::{GuestPort, SandboxId, ShardCount, ShardId, TenantId};
 use crate::choice::{Choice, share};
 use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
 use crate::memo::Memos;
-use crate::metrics::{self, Metrics};
+use crate::metrics::{self, Asked, Metrics};
 use crate::placement;
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
@@ -153,11 +153,11 @@ impl Shard {
     /// Does what is asked.
     pub(crate) async fn perform(self: Rc<Self>, operation: Operation) -> Reply {
         match operation {
-            Operation::Create(id, request, asked_at) => {
-                Reply::Sandbox(self.create(id, *request, false, asked_at).await)
+            Operation::Create(id, request, asked) => {
+                Reply::Sandbox(self.create(id, *request, false, asked).await)
             }
-            Operation::Copy(id, request, asked_at) => {
-                Reply::Sandbox(self.create(id, *request, true, asked_at).await)
+            Operation::Copy(id, request, asked) => {
+                Reply::Sandbox(self.create(id, *request, true, asked).await)
             }
             Operation::TenantOf(id) => Reply::Tenant(self.tenant_of(id)),
             Operation::Get(id) => Reply::Sandbox(self.get(id)),
@@ -209,7 +209,7 @@ impl Shard {
         id: SandboxId,
         request: CreateRequest,
         of_copies: bool,
-        asked_at: Instant,
+        asked: Asked,
     ) -> Made {
         debug_assert_eq!(id.shard(self.shards), self.id, "sent to the wrong shard");
         if self.draining.get() {
@@ -223,7 +223,7 @@ impl Shard {
         let machine_id = draw_hex::<MACHINE_ID_BYTES>()?;
         let (maker, made) = oneshot::channel();
         let identity = Identity { request, of_copies, access_token, traffic_token, machine_id };
-        self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create(asked_at));
+        self.begin(Sandbox::new(id, identity, Some(maker)), Start::Create(asked));
         made.await.unwrap_or(Err(ShardError::ShuttingDown))
     }
 

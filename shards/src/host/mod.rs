@@ -21,13 +21,12 @@ use std::time::Duration;
 
 use mica_numa::mailbox::{Lookout, Returned};
 use mica_numa::rt::net::UnixStream;
-use mica_numa::rt::time::Instant;
 use mica_numa::rt::{self, oneshot, time};
 use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, ShardId, TenantId};
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
-use crate::metrics;
+use crate::metrics::{self, Asked};
 use crate::registry::HostSet;
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
@@ -102,19 +101,19 @@ impl Host {
     async fn create_by(
         &self,
         request: CreateRequest,
-        operation: fn(SandboxId, Box<CreateRequest>, Instant) -> Operation,
+        operation: fn(SandboxId, Box<CreateRequest>, Asked) -> Operation,
     ) -> Result<SandboxInfo, ShardError> {
-        let asked_at = Instant::now();
-        let made = self.create_at(request, operation, asked_at).await;
-        self.0.shard.metrics.created(asked_at, made.is_ok());
+        let mut asked = self.0.shard.metrics.asked_to_create();
+        let made = self.create_as(request, operation, &mut asked).await;
+        self.0.shard.metrics.created(asked.at, made.is_ok());
         made
     }
 
-    async fn create_at(
+    async fn create_as(
         &self,
         request: CreateRequest,
-        operation: fn(SandboxId, Box<CreateRequest>, Instant) -> Operation,
-        asked_at: Instant,
+        operation: fn(SandboxId, Box<CreateRequest>, Asked) -> Operation,
+        asked: &mut Asked,
     ) -> Result<SandboxInfo, ShardError> {
         let mut full = self.0.shard.at_capacity();
         let mut tried = HostSet::default();
@@ -124,7 +123,7 @@ impl Host {
             tried.insert(chosen.host());
             let id = self.draw_id(shard)?;
             let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
-            let operation = operation(id, Box::new(request.clone()), asked_at);
+            let operation = operation(id, Box::new(request.clone()), asked.sent_for(id));
             let made = self.ask(shard, operation).await;
             guard.armed.set(false);
             match made? {

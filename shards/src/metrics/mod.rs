@@ -17,7 +17,7 @@ pub(crate) use reading::{Looked, add_mailboxes};
 pub use sample::{Family, Kind, Measured, Sample, Source, Value};
 pub(crate) use table as families;
 pub use table::FAMILIES;
-pub(crate) use watch::Stopwatch;
+pub(crate) use watch::{Asked, Stopwatch};
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
@@ -86,17 +86,33 @@ impl Metrics {
 
     /// A stopwatch for an operation that begins now; where nothing is recorded, none.
     pub(crate) fn watch(&self, operation: Operation, sandbox: SandboxId) -> Stopwatch {
-        self.watch_since(operation, sandbox, Instant::now())
+        self.watch_from(operation, operation.phases().first().copied(), sandbox)
     }
 
-    /// The same for one that began before.
-    pub(crate) fn watch_since(
+    /// The same for one that begins with another phase than is usual.
+    pub(crate) fn watch_from(
         &self,
         operation: Operation,
+        first: Option<Phase>,
         sandbox: SandboxId,
-        begun: Instant,
     ) -> Stopwatch {
-        if self.on { Stopwatch::since(operation, sandbox, begun) } else { Stopwatch::off() }
+        if !self.on {
+            return Stopwatch::off();
+        }
+        Stopwatch::since(operation, sandbox, Asked::now(operation, first, Some(sandbox)))
+    }
+
+    /// A create that is asked for now, wherever it will be done.
+    pub(crate) fn asked_to_create(&self) -> Asked {
+        if !self.on {
+            return Asked::untraced();
+        }
+        Asked::now(Operation::Create, Some(Phase::Route), None)
+    }
+
+    /// A stopwatch for a create that was asked for before.
+    pub(crate) fn watch_create(&self, sandbox: SandboxId, asked: Asked) -> Stopwatch {
+        if self.on { Stopwatch::since(Operation::Create, sandbox, asked) } else { Stopwatch::off() }
     }
 
     /// Counts the operation that `watch` was for.

@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use mica_units::Durations;
+use tracing::Span;
 
 use super::sample::{Sample, Value};
 use super::{add, families};
@@ -83,28 +84,44 @@ pub enum Phase {
 /// How many there are.
 const PHASES: usize = Phase::Copies as usize + 1;
 
-impl Phase {
-    /// As labels and log lines have it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Route => "route",
-            Self::Layers => "layers",
-            Self::Pool => "pool",
-            Self::State => "state",
-            Self::Run => "run",
-            Self::Ready => "ready",
-            Self::Freeze => "freeze",
-            Self::Scan => "scan",
-            Self::Copy => "copy",
-            Self::Write => "write",
-            Self::Sync => "sync",
-            Self::Commit => "commit",
-            Self::Plan => "plan",
-            Self::Snapshot => "snapshot",
-            Self::Copies => "copies",
+/// The name of each phase, and its span: one place of code for each, for a span's name is a constant.
+macro_rules! named {
+    ($($phase:ident: $name:literal,)*) => {
+        impl Phase {
+            /// As labels, spans and log lines have it.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$phase => $name,)* }
+            }
+
+            /// A span of this name within another, for whoever traces; else none.
+            pub(super) fn span(self, within: &Span) -> Span {
+                match self {
+                    $(Self::$phase => {
+                        tracing::trace_span!(target: "mica::operations", parent: within, $name)
+                    })*
+                }
+            }
         }
-    }
+    };
+}
+
+named! {
+    Route: "route",
+    Layers: "layers",
+    Pool: "pool",
+    State: "state",
+    Run: "run",
+    Ready: "ready",
+    Freeze: "freeze",
+    Scan: "scan",
+    Copy: "copy",
+    Write: "write",
+    Sync: "sync",
+    Commit: "commit",
+    Plan: "plan",
+    Snapshot: "snapshot",
+    Copies: "copies",
 }
 
 impl Operation {

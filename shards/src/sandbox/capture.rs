@@ -29,6 +29,7 @@ use mica_storage::{
 };
 use mica_units::{FrameRun, PAGE_BYTES};
 use mica_wire::vm::EXCHANGE_PART_BYTES_MAX;
+use tracing::Span;
 
 use super::chain;
 use super::memory::{Memory, Place, difference, pages, union};
@@ -230,7 +231,7 @@ impl Capture {
             writer.begin_round();
         }
         memory.precopied();
-        self.watch.lap(Phase::Copy);
+        self.watch.lap_to(Phase::Copy, Some(Phase::Freeze));
         Ok(self)
     }
 
@@ -313,15 +314,16 @@ impl Capture {
         + 'static,
     ) -> Result<T, CaptureError> {
         self.write_held().await?;
-        self.watch.lap(Phase::Write);
+        // From here on two phases may go on at once.
+        let writing = self.watch.lap_on(Phase::Write);
         let Self { mut staging, layer, under, writer, state, found, watch, .. } = self;
         let closing = match writer {
-            Some(writer) if !found.is_empty() => Some(writer.close().await?),
+            Some(writer) if !found.is_empty() => Some((writer.close().await?, writing)),
             // Nothing was written: the layers below say it all.
             _ => None,
         };
         let shared = staging.share()?;
-        let info = closing.as_ref().map(|closing| *closing.written().info());
+        let info = closing.as_ref().map(|(closing, _)| *closing.written().info());
         let layers = under.iter().map(|layer| *layer.info()).chain(info).collect();
         let manifest = describe(shared.id().to_owned(), layers, state);
         let preparing = Arc::clone(&shared);
@@ -332,25 +334,29 @@ impl Capture {
             preparing.prepare(&manifest).map(|jobs| (jobs, manifest))
         };
         // Of two things at once, the one that ends later has the time from the end of the other on.
-        let complete = |closing: Closing<RingFile>| async {
+        let complete = async |(closing, writing): (Closing<RingFile>, Option<Span>)| {
             let written = closing.complete().await;
-            watch.lap(Phase::Write);
+            watch.lap_to(Phase::Write, None);
+            drop(writing);
             written
         };
         let synced = async {
+            let syncing = watch.beside(Phase::Sync);
             let synced = sync(prepare).await;
-            watch.lap(Phase::Sync);
+            watch.lap_to(Phase::Sync, None);
+            drop(syncing);
             synced
         };
         let (written, (manifest, synced)) = match closing {
             // Everything is in the directory, and as long as it will be.
-            Some(closing) if closing.has_its_length() => {
+            Some(closing) if closing.0.has_its_length() => {
                 let (written, prepared) = zip(complete(closing), synced).await;
                 (Some(written?), prepared?)
             }
             Some(closing) => (Some(complete(closing).await?), synced.await?),
             None => (None, synced.await?),
         };
+        watch.turn(Some(Phase::Commit));
         drop(shared);
         let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
         // Lives as long as this future.

@@ -33,7 +33,7 @@ use super::rollback::Back;
 use super::state::{Cause, Event, Process, Refusal, State, Step, Terms};
 use super::{Request, Sandbox, asks};
 use crate::event::{IfRunning, Wake};
-use crate::metrics::{Operation as Measured, Phase, Stopwatch};
+use crate::metrics::{Asked, Phase, Stopwatch};
 use crate::shard::Shard;
 use crate::shell::{Claim, Held};
 use crate::{OnTimeout, ShardError};
@@ -44,7 +44,7 @@ use work::{Done, Work};
 #[derive(Debug)]
 pub(crate) enum Start {
     /// A create, and when it was asked for.
-    Create(Instant),
+    Create(Asked),
     /// It runs in a process that the daemon before this one started.
     Adopt(Box<Record>, Rc<Held>, Memory),
     /// It ran, and its process cannot be had.
@@ -201,9 +201,9 @@ impl Driver {
 
     async fn begin(&mut self, start: Start) {
         match start {
-            Start::Create(asked_at) => {
+            Start::Create(asked) => {
                 let id = self.sandbox.id;
-                self.watch = self.shard.metrics.watch_since(Measured::Create, id, asked_at);
+                self.watch = self.shard.metrics.watch_create(id, asked);
                 self.watch.lap(Phase::Route);
                 self.prepare();
             }

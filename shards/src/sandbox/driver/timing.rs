@@ -17,16 +17,18 @@ pub(super) fn operation_of(ask: Ask) -> Operation {
     }
 }
 
-/// The operation that begins where a sandbox comes into this state.
-fn begins(before: &State, now: &State) -> Option<Operation> {
+/// The operation that begins where a sandbox comes into this state, and with what.
+fn begins(before: &State, now: &State) -> Option<(Operation, Phase)> {
     match (before, now) {
-        (State::Running, State::Snapshotting(_)) => Some(Operation::Snapshot),
-        (State::Running, State::Pausing(_)) => Some(Operation::Pause),
-        (State::Running, State::RollingBack(_)) => Some(Operation::Rollback),
-        (
-            State::Paused(_),
-            State::Paused(Process::Thawing | Process::Returning) | State::Starting(Birth::Resume),
-        ) => Some(Operation::Resume),
+        (State::Running, State::Snapshotting(_)) => Some((Operation::Snapshot, Phase::Freeze)),
+        (State::Running, State::Pausing(_)) => Some((Operation::Pause, Phase::Freeze)),
+        (State::Running, State::RollingBack(_)) => Some((Operation::Rollback, Phase::Freeze)),
+        (State::Paused(_), State::Paused(Process::Thawing)) => {
+            Some((Operation::Resume, Phase::Run))
+        }
+        (State::Paused(_), State::Paused(Process::Returning) | State::Starting(Birth::Resume)) => {
+            Some((Operation::Resume, Phase::Layers))
+        }
         _ => None,
     }
 }
@@ -61,10 +63,15 @@ impl Driver {
         if let Some(phase) = spent_on(before, &now) {
             self.watch.lap(phase);
         }
-        if let Some(operation) = begins(before, &now)
+        // Its process did not go on: another one is needed, from the beginning.
+        if (before, &now) == (&State::Paused(Process::Thawing), &State::Starting(Birth::Resume)) {
+            self.watch.turn(Some(Phase::Layers));
+        }
+        if let Some((operation, first)) = begins(before, &now)
             && !self.watch.runs()
         {
-            self.watch = self.shard.metrics.watch(operation, self.sandbox.id);
+            let metrics = &self.shard.metrics;
+            self.watch = metrics.watch_from(operation, Some(first), self.sandbox.id);
         }
     }
 
