@@ -11,6 +11,7 @@
 //! a node that is short of memory come when there are no others.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mica_units::{ShardCount, ShardId};
@@ -31,7 +32,7 @@ pub(crate) fn share(sandboxes_max: u32, shards: ShardCount, shard: ShardId) -> u
 #[derive(Debug)]
 pub(crate) struct Choice {
     registry: RefCell<Registry>,
-    loads: Loads,
+    loads: Arc<Loads>,
 }
 
 /// A shard that was chosen. Counts there until it is dropped.
@@ -46,7 +47,7 @@ impl Choice {
     pub(crate) fn new(
         shards: ShardCount,
         sandboxes_max: u32,
-        loads: Loads,
+        loads: Arc<Loads>,
         seed: u64,
     ) -> Result<Self, RegistryError> {
         let mut registry = Registry::new(shards.get(), seed)?;
@@ -74,7 +75,7 @@ impl Choice {
         tried: &HostSet,
         template: &str,
     ) -> Result<Chosen<'_>, AllocateError> {
-        let roomy = self.choose_except(&self.short_of_memory(tried)?, template);
+        let roomy = self.choose_except(&self.loads.with_short(tried), template);
         let ticket = match roomy {
             Err(AllocateError::Full) => self.choose_except(tried, template)?,
             other => other?,
@@ -85,23 +86,12 @@ impl Choice {
     fn choose_except(&self, except: &HostSet, template: &str) -> Result<Ticket, AllocateError> {
         let want = Want { except: Some(except), ..Want::default() };
         let load = |host: HostNumber| {
-            let load = &self.loads[ShardId::new(host.get())];
+            let shard = ShardId::new(host.get());
+            let is_far = u32::from(!self.loads.has_near(shard, template));
             // Below one sandbox more.
-            load.sandboxes().saturating_mul(2).saturating_add(u32::from(!load.has_near(template)))
+            self.loads[shard].sandboxes().saturating_mul(2).saturating_add(is_far)
         };
         self.registry.borrow_mut().allocate_by(&want, load)
-    }
-
-    /// Those that were tried, and those on nodes that are short of memory.
-    fn short_of_memory(&self, tried: &HostSet) -> Result<HostSet, AllocateError> {
-        let mut set = *tried;
-        for (shard, load) in self.loads.iter() {
-            if load.memory_is_short() {
-                // A shard has a number in the registry since it was made.
-                set.insert(HostNumber::try_from(shard).map_err(|_| AllocateError::NoHosts)?);
-            }
-        }
-        Ok(set)
     }
 }
 
@@ -129,10 +119,12 @@ impl Drop for Chosen<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mica_storage::LayerId;
 
     fn choice(shards: u16, sandboxes_max: u32) -> Choice {
         let shards = ShardCount::new(shards).unwrap();
-        Choice::new(shards, sandboxes_max, crate::loads::loads(shards), 1).unwrap()
+        // A node for each.
+        Choice::new(shards, sandboxes_max, Loads::new(shards, |shard| shard), 1).unwrap()
     }
 
     #[test]
@@ -194,12 +186,20 @@ mod tests {
     fn of_equals_one_that_has_the_memory_near_is_chosen_and_load_counts_more() {
         let choice = choice(2, 100);
         let [without, with] = [0, 1].map(ShardId::new);
-        choice.loads()[with].add_near("python");
+        let layer: LayerId = "p".repeat(20).parse().unwrap();
+        choice.loads().add_near(with, "python", layer);
         let none = HostSet::default();
         let shard = || choice.choose(&none, "python").unwrap().shard();
         for _ in 0..20 {
             assert_eq!(shard(), with);
         }
+        choice.loads().drop_near(with, layer);
+        let drawn: Vec<_> = (0..64).map(|_| shard()).collect();
+        assert!(
+            drawn.contains(&with) && drawn.contains(&without),
+            "the copy is gone: equals again"
+        );
+        choice.loads().add_near(with, "python", layer);
         choice.show(with, 1);
         for _ in 0..20 {
             assert_eq!(shard(), without);
@@ -212,7 +212,7 @@ mod tests {
         // Shards 0 and 1 are of a node without memory left, and have the fewest sandboxes.
         for (shard, count, short) in [(0, 0, true), (1, 0, true), (2, 50, false), (3, 70, false)] {
             choice.show(ShardId::new(shard), count);
-            choice.loads()[ShardId::new(shard)].set_memory_is_short(short);
+            choice.loads().set_memory_is_short(ShardId::new(shard), short);
         }
         let mut tried = HostSet::default();
         let mut order = Vec::new();

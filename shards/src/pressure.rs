@@ -34,7 +34,7 @@ pub(crate) async fn watch(shard: Rc<Shard>, node: u32, stop: StopSignal) {
         match rt::blocking(move || available_bytes(node)).await {
             Ok(Ok(available)) => {
                 let short = available < reserve;
-                shard.choice.loads()[shard.id].set_memory_is_short(short);
+                shard.choice.loads().set_memory_is_short(shard.id, short);
                 if let Some((sandbox, _)) = shard.longest_paused().filter(|_| short) {
                     let id = sandbox.id;
                     tracing::info!(%id, available, "memory is short: a paused process goes");

@@ -149,8 +149,8 @@ impl Replicas {
         look
     }
 
-    /// Lets old copies go until there is room, and takes it. Whether there is.
-    fn make_room(&self, layer: LayerId, bytes: u64) -> bool {
+    /// Lets old copies go until there is room, tells `gone` of each, and takes the room. Whether there is.
+    fn make_room(&self, layer: LayerId, bytes: u64, mut gone: impl FnMut(LayerId)) -> bool {
         if bytes > self.budget_bytes {
             return false;
         }
@@ -158,7 +158,7 @@ impl Replicas {
         while entries.iter().map(|entry| entry.bytes).sum::<u64>() + bytes > self.budget_bytes {
             let oldest = entries.iter().position(|entry| matches!(entry.state, State::There(_)));
             match oldest {
-                Some(at) => drop(entries.remove(at)),
+                Some(at) => gone(entries.remove(at).layer),
                 None => return false,
             }
         }
@@ -228,7 +228,9 @@ async fn make(shard: &Rc<Shard>, snapshot: String, layer: LayerId) -> Made {
     let (layer, file, extents) = read.map_err(|error| failed("cannot be read", &error))?;
     let bytes: u64 = extents.iter().map(|extent| extent.bytes).sum();
     let replicas = &shard.replicas;
-    if !replicas.make_room(layer.info().id, bytes) {
+    // Asked of the first shard of a node: what it shows is of all of them.
+    let gone = |layer| shard.choice.loads().drop_near(shard.id, layer);
+    if !replicas.make_room(layer.info().id, bytes, gone) {
         return Ok(None);
     }
     let (node, policy) = (replicas.node, shard.pool.placement().memory);
@@ -279,4 +281,29 @@ fn source(layer: Layer) -> std::io::Result<(Layer, File, Vec<Extent>)> {
         }
     }
     Ok((layer, file, whole))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_makes_room_is_told_and_what_is_being_made_stays() {
+        let replicas = Replicas::new(0, 100);
+        let layer = |character: &str| -> LayerId { character.repeat(20).parse().unwrap() };
+        let there = || State::There(File::open("/dev/null").unwrap().into());
+        for (name, bytes, state) in
+            [("c", 10, State::Coming(Vec::new())), ("o", 40, there()), ("n", 40, there())]
+        {
+            replicas.entries.borrow_mut().push(Entry { layer: layer(name), bytes, state });
+        }
+        let room = |bytes| {
+            let mut gone = Vec::new();
+            (replicas.make_room(bytes, |layer| gone.push(layer)), gone)
+        };
+        assert_eq!(room(10), (true, vec![]));
+        assert_eq!(room(101), (false, vec![]), "it never fits");
+        assert_eq!(room(30), (true, vec![layer("o")]), "the one asked for longest ago");
+        assert_eq!(room(95), (false, vec![layer("n")]));
+    }
 }

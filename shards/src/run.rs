@@ -54,7 +54,7 @@ struct Input {
     addresses: PerShard<Address>,
     requests: Mailbox<Request>,
     answers: Mailbox<Answer>,
-    loads: Loads,
+    loads: Arc<Loads>,
     placement: Placement,
 }
 
@@ -233,7 +233,7 @@ async fn seat_shard(
     base: &Base,
     place: Place,
     placement: Placement,
-    loads: Loads,
+    loads: Arc<Loads>,
 ) -> Result<(Rc<Shard>, Vec<String>), String> {
     let buffers = base.workshop.config.io_buffers;
     let ring =
@@ -280,7 +280,7 @@ fn inputs(
         let ends = mailbox(REQUESTS_MAX).and_then(|requests| Ok((requests, mailbox(ANSWERS_MAX)?)));
         boxes.push(ends.map_err(|error| RunError::Machine(Box::new(error)))?);
     }
-    let loads = crate::loads::loads(shards);
+    let loads = Loads::new(shards, |shard| first_of_node(plan, shard));
     let addresses = PerShard::from_fn(shards, |shard| {
         let ((requests, _), (answers, _)) = &boxes[usize::from(shard.index())];
         Address { requests: requests.clone(), answers: answers.clone() }

@@ -44,6 +44,14 @@ pub(crate) fn bring_in(shard: &Rc<Shard>, image: &Arc<Opened>) {
     .detach();
 }
 
+/// Says that the node has the image's memory. Clients ask by name or by id.
+fn show_near(shard: &Shard, image: &Opened) {
+    let Some(base) = image.layers.first() else { return };
+    let (loads, layer) = (shard.choice.loads(), base.info().id);
+    loads.add_near(shard.id, &image.manifest.id, layer);
+    loads.add_near(shard.id, image.manifest.template_name.as_str(), layer);
+}
+
 /// Opens these templates and brings them in, one after the other: before the first create, if it comes
 /// late enough.
 pub(crate) async fn bring_in_all(shard: Rc<Shard>, templates: Vec<String>) {
@@ -111,10 +119,7 @@ async fn replicate(shard: &Rc<Shard>, image: &Opened) -> Result<bool, Cause> {
     let is_near = copy.is_some();
     // Another create of this shard may have been first, with the same copy.
     if image.replica.set(copy).is_ok() && is_near {
-        // Clients ask by name or by id.
-        let load = &shard.choice.loads()[shard.id];
-        load.add_near(&image.manifest.id);
-        load.add_near(image.manifest.template_name.as_str());
+        show_near(shard, image);
     }
     Ok(is_near)
 }

@@ -50,6 +50,11 @@ impl HostSet {
         self.0[word] & bit != 0
     }
 
+    /// The same, and the hosts of these words.
+    pub(crate) fn with_words(&self, words: [u64; WORDS_MAX]) -> Self {
+        Self(std::array::from_fn(|at| self.0[at] | words[at]))
+    }
+
     /// The hosts of the set, by number.
     pub fn iter(&self) -> impl Iterator<Item = HostNumber> + '_ {
         self.0.iter().zip(0u16..).flat_map(|(word, at)| {

@@ -18,5 +18,6 @@ mod pool;
 mod restart;
 mod routing;
 mod snapshots;
+mod spill;
 mod wait;
 mod waking;
