@@ -236,6 +236,62 @@ def test_counts_and_phases_are_those_of_the_metrics(tab, host):
     assert one.errors == []
 
 
+def phase_counts(text, operation):
+    """Of `GET /metrics`, over all shards: how often each phase of an operation was timed."""
+    counts = defaultdict(int)
+    for line in text.splitlines():
+        name, _, rest = line.partition("{")
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        if name == "mica_operation_phase_seconds_count" and labels["operation"] == operation:
+            counts[labels["phase"]] += int(rest.rsplit(" ", 1)[1])
+    return dict(counts)
+
+
+def test_a_phase_that_is_chosen_is_drawn(tab, host):
+    for _ in range(3):
+        host.create()
+    one = tab()
+    page = one.open(host, host.key)
+    page.click("[data-operation=create] .link")
+    page.wait_for_selector("[data-phase-row=run]")
+    title = page.locator(".operation-detail h3").first
+
+    def drawn():
+        return sum(int(text.split(" of ")[0]) for text in page.locator(".columns .column title").all_text_contents())
+
+    def pressed():
+        rows = page.locator("[data-phase-row]:has([aria-pressed=true])")
+        return [row.get_attribute("data-phase-row") for row in rows.all()]
+
+    assert title.text_content() == "How long create took" and pressed() == []
+    counts = phase_counts(host.ask("GET", "metrics"), "create")
+    whole = page.locator(".columns").get_attribute("aria-label")
+    # Anywhere on the row.
+    page.click("[data-phase-row=run] td >> nth=2")
+    assert title.text_content() == "How long run took of create" and pressed() == ["run"]
+    assert drawn() == counts["run"] >= 3
+    label = page.locator(".columns").get_attribute("aria-label")
+    p50 = page.locator("[data-phase-row=run] td").first.text_content()
+    assert label.startswith(f"How long run took of create: p50 {p50}") and label != whole
+    # With the keyboard, and what is reached stays reached when new numbers come.
+    page.focus("[data-phase-row=ready] .link")
+    page.keyboard.press("Enter")
+    assert title.text_content() == "How long ready took of create" and pressed() == ["ready"]
+    host.create()
+    eventually("the new one is drawn", lambda: drawn() == counts["ready"] + 1)
+    reached = "document.activeElement.closest('[data-phase-row]')?.dataset.phaseRow"
+    assert page.evaluate(reached) == "ready" and pressed() == ["ready"]
+    page.keyboard.press("Space")
+    assert title.text_content() == "How long create took" and pressed() == []
+    # Another operation begins with all of it.
+    page.click("[data-phase-row=pool] .link")
+    page.click("[data-operation=kill] .link")
+    page.wait_for_selector("[data-operation=kill].chosen")
+    page.click("[data-operation=create] .link")
+    assert title.text_content() == "How long create took" and pressed() == []
+    assert one.errors == []
+
+
 def test_another_tenant_sees_its_own_and_nothing_of_the_host(tab, host):
     foreign = host.create()
     key = host.make_key("acme")

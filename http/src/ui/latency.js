@@ -7,6 +7,8 @@ import { count, percent, took } from "./format.js";
 
 // What the page shows below the table.
 let chosen = "create";
+// Of the operation; null: all of it.
+let chosenPhase = null;
 
 const SHARES = { p50: 0.5, p95: 0.95, p99: 0.99 };
 
@@ -65,15 +67,26 @@ function row(first, choose) {
   };
 }
 
-function phaseTable(operation, shards, name) {
-  const phases = phasesOf(operation);
-  const head = el("tr", {}, ["Phase", "p50", "p95", "p99", "Mean", "Share"].map((text) => el("th", { scope: "col" }, text)));
-  const rows = phases.map((phase) => {
-    const times = phase.histogram === null ? {} : quantiles(phase.histogram, shards, (shard) => shard.ops[name]?.phases[phase.name]);
-    const numbers = [took(times.p50), took(times.p95), took(times.p99), took(phase.mean), percent(phase.share)];
-    return el("tr", { "data-phase-row": phase.name }, el("th", { scope: "row" }, el("i", { class: `swatch phase-${phase.name}` }), phase.name), numbers.map((text) => el("td", { class: "number" }, text)));
-  });
-  return el("table", { class: "small-table" }, el("thead", {}, head), el("tbody", {}, rows));
+const PHASE_HEADS = ["Phase", "p50", "p95", "p99", "Mean", "Share"];
+
+// A row of the phases: a click on it, or Enter on its name, shows how its times are spread. What no phase has is
+// only a mean.
+function phaseRow(first, choose) {
+  const cells = PHASE_HEADS.slice(1).map(() => el("td", { class: "number" }));
+  const can = first.histogram !== null;
+  const name = can ? el("button", { type: "button", class: "link" }, first.name) : first.name;
+  const head = el("th", { scope: "row" }, el("i", { class: `swatch phase-${first.name}` }), name);
+  // One listener: a click on the button comes here, too.
+  const node = el("tr", { "data-phase-row": first.name, onclick: can && (() => choose(first.name)) }, head, cells);
+  return {
+    node,
+    update({ times, mean: average, share, isChosen }) {
+      const texts = [took(times.p50), took(times.p95), took(times.p99), took(average), percent(share)];
+      texts.forEach((text, index) => setText(cells[index], text));
+      setClass(node, "chosen", isChosen);
+      if (can) setAttribute(name, "aria-pressed", String(isChosen));
+    },
+  };
 }
 
 export class Latency {
@@ -82,7 +95,13 @@ export class Latency {
     this.body = el("tbody");
     const heads = HEADS.map((text, index) => el("th", { scope: "col", class: index > 0 && index < HEADS.length - 1 ? "number" : "" }, text));
     this.table = el("div", { class: "scroll" }, el("table", { class: "operations" }, el("thead", {}, el("tr", {}, heads)), this.body));
-    this.detail = el("div", { class: "operation-detail" });
+    this.none = el("p", { class: "empty" });
+    [this.title, this.drawing, this.phaseBody] = [el("h3"), el("div"), el("tbody")];
+    this.shape = el("div", {}, this.title, this.drawing);
+    const phaseHead = el("tr", {}, PHASE_HEADS.map((text) => el("th", { scope: "col" }, text)));
+    const phases = el("table", { class: "small-table phase-table" }, el("thead", {}, phaseHead), this.phaseBody);
+    this.phases = el("div", { class: "scroll" }, el("h3", {}, "Its phases"), phases);
+    this.detail = el("div", { class: "operation-detail" }, this.none, this.shape, this.phases);
     this.empty = el("p", { class: "empty" });
     parent.append(this.empty, this.table, this.detail);
     new ResizeObserver(() => this.last && this.showDetail()).observe(parent);
@@ -96,6 +115,7 @@ export class Latency {
     if (operations === null) return setText(this.empty, reason);
     const rows = [...operations].map(([name, now]) => ({ name, now, times: quantiles(now.total, shards, (shard) => shard.ops[name]) }));
     const choose = (name) => {
+      if (name !== chosen) chosenPhase = null;
       chosen = name;
       this.show(operations, shards, reason);
     };
@@ -104,22 +124,39 @@ export class Latency {
     this.showDetail();
   }
 
+  // Once more on the phase that is shown: all of the operation again.
+  choosePhase(name) {
+    chosenPhase = name === chosenPhase ? null : name;
+    this.showDetail();
+  }
+
   showDetail() {
     const { operations, shards } = this.last;
     const operation = operations.get(chosen);
-    if (operation === undefined || operation.total.count === 0) {
-      return this.detail.replaceChildren(el("p", { class: "empty" }, `No ${chosen} in this time.`));
-    }
-    const times = quantiles(operation.total, shards, (shard) => shard.ops[chosen]);
+    const none = operation === undefined || operation.total.count === 0;
+    this.none.hidden = !none;
+    this.shape.hidden = this.phases.hidden = none;
+    if (none) return setText(this.none, `No ${chosen} in this time.`);
+    const phases = phasesOf(operation).map((phase) => {
+      const of = (shard) => shard.ops[chosen]?.phases[phase.name];
+      const times = phase.histogram === null ? {} : quantiles(phase.histogram, shards, of);
+      return { ...phase, times, isChosen: phase.name === chosenPhase && phase.histogram !== null };
+    });
+    const phase = phases.find((one) => one.isChosen);
+    const choose = (name) => this.choosePhase(name);
+    keyed(this.phaseBody, phases, (one) => `${chosen} ${one.name} ${one.histogram === null}`, (one) => phaseRow(one, choose));
+    const whole = { histogram: operation.total, times: quantiles(operation.total, shards, (shard) => shard.ops[chosen]) };
+    this.draw(phase === undefined ? `How long ${chosen} took` : `How long ${phase.name} took of ${chosen}`, phase ?? whole);
+  }
+
+  draw(title, { histogram, times }) {
     const width = Math.max(260, Math.min(560, this.parent.clientWidth - 24));
     const marks = Object.entries(times).filter(([, value]) => value !== null);
-    const drawn = columns(bins(operation.total), marks, {
+    const drawn = columns(bins(histogram), marks, {
       width, height: 150, show: took,
-      label: `How long ${chosen} took: ${marks.map(([name, value]) => `${name} ${took(value)}`).join(", ")}`,
+      label: `${title}: ${marks.map(([name, value]) => `${name} ${took(value)}`).join(", ")}`,
     });
-    this.detail.replaceChildren(
-      el("div", {}, el("h3", {}, `How long ${chosen} took`), drawn),
-      el("div", { class: "scroll" }, el("h3", {}, "Its phases"), phaseTable(operation, shards, chosen)),
-    );
+    setText(this.title, title);
+    this.drawing.replaceChildren(...(drawn === null ? [] : [drawn]));
   }
 }
