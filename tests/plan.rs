@@ -69,6 +69,60 @@ fn more_load_takes_more_hosts_and_measured_costs_replace_the_defaults() {
 }
 
 #[test]
+fn each_table_of_the_benchmark_gives_what_it_measured() {
+    let density = json!({"format": "mica-bench", "command": "density", "results": [
+        {"op": "density", "case": "live=0", "sandboxes": 0},
+        {"op": "density", "case": "live=300", "sandboxes": 300, "bytes_per_sandbox": 6_000_000},
+    ]});
+    let dirty = json!({"format": "mica-bench", "command": "dirty", "results": [
+        {"op": "snapshot_dirty", "case": "d=10", "dirty_mb": 10, "snapshot_bytes": 14_000_000},
+        {"op": "create_from_dirty", "case": "d=10", "dirty_mb": 10},
+        {"op": "snapshot_dirty", "case": "d=500", "dirty_mb": 500, "snapshot_bytes": 530_000_000},
+    ]});
+    let scale = json!({"results": [
+        {"figure": "create_cpu_1_shard", "value": 1303.0, "unit": "us"},
+        {"figure": "create_cpu_2_shards", "value": 1329.0, "unit": "us"},
+    ]});
+    let paths = [("density", density), ("dirty", dirty), ("scale", scale)]
+        .map(|(name, report)| file(name, &report.to_string()));
+    let mut files: Vec<&str> =
+        paths.iter().flat_map(|path| ["--measured", path.to_str().unwrap()]).collect();
+    let load = ["--snapshots-per-hour=3600"];
+    let undecided = plan("20", "400", &example(), &files);
+    let text = String::from_utf8_lossy(&undecided.stderr).into_owned();
+    assert!(!undecided.status.success() && text.contains("10, 500 MB"), "{text}");
+    files.push("--dirty-mb=10");
+    let measured = planned("20", "400", &[&files[..], &load].concat());
+    let costs = &measured["costs"];
+    assert_eq!((&costs["idle_bytes"], &costs["snapshot_bytes"]), (&json!(6e6), &json!(14e6)));
+    assert_eq!(costs["used_bytes"], 20e6, "what an idle one holds, and what it wrote");
+    assert_eq!(costs["create_shard_cpu_ms"], 1.329);
+    let source = |cost: &str| measured["cost_sources"][cost].clone();
+    let of = |known: &str, file: &Path| json!({"known": known, "file": file});
+    assert_eq!(source("idle_bytes"), of("bytes", &paths[0]));
+    assert_eq!(source("snapshot_bytes"), of("bytes", &paths[1]));
+    assert_eq!(source("create_shard_cpu_ms"), of("processor time", &paths[2]));
+    assert_eq!(source("create_cpu_ms"), json!({"known": "wall time", "file": null}));
+    // A snapshot of 14 MB a second, and a fifth more.
+    let writes = |plan: &Value| {
+        let lines = plan["resources"].as_array().unwrap();
+        let line = lines.iter().find(|line| line["resource"] == "writes to the drive").unwrap();
+        line["need"].as_f64().unwrap()
+    };
+    let assumed = planned("20", "400", &load);
+    assert!((writes(&measured) / writes(&assumed) - 14e6 / (8.0 * 1048576.0)).abs() < 1e-9);
+    let text = plan("20", "400", &example(), &files).stdout;
+    let text = String::from_utf8(text).unwrap();
+    assert!(
+        text.contains("create_cpu_ms is a wall time that stands in for processor time"),
+        "{text}"
+    );
+    for path in paths {
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
 fn nonsense_is_an_error_that_says_what_is_wrong() {
     let refused = |output: Output, expected: &str| {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -4,6 +4,7 @@
 //! `mica bench` measured on one; the arithmetic is `mica_shards::capacity`. Refuses to look at the machine it runs on.
 
 mod files;
+mod measured;
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -11,12 +12,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use mica_shards::capacity::{
-    CapacityPlan, Demand, Headroom, HostShape, Resource, UnitCosts, plan_capacity,
-};
+use mica_shards::capacity::{CapacityPlan, Demand, Headroom, HostShape, Resource, plan_capacity};
 use serde_json::{Value, json};
 
-use files::{read_host, read_measured};
+use files::read_host;
+use measured::Measured;
 
 /// What is planned for.
 #[derive(Args, Debug)]
@@ -42,10 +42,14 @@ pub struct CapacityArgs {
     /// Hours that a snapshot is kept.
     #[arg(long, allow_negative_numbers = true, value_name = "HOURS", default_value_t = 24.0)]
     keep: f64,
-    /// Take unit costs from this file: one that `mica bench engine --json` wrote, or an object of unit costs.
-    /// Later files win.
+    /// Take unit costs from this file: one that `mica bench` wrote with engine, scale, density or dirty, or an object of
+    /// unit costs; see docs/capacity.md. May be given several times. Later files win.
     #[arg(long, value_name = "FILE")]
     measured: Vec<PathBuf>,
+    /// Snapshots are like those that `mica bench dirty` took after so many MB were written; needed where its report
+    /// has several.
+    #[arg(long, value_name = "MB")]
+    dirty_mb: Option<u32>,
     /// Memory to have for each byte that is used.
     #[arg(long, allow_negative_numbers = true, value_name = "FACTOR", default_value_t = Headroom::default().memory)]
     memory_headroom: f64,
@@ -66,10 +70,7 @@ pub struct CapacityArgs {
 /// When a file cannot be read, a number means nothing, or a host could not hold one sandbox.
 pub fn run(args: &CapacityArgs) -> Result<()> {
     let host = read_host(&args.host)?;
-    let mut costs = files::DEFAULTS;
-    for path in &args.measured {
-        read_measured(path, &mut costs)?;
-    }
+    let measured = Measured::read(&args.measured, args.dirty_mb)?;
     let demand = Demand {
         creates_per_s: args.rps,
         live: args.live,
@@ -83,12 +84,13 @@ pub fn run(args: &CapacityArgs) -> Result<()> {
         cpu: args.cpu_headroom,
         drive: args.drive_headroom,
     };
-    let plan = plan_capacity(&demand, &costs, &host, &headroom).context("there is no plan")?;
+    let plan =
+        plan_capacity(&demand, &measured.costs, &host, &headroom).context("there is no plan")?;
     let text = if args.json {
-        let report = report(&demand, &costs, &host, &headroom, &plan);
+        let report = report(&demand, &measured, &host, &headroom, &plan);
         format!("{}\n", serde_json::to_string_pretty(&report)?)
     } else {
-        table(&demand, &plan)?
+        table(&demand, &measured, &plan)?
     };
     std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")
 }
@@ -104,7 +106,7 @@ fn shown(resource: Resource, value: f64) -> (f64, &'static str) {
     }
 }
 
-fn table(demand: &Demand, plan: &CapacityPlan) -> Result<String> {
+fn table(demand: &Demand, measured: &Measured, plan: &CapacityPlan) -> Result<String> {
     let mut text = format!(
         "{:<18} {:>12} {:>12} {:<5} {:>7}   {}\n",
         "", "needed", "one host has", "", "hosts", "one host carries"
@@ -141,12 +143,15 @@ fn table(demand: &Demand, plan: &CapacityPlan) -> Result<String> {
             (demand.live * share).floor()
         )?;
     }
+    if let Some(note) = measured.note() {
+        writeln!(text, "{note}")?;
+    }
     Ok(text)
 }
 
 fn report(
     demand: &Demand,
-    costs: &UnitCosts,
+    measured: &Measured,
     host: &HostShape,
     headroom: &Headroom,
     plan: &CapacityPlan,
@@ -174,7 +179,8 @@ fn report(
             "snapshots_per_hour": demand.snapshots_per_hour,
             "kept_hours": demand.kept_hours,
         },
-        "costs": files::costs_json(costs),
+        "costs": measured.costs_json(),
+        "cost_sources": measured.sources_json(),
         "host": files::host_json(host),
         "headroom": { "memory": headroom.memory, "cpu": headroom.cpu, "drive": headroom.drive },
     })
