@@ -8,17 +8,12 @@ use super::facts::{Facts, Limit};
 use super::finding::Finding;
 use crate::kvm_kind::KvmKind;
 
-/// Kernel features that Mica uses or could, the version that brought each, and what is lost without.
-const FEATURES: [(&str, (u32, u32), &str); 3] = [
+/// Kernel features that Mica uses, the version that brought each, and what is lost without.
+const FEATURES: [(&str, (u32, u32), &str); 2] = [
     (
         "PAGEMAP_SCAN and asynchronous write protection of userfaultfd",
         (6, 7),
         "what a guest wrote is logged by KVM and by the VM process instead; every pause and snapshot is slower",
-    ),
-    (
-        "KVM_PRE_FAULT_MEMORY",
-        (6, 11),
-        "a guest's memory cannot be mapped ahead: each first touch of a page is a fault of its own",
     ),
     (
         "statx with the alignment of direct I/O",
@@ -26,6 +21,13 @@ const FEATURES: [(&str, (u32, u32), &str); 3] = [
         "how the store's files must be aligned cannot be told",
     ),
 ];
+
+/// More than what is there.
+pub(super) const NEWER_KERNEL: &str =
+    "on Debian 12: apt install -t bookworm-backports linux-image-amd64 && reboot";
+
+/// Where the kernel says what it has.
+const MOUNT_PROC: &str = "mount -t proc proc /proc";
 
 /// Open files that are too few for a host of any size.
 const FILES_MIN: u64 = 16 * 1024;
@@ -45,12 +47,16 @@ fn kvm(kind: &KvmKind) -> Finding {
         KvmKind::Vmx | KvmKind::Svm => Finding::ok("kvm", found),
         KvmKind::Pvm => Finding::fail("kvm", found)
             .costs("no Linux guest runs at speed; `mica serve` becomes the lab, an emulated host, instead")
-            .mend("use a bare-metal server, or a virtual machine with nested virtualisation"),
+            .mend(
+                "use a bare-metal server; or, on the machine that runs this virtual one: \
+                 modprobe -r kvm_intel && modprobe kvm_intel nested=1 (kvm_amd with AMD), and start \
+                 this one with its processor's features: qemu-system-x86_64 -enable-kvm -cpu host",
+            ),
         KvmKind::Missing(_) => Finding::fail("kvm", found)
             .costs("no guest runs; `mica serve` becomes the lab, an emulated host, instead")
             .mend(
-                "switch on VT-x or AMD-V in the firmware, then: modprobe kvm_intel || modprobe kvm_amd; run \
-                 as a user that may open /dev/kvm",
+                "switch on VT-x or AMD-V in the firmware, then: modprobe kvm_intel || modprobe kvm_amd; where \
+                 only root may open /dev/kvm: sudo mica serve",
             ),
     }
 }
@@ -60,8 +66,10 @@ fn root(is_root: Option<bool>) -> Finding {
         Some(true) => Finding::ok("user", "root"),
         Some(false) => Finding::fail("user", "not root")
             .costs("VM processes cannot be jailed: each needs a user id and a control group of its own")
-            .mend("run `mica serve`, and this, as root"),
-        None => Finding::note("user", "unknown"),
+            .mend("sudo mica serve; for this: sudo mica doctor"),
+        None => Finding::note("user", "unknown")
+            .costs("`mica serve` may find that it is not root, and refuse to start")
+            .mend(MOUNT_PROC),
     }
 }
 
@@ -73,7 +81,9 @@ fn version(release: &str) -> Option<(u32, u32)> {
 
 fn kernel(release: Option<&str>) -> Finding {
     let Some((release, at)) = release.and_then(|release| Some((release, version(release)?))) else {
-        return Finding::note("kernel", "of an unknown version");
+        return Finding::note("kernel", "of an unknown version")
+            .costs("one below 6.7 makes every pause and snapshot slower, and this cannot tell")
+            .mend(format!("{MOUNT_PROC}; uname -r"));
     };
     let missing: Vec<_> = FEATURES.iter().filter(|(_, since, _)| at < *since).collect();
     let names = |features: &[&(&str, (u32, u32), &str)]| -> String {
@@ -86,11 +96,9 @@ fn kernel(release: Option<&str>) -> Finding {
         let all: Vec<_> = FEATURES.iter().collect();
         return Finding::ok("kernel", format!("{release}: new enough for {}", names(&all)));
     };
-    let found = format!("{release}: too old for {}", names(&missing));
-    let is_slower = at < FEATURES[0].1;
-    let finding =
-        if is_slower { Finding::warn("kernel", found) } else { Finding::note("kernel", found) };
-    finding.costs(costs).mend("install Linux 6.12 or newer: on Debian 12, apt install -t bookworm-backports linux-image-amd64")
+    Finding::warn("kernel", format!("{release}: too old for {}", names(&missing)))
+        .costs(costs)
+        .mend(format!("install Linux 6.7 or newer; {NEWER_KERNEL}"))
 }
 
 fn io_uring(facts: &Facts) -> Finding {
@@ -107,7 +115,7 @@ fn io_uring(facts: &Facts) -> Finding {
         }
         Ok(missing) => Finding::fail("io_uring", format!("lacks {}", missing.join(", ")))
             .costs("snapshots cannot be written")
-            .mend("install Linux 6.7 or newer"),
+            .mend(format!("install Linux 6.7 or newer; {NEWER_KERNEL}")),
         Err(why) => Finding::fail("io_uring", why.clone())
             .costs("no shard starts")
             .mend("sysctl kernel.io_uring_disabled=0; in a container, allow io_uring in its seccomp profile"),
@@ -122,7 +130,11 @@ fn shown(limit: Option<u64>) -> String {
 fn memlock(facts: &Facts) -> Finding {
     let wanted = preflight::memlock_bytes(u16::try_from(facts.cpus).unwrap_or(u16::MAX));
     let Some(Limit { hard, .. }) = facts.memlock else {
-        return Finding::note("memlock", "unknown");
+        return Finding::note("memlock", "unknown")
+            .costs(
+                "where it is too low, rings and I/O buffers cannot be pinned, and no shard starts",
+            )
+            .mend(format!("{MOUNT_PROC}; ulimit -l"));
     };
     let is_enough = hard.is_none_or(|hard| hard >= wanted);
     match (is_enough, facts.is_root) {
@@ -143,7 +155,9 @@ fn memlock(facts: &Facts) -> Finding {
 
 fn open_files(facts: &Facts) -> Finding {
     let Some(Limit { hard, .. }) = facts.open_files else {
-        return Finding::note("open files", "unknown");
+        return Finding::note("open files", "unknown")
+            .costs("where they are few, the host is full before its memory is")
+            .mend(format!("{MOUNT_PROC}; ulimit -Hn"));
     };
     let wanted = preflight::OPEN_FILES;
     // Nobody can be given more than this, root neither.

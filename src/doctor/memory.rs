@@ -13,7 +13,9 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
 fn huge_pages(facts: &Facts) -> Finding {
     let check = "transparent huge pages";
     match facts.huge_pages.as_deref() {
-        None => Finding::note(check, "unknown, or the kernel has none"),
+        None => Finding::note(check, "unknown, or the kernel has none")
+            .costs("without them I/O buffers are of small pages, and take longer to pin")
+            .mend("mount -t sysfs sysfs /sys; where the file is missing then, a kernel with CONFIG_TRANSPARENT_HUGEPAGE"),
         Some("always") => Finding::warn(check, "always")
             .costs("what guests wrote may be joined to pages of 2 MiB, and then one byte counts as 2 MiB in a snapshot")
             .mend("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"),

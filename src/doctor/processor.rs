@@ -21,7 +21,9 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
 fn huge_page_splitting(facts: &Facts) -> Finding {
     let check = "kvm.nx_huge_pages";
     match facts.nx_huge_pages.as_deref() {
-        None => Finding::note(check, "unknown: the module kvm is not loaded"),
+        None => Finding::note(check, "unknown: the module kvm is not loaded")
+            .costs("where it is on, each VM starts a kernel thread that waits for a grace period")
+            .mend("modprobe kvm_intel || modprobe kvm_amd"),
         Some("N" | "never" | "0") => Finding::ok(check, "off"),
         Some(_) if facts.cgroup.favors_dynamic_moves => {
             Finding::ok(check, "on, and the cgroup mount has favordynmods")
@@ -40,7 +42,9 @@ fn huge_page_splitting(facts: &Facts) -> Finding {
 
 fn threads(facts: &Facts) -> Finding {
     match facts.smt_active {
-        None => Finding::note("smt", "unknown"),
+        None => Finding::note("smt", "unknown")
+            .costs("where it is on, sandboxes of two tenants may share a core")
+            .mend("mount -t sysfs sysfs /sys; lscpu"),
         Some(false) => Finding::ok("smt", "off, or the processor has none"),
         Some(true) => Finding::note("smt", "on")
             .costs("sandboxes of two tenants may share a core, and can observe each other through its caches")
@@ -51,7 +55,12 @@ fn threads(facts: &Facts) -> Finding {
 fn governor(facts: &Facts) -> Finding {
     let governors = &facts.governors;
     if governors.is_empty() {
-        return Finding::note("governor", "none: the firmware, or a hypervisor, sets the speed");
+        return Finding::note("governor", "none: the firmware, or a hypervisor, sets the speed")
+            .costs("where that saves power, a processor that was idle is slow for the first milliseconds")
+            .mend(
+                "choose performance in the firmware; in a virtual machine, on the machine that runs it: \
+                 cpupower frequency-set -g performance",
+            );
     }
     let all: Vec<_> = governors.iter().map(|(name, count)| format!("{name} on {count}")).collect();
     let found = all.join(", ");
@@ -79,7 +88,7 @@ fn idle(facts: &Facts) -> Finding {
         (_, None) if facts.is_guest => {
             ("a core that idles is given back to the hypervisor".to_owned(), 0)
         }
-        (None, None) => return Finding::note(check, "unknown: the kernel does not choose them"),
+        (None, None) => ("unknown: the kernel does not choose them".to_owned(), C1_LATENCY_US),
         (Some((name, latency_us)), None) if *latency_us <= LATENCY_US_MAX => {
             return Finding::ok(check, format!("{name} at the deepest, left in {latency_us} us"));
         }

@@ -2,14 +2,16 @@
 //!
 //! Refuses to look at the machine that the tests run on.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::facts::{Disk, Facts, Limit};
-use super::finding::Status;
+use super::finding::{Finding, Status};
 use super::probe::{Direct, Probed};
 use super::{judge, show};
+use crate::kvm_kind::KvmKind;
 
 /// A tree of files that goes with the value.
 struct Tree(PathBuf);
@@ -149,22 +151,28 @@ fn bad_answers() -> Probed {
     }
 }
 
-fn golden(name: &str) -> String {
+/// With `MICA_BLESS=1`, what was found is kept as what is right.
+fn golden(name: &str, found: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/doctor/goldens").join(name);
+    if std::env::var_os("MICA_BLESS").is_some() {
+        fs::write(&path, found).unwrap();
+    }
     fs::read_to_string(path).unwrap()
 }
 
 #[test]
 fn a_good_machine_of_two_sockets_has_nothing_to_mend() {
     let findings = judge(&Tree::new("good", GOOD).read(good_answers()));
-    assert_eq!(show::text(&findings), golden("good.txt"));
+    let text = show::text(&findings);
+    assert_eq!(text, golden("good.txt", &text));
     assert!(findings.iter().all(|finding| finding.status == Status::Ok), "{findings:#?}");
 }
 
 #[test]
 fn a_bad_machine_is_told_what_each_thing_costs_and_what_mends_it() {
     let findings = judge(&Tree::new("bad", BAD).read(bad_answers()));
-    assert_eq!(show::text(&findings), golden("bad.txt"));
+    let text = show::text(&findings);
+    assert_eq!(text, golden("bad.txt", &text));
     for finding in findings.iter().filter(|finding| finding.status != Status::Ok) {
         assert!(!finding.costs.is_empty() && !finding.mend.is_empty(), "{finding:?}");
     }
@@ -183,6 +191,80 @@ fn a_machine_of_which_nothing_can_be_read_is_not_judged_by_guesses() {
         findings.iter().filter(|f| f.status == Status::Fail).map(|f| f.check).collect();
     assert_eq!(failing, ["kvm", "cgroup"], "{findings:#?}");
     assert!(findings.iter().all(|finding| finding.status != Status::Warn), "{findings:#?}");
+    for finding in findings.iter().filter(|finding| finding.status == Status::Note) {
+        assert!(!finding.costs.is_empty() && !finding.mend.is_empty(), "{finding:?}");
+    }
+}
+
+/// What people can type as it is there.
+const COMMANDS: [&str; 8] = [
+    "modprobe kvm_intel nested=1",
+    "sudo mica serve",
+    "mica pool create --size 100G --path /var/lib/mica",
+    "mkfs.xfs /dev/nvme1n1p1 && mount /dev/nvme1n1p1 /var/lib/mica",
+    "nvme format --block-size=4096 /dev/sda && mkfs.xfs -f /dev/sda",
+    "sudo mica doctor --store /var/lib/mica",
+    "mount -t proc proc /proc",
+    "apt install -t bookworm-backports linux-image-amd64",
+];
+
+#[test]
+fn what_mends_a_thing_is_a_command() {
+    let with = |name: &str, change: fn(&mut Facts)| {
+        let mut facts = Tree::new(name, BAD).read(bad_answers());
+        change(&mut facts);
+        judge(&facts)
+    };
+    let of = |findings: &[Finding], check: &str| {
+        let finding = findings.iter().find(|finding| finding.check == check).unwrap().clone();
+        assert!(!finding.costs.is_empty(), "{finding:?}");
+        finding.mend
+    };
+    let bad = with("mends", |_| {});
+    let other = with("other-mends", |facts| {
+        facts.kvm = KvmKind::Pvm;
+        facts.probed.clones = None;
+        facts.probed.direct = Some(Direct { memory_bytes: 512, offset_bytes: 8192 });
+        facts.store.disk.as_mut().unwrap().backing_file = Some("/pool.img".to_owned());
+    });
+    let few = with("few-queues", |facts| {
+        facts.store.disk.as_mut().unwrap().is_rotational = Some(false);
+        facts.is_root = None;
+    });
+    let [nested, serve, pool, mkfs, format, doctor, proc, apt] = COMMANDS;
+    for (findings, check, command) in [
+        (&other, "kvm", nested),
+        (&bad, "kvm", serve),
+        (&bad, "user", serve),
+        (&few, "user", proc),
+        (&bad, "kernel", apt),
+        (&bad, "reflink", pool),
+        (&bad, "reflink", mkfs),
+        (&other, "reflink", doctor),
+        (&bad, "direct I/O", pool),
+        (&other, "direct I/O", format),
+        (&bad, "device", mkfs),
+        (&other, "device", mkfs),
+        (&few, "device", mkfs),
+    ] {
+        let mend = of(findings, check);
+        assert!(mend.contains(command), "{check}: {mend}");
+    }
+}
+
+#[test]
+fn the_document_has_a_row_for_every_check_and_for_nothing_else() {
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/doctor.md");
+    let document = fs::read_to_string(document).unwrap();
+    let table = document.split_once("| check |").unwrap().1;
+    let rows = table.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    let rows: BTreeSet<&str> = rows.map(|(check, _)| check).collect();
+    let machines = [("good", GOOD, good_answers()), ("bad", BAD, bad_answers())];
+    let judged = machines.map(|(name, files, answers)| {
+        judge(&Tree::new(&format!("rows-{name}"), files).read(answers))
+    });
+    let checks: BTreeSet<&str> = judged.iter().flatten().map(|finding| finding.check).collect();
+    assert_eq!(rows, checks);
 }
 
 #[test]
