@@ -56,8 +56,10 @@ fn another_machine_is_shown() {
     let expected = "\
 machine         Example: 2 x 24 cores of 2 threads, 2 nodes, 48 cores, 96 hardware threads
   node 0        192 GiB, package 0, cpus 0-23,48-71, L3 36 MiB, node 1 at 21
+                siblings 0/48, 1/49, … 23/71
                 nvme0n1, nvme1n1, ens1f0
   node 1        192 GiB, package 1, cpus 24-47,72-95, L3 36 MiB, node 0 at 21
+                siblings 24/72, 25/73, … 47/95
                 nvme2n1, nvme3n1, ens2f0
 plan            12 shards, --smt pair
 node 0

@@ -3,7 +3,7 @@
 //! Called by `mica topology`. Refuses nothing; what comes from a file was made printable when it was
 //! read.
 
-use mica_numa::topology::{Device, Node};
+use mica_numa::topology::{Core, Device, Node};
 
 use super::Layout;
 
@@ -21,6 +21,9 @@ pub(super) fn show(layout: &Layout) -> String {
         facts.extend(caches(node));
         facts.extend(distances(node));
         add(&mut text, &format!("  node {}", node.index), &facts.join(", "));
+        if let Some(siblings) = siblings(node.cores.iter().map(Core::threads)) {
+            add(&mut text, "", &format!("siblings {siblings}"));
+        }
         let here = names(topology.devices.iter().filter(|device| device.node == Some(node.index)));
         if !here.is_empty() {
             add(&mut text, "", &here);
@@ -83,6 +86,41 @@ fn caches(node: &Node) -> Option<String> {
     })
 }
 
+/// Cores of which only the ends are shown, where they are numbered evenly.
+const EVEN_MIN: usize = 4;
+
+/// The hardware threads that share a core: `0/48, 1/49, … 23/71`. Nothing of cores of one thread.
+fn siblings<'c>(cores: impl Iterator<Item = &'c [u32]>) -> Option<String> {
+    let cores: Vec<&[u32]> = cores.filter(|threads| threads.len() > 1).collect();
+    let name = |core: &[u32]| core.iter().map(u32::to_string).collect::<Vec<_>>().join("/");
+    let mut shown = Vec::new();
+    let mut left = cores.as_slice();
+    while let [first, ..] = left {
+        let (even, rest) = left.split_at(even(left));
+        match even {
+            [_, second, .., last] if even.len() >= EVEN_MIN => {
+                shown.push(format!("{}, {}, … {}", name(first), name(second), name(last)));
+            }
+            few => shown.extend(few.iter().map(|core| name(core))),
+        }
+        left = rest;
+    }
+    (!shown.is_empty()).then(|| shown.join(", "))
+}
+
+/// How many of these, from the first on, have numbers that all grow by the same from one core to the next.
+fn even(cores: &[&[u32]]) -> usize {
+    let step = |a: &[u32], b: &[u32]| -> Option<u32> {
+        let mut steps = a.iter().zip(b).map(|(a, b)| b.wrapping_sub(*a));
+        let first = steps.next().filter(|_| a.len() == b.len())?;
+        steps.all(|step| step == first).then_some(first)
+    };
+    let first = cores.first().zip(cores.get(1)).and_then(|(a, b)| step(a, b));
+    let pairs =
+        cores.windows(2).take_while(|pair| first.is_some() && step(pair[0], pair[1]) == first);
+    pairs.count() + 1
+}
+
 /// How far other nodes are.
 pub(super) fn distances(node: &Node) -> Option<String> {
     let others = node.distances.iter().filter(|(other, _)| **other != node.index);
@@ -97,6 +135,24 @@ fn names<'d>(devices: impl Iterator<Item = &'d Device>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn siblings_are_shown_by_core_and_even_ones_by_their_ends() {
+        let shown = |cores: &[&[u32]]| siblings(cores.iter().copied());
+        let far: Vec<[u32; 2]> = (0..24).map(|core| [core, core + 48]).collect();
+        let far: Vec<&[u32]> = far.iter().map(<[u32; 2]>::as_slice).collect();
+        assert_eq!(shown(&far).unwrap(), "0/48, 1/49, … 23/71");
+        let near: [&[u32]; 4] = [&[0, 1], &[2, 3], &[4, 5], &[6, 7]];
+        assert_eq!(shown(&near).unwrap(), "0/1, 2/3, … 6/7");
+        assert_eq!(shown(&near[..3]).unwrap(), "0/1, 2/3, 4/5");
+        let mixed: [&[u32]; 6] = [&[0, 9], &[1, 10], &[4, 5, 6, 7], &[8], &[11, 12], &[15, 14]];
+        assert_eq!(
+            shown(&mixed).unwrap(),
+            "0/9, 1/10, 4/5/6/7, 11/12, 15/14",
+            "one alone has none"
+        );
+        assert_eq!(shown(&[&[0], &[1]]), None);
+    }
 
     #[test]
     fn bytes_are_rounded_to_tenths() {
