@@ -19,6 +19,7 @@ mod copies;
 mod daemon;
 mod doctor;
 mod drain;
+mod exposition;
 mod full_disk;
 mod h2_client;
 mod idempotency;
@@ -47,6 +48,7 @@ mod renaming;
 #[path = "../../guest/tests/required/mod.rs"]
 mod required;
 mod resources;
+mod series;
 mod snapshots;
 mod tags;
 mod template;
