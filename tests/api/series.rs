@@ -69,8 +69,9 @@ fn each_shard_has_a_series_of_its_own_and_the_host_has_its() {
     }
     // Whose sandboxes these are is known from elsewhere.
     for shard in shards {
-        let own =
-            |(of, _): &&(&BTreeMap<String, String>, f64)| of["shard"] == shard["shard"].to_string();
+        let own = |(of, _): &&(&BTreeMap<String, String>, f64)| {
+            of["shard"].parse().ok() == shard["shard"].as_u64()
+        };
         let of_it =
             |name: &str| exposition.series(name).iter().filter(own).map(|(_, n)| n).sum::<f64>();
         assert_eq!(Some(of_it("mica_sandboxes")), shard["sandboxes"].as_f64(), "{shard}");
