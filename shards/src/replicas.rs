@@ -292,18 +292,19 @@ mod tests {
         let replicas = Replicas::new(0, 100);
         let layer = |character: &str| -> LayerId { character.repeat(20).parse().unwrap() };
         let there = || State::There(File::open("/dev/null").unwrap().into());
-        for (name, bytes, state) in
-            [("c", 10, State::Coming(Vec::new())), ("o", 40, there()), ("n", 40, there())]
-        {
+        let add = |name, bytes, state| {
             replicas.entries.borrow_mut().push(Entry { layer: layer(name), bytes, state });
-        }
-        let room = |bytes| {
-            let mut gone = Vec::new();
-            (replicas.make_room(bytes, |layer| gone.push(layer)), gone)
         };
-        assert_eq!(room(10), (true, vec![]));
-        assert_eq!(room(101), (false, vec![]), "it never fits");
-        assert_eq!(room(30), (true, vec![layer("o")]), "the one asked for longest ago");
-        assert_eq!(room(95), (false, vec![layer("n")]));
+        add("o", 40, there());
+        add("n", 40, there());
+        let room = |name, bytes| {
+            add(name, 0, State::Coming(Vec::new()));
+            let mut gone = Vec::new();
+            (replicas.make_room(layer(name), bytes, |layer| gone.push(layer)), gone)
+        };
+        assert_eq!(room("a", 20), (true, vec![]));
+        assert_eq!(room("b", 101), (false, vec![]), "it never fits");
+        assert_eq!(room("c", 30), (true, vec![layer("o")]), "the one asked for longest ago");
+        assert_eq!(room("d", 55), (false, vec![layer("n")]), "two that come have 50 of 100");
     }
 }
