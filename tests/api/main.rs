@@ -54,4 +54,5 @@ mod tags;
 mod template;
 mod tenants;
 mod top;
+mod two_tenants;
 mod upstream;
