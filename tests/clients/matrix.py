@@ -159,9 +159,14 @@ def teller(client):
     return told
 
 
-def run_matrix(host_of, clients, features, verbose, json_file):
-    """The rows of the table. Those that are done are written while the others run."""
-    rows = []
+def earlier(path):
+    """The rows of another run, which this one's are added to."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path else []
+
+
+def run_matrix(host_of, clients, features, verbose, json_file, rows=()):
+    """The rows of the table, behind those of before. Those that are done are written while the others run."""
+    rows = list(rows)
     for client in clients:
         begun = time.monotonic()
         host = host_of(client)
@@ -211,6 +216,8 @@ def arguments():
     parser.add_argument("--ca", type=pathlib.Path, help="the certificate that clients are to trust")
     parser.add_argument("--patience", type=int, default=60, help="seconds that a request may take")
     parser.add_argument("--fast", action="store_true", help="only the clients marked so")
+    parser.add_argument("--keyless", action="store_true", help="the host at --url is open: clients that send no key")
+    parser.add_argument("--rows", type=pathlib.Path, help="results of another run (its --json), to be shown with these")
     parser.add_argument("--only", help="clients, separated by commas")
     parser.add_argument("--features", help="features, separated by commas")
     parser.add_argument("--verbose", action="store_true", help="say of every cell when it is done")
@@ -243,12 +250,14 @@ def main():
         if args.standin:
             host_of = standin_hosts(stack, args)
         else:
-            host = Host(args.url, args.api_key, True, args.patience, args.domain, args.ca)
+            # One host either asks for keys or it does not.
+            clients = {name: client for name, client in clients.items() if client.get("keyless", False) == args.keyless}
+            host = Host(args.url, args.api_key or "none", True, args.patience, args.domain, args.ca)
 
-            def host_of(client):
-                return None if client.get("keyless") else host
+            def host_of(_client):
+                return host
 
-        rows = run_matrix(host_of, clients.values(), features, args.verbose, args.json)
+        rows = run_matrix(host_of, clients.values(), features, args.verbose, args.json, earlier(args.rows))
     print("\n" + report.table(rows, features))
     failed = report.failures(rows)
     print(report.details(failed))

@@ -29,12 +29,14 @@ const BOOT_DEADLINE_S: u32 = 300;
 /// here. As many at every time, so that who counts processes knows what to expect.
 const POOL: &str = "2";
 
+const LISTEN: &str = "--listen";
+
 /// The daemon's command line inside the host.
 pub fn command_line() -> Vec<String> {
     [
         &format!("{TOOLS}/bin/mica"),
         "serve",
-        "--listen",
+        LISTEN,
         &format!("0.0.0.0:{API_PORT_INSIDE}"),
         "--store",
         "/var/lib/mica",
@@ -51,10 +53,21 @@ pub fn command_line() -> Vec<String> {
     .to_vec()
 }
 
+/// The command line with more options. One that says where to listen takes the place of the usual.
+fn with_options(options: &[String]) -> Vec<String> {
+    let mut line = command_line();
+    if options.iter().any(|option| option == LISTEN || option.starts_with("--listen=")) {
+        let at = line.iter().position(|word| word == LISTEN).unwrap_or(line.len());
+        line.drain(at..(at + 2).min(line.len()));
+    }
+    line.extend_from_slice(options);
+    line
+}
+
 /// Starts or restarts the daemon, with more `options` than the usual ones, and waits until it answers on
 /// `api_port`.
 pub fn start(channel: &Channel, api_port: u16, options: &[String]) -> Result<()> {
-    let argv = [command_line(), options.to_vec()].concat();
+    let argv = with_options(options);
     let started = channel.call(Request::DaemonStart { argv }, STOP_MAX);
     if let Err(error) = started {
         return Err(error.context(log_tail(channel)).context("start the daemon in the host"));
@@ -148,5 +161,20 @@ mod tests {
         let line = command_line().join(" ");
         assert!(line.starts_with("/opt/mica/bin/mica serve --listen 0.0.0.0:3000 "), "{line}");
         assert!(line.contains("--store /var/lib/mica --key-file /opt/mica/api-key"), "{line}");
+    }
+
+    #[test]
+    fn it_listens_where_an_option_says() {
+        let line = |options: &[&str]| {
+            let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+            with_options(&options).join(" ")
+        };
+        assert!(line(&["--metrics", "off"]).ends_with("--metrics off"));
+        for options in [["--listen", "127.0.0.1:3000"].as_slice(), &["--listen=127.0.0.1:3000"]] {
+            let line = line(options);
+            assert_eq!(line.matches("--listen").count(), 1, "{line}");
+            assert!(line.starts_with("/opt/mica/bin/mica serve --store "), "{line}");
+            assert!(line.ends_with("127.0.0.1:3000"), "{line}");
+        }
     }
 }
