@@ -304,11 +304,22 @@ async fn hostile_uploads_are_refused_and_leave_nothing() {
     let line = format!("POST /files?path={name}");
     assert_eq!(server.ask(&line, &zipped, b"not gzip").await.status, 400);
     assert_eq!(server.put("username=root", b"x").await.status, 400, "no path");
-    assert_eq!(names(&server.base), Vec::<String>::new());
+    only_these_are_left(&server.base, &[]).await;
     // A part whose delimiter has come is whole, though the body is not.
     let cut_behind = format!("{start}\r\n--XX");
     assert_eq!(server.form("", cut_behind.as_bytes()).await.status, 400);
-    assert_eq!(names(&server.base), ["f"]);
+    only_these_are_left(&server.base, &["f"]).await;
+}
+
+/// What an upload was written to goes with it, a moment after its answer.
+async fn only_these_are_left(base: &Path, wanted: &[&str]) {
+    let left = async {
+        while names(base) != wanted {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let waited = timeout(PATIENCE, left).await;
+    assert!(waited.is_ok(), "{:?} and not {wanted:?}", names(base));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -345,12 +356,7 @@ async fn an_upload_that_is_cut_off_leaves_nothing() {
     timeout(PATIENCE, seen).await.unwrap();
     assert!(names(&server.base)[0].starts_with(".mica-upload-"));
     drop(stream);
-    let gone = async {
-        while !names(&server.base).is_empty() {
-            sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, gone).await.unwrap();
+    only_these_are_left(&server.base, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
