@@ -36,6 +36,9 @@ pub(crate) enum NoCopy {
     /// The snapshot that it was to be made from is not there any more. Another may lie on the same layer.
     #[error("its snapshot is gone")]
     Gone,
+    /// Copies that are being made have the room. Asked again later, there may be some.
+    #[error("other copies are being made in its room")]
+    Full,
     /// No thread had room for it.
     #[error("the host is busy")]
     Busy,
@@ -228,10 +231,13 @@ async fn make(shard: &Rc<Shard>, snapshot: String, layer: LayerId) -> Made {
     let (layer, file, extents) = read.map_err(|error| failed("cannot be read", &error))?;
     let bytes: u64 = extents.iter().map(|extent| extent.bytes).sum();
     let replicas = &shard.replicas;
+    if bytes > replicas.budget_bytes {
+        return Ok(None);
+    }
     // Asked of the first shard of a node: what it shows is of all of them.
     let gone = |layer| shard.choice.loads().drop_near(shard.id, layer);
     if !replicas.make_room(layer.info().id, bytes, gone) {
-        return Ok(None);
+        return Err(NoCopy::Full);
     }
     let (node, policy) = (replicas.node, shard.pool.placement().memory);
     if policy == MemoryPolicy::Bind {

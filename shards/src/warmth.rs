@@ -104,6 +104,8 @@ async fn replicate(shard: &Rc<Shard>, image: &Opened) -> Result<bool, Cause> {
     let Some(host) = shard.host() else { return Err(Cause::Draining) };
     let copy = match host.replica(image.manifest.id.clone(), base.info().id).await {
         Ok(Ok(copy)) => copy,
+        // As one that is too large it is mapped, but for now only.
+        Ok(Err(NoCopy::Full)) => return Ok(false),
         Ok(Err(NoCopy::Busy)) | Err(ShardError::Busy) => return Err(Cause::Busy),
         Ok(Err(NoCopy::ShuttingDown)) | Err(ShardError::ShuttingDown) => {
             return Err(Cause::Draining);
