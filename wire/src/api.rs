@@ -310,8 +310,9 @@ pub struct ErrorBody {
 pub struct Health {
     /// Always `ok`.
     pub status: String,
-    /// Running sandboxes of whoever's key comes with the request; 0 where none does.
-    pub sandboxes: usize,
+    /// Sandboxes that the key of the request has, paused ones included; without one 0, and on a host
+    /// that asks for none all there are.
+    pub sandboxes: u32,
 }
 
 /// The body of `POST /sandboxes/{id}/snapshots`. It may be absent.

@@ -26,7 +26,7 @@ use hyper::header::{
     ACCESS_CONTROL_REQUEST_HEADERS, HeaderValue,
 };
 use hyper::{Method, Request, Response, StatusCode, Uri};
-use mica_shards::{Host, Lifecycle};
+use mica_shards::Host;
 use mica_units::TenantId;
 use mica_wire::api::Health;
 
@@ -107,8 +107,9 @@ async fn handle(
     match &route {
         Route::Health => {
             let sandboxes = match config.keys.admit(&request.headers) {
-                Some(caller) => Box::pin(running(host, &caller)).await?,
-                // Nor is any shard asked.
+                // What is counted anyway: a probe that asked every shard would cost more the more there are.
+                Some(Caller { grant: Some(grant), .. }) => grant.account.live(),
+                Some(Caller { grant: None, .. }) => host.sandboxes_shown(),
                 None => 0,
             };
             return json::answer(StatusCode::OK, &Health { status: "ok".to_owned(), sandboxes });
@@ -187,12 +188,6 @@ async fn operators(
         Route::Profile(form) => ops::profile(*form, query).await,
         _ => ops::metrics(host).await,
     }
-}
-
-/// How many sandboxes of a caller's run.
-async fn running(host: &Host, caller: &Caller) -> Result<usize, ApiError> {
-    let theirs = TenantHost::new(host, caller).list().await?;
-    Ok(theirs.iter().filter(|one| one.state == Lifecycle::Running).count())
 }
 
 async fn list(host: &TenantHost<'_>, query: ListQuery) -> Result<Response<Body>, ApiError> {

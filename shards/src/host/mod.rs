@@ -90,6 +90,13 @@ impl Host {
         self.0.shard.shards
     }
 
+    /// Sandboxes of all shards, as they show them: no shard is asked.
+    #[must_use]
+    pub fn sandboxes_shown(&self) -> u32 {
+        let shown = self.0.shard.choice.loads().iter().map(|(_, load)| load.sandboxes());
+        shown.fold(0, u32::saturating_add)
+    }
+
     /// Makes a sandbox and waits until it is ready. Dropping the future ends what was begun.
     ///
     /// # Errors
