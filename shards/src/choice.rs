@@ -31,6 +31,8 @@ pub(crate) fn share(sandboxes_max: u32, shards: ShardCount, shard: ShardId) -> u
 /// What one shard knows of all of them.
 #[derive(Debug)]
 pub(crate) struct Choice {
+    /// Who knows it.
+    own: ShardId,
     registry: RefCell<Registry>,
     loads: Arc<Loads>,
 }
@@ -43,8 +45,9 @@ pub(crate) struct Chosen<'c> {
 }
 
 impl Choice {
-    /// All shards, with their shares. `seed` settles what is drawn.
+    /// All shards, with their shares, as `own` knows them. `seed` settles what is drawn.
     pub(crate) fn new(
+        own: ShardId,
         shards: ShardCount,
         sandboxes_max: u32,
         loads: Arc<Loads>,
@@ -56,7 +59,7 @@ impl Choice {
             let report = Report { slots, load: 0, draining: false, templates: &[] };
             registry.report(shard.try_into()?, &report, Duration::ZERO)?;
         }
-        Ok(Self { registry: RefCell::new(registry), loads })
+        Ok(Self { own, registry: RefCell::new(registry), loads })
     }
 
     /// Says how many sandboxes a shard has.
@@ -88,8 +91,13 @@ impl Choice {
         let load = |host: HostNumber| {
             let shard = ShardId::new(host.get());
             let is_far = u32::from(!self.loads.has_near(shard, template));
-            // Below one sandbox more.
-            self.loads[shard].sandboxes().saturating_mul(2).saturating_add(is_far)
+            // To another one go two messages, and each wakes who gets it.
+            let is_elsewhere = u32::from(shard != self.own);
+            // Both below one sandbox more.
+            self.loads[shard]
+                .sandboxes()
+                .saturating_mul(4)
+                .saturating_add(2 * is_far + is_elsewhere)
         };
         self.registry.borrow_mut().allocate_by(&want, load)
     }
@@ -121,10 +129,12 @@ mod tests {
     use super::*;
     use mica_storage::LayerId;
 
+    /// As the first of them knows it.
     fn choice(shards: u16, sandboxes_max: u32) -> Choice {
         let shards = ShardCount::new(shards).unwrap();
         // A node for each.
-        Choice::new(shards, sandboxes_max, Loads::new(shards, |shard| shard), 1).unwrap()
+        let loads = Loads::new(shards, |shard| shard);
+        Choice::new(ShardId::new(0), shards, sandboxes_max, loads, 1).unwrap()
     }
 
     #[test]
@@ -194,16 +204,24 @@ mod tests {
             assert_eq!(shard(), with);
         }
         choice.loads().drop_near(with, layer);
-        let drawn: Vec<_> = (0..64).map(|_| shard()).collect();
-        assert!(
-            drawn.contains(&with) && drawn.contains(&without),
-            "the copy is gone: equals again"
-        );
+        for _ in 0..20 {
+            assert_eq!(shard(), without, "the copy is gone, and of equals the own one is chosen");
+        }
         choice.loads().add_near(with, "python", layer);
         choice.show(with, 1);
         for _ in 0..20 {
             assert_eq!(shard(), without);
         }
+    }
+
+    #[test]
+    fn equals_that_are_both_elsewhere_are_drawn() {
+        let choice = choice(3, 300);
+        choice.show(ShardId::new(0), 5);
+        let none = HostSet::default();
+        let drawn: Vec<_> =
+            (0..64).map(|_| choice.choose(&none, "x").unwrap().shard().index()).collect();
+        assert!(drawn.contains(&1) && drawn.contains(&2) && !drawn.contains(&0), "{drawn:?}");
     }
 
     #[test]

@@ -261,8 +261,9 @@ async fn seat_shard(
     let mut seed = [0; 8];
     random(&mut seed).map_err(|error| error.to_string())?;
     let sandboxes_max = base.workshop.config.sandboxes_max;
-    let choice = Choice::new(place.shards, sandboxes_max, loads, u64::from_le_bytes(seed))
-        .map_err(|error| error.to_string())?;
+    let choice =
+        Choice::new(place.id, place.shards, sandboxes_max, loads, u64::from_le_bytes(seed))
+            .map_err(|error| error.to_string())?;
     let shard = Shard::new(place, base.workshop.clone(), pool, ring, choice);
     Ok((Rc::new(shard), templates))
 }
