@@ -12,6 +12,7 @@ use mica_http::{HttpConfig, Keys, Limits};
 use mica_shards::{Accounts, HostConfig, NEVER};
 use mica_storage::FlattenLimits;
 
+use crate::awake::CoreLatency;
 use crate::helper::beside;
 use crate::key::book::KeyPlaces;
 use crate::layout::PlanArgs;
@@ -135,10 +136,11 @@ pub struct ServeArgs {
     /// whatever helps to find a mistake.
     #[arg(short, long, value_name = "LEVEL", default_value_t = 0)]
     verbosity: u8,
-    /// Most microseconds that a core may take to leave its idle state, while the daemon runs; 0: cores do
-    /// not sleep. Default: what the machine is set to. See docs/tuning.md.
-    #[arg(long, value_name = "MICROSECONDS")]
-    cpu_latency_us: Option<u32>,
+    /// Most microseconds that a core may take to leave its idle state. auto: as few as the machine's shallow
+    /// states take, while a shard hands much work over; off: what the machine is set to; a number: always,
+    /// and with 0 cores do not sleep. See docs/tuning.md.
+    #[arg(long, value_name = "auto|off|MICROSECONDS", default_value_t = CoreLatency::Auto)]
+    cpu_latency_us: CoreLatency,
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
@@ -175,8 +177,8 @@ pub struct ServeConfig {
     pub open: bool,
     /// Whether KVM has to be able to run Linux.
     pub needs_usable_kvm: bool,
-    /// How long a core may take to wake, in microseconds.
-    pub cpu_latency_us: Option<u32>,
+    /// How long a core may take to wake.
+    pub cpu_latency: CoreLatency,
 }
 
 impl ServeArgs {
@@ -240,6 +242,8 @@ impl ServeArgs {
             // The keys' file says whose there are.
             accounts: Accounts::new(),
             metrics: self.metrics.is_on(),
+            // See `CoreLatency::hold`.
+            dense_latency_us: None,
         };
         host.check()?;
         let domain = self.domain.map(|domain| checked_domain(&domain)).transpose()?;
@@ -252,8 +256,8 @@ impl ServeArgs {
         let database = self.key_db.unwrap_or_else(|| self.key_file.with_file_name("keys.json"));
         let keys = KeyPlaces { file: self.key_file, database };
         let (tls, plan) = (self.tls, self.plan);
-        let (open, cpu_latency_us) = (self.open, self.cpu_latency_us);
-        Ok(ServeConfig { http, tls, host, plan, keys, open, needs_usable_kvm, cpu_latency_us })
+        let (open, cpu_latency) = (self.open, self.cpu_latency_us);
+        Ok(ServeConfig { http, tls, host, plan, keys, open, needs_usable_kvm, cpu_latency })
     }
 }
 

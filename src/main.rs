@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod awake;
 mod cert;
 mod config;
 mod doctor;

@@ -10,7 +10,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use mica_numa::latency::CpuLatency;
 use mica_shards::StopSignal;
 use mica_storage::Reflink;
 use rustix::io::Errno;
@@ -48,7 +47,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let stop = StopSignal::new().context("cannot make the stop signal")?;
     signals::stop_on_signals(stop.clone())?;
     check_clones(&config.host.store_root)?;
-    let _awake = config.cpu_latency_us.map(hold_latency).transpose()?;
+    let _awake = config.cpu_latency.hold(&mut config.host)?;
     tracing::info!(
         url = format!("http://{}", config.http.listen),
         keys = %config.keys.file.display(),
@@ -82,20 +81,6 @@ pub fn run(args: ServeArgs) -> Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Holds how long cores may take to wake, for as long as the host runs.
-fn hold_latency(limit_us: u32) -> Result<CpuLatency> {
-    if !CpuLatency::has_effect() {
-        tracing::warn!(
-            limit_us,
-            "--cpu-latency-us has no effect: this kernel has no driver for idle states, and halts its cores"
-        );
-    }
-    CpuLatency::hold(limit_us).context(
-        "cannot hold --cpu-latency-us: the kernel takes it through /dev/cpu_dma_latency, which root may \
-         write; leave the option out to go without",
-    )
 }
 
 /// Says at start what a create and a snapshot will cost here.

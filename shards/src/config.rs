@@ -75,6 +75,9 @@ pub struct HostConfig {
     pub accounts: Accounts,
     /// Whether anything is counted and timed.
     pub metrics: bool,
+    /// Most microseconds that a core of the machine may take to wake while a shard hands work over densely.
+    /// `None`: what the machine is set to.
+    pub dense_latency_us: Option<u32>,
 }
 
 /// Most VM processes that one shard may hold ready for one size.
@@ -108,6 +111,7 @@ impl HostConfig {
             memory_reserve_mib: 1024,
             accounts: Accounts::new(),
             metrics: true,
+            dense_latency_us: None,
         }
     }
 
@@ -183,6 +187,7 @@ mod tests {
             memory_reserve_mib: 256,
             accounts: Accounts::new(),
             metrics: true,
+            dense_latency_us: None,
         };
         assert!(good.check().is_ok());
         let bad = [

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mica_numa::io::{Ring, RingConfig};
+use mica_numa::latency::DenseLatency;
 use mica_numa::mailbox::{Inbox, Mailbox, mailbox};
 use mica_numa::rt;
 use mica_numa::seat::{self, SeatError};
@@ -264,7 +265,11 @@ async fn seat_shard(
     let choice =
         Choice::new(place.id, place.shards, sandboxes_max, loads, u64::from_le_bytes(seed))
             .map_err(|error| error.to_string())?;
-    let shard = Shard::new(place, base.workshop.clone(), pool, ring, choice);
+    let limit_us = base.workshop.config.dense_latency_us;
+    let awake = limit_us.map(DenseLatency::new).transpose();
+    let awake =
+        awake.map_err(|error| format!("/dev/cpu_dma_latency: {error}"))?.unwrap_or_default();
+    let shard = Shard::new(place, base.workshop.clone(), pool, ring, choice, awake);
     Ok((Rc::new(shard), templates))
 }
 

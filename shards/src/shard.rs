@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use mica_numa::io::Ring;
+use mica_numa::latency::DenseLatency;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 use mica_units::{GuestPort, SandboxId, ShardCount, ShardId, TenantId};
@@ -83,6 +84,8 @@ pub(crate) struct Shard {
     pub(crate) librarian: ShardId,
     /// What it counts.
     pub(crate) metrics: Metrics,
+    /// Keeps cores awake while much is handed over.
+    pub(crate) awake: DenseLatency,
     /// When it started.
     pub(crate) begun: Instant,
     /// How busy it was, when somebody looked last.
@@ -112,6 +115,7 @@ impl Shard {
         pool: Rc<Pool>,
         ring: Rc<Ring>,
         choice: Choice,
+        awake: DenseLatency,
     ) -> Self {
         let replicas = Replicas::new(memory_node, workshop.config.replica_budget_bytes());
         Self {
@@ -122,6 +126,7 @@ impl Shard {
             librarian,
             metrics: Metrics::new(workshop.config.metrics, shards),
             begun: Instant::now(),
+            awake,
             busy: RefCell::new(Rising::new(rt::stats().busy)),
             seen: RefCell::default(),
             replicas,

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use mica_numa::idle::IdleStates;
+
 use super::probe::Probed;
 use crate::kvm_kind::KvmKind;
 
@@ -26,7 +28,7 @@ pub struct Facts {
     pub smt_active: Option<bool>,
     /// How many processors each governor has.
     pub governors: BTreeMap<String, usize>,
-    pub idle: Idle,
+    pub idle: IdleStates,
     /// Whether this is a virtual machine.
     pub is_guest: bool,
     pub cpus: usize,
@@ -40,15 +42,6 @@ pub struct Facts {
     pub store: Store,
     pub cgroup: Cgroup,
     pub probed: Probed,
-}
-
-/// How processors idle.
-#[derive(Debug, Default)]
-pub struct Idle {
-    /// The state that takes longest to leave, of those that are on, and how long in microseconds.
-    pub deepest: Option<(String, u64)>,
-    /// For how long a guest polls before it halts, in nanoseconds, where the halting is the hypervisor's.
-    pub halt_poll_ns: Option<u64>,
 }
 
 /// A resource limit in bytes or files; `None` is none.
@@ -117,7 +110,7 @@ impl Facts {
             nx_huge_pages: tree.text("sys/module/kvm/parameters/nx_huge_pages"),
             smt_active: tree.number("sys/devices/system/cpu/smt/active").map(|active| active != 0),
             governors,
-            idle: tree.idle(),
+            idle: IdleStates::read(tree.0),
             is_guest: cpuinfo.split_whitespace().any(|flag| flag == "hypervisor"),
             cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
             nodes: tree.nodes(),
@@ -171,25 +164,6 @@ impl Tree<'_> {
             }
         }
         governors
-    }
-
-    /// Of the first processor: the others have the same.
-    fn idle(&self) -> Idle {
-        let base = "sys/devices/system/cpu/cpu0/cpuidle";
-        let states = self.names(base).into_iter().filter_map(|state| {
-            let of = |name: &str| format!("{base}/{state}/{name}");
-            let is_off = self.number(&of("disable")) == Some(1);
-            let latency_us = self.number(&of("latency"))?;
-            (!is_off).then_some((self.text(&of("name")).unwrap_or(state), latency_us))
-        });
-        let driver = self.text("sys/devices/system/cpu/cpuidle/current_driver");
-        let polled = "sys/module/haltpoll/parameters/guest_halt_poll_ns";
-        Idle {
-            deepest: states.max_by_key(|(_, latency_us)| *latency_us),
-            halt_poll_ns: driver
-                .filter(|driver| driver == "haltpoll")
-                .and_then(|_| self.number(polled)),
-        }
     }
 
     fn nodes(&self) -> usize {

@@ -2,14 +2,10 @@
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
+use mica_numa::idle::{C1_LATENCY_US, LATENCY_US_MAX};
+
 use super::facts::Facts;
 use super::finding::Finding;
-
-/// Leaving an idle state costs no more than what is done then.
-const LATENCY_US_MAX: u64 = 10;
-
-/// What C1 of Intel's and AMD's server processors is left in, by the tables of intel_idle and the ACPI of most.
-const C1_LATENCY_US: u64 = 2;
 
 /// The findings of this family.
 pub fn judge(facts: &Facts) -> Vec<Finding> {
@@ -99,7 +95,7 @@ fn idle(facts: &Facts) -> Finding {
     Finding::note(check, found)
         .costs(
             "whatever crosses cores waits for the one that sleeps: a request to another shard once, one to a \
-             guest's server twice",
+             guest's server twice; `mica serve` keeps cores awake while a shard hands much over",
         )
-        .mend(format!("mica serve --cpu-latency-us {limit_us}; it takes power"))
+        .mend(format!("mica serve --cpu-latency-us {limit_us}: always; it takes power"))
 }

@@ -84,6 +84,7 @@ pub fn run(store: &Path, name: &str, args: &WarmArgs) -> Result<()> {
         memory_reserve_mib: 0,
         accounts: mica_shards::Accounts::new(),
         metrics: false,
+        dense_latency_us: None,
     };
     let wish = PlanConfig { shards: Shards::Total(1), ..PlanConfig::default() };
     let machine = topology::read().context("cannot read the machine")?;

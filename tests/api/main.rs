@@ -10,6 +10,7 @@
     reason = "a test says what it expected and stops there"
 )]
 
+mod awake;
 mod bad_input;
 mod builds;
 mod client;

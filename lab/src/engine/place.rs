@@ -148,6 +148,7 @@ impl Places {
             // The floor's bare calls hold a shard up on purpose; a watchdog would interrupt them, and make the
             // floor look higher than it is.
             metrics: false,
+            dense_latency_us: None,
         }
     }
 

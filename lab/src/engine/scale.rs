@@ -51,7 +51,7 @@ pub struct Config {
     /// How long an idle daemon is watched.
     pub idle: Duration,
     /// The daemons' `--cpu-latency-us`.
-    pub cpu_latency_us: Option<u32>,
+    pub cpu_latency: Option<String>,
 }
 
 /// One figure.
@@ -72,8 +72,9 @@ pub struct Figure {
 /// # Errors
 /// When a daemon does not come up, or answers anything but success.
 pub fn measure(config: &Config) -> Result<Vec<Figure>> {
-    let start =
-        |shards| Daemon::start_with(&config.mica, &config.standin, shards, config.cpu_latency_us);
+    let start = |shards| {
+        Daemon::start_with(&config.mica, &config.standin, shards, config.cpu_latency.as_deref())
+    };
     let (one, two) = (start(1)?, start(2)?);
     let handed_over = handover::p50()?.map(|took| figure("hand_over_p50", us(took), "us", None));
     let mut found: Vec<Figure> = handed_over.into_iter().collect();

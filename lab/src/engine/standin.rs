@@ -53,7 +53,7 @@ impl Daemon {
         Self::start_with(mica, standin, shards, None)
     }
 
-    /// The same, with so many microseconds of `--cpu-latency-us`.
+    /// The same, with that `--cpu-latency-us`.
     ///
     /// # Errors
     /// When it does not come to listen.
@@ -61,9 +61,9 @@ impl Daemon {
         mica: &Path,
         standin: &Path,
         shards: u16,
-        cpu_latency_us: Option<u32>,
+        cpu_latency: Option<&str>,
     ) -> Result<Self> {
-        let latency = cpu_latency_us.map(|us| format!("--cpu-latency-us={us}"));
+        let latency = cpu_latency.map(|said| format!("--cpu-latency-us={said}"));
         let standin = fs::canonicalize(standin).context("--standin")?;
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-bench-standin-{}-{number}", std::process::id());

@@ -248,6 +248,8 @@ impl Host {
     ) -> Result<GuestStream, ConnectError> {
         let held = kept.as_ref().map(|kept| kept.epoch);
         let owner = self.owner(id);
+        // Four times, if one counts: to the VM process, to the guest, and back.
+        self.0.shard.awake.handed_over();
         let asked = if owner == self.shard() {
             // Past what takes the room of every operation: of all that is asked this is asked most.
             Ok(Reply::Stream(self.0.shard.connect(id, port, &visitor, held).await))
@@ -411,6 +413,7 @@ struct Pending<'h> {
 impl Pending<'_> {
     async fn reply(self) -> Result<Reply, ShardError> {
         if self.at_hand {
+            self.host.0.shard.awake.handed_over();
             let take = |answer| self.host.answered(answer);
             let over = || self.receiver.is_over();
             self.host.0.lookout.watch(WATCH_FOR_ANSWER, take, over).await;

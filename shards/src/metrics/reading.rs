@@ -92,6 +92,7 @@ impl Shard {
             into.push(Sample::count(&table::EXECUTOR_STALLS, [], stalls.count()));
             into.push(Sample::new(&table::EXECUTOR_STALLED, [], real(stalls.total())));
         }
+        into.push(Sample::new(&table::CORES_AWAKE, [], real(self.awake.held())));
     }
 
     async fn used_by_all(&self) -> proc::Use {

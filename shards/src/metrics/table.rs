@@ -315,6 +315,16 @@ pub(crate) static EXECUTOR_STALLED: Family = shard(
     &[],
 );
 
+/// What hand-overs cost in power.
+pub(crate) static CORES_AWAKE: Family = shard(
+    "mica_cores_kept_awake_seconds_total",
+    Kind::Counter,
+    "seconds",
+    "How long the shard kept the machine's cores from deep idle states, as it handed much over. \
+     See --cpu-latency-us.",
+    &[],
+);
+
 /// Memory.
 pub(crate) static NODE_MEMORY: Family =
     host("mica_node_memory_bytes", Kind::Gauge, "bytes", "Memory of a node.", &["node"]);
@@ -385,6 +395,7 @@ pub static FAMILIES: &[&Family] = &[
     &EXECUTOR_RUNS,
     &EXECUTOR_STALLS,
     &EXECUTOR_STALLED,
+    &CORES_AWAKE,
     &NODE_MEMORY,
     &NODE_FREE,
     &DISK_COPIES,

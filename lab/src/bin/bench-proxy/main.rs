@@ -36,8 +36,8 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     shards: u16,
     /// The daemon's `--cpu-latency-us`.
-    #[arg(long, value_name = "MICROSECONDS")]
-    cpu_latency_us: Option<u32>,
+    #[arg(long, value_name = "auto|off|MICROSECONDS")]
+    cpu_latency_us: Option<String>,
     /// Requests of each kind, taken in turns. The first tenth warms up.
     #[arg(long, default_value_t = 5000)]
     requests: usize,
@@ -89,7 +89,7 @@ fn main() -> Result<()> {
 }
 
 fn start(args: &Args) -> Result<Daemon> {
-    Daemon::start_with(&args.mica, &args.standin, args.shards, args.cpu_latency_us)
+    Daemon::start_with(&args.mica, &args.standin, args.shards, args.cpu_latency_us.as_deref())
 }
 
 /// A new daemon each time: one that held more before would hide what it takes. What is over the bound, if it is.

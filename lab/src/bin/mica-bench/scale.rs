@@ -21,8 +21,8 @@ pub struct ScaleArgs {
     #[arg(long, value_name = "FILE")]
     standin: Option<PathBuf>,
     /// The daemons' `--cpu-latency-us`.
-    #[arg(long, value_name = "MICROSECONDS")]
-    cpu_latency_us: Option<u32>,
+    #[arg(long, value_name = "auto|off|MICROSECONDS")]
+    cpu_latency_us: Option<String>,
     /// Write the results to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -47,7 +47,7 @@ pub fn run(args: &ScaleArgs) -> Result<()> {
         creates,
         pairs,
         idle: Duration::from_secs(if args.quick { 2 } else { 20 }),
-        cpu_latency_us: args.cpu_latency_us,
+        cpu_latency: args.cpu_latency_us.clone(),
     })?;
     print(&scale::table(&figures)?)?;
     if let Some(path) = &args.json {
