@@ -13,6 +13,9 @@ use mica_numa::idle::IdleStates;
 use super::probe::Probed;
 use crate::kvm_kind::KvmKind;
 
+/// The bit of the right to go above hard limits: linux/capability.h.
+const CAP_SYS_RESOURCE: u32 = 24;
+
 /// A machine, as far as Mica cares.
 #[derive(Debug)]
 pub struct Facts {
@@ -20,6 +23,8 @@ pub struct Facts {
     /// As `uname -r` has it.
     pub kernel: Option<String>,
     pub is_root: Option<bool>,
+    /// Whether it has CAP_SYS_RESOURCE: what root of a container may lack.
+    pub may_raise_limits: Option<bool>,
     pub io_uring_disabled: Option<u64>,
     pub memlock: Option<Limit>,
     pub open_files: Option<Limit>,
@@ -95,6 +100,7 @@ impl Facts {
     #[must_use]
     pub fn read(root: &Path, store: &Path, cgroup: &Path, probed: Probed) -> Self {
         let tree = Tree(root);
+        let status = tree.text("proc/self/status");
         let mounts = tree.text("proc/self/mountinfo").map(|text| mounts(&text)).unwrap_or_default();
         let limits = tree.text("proc/self/limits").unwrap_or_default();
         let cpuinfo = tree.text("proc/cpuinfo").unwrap_or_default();
@@ -102,7 +108,8 @@ impl Facts {
         Self {
             kvm: KvmKind::from(&cpuinfo, probed.kvm_device),
             kernel: tree.text("proc/sys/kernel/osrelease"),
-            is_root: tree.text("proc/self/status").and_then(|status| is_root(&status)),
+            is_root: status.as_deref().and_then(is_root),
+            may_raise_limits: status.as_deref().and_then(may_raise_limits),
             io_uring_disabled: tree.number("proc/sys/kernel/io_uring_disabled"),
             memlock: limit(&limits, "Max locked memory"),
             open_files: limit(&limits, "Max open files"),
@@ -261,6 +268,12 @@ fn limit(limits: &str, name: &str) -> Option<Limit> {
         number => number.parse().ok().map(Some),
     };
     Some(Limit { soft: value()?, hard: value()? })
+}
+
+fn may_raise_limits(status: &str) -> Option<bool> {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let effective = u64::from_str_radix(effective.trim(), 16).ok()?;
+    Some(effective >> CAP_SYS_RESOURCE & 1 == 1)
 }
 
 fn is_root(status: &str) -> Option<bool> {

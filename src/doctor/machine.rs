@@ -137,19 +137,21 @@ fn memlock(facts: &Facts) -> Finding {
             .mend(format!("{MOUNT_PROC}; ulimit -l"));
     };
     let is_enough = hard.is_none_or(|hard| hard >= wanted);
-    match (is_enough, facts.is_root) {
+    match (is_enough, facts.may_raise_limits) {
         (true, _) => {
             Finding::ok("memlock", format!("{}; {wanted} bytes are needed at most", shown(hard)))
         }
-        // Root may raise it, and `mica serve` does.
         (false, Some(true)) => {
-            Finding::ok("memlock", format!("{} bytes; `mica serve` raises it as root", shown(hard)))
+            Finding::ok("memlock", format!("{} bytes; `mica serve` raises it", shown(hard)))
         }
-        (false, _) => {
-            Finding::fail("memlock", format!("{} bytes, {wanted} may be needed", shown(hard)))
-                .costs("rings and I/O buffers cannot be pinned, and no shard starts")
-                .mend("LimitMEMLOCK=infinity in the unit file, or run as root")
-        }
+        (false, _) => Finding::fail(
+            "memlock",
+            format!("{} bytes, {wanted} may be needed", shown(hard)),
+        )
+        .costs("rings and I/O buffers cannot be pinned, and no shard starts")
+        .mend(
+            "LimitMEMLOCK=infinity in the unit file, or run with CAP_SYS_RESOURCE, as root has it",
+        ),
     }
 }
 
@@ -162,7 +164,7 @@ fn open_files(facts: &Facts) -> Finding {
     let wanted = preflight::OPEN_FILES;
     // Nobody can be given more than this, root neither.
     let ceiling = facts.nr_open.unwrap_or(wanted);
-    let reached = match facts.is_root {
+    let reached = match facts.may_raise_limits {
         Some(true) => ceiling.min(wanted),
         _ => hard.map_or(ceiling, |hard| hard.min(ceiling)),
     };
@@ -174,7 +176,9 @@ fn open_files(facts: &Facts) -> Finding {
     let mend = if ceiling < wanted {
         format!("sysctl fs.nr_open={wanted}; LimitNOFILE={wanted} in the unit file")
     } else {
-        format!("LimitNOFILE={wanted} in the unit file, or run as root")
+        format!(
+            "LimitNOFILE={wanted} in the unit file, or run with CAP_SYS_RESOURCE, as root has it"
+        )
     };
     let finding = if reached < FILES_MIN {
         Finding::warn("open files", found)

@@ -49,7 +49,7 @@ const GOOD: &[(&str, &str)] = &[
     ("proc/sys/kernel/io_uring_disabled", "0\n"),
     ("proc/sys/kernel/numa_balancing", "0\n"),
     ("proc/sys/fs/nr_open", "1073741816\n"),
-    ("proc/self/status", "Name:\tmica\nUid:\t0\t0\t0\t0\n"),
+    ("proc/self/status", "Name:\tmica\nUid:\t0\t0\t0\t0\nCapEff:\t000001ffffffffff\n"),
     (
         "proc/self/limits",
         "Limit                     Soft Limit           Hard Limit           Units     \n\
@@ -111,7 +111,7 @@ const BAD: &[(&str, &str)] = &[
     ("proc/sys/kernel/io_uring_disabled", "2\n"),
     ("proc/sys/kernel/numa_balancing", "1\n"),
     ("proc/sys/fs/nr_open", "8192\n"),
-    ("proc/self/status", "Name:\tmica\nUid:\t1000\t1000\t1000\t1000\n"),
+    ("proc/self/status", "Name:\tmica\nUid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\n"),
     (
         "proc/self/limits",
         "Limit                     Soft Limit           Hard Limit           Units     \n\
@@ -231,6 +231,14 @@ fn what_mends_a_thing_is_a_command() {
         facts.store.disk.as_mut().unwrap().is_rotational = Some(false);
         facts.is_root = None;
     });
+    // Root of a container, whose limits are the container's.
+    let bounded = with("bounded", |facts| {
+        (facts.is_root, facts.may_raise_limits) = (Some(true), Some(false));
+        facts.open_files = Some(Limit { soft: Some(1024), hard: Some(20_000) });
+        facts.nr_open = Some(1 << 20);
+    });
+    let found = |check| bounded.iter().find(|finding| finding.check == check).unwrap();
+    assert!(found("open files").found.starts_with("20000 of"), "{:?}", found("open files"));
     let [nested, serve, pool, mkfs, format, doctor, proc, apt] = COMMANDS;
     for (findings, check, command) in [
         (&other, "kvm", nested),
