@@ -3,23 +3,22 @@
 //! Called by the benchmark's program. Refuses every answer but the one expected.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::client::Client;
 use super::floor::Floor;
 use super::place::{Places, TEMPLATE};
 use super::series::Book;
 use crate::bench::phases::Before;
+use crate::served::{Serve, Served};
 
 /// Shells that the daemon keeps.
 const POOL: usize = 8;
-/// Longest wait for the daemon.
+/// Longest wait for the daemon to come to rest.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// For so long no VM process may have run before a round begins.
 const QUIET: Duration = Duration::from_millis(10);
@@ -68,50 +67,25 @@ pub fn creates(
 
 /// `mica serve` on the store of the benchmark.
 struct Daemon {
-    child: Child,
-    address: SocketAddr,
-    keys: PathBuf,
+    served: Served,
     cgroup: PathBuf,
 }
 
 impl Daemon {
     fn start(places: &Places, mica: &Path) -> Result<Self> {
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let keys = places.root().join("keys");
-        let mut command = Command::new(mica);
-        command
-            .args(["serve", "--accept-unusable-kvm", "--without-cgroup-limits", "--shards", "1"])
-            .args(["--listen", &address.to_string()])
-            .args(["--pool-min", &POOL.to_string(), "--pool-max", &POOL.to_string()])
-            .args(["--uid-first", "700000"])
-            .arg("--store")
-            .arg(places.store())
-            .arg("--key-file")
-            .arg(&keys)
-            .arg("--cgroup-root")
-            .arg(&places.cgroup)
-            .arg("--vm-program")
-            .arg(places.vm_program())
-            .env("MICA_LOG", "error")
-            .stdin(Stdio::null());
-        let child = command.spawn().with_context(|| format!("run {}", mica.display()))?;
-        let mut daemon = Self { child, address, keys, cgroup: places.cgroup.clone() };
-        let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(daemon.address).is_err() {
-            if let Some(status) = daemon.child.try_wait()? {
-                bail!("mica serve ended with {status}");
-            }
-            ensure!(Instant::now() < deadline, "mica serve does not listen");
-            thread::sleep(QUIET);
-        }
-        Ok(daemon)
+        let (store, keys) = (places.store(), places.root().join("keys"));
+        let (cgroup, vm_program) = (&places.cgroup, places.vm_program());
+        let serve = Serve { mica, store: &store, keys: &keys, cgroup, vm_program };
+        let pool = POOL.to_string();
+        let options = [
+            &["--accept-unusable-kvm", "--without-cgroup-limits", "--shards", "1"][..],
+            &["--pool-min", &pool, "--pool-max", &pool, "--uid-first", "700000"],
+        ];
+        Ok(Self { served: Served::start(&serve, options.concat())?, cgroup: cgroup.clone() })
     }
 
     fn client(&self) -> Result<Client> {
-        let keys = fs::read_to_string(&self.keys).context("read the keys")?;
-        let key = keys.lines().find(|line| !line.is_empty() && !line.starts_with('#'));
-        let key = key.context("no key")?.trim();
-        Client::open(self.address, &[("X-API-Key", key), ("Content-Type", "application/json")])
+        self.served.client(&[("Content-Type", "application/json")])
     }
 
     /// Waits until the pool is full and no VM process does anything.
@@ -129,30 +103,6 @@ impl Daemon {
             ensure!(begun.elapsed() < PATIENCE, "the daemon's pool does not come to rest");
             last = used;
             thread::sleep(QUIET);
-        }
-    }
-
-    /// Asks it to stop, and waits for a bounded time.
-    fn stop(&mut self) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        rustix::process::kill_process(pid.context("no number")?, rustix::process::Signal::TERM)?;
-        let deadline = Instant::now() + PATIENCE;
-        while self.child.try_wait()?.is_none() {
-            if Instant::now() > deadline {
-                self.child.kill()?;
-                self.child.wait()?;
-                bail!("mica serve did not end in time and was killed");
-            }
-            thread::sleep(QUIET);
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if let Err(error) = self.stop() {
-            eprintln!("mica-bench: {error:#}");
         }
     }
 }

@@ -4,15 +4,13 @@
 //! leave anything behind.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use mica_storage::{
     BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
     run_blocking,
@@ -20,6 +18,7 @@ use mica_storage::{
 use mica_units::{Mebibytes, TemplateName, VcpuCount, frames_of};
 
 use super::client::Client;
+use crate::served::{Places, Serve, Served};
 
 const TEMPLATE: &str = "base";
 const MEMORY: Mebibytes = Mebibytes::new(16);
@@ -27,21 +26,17 @@ const DISK_BYTES: usize = 1 << 20;
 /// A state of the stand-in: its magic, and that it was stopped once.
 const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
 
-/// How long the daemon may take to listen, and to end.
-const PATIENCE: Duration = Duration::from_secs(60);
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
-
 /// How many daemons this process has started: each has places of its own.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
 /// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
-    child: Child,
+    served: Served,
     /// Where it listens.
     pub address: SocketAddr,
-    directory: PathBuf,
-    cgroup: PathBuf,
+    /// Goes after the daemon.
+    _places: Places,
 }
 
 impl Daemon {
@@ -64,45 +59,32 @@ impl Daemon {
         cpu_latency: Option<&str>,
     ) -> Result<Self> {
         let latency = cpu_latency.map(|said| format!("--cpu-latency-us={said}"));
+        Self::start_more(mica, standin, shards, latency.as_deref().as_slice())
+    }
+
+    /// The same, with these options more of `mica serve`.
+    ///
+    /// # Errors
+    /// When it does not come to listen.
+    pub fn start_more(mica: &Path, standin: &Path, shards: u16, more: &[&str]) -> Result<Self> {
         let standin = fs::canonicalize(standin).context("--standin")?;
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-bench-standin-{}-{number}", std::process::id());
-        let directory = std::env::temp_dir().join(&name);
-        fs::create_dir(&directory).context("cannot make a directory")?;
-        make_template(&directory)?;
-        let script = directory.join("vm");
+        let places = Places::make(std::env::temp_dir().join(&name))?;
+        make_template(&places.directory)?;
+        let script = places.path("vm");
         let text = format!("#!/bin/sh\nexec '{}' --builtin-agent \"$@\"\n", standin.display());
         fs::write(&script, text)?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let cgroup = cgroup_mount()?.join(&name);
-        let child = Command::new(mica)
-            .args(["serve", "--without-cgroup-limits", "--pool-min", "0", "--pool-max", "0"])
-            .args(["--connections-max", "100000", "--drain", "1"])
-            .args(["--shards", &shards.to_string(), "--listen", &address.to_string()])
-            .arg("--store")
-            .arg(directory.join("store"))
-            .arg("--key-file")
-            .arg(directory.join("keys"))
-            .arg("--cgroup-root")
-            .arg(&cgroup)
-            .arg("--vm-program")
-            .arg(script)
-            .args(latency)
-            .env("MICA_LOG", "error")
-            .stdin(Stdio::null())
-            .spawn()
-            .with_context(|| format!("cannot run {}", mica.display()))?;
-        let mut daemon = Self { child, address, directory, cgroup };
-        let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(address).is_err() {
-            if let Some(status) = daemon.child.try_wait()? {
-                bail!("mica serve ended with {status}");
-            }
-            ensure!(Instant::now() < deadline, "mica serve does not listen");
-            thread::sleep(LOOK_AGAIN);
-        }
-        Ok(daemon)
+        let (store, keys) = (places.path("store"), places.path("keys"));
+        let cgroup = &places.cgroup;
+        let serve = Serve { mica, store: &store, keys: &keys, cgroup, vm_program: &script };
+        let shards = shards.to_string();
+        let usual =
+            ["--without-cgroup-limits", "--pool-min", "0", "--pool-max", "0", "--drain", "1"];
+        let ours = ["--connections-max", "100000", "--shards", &shards];
+        let served = Served::start(&serve, [&usual[..], &ours, more].concat())?;
+        Ok(Self { address: served.address, served, _places: places })
     }
 
     /// A connection to its API, with its key.
@@ -110,8 +92,7 @@ impl Daemon {
     /// # Errors
     /// When nobody listens.
     pub fn client(&self) -> Result<Client> {
-        let keys = fs::read_to_string(self.directory.join("keys")).context("no key file")?;
-        Client::open(self.address, &[("X-API-Key", keys.trim())])
+        self.served.client(&[])
     }
 
     /// Makes a sandbox and gives its id.
@@ -127,7 +108,7 @@ impl Daemon {
     /// # Errors
     /// When it has ended.
     pub fn resident_bytes(&self) -> Result<(u64, u64)> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let status = fs::read_to_string(format!("/proc/{}/status", self.served.process().pid))?;
         let bytes = |name: &'static str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
@@ -142,7 +123,7 @@ impl Daemon {
     /// # Errors
     /// When it has ended.
     pub fn threads(&self) -> Result<Vec<(String, Duration)>> {
-        let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.served.process().pid));
         let mut threads = Vec::new();
         for task in fs::read_dir(tasks)?.flatten() {
             // One may end while they are looked at.
@@ -160,22 +141,7 @@ impl Daemon {
     /// # Errors
     /// When it has ended.
     pub fn ran(&self) -> Result<Duration> {
-        Ok(self.threads()?.iter().map(|(_, ran)| *ran).sum())
-    }
-
-    fn stop(&mut self) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        rustix::process::kill_process(pid.context("no number")?, rustix::process::Signal::TERM)?;
-        let deadline = Instant::now() + PATIENCE;
-        while self.child.try_wait()?.is_none() {
-            if Instant::now() > deadline {
-                self.child.kill()?;
-                self.child.wait()?;
-                bail!("mica serve did not end in time and was killed");
-            }
-            thread::sleep(LOOK_AGAIN);
-        }
-        Ok(())
+        self.served.process().cpu()
     }
 }
 
@@ -188,27 +154,6 @@ pub fn create(client: &mut Client) -> Result<String> {
     let answer = client.call("POST", "/sandboxes", body.as_bytes(), 201)?;
     let made: serde_json::Value = serde_json::from_slice(&answer).context("no JSON")?;
     Ok(made["sandboxID"].as_str().context("no sandbox")?.to_owned())
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if let Err(error) = self.stop() {
-            eprintln!("the daemon of the benchmark: {error:#}");
-        }
-        // The daemon removes what is inside; the directories are ours.
-        drop(fs::remove_dir(&self.cgroup));
-        drop(fs::remove_dir_all(&self.directory));
-    }
-}
-
-fn cgroup_mount() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    mounts
-        .lines()
-        .map(|line| line.split(' ').collect::<Vec<_>>())
-        .find(|fields| fields.get(2) == Some(&"cgroup2"))
-        .and_then(|fields| fields.get(1).map(PathBuf::from))
-        .context("cgroup v2 is not mounted")
 }
 
 /// A template that the stand-in takes for one, with a snapshot that sandboxes start from.
