@@ -158,11 +158,14 @@ def test_the_registrys_report_is_as_the_engines_and_is_compared(tmp_path):
     assert ran.returncode == 0, ran.stderr
     found = json.loads(report.read_text())
     assert (found["format"], found["version"], found["command"]) == ("mica-bench", 1, "registry")
-    assert (found["options"], found["complete"]) == ({"batches": 3}, True) and found["host"]["cores"] > 0
+    assert (found["options"], found["complete"]) == ({"batches": 3, "rounds": 9}, True) and found["host"]["cores"] > 0
     rows = {row["op"]: row for row in found["results"]}
     assert len(rows) == 11
     for op, row in rows.items():
         assert (row["n"], row["success"], row["failed"], row["errors"]) == (3, 3, 0, []), row
+        # A choice takes nothing of the allocator; of anything else that is not counted.
+        of_choices = "Allocate" in op and "Parallel" not in op
+        assert row["allocations"] == (0 if of_choices else None) and len(row["of_rounds"]) == 3, row
         times = [row[f"{name}_ns"] for name in ("min", "p50", "p90", "p95", "p99", "max")]
         assert 0 < times[0] and times == sorted(times) and times[0] <= row["avg_ns"] <= times[-1], row
         seed = row["seed"]
@@ -170,7 +173,7 @@ def test_the_registrys_report_is_as_the_engines_and_is_compared(tmp_path):
         assert op in ran.stdout
     assert rows["BenchmarkRegistryAllocate"]["seed"]["avg_ns"] == 1312
     by_its_old_name = mica_bench("registry", "--batches", "1", "--json", worse)
-    assert by_its_old_name.returncode == 0 and json.loads(worse.read_text())["options"] == {"batches": 1}
+    assert by_its_old_name.returncode == 0 and json.loads(worse.read_text())["options"]["batches"] == 1
     same = mica_bench("compare", report, report)
     assert same.returncode == 0 and "BenchmarkRegistryRelease" in same.stdout, same.stderr
     rows["BenchmarkRegistryRelease"]["p95_ns"] *= 2

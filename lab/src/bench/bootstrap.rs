@@ -67,7 +67,9 @@ fn drawn(blocks: &[Block], random: &mut Random) -> Option<f64> {
     Some(median(b)? / a)
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+/// The middle one, or between the middle two. `None` of none.
+#[must_use]
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
     let middle = values.len() / 2;
     values.sort_by(f64::total_cmp);
     let upper = *values.get(middle)?;

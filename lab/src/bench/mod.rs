@@ -2,8 +2,8 @@
 //!
 //! Called by `mica bench`. `host` is the host, as a client sees it; `load` is many clients at once; each module of
 //! `tables` measures one table and fills a `table` with `row`s. `document` is the report that a run leaves,
-//! `compare` and `ab` hold two of them against each other. Refuses to judge except in `compare`, by the
-//! thresholds it is given.
+//! `compare` and `ab` hold two of them against each other, `promises` holds one against what the project promises.
+//! Nothing else judges. Refuses to be more than a client of what it measures.
 
 pub mod bootstrap;
 pub mod compare;
@@ -16,6 +16,7 @@ pub mod html;
 pub mod inside;
 pub mod load;
 pub mod phases;
+pub mod promises;
 pub mod row;
 pub mod seeds;
 pub mod side;

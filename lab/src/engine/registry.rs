@@ -1,11 +1,9 @@
-//! What the registry's operations cost: the work of each benchmark, and the table of a run.
+//! What the registry's operations cost: the work of each benchmark.
 //!
-//! Called by `mica bench registry`, by `benches/registry.rs` and by the test that holds how a choice grows.
-//! Names and sizes are those of Fast Sandbox's own benchmarks, so that rows can be laid side by side; its figures
-//! stand beside ours, and are of other hardware. Refuses to time less than a batch: one operation is shorter than
-//! reading the clock.
+//! Called by `registry_report`, which times it for `mica bench registry`, by `benches/registry.rs`, and by
+//! `bench-allocations`. Names and sizes are those of Fast Sandbox's own benchmarks, so that rows can be laid side by
+//! side. Refuses to time less than a batch: one operation is shorter than reading the clock.
 
-use std::fmt::Write as _;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Barrier, PoisonError, RwLock};
@@ -15,22 +13,16 @@ use anyhow::{Context, Result, ensure};
 use mica_shards::registry::{
     HostNumber, HostStatus, Ports, Registry, Report, TemplateKey, Ticket, Want,
 };
-use serde_json::{Value, json};
-
-use crate::bench::document::Document;
-use crate::bench::row::{number, tenth};
 
 /// Slots of each host.
 const SLOTS: u32 = 100;
 /// Templates that there are; every host has half of them.
 const TEMPLATES: usize = 10;
 /// Operations between two looks at the clock: fewer than the smaller pool has slots for.
-const BATCH: usize = 2000;
+pub const BATCH: usize = 2000;
 /// Ports that sandboxes ask for, two at a time: so few that at the end of a batch each is taken on 40 of the 50
 /// hosts of the smaller pool that have the template.
 const PORTS: u16 = 100;
-/// What the figures beside ours were measured on.
-const SEED_MACHINE: &str = "Apple M4 Pro, Go";
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,6 +261,18 @@ fn parallel(hosts: u16, count: usize) -> Result<Duration> {
 }
 
 impl Work {
+    /// Operations of one batch: looking at a thousand hosts is itself a batch.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        if self.kind == Kind::GetAll { 50 } else { BATCH }
+    }
+
+    /// Whether it is a choice by one thread, of which it is told what it takes of the allocator.
+    #[must_use]
+    pub fn is_choice(&self) -> bool {
+        matches!(self.kind, Kind::Allocate | Kind::AllocateWithPorts | Kind::AllocateNoMatch)
+    }
+
     /// Does it `count` times; the time that the operations themselves took.
     ///
     /// # Errors
@@ -282,164 +286,5 @@ impl Work {
             left -= now;
         }
         Ok(total)
-    }
-}
-
-/// What one benchmark found: ns for each operation, a figure for each batch, sorted.
-#[derive(Debug)]
-pub struct Found {
-    work: Work,
-    batch: usize,
-    times_ns: Vec<f64>,
-}
-
-impl Found {
-    /// The time that `percent` of a hundred batches stay at or below.
-    #[must_use]
-    pub fn at(&self, percent: usize) -> f64 {
-        let rank = (self.times_ns.len() * percent).div_ceil(100).max(1) - 1;
-        self.times_ns.get(rank).copied().unwrap_or_default()
-    }
-}
-
-/// Measures one benchmark over so many batches.
-///
-/// # Errors
-/// When an operation fails.
-pub fn measure(work: Work, batches: usize) -> Result<Found> {
-    let mut pool = Pool::new(work.hosts)?;
-    // Looking at a thousand hosts is itself a batch.
-    let batch = if work.kind == Kind::GetAll { 50 } else { BATCH };
-    let mut times_ns = Vec::with_capacity(batches);
-    for round in 0..=batches {
-        let time = work.run(&mut pool, u64::try_from(batch)?)?;
-        // The first one touches the memory.
-        if round > 0 {
-            times_ns.push(time.as_secs_f64() * 1e9 / f64::from(u32::try_from(batch)?));
-        }
-    }
-    times_ns.sort_unstable_by(f64::total_cmp);
-    Ok(Found { work, batch, times_ns })
-}
-
-/// As programs read it, and `mica bench compare` does: a report as that of the engine. `host` is the machine.
-#[must_use]
-pub fn document(found: &[Found], options: &Value, host: Value) -> Document {
-    let mut document = Document::new("registry", options, &[]);
-    document.0["host"] = host;
-    document.0["results"] = found.iter().map(row).collect();
-    document
-}
-
-/// The fields of the engine's rows, in nanoseconds: its microseconds would hide what differs.
-fn row(found: &Found) -> Value {
-    let n = found.times_ns.len();
-    let mean = found.times_ns.iter().sum::<f64>() / number(n.max(1));
-    json!({
-        "op": found.work.name,
-        "case": "",
-        "concurrency": 1,
-        "n": n,
-        "success": n,
-        "failed": 0,
-        "errors": [],
-        "floor_p50_ns": null,
-        "wall_ns": null,
-        "per_op_ns": null,
-        "throughput_per_s": null,
-        "min_ns": tenth(found.times_ns.first().copied().unwrap_or_default()),
-        "p50_ns": tenth(found.at(50)),
-        "p90_ns": tenth(found.at(90)),
-        "p95_ns": tenth(found.at(95)),
-        "p99_ns": tenth(found.at(99)),
-        "max_ns": tenth(found.at(100)),
-        "avg_ns": tenth(mean),
-        "seed": {
-            "of": "Fast Sandbox", "hardware": "other hardware", "machine": SEED_MACHINE,
-            "avg_ns": found.work.seed_ns,
-        },
-        "batch": found.batch,
-        "hosts": found.work.hosts,
-    })
-}
-
-/// As people read it.
-#[must_use]
-pub fn table(found: &[Found]) -> String {
-    let mut text = format!(
-        "{:<41} {:>5} {:>9} {:>9} {:>9} {:>9} {:>9}\n",
-        "ns for each operation", "hosts", "p50", "p95", "p99", "max", "seed"
-    );
-    for one in found {
-        let [p50, p95, p99, max] = [50, 95, 99, 100].map(|percent| one.at(percent));
-        let Work { name, hosts, seed_ns, .. } = one.work;
-        let row = format!(
-            "{name:<41} {hosts:>5} {p50:>9.1} {p95:>9.1} {p99:>9.1} {max:>9.1} {seed_ns:>9.1}"
-        );
-        text.push_str(&row);
-        text.push('\n');
-    }
-    if writeln!(text, "seed: Fast Sandbox's own figures, of other hardware: {SEED_MACHINE}")
-        .is_err()
-    {
-        unreachable!("a string takes what is written to it");
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::report::Report;
-    use super::super::series::Series;
-    use super::*;
-
-    /// The best of several medians each: what else runs on the machine makes a figure larger, never smaller.
-    fn best(work: Work) -> f64 {
-        let medians = (0..5).map(|_| measure(work, 21).unwrap().at(50));
-        medians.min_by(f64::total_cmp).unwrap()
-    }
-
-    #[test]
-    fn a_choice_among_a_thousand_costs_what_one_among_a_hundred_does() {
-        let [small, large] = [0, 3].map(|at| ALL[at]);
-        assert_eq!((small.hosts, large.hosts), (100, 1000));
-        let (small, large) = (best(small), best(large));
-        assert!(large < small * 3.0, "{large:.0} ns among 1000, {small:.0} ns among 100");
-    }
-
-    #[test]
-    fn every_benchmark_runs_and_has_its_row() {
-        let found: Vec<_> = ALL.iter().map(|work| measure(*work, 2).unwrap()).collect();
-        let document = document(&found, &json!({ "batches": 2 }), json!({ "cores": 2 }));
-        assert_eq!(document.rows().count(), 11);
-        for (row, work) in document.rows().zip(ALL) {
-            assert_eq!(row["op"], work.name);
-            assert!(row["p50_ns"].as_f64().is_some_and(|ns| ns > 0.0), "{row}");
-            assert_eq!(row["seed"]["avg_ns"], work.seed_ns);
-            assert!(table(&found).contains(work.name));
-        }
-        assert_eq!(
-            (&document.0["command"], &document.0["version"]),
-            (&json!("registry"), &json!(1))
-        );
-    }
-
-    #[test]
-    fn a_row_has_every_field_of_the_engines_in_nanoseconds() {
-        let series =
-            [Series { op: "pause", times: Vec::new(), floor: Vec::new(), phases: Vec::new() }];
-        let report = Report { host: json!({}), series: &series, idle: None, left: None };
-        let (engine, ours) = (report.document(&json!({})), document(&[], &json!({}), json!({})));
-        let row = row(&measure(ALL[9], 1).unwrap());
-        for name in engine.rows().next().unwrap().as_object().unwrap().keys() {
-            let name = name.replace("_us", "_ns");
-            assert!(row.get(&name).is_some(), "{name} is not in {row}");
-        }
-        // What is beside the rows is the engine's own.
-        for name in
-            ["format", "version", "made_at", "command", "options", "complete", "host", "results"]
-        {
-            assert!(ours.0.get(name).is_some() && engine.0.get(name).is_some(), "{name}");
-        }
     }
 }

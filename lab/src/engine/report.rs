@@ -163,6 +163,8 @@ pub fn host(store: &Path) -> Result<Value> {
         "memory_bytes": memory * 1024,
         "filesystem": filesystem(store)?,
         "commit": commit(),
+        // Those of the `lab` profile and of debug builds check themselves, and are slower.
+        "assertions": cfg!(debug_assertions),
     }))
 }
 

@@ -1,22 +1,24 @@
 //! What the daemon itself takes, whatever its sandboxes do: processor time of a request at one shard and at
-//! two, the time that a second shard adds to a request, and what a daemon takes that nobody asks anything.
+//! two, without metrics and with them, the time that a second shard adds to a request, and what a daemon takes that
+//! nobody asks anything.
 //!
-//! Called by `mica bench scale`. The stand-in takes the place of VMs. What is compared is measured in turns.
-//! Refuses every answer but the one expected, and to judge.
+//! Called by `mica bench scale`. The stand-in takes the place of VMs. What is compared is measured in turns, and all of it
+//! once in each round, so that what the machine does for a while falls on one round of every figure. Refuses every answer
+//! but the one expected, and to judge.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use mica_units::{SandboxId, ShardCount, ShardId};
-use serde_json::json;
 
 use super::client::Client;
+use super::figures::Figures;
 use super::handover;
 use super::series::percentile;
 use super::standin::{Daemon, create};
+use crate::bench::bootstrap::median;
 
 /// Connections to each shard. All of them ask at once, so a shard has as much to do when it wakes whether it has
 /// another beside it or not: what a wake-up costs is shared by as many requests.
@@ -40,85 +42,60 @@ pub struct Config {
     pub mica: PathBuf,
     /// The stand-in for `mica-vm`.
     pub standin: PathBuf,
-    /// Turns of each daemon.
+    /// Rounds: every figure is taken once in each.
     pub rounds: usize,
+    /// Turns of each of two daemons, in a round, where requests are cheap.
+    pub turns: usize,
     /// Requests of one turn.
     pub requests: usize,
+    /// The same where sandboxes are made.
+    pub create_turns: usize,
     /// Sandboxes made in one turn.
     pub creates: usize,
-    /// Requests to each of two shards, of one connection.
+    /// Requests to each of two shards, of one connection, in a round.
     pub pairs: usize,
-    /// How long an idle daemon is watched.
+    /// How long an idle daemon is watched in a round.
     pub idle: Duration,
     /// The daemons' `--cpu-latency-us`.
     pub cpu_latency: Option<String>,
-}
-
-/// One figure.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Figure {
-    /// Its name in the results.
-    pub name: &'static str,
-    /// How much.
-    pub value: f64,
-    /// Of what.
-    pub unit: &'static str,
-    /// The most that is wanted, where something is.
-    pub wanted_max: Option<f64>,
 }
 
 /// Measures everything.
 ///
 /// # Errors
 /// When a daemon does not come up, or answers anything but success.
-pub fn measure(config: &Config) -> Result<Vec<Figure>> {
-    let start = |shards| {
-        Daemon::start_with(&config.mica, &config.standin, shards, config.cpu_latency.as_deref())
+pub fn measure(config: &Config) -> Result<Figures> {
+    let start = |shards, more: &[&str]| {
+        let latency = config.cpu_latency.as_deref().map(|said| format!("--cpu-latency-us={said}"));
+        let more: Vec<&str> = latency.as_deref().into_iter().chain(more.iter().copied()).collect();
+        Daemon::start_more(&config.mica, &config.standin, shards, &more)
     };
-    let (one, two) = (start(1)?, start(2)?);
-    let handed_over = handover::p50()?.map(|took| figure("hand_over_p50", us(took), "us", None));
-    let mut found: Vec<Figure> = handed_over.into_iter().collect();
-    idle(&two, config.idle, &mut found)?;
-    let mut pair = [Side::of(&one, 1)?, Side::of(&two, 2)?];
-    let health = in_turns(&mut pair, config, |side| side.ask_health(config.requests))?;
-    ratio(["health_cpu_1_shard", "health_cpu_2_shards", "health_cpu_ratio"], health, &mut found);
-    let creates = in_turns(&mut pair, config, |side| side.make(config.creates))?;
-    ratio(["create_cpu_1_shard", "create_cpu_2_shards", "create_cpu_ratio"], creates, &mut found);
-    drop(pair);
-    crossing(&two, config.pairs, &mut found)?;
-    Ok(found)
-}
-
-/// The figures, as a person reads them.
-///
-/// # Errors
-/// None that can happen: text takes all that is written.
-pub fn table(figures: &[Figure]) -> Result<String> {
-    let mut text = String::new();
-    writeln!(text, "{:<24}{:>12} {:<8}{:>8}", "figure", "measured", "", "wanted")?;
-    for Figure { name, value, unit, wanted_max } in figures {
-        let wanted = wanted_max.map_or_else(String::new, |most| format!("<= {most}"));
-        writeln!(text, "{name:<24}{value:>12.2} {unit:<8}{wanted:>8}")?;
+    // Nobody ever asks this one anything.
+    let idle_one = start(2, &[])?;
+    let (one, two) = (start(1, &[])?, start(2, &[])?);
+    let (off, on) = (start(1, &["--metrics=off"])?, start(1, &["--metrics=on"])?);
+    let mut shards = [Side::of(&one, 1)?, Side::of(&two, 2)?];
+    let mut metrics = [Side::of(&off, 1)?, Side::of(&on, 1)?];
+    let mut found = Figures::default();
+    thread::sleep(REST);
+    for _ in 0..config.rounds {
+        if let Some(took) = handover::p50()? {
+            found.add("hand_over_p50", us(took), "us");
+        }
+        idle(&idle_one, config.idle, &mut found)?;
+        let ask = |side: &mut Side<'_>| side.ask_health(config.requests);
+        let health = in_turns(&mut shards, config.turns, ask)?;
+        let names = ["health_cpu_1_shard", "health_cpu_2_shards", "health_cpu_ratio"];
+        compare(names, &health, &mut found);
+        let make = |side: &mut Side<'_>| side.make(config.creates);
+        let creates = in_turns(&mut shards, config.create_turns, make)?;
+        let names = ["create_cpu_1_shard", "create_cpu_2_shards", "create_cpu_ratio"];
+        compare(names, &creates, &mut found);
+        let counted = in_turns(&mut metrics, config.turns, ask)?;
+        compare(["metrics_off_cpu", "metrics_on_cpu", "metrics_cpu_ratio"], &counted, &mut found);
+        crossing(&two, config.pairs, &mut found)?;
     }
-    Ok(text)
-}
-
-/// The same for programs.
-#[must_use]
-pub fn rows(figures: &[Figure]) -> serde_json::Value {
-    let row = |figure: &Figure| {
-        json!({
-            "figure": figure.name,
-            "value": figure.value,
-            "unit": figure.unit,
-            "wanted_max": figure.wanted_max,
-        })
-    };
-    figures.iter().map(row).collect()
-}
-
-fn figure(name: &'static str, value: f64, unit: &'static str, wanted_max: Option<f64>) -> Figure {
-    Figure { name, value, unit, wanted_max }
+    Ok(found)
 }
 
 fn us(time: Duration) -> f64 {
@@ -192,43 +169,49 @@ impl<'d> Side<'d> {
     }
 }
 
-/// The median of each side's turns. One turn more warms up.
+/// What each side took, in each of so many turns. One turn more warms up.
 fn in_turns(
     sides: &mut [Side<'_>; 2],
-    config: &Config,
+    count: usize,
     act: impl Fn(&mut Side<'_>) -> Result<usize>,
-) -> Result<[Duration; 2]> {
-    let mut turns = [Vec::new(), Vec::new()];
-    for round in 0..=config.rounds {
+) -> Result<Vec<[Duration; 2]>> {
+    let mut turns = Vec::with_capacity(count);
+    for turn in 0..=count {
+        let mut took = [Duration::ZERO; 2];
         // Each goes first as often as the other.
-        for at in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
-            let took = sides[at].turn(&act)?;
-            if round > 0 {
-                turns[at].push(took);
-            }
+        for at in if turn % 2 == 0 { [0, 1] } else { [1, 0] } {
+            took[at] = sides[at].turn(&act)?;
+        }
+        if turn > 0 {
+            turns.push(took);
         }
     }
-    Ok(turns.map(|times| percentile(&times, 50)))
+    Ok(turns)
 }
 
-fn ratio(
-    [first, second, ratio]: [&'static str; 3],
-    [one, two]: [Duration; 2],
-    found: &mut Vec<Figure>,
-) {
-    found.push(figure(first, us(one), "us", None));
-    found.push(figure(second, us(two), "us", None));
-    found.push(figure(ratio, us(two) / us(one), "times", Some(1.1)));
+/// The medians of both sides, and that of the ratios: the two of one turn were taken right after each other, so that
+/// most of what the machine did is in both.
+fn compare(names: [&'static str; 3], turns: &[[Duration; 2]], found: &mut Figures) {
+    for (at, name) in [names[0], names[1]].into_iter().enumerate() {
+        let times: Vec<Duration> = turns.iter().map(|turn| turn[at]).collect();
+        found.add(name, us(percentile(&times, 50)), "us");
+    }
+    let ratios = turns.iter().map(|[first, second]| us(*second) / us(*first)).collect();
+    if let Some(ratio) = median(ratios) {
+        found.add(names[2], ratio, "times");
+    }
 }
 
 /// What one shard's sandboxes cost a client whose connection is another's.
-fn crossing(daemon: &Daemon, pairs: usize, found: &mut Vec<Figure>) -> Result<()> {
+fn crossing(daemon: &Daemon, pairs: usize, found: &mut Figures) -> Result<()> {
     let shards = ShardCount::new(2).context("two is not zero")?;
     let mut clients =
         (0..CROSSING_CONNECTIONS).map(|_| daemon.client()).collect::<Result<Vec<_>>>()?;
+    let mut made = Vec::new();
     let mut of_shard: [Option<String>; 2] = [None, None];
     for _ in 0..DRAWS_MAX {
         let id = create(&mut clients[0])?;
+        made.push(id.clone());
         let parsed: SandboxId = id.parse().context("an id")?;
         let owner = usize::from(parsed.shard(shards) == ShardId::new(1));
         of_shard[owner].get_or_insert(id);
@@ -250,10 +233,14 @@ fn crossing(daemon: &Daemon, pairs: usize, found: &mut Vec<Figure>) -> Result<()
             }
         }
     }
+    // The next round's other figures are of a daemon without sandboxes.
+    for id in made {
+        clients[0].call("DELETE", &format!("/sandboxes/{id}"), b"", 204)?;
+    }
     let (local, crossed) = (us(percentile(&local, 50)), us(percentile(&crossed, 50)));
-    found.push(figure("get_local_p50", local, "us", None));
-    found.push(figure("get_crossed_p50", crossed, "us", None));
-    found.push(figure("crossing_adds_p50", crossed - local, "us", Some(20.0)));
+    found.add("get_local_p50", local, "us");
+    found.add("get_crossed_p50", crossed, "us");
+    found.add("crossing_adds_p50", crossed - local, "us");
     Ok(())
 }
 
@@ -276,19 +263,21 @@ fn home_of(daemon: &Daemon, client: &mut Client) -> Result<usize> {
 }
 
 /// What a daemon takes that has no sandbox and no client.
-fn idle(daemon: &Daemon, watched: Duration, found: &mut Vec<Figure>) -> Result<()> {
-    thread::sleep(REST);
-    let before = daemon.ran()?;
+fn idle(daemon: &Daemon, watched: Duration, found: &mut Figures) -> Result<()> {
+    let (before, begun) = (daemon.ran()?, Instant::now());
     thread::sleep(watched);
     let took = daemon.ran()?.saturating_sub(before);
-    let share = took.as_secs_f64() / watched.as_secs_f64();
-    found.push(figure("idle_share_of_a_core", share * 100.0, "%", Some(1.0)));
+    let share = took.as_secs_f64() / begun.elapsed().as_secs_f64();
+    found.add("idle_share_of_a_core", share * 100.0, "%");
     let (all, own) = daemon.resident_bytes()?;
-    // Two to the twentieth, and never above two to the fiftieth: no precision is lost.
-    let mib = |bytes: u64| Duration::from_micros(bytes >> 10).as_secs_f64() * 1e6 / 1024.0;
-    found.push(figure("idle_resident", mib(all), "MiB", Some(60.0)));
-    found.push(figure("idle_resident_anonymous", mib(own), "MiB", None));
+    found.add("idle_resident", megabytes(all), "MB");
+    found.add("idle_resident_anonymous", megabytes(own), "MB");
     Ok(())
+}
+
+/// Millions of bytes, to a kilobyte.
+fn megabytes(bytes: u64) -> f64 {
+    Duration::from_millis(bytes / 1000).as_secs_f64()
 }
 
 #[cfg(test)]
@@ -296,14 +285,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ratio_stands_beside_what_it_is_of() {
-        let mut found = Vec::new();
-        ratio(["a", "b", "c"], [Duration::from_micros(20), Duration::from_micros(25)], &mut found);
-        let values: Vec<_> = found.iter().map(|figure| figure.value).collect();
-        assert_eq!(values, [20.0, 25.0, 1.25]);
-        let text = table(&found).unwrap();
-        let row = text.lines().last().unwrap_or_default();
-        assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["c", "1.25", "times", "<=", "1.1"]);
-        assert_eq!(rows(&found)[2]["wanted_max"], 1.1);
+    fn a_ratio_is_of_turns_and_not_of_medians() {
+        let us = Duration::from_micros;
+        let mut found = Figures::default();
+        // The machine is twice as slow in every other turn; the second side takes a quarter more in all but one.
+        compare(
+            ["a", "b", "c"],
+            &[
+                [us(20), us(25)],
+                [us(40), us(50)],
+                [us(20), us(80)],
+                [us(40), us(50)],
+                [us(40), us(50)],
+            ],
+            &mut found,
+        );
+        let values: Vec<_> = found.all().iter().map(|figure| figure.value()).collect();
+        assert_eq!(values, [40.0, 50.0, 1.25]);
+        assert!((megabytes(60_000_000) - 60.0).abs() < 1e-9);
     }
 }

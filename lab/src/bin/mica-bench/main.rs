@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod ab;
+mod check;
 mod compare;
 mod engine;
 mod registry;
@@ -74,6 +75,8 @@ enum Command {
     Registry(registry::RegistryArgs),
     /// Whether the second report is worse than the first: ends with 1 if it is.
     Compare(compare::CompareArgs),
+    /// Whether the figures that the project promises are kept in these reports: ends with 1 if one is not.
+    Check(check::CheckArgs),
     /// One HTML page, with plots, of the reports of several runs.
     Report(report::ReportArgs),
     /// Two programs, or one with two configurations, in turns: ratios, with how sure they are.
@@ -111,6 +114,7 @@ fn run(command: &Command) -> Result<()> {
         Command::Scale(args) => scale::run(args),
         Command::Registry(args) => registry::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Check(args) => check::run(args),
         Command::Report(args) => report::run(args),
         Command::Ab(args) => ab::run(args),
         _ => unreachable!("every other one is a table"),

@@ -5,9 +5,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use mica_lab::engine::{report, scale};
+use serde_json::json;
 
 use crate::engine::beside;
 use crate::print;
@@ -23,9 +24,12 @@ pub struct ScaleArgs {
     /// The daemons' `--cpu-latency-us`.
     #[arg(long, value_name = "auto|off|MICROSECONDS")]
     cpu_latency_us: Option<String>,
-    /// Write the results to this file.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    /// Rounds. A limit is judged on the median of them. Default: 5, and 2 where it is quick.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: Option<u16>,
+    /// Write the report to this file, as JSON.
+    #[arg(short, long, alias = "json", value_name = "FILE")]
+    output: Option<PathBuf>,
     /// A little of everything: shows that it works, and no more.
     #[arg(long)]
     quick: bool,
@@ -37,24 +41,33 @@ pub struct ScaleArgs {
 /// When a daemon does not start, or answers anything but right.
 pub fn run(args: &ScaleArgs) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this takes root, as the daemon does");
-    let [rounds, requests, creates, pairs] =
-        if args.quick { [2, 200, 2, 50] } else { [21, 2000, 10, 1000] };
-    let figures = scale::measure(&scale::Config {
-        mica: args.mica.clone().map_or_else(|| beside("mica", "--mica"), Ok)?,
-        standin: args.standin.clone().map_or_else(|| beside("standin-vm", "--standin"), Ok)?,
-        rounds,
-        requests,
-        creates,
-        pairs,
-        idle: Duration::from_secs(if args.quick { 2 } else { 20 }),
-        cpu_latency: args.cpu_latency_us.clone(),
-    })?;
-    print(&scale::table(&figures)?)?;
-    if let Some(path) = &args.json {
-        let host = report::host(Path::new("/"))?;
-        let found = serde_json::json!({ "host": host, "results": scale::rows(&figures) });
-        let text = serde_json::to_string_pretty(&found)?;
-        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    let config = args.config()?;
+    let found = scale::measure(&config)?;
+    print(&found.table()?)?;
+    if let Some(path) = &args.output {
+        let options = json!({
+            "rounds": config.rounds, "quick": args.quick, "cpu_latency_us": args.cpu_latency_us,
+        });
+        found.document(&options, report::host(Path::new("/"))?).write(path)?;
     }
     Ok(())
+}
+
+impl ScaleArgs {
+    fn config(&self) -> Result<scale::Config> {
+        let [rounds, turns, requests, create_turns, creates, pairs] =
+            if self.quick { [2, 2, 200, 2, 2, 20] } else { [5, 21, 2000, 9, 10, 200] };
+        Ok(scale::Config {
+            mica: self.mica.clone().map_or_else(|| beside("mica", "--mica"), Ok)?,
+            standin: self.standin.clone().map_or_else(|| beside("standin-vm", "--standin"), Ok)?,
+            rounds: self.rounds.map_or(rounds, usize::from),
+            turns,
+            requests,
+            create_turns,
+            creates,
+            pairs,
+            idle: Duration::from_secs(if self.quick { 1 } else { 5 }),
+            cpu_latency: self.cpu_latency_us.clone(),
+        })
+    }
 }
