@@ -18,6 +18,8 @@ const ENVD: u16 = 49983;
 const INTERPRETER: u16 = 49999;
 /// The flag of the frame that ends a stream, in Connect's protocol.
 const END_OF_STREAM: u8 = 2;
+/// The error of a cell whose kernel did not come up: a language that the template has a part of.
+const UNAVAILABLE: &str = "KernelUnavailable";
 /// Flag and length, before each frame.
 const FRAME_HEAD_BYTES: usize = 5;
 
@@ -145,7 +147,7 @@ fn execute(client: &mut Client, body: &Value) -> Timed<Cell> {
     let (begun, answer) = (Instant::now(), client.ask("POST", "/execute", body.as_bytes()));
     let took = begun.elapsed();
     let value = answer.and_then(|answer| match answer.status {
-        200 => Ok(Cell::Ran(written(&answer.body)?)),
+        200 => written(&answer.body),
         400 => Ok(Cell::NoKernel(String::from_utf8_lossy(&answer.body).into_owned())),
         status => bail!("/execute gave {status}: {}", String::from_utf8_lossy(&answer.body)),
     });
@@ -153,13 +155,16 @@ fn execute(client: &mut Client, body: &Value) -> Timed<Cell> {
 }
 
 /// What a cell wrote to its output, and its results.
-fn written(answer: &[u8]) -> Result<String> {
+fn written(answer: &[u8]) -> Result<Cell> {
     let mut text = String::new();
     let mut ended = false;
     for line in answer.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
         let event: Value = serde_json::from_slice(line).context("a line that is not JSON")?;
         match event["type"].as_str() {
             Some("stdout" | "result") => text += event["text"].as_str().unwrap_or_default(),
+            Some("error") if event["name"] == UNAVAILABLE => {
+                return Ok(Cell::NoKernel(event["value"].as_str().unwrap_or_default().to_owned()));
+            }
             Some("error") => {
                 return Err(anyhow!("the cell failed: {}: {}", event["name"], event["value"]));
             }
@@ -168,7 +173,7 @@ fn written(answer: &[u8]) -> Result<String> {
         }
     }
     ensure!(ended, "the cell did not end");
-    Ok(text)
+    Ok(Cell::Ran(text))
 }
 
 /// A cell whose output must have this in it.
@@ -203,7 +208,8 @@ mod tests {
         let out =
             b"{\"type\":\"stdout\",\"text\":\"Hello\\n\"}\n{\"type\":\"result\",\"text\":\"55\"}\n";
         let end = b"{\"type\":\"end_of_execution\"}\n";
-        assert_eq!(written(&[out.as_slice(), end].concat()).unwrap(), "Hello\n55");
+        let ran = Cell::Ran("Hello\n55".to_owned());
+        assert_eq!(written(&[out.as_slice(), end].concat()).unwrap(), ran);
         assert!(written(out).is_err());
         let error = b"{\"type\":\"error\",\"name\":\"NameError\",\"value\":\"x\"}\n";
         assert!(
@@ -212,6 +218,9 @@ mod tests {
                 .to_string()
                 .contains("NameError")
         );
+        let down = b"{\"type\":\"error\",\"name\":\"KernelUnavailable\",\"value\":\"no jar\"}\n";
+        let none = Cell::NoKernel("no jar".to_owned());
+        assert_eq!(written(&[down.as_slice(), end].concat()).unwrap(), none);
         assert!(says(&Cell::Ran("55".to_owned()), "55").is_ok());
         assert!(says(&Cell::Ran("54".to_owned()), "55").is_err());
         assert!(says(&Cell::NoKernel("no r".to_owned()), "55").is_err());

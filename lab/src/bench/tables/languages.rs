@@ -1,9 +1,9 @@
 //! `languages`: what code waits for, by language: the first cell of a fresh sandbox, and cells of a warm kernel.
 //!
 //! `cold_hello` is a create and a first "Hello World", `first_hello` is that cell alone, `hello` the same in a kernel that
-//! ran it before, `fibonacci` a small computation. A language that the template has no kernel for has one row that
-//! says so. `memory` is what such a sandbox takes beyond one that ran nothing, where the host shows it. Refuses a cell
-//! that does not say what it must.
+//! ran it before, `fibonacci` a small computation. `memory` is what such a sandbox takes beyond one that ran nothing, where
+//! the host shows it. A row that cannot be measured is there all the same, and says why: so are all rows of a language that
+//! the template has no kernel for. Refuses a cell that does not say what it must.
 
 use std::time::Duration;
 
@@ -23,6 +23,11 @@ use crate::engine::client::Client;
 const HELLO: &str = "Hello World";
 /// `fibonacci(10)`.
 const FIBONACCI: &str = "55";
+/// What a language has rows of, in their order.
+const ROWS: [&str; 5] = ["cold_hello", "first_hello", "hello", "fibonacci", MEMORY];
+const MEMORY: &str = "memory";
+/// Why a row has no figures.
+const MISSING: &str = "missing";
 
 /// A language that SoulBox's report measures, or that a template may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -31,6 +36,8 @@ pub enum Language {
     Python,
     /// Deno's kernel.
     Javascript,
+    /// The same.
+    Typescript,
     /// The bash kernel.
     Bash,
     /// IRkernel.
@@ -46,6 +53,7 @@ impl Language {
         match self {
             Self::Python => "python",
             Self::Javascript => "javascript",
+            Self::Typescript => "typescript",
             Self::Bash => "bash",
             Self::R => "r",
             Self::Go => "go",
@@ -56,7 +64,7 @@ impl Language {
     fn hello(self) -> &'static str {
         match self {
             Self::Python => "print('Hello World')",
-            Self::Javascript => "console.log('Hello World')",
+            Self::Javascript | Self::Typescript => "console.log('Hello World')",
             Self::Bash => "echo 'Hello World'",
             Self::R => "cat('Hello World\\n')",
             Self::Go => {
@@ -74,6 +82,9 @@ impl Language {
             }
             Self::Javascript => {
                 "{ const f = (n) => n <= 1 ? n : f(n - 1) + f(n - 2); console.log(f(10)) }"
+            }
+            Self::Typescript => {
+                "{ const f = (n: number): number => n <= 1 ? n : f(n - 1) + f(n - 2); console.log(f(10)) }"
             }
             Self::Bash => {
                 "f() { local n=$1 a=0 b=1; while ((n-- > 0)); do ((b += a, a = b - a)); done; echo $a; }; f 10"
@@ -95,7 +106,7 @@ impl Language {
 pub struct Languages {
     /// Which; several, separated by commas.
     #[arg(short, long, value_name = "NAME", value_delimiter = ',', value_enum,
-        default_values_t = [Language::Python, Language::Javascript, Language::Go, Language::R, Language::Java])]
+        default_values_t = Language::value_variants().iter().copied())]
     languages: Vec<Language>,
     /// Fresh sandboxes of each.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 5,
@@ -123,6 +134,8 @@ struct Memory {
     before: Option<u64>,
     /// Of those whose cells have run.
     after: Vec<u64>,
+    /// Why one was not to be seen.
+    unseen: Option<String>,
 }
 
 impl Measure for Languages {
@@ -145,16 +158,9 @@ impl Measure for Languages {
 
 impl Languages {
     fn language(&self, host: &Host, table: &mut Table, language: Language) -> Result<()> {
-        let row = |what: &str| {
-            Row::new(&format!("{what}_{}", language.name()), String::new(), 1).beside(0, 0)
-        };
-        let mut rows = Rows {
-            cold: row("cold_hello"),
-            first: row("first_hello"),
-            hello: row("hello"),
-            fibonacci: row("fibonacci"),
-            memory: Memory::default(),
-        };
+        let row = |what| row_of(what, language);
+        let [cold, first, hello, fibonacci, memory] = ROWS.map(row);
+        let mut rows = Rows { cold, first, hello, fibonacci, memory: Memory::default() };
         for number in 0..=self.rounds {
             host.go_on()?;
             let mut client = host.client()?;
@@ -162,14 +168,11 @@ impl Languages {
             let (begun, created) = (made.begun, made.took);
             let sandbox = made.value?;
             if number == 0 {
-                rows.memory.before = look(host, table, &sandbox);
+                rows.memory.before = rows.memory.look(host, &sandbox);
             }
             let first = first_cell(host, &sandbox, language)?;
             if let Ok(Cell::NoKernel(said)) = &first.value {
-                let mut missing = row("first_hello");
-                missing.seed = None;
-                missing.set("missing", said.trim());
-                table.push(missing);
+                missing(language, said.trim()).into_iter().for_each(|row| table.push(row));
                 host.kill(&mut client, &sandbox.id).value?;
                 host.give_back(client);
                 return Ok(());
@@ -181,18 +184,17 @@ impl Languages {
                 rows.cold.add(one(cold));
                 rows.first.add(one(ran));
                 self.warm(host, &sandbox, language, &mut rows)?;
-                rows.memory.after.extend(look(host, table, &sandbox));
+                let seen = rows.memory.look(host, &sandbox);
+                rows.memory.after.extend(seen);
             } else if let Err(error) = ran.value {
                 bail!("warm up: {error:#}");
             }
             host.kill(&mut client, &sandbox.id).value?;
             host.give_back(client);
         }
-        let Rows { cold, first, hello, fibonacci, memory } = rows;
+        let Rows { cold, first, hello, fibonacci, memory: seen } = rows;
         [cold, first, hello, fibonacci].into_iter().for_each(|row| table.push(row));
-        if let Some(memory) = memory.row(row("memory")) {
-            table.push(memory);
-        }
+        table.push(seen.row(memory));
         Ok(())
     }
 
@@ -222,23 +224,48 @@ impl Languages {
 }
 
 impl Memory {
+    /// What a sandbox takes, where that can be seen.
+    fn look(&mut self, host: &Host, sandbox: &Sandbox) -> Option<u64> {
+        let seen = host.memory_of(sandbox);
+        seen.inspect_err(|error| self.unseen = Some(format!("not to be seen: {error:#}"))).ok()
+    }
+
     /// As a row, which has bytes and no times.
-    fn row(&self, mut row: Row) -> Option<Row> {
-        let count = u64::try_from(self.after.len()).ok().filter(|count| *count > 0)?;
-        let mean = i64::try_from(self.after.iter().sum::<u64>() / count).ok()?;
-        let before = i64::try_from(self.before?).ok()?;
+    fn row(&self, mut row: Row) -> Row {
+        let Some((count, mean, before)) = self.figures() else {
+            let why = self.unseen.as_deref().unwrap_or("no sandbox was looked at before and after");
+            row.seed = None;
+            row.set(MISSING, why);
+            return row;
+        };
         row.set("sandboxes", count);
         row.set("bytes", mean);
         row.set("bytes_before", before);
         row.set("bytes_overhead", mean - before);
-        Some(row)
+        row
+    }
+
+    /// How many there were, what they took in the mean, and what one took before.
+    fn figures(&self) -> Option<(u64, i64, i64)> {
+        let count = u64::try_from(self.after.len()).ok().filter(|count| *count > 0)?;
+        let mean = i64::try_from(self.after.iter().sum::<u64>() / count).ok()?;
+        Some((count, mean, i64::try_from(self.before?).ok()?))
     }
 }
 
-/// What a sandbox takes; where it cannot be seen, a note says why.
-fn look(host: &Host, table: &mut Table, sandbox: &Sandbox) -> Option<u64> {
-    let seen = host.memory_of(sandbox);
-    seen.inspect_err(|error| table.note(format!("memory is not to be seen: {error:#}"))).ok()
+fn row_of(what: &str, language: Language) -> Row {
+    Row::new(&format!("{what}_{}", language.name()), String::new(), 1).beside(0, 0)
+}
+
+/// Every row of a language that there is no kernel for.
+fn missing(language: Language, why: &str) -> [Row; 5] {
+    ROWS.map(|what| {
+        let mut row = row_of(what, language);
+        // What another has of it is beside nothing.
+        row.seed = None;
+        row.set(MISSING, why);
+        row
+    })
 }
 
 /// A cell; one that fails is counted, and the next has a connection of its own if it broke.
@@ -283,15 +310,45 @@ fn one(timed: Timed<()>) -> Round<()> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        languages: Languages,
+    }
 
     #[test]
     fn memory_of_a_language_is_what_its_cells_made_it_more() {
-        let memory = Memory { before: Some(100), after: vec![120, 160] };
-        let row = memory.row(Row::default()).unwrap();
+        let of = |before, after, unseen: Option<&str>| {
+            Memory { before, after, unseen: unseen.map(str::to_owned) }.row(Row::default()).more
+        };
+        let more = of(Some(100), vec![120, 160], None);
         let fields = ["sandboxes", "bytes", "bytes_before", "bytes_overhead"];
-        assert_eq!(fields.map(|name| row.more[name].clone()), [2, 140, 100, 40].map(|n| json!(n)));
-        assert!(Memory { before: None, after: vec![1] }.row(Row::default()).is_none());
-        assert!(Memory { before: Some(1), after: Vec::new() }.row(Row::default()).is_none());
+        assert_eq!(fields.map(|name| more[name].clone()), [2, 140, 100, 40].map(|n| json!(n)));
+        assert_eq!(of(None, vec![1], Some("no"))[MISSING], "no");
+        let none = of(Some(1), Vec::new(), None);
+        assert_eq!(none[MISSING], "no sandbox was looked at before and after");
+    }
+
+    #[test]
+    fn a_language_without_a_kernel_has_every_row_with_the_reason() {
+        let rows = missing(Language::Java, "no kernel java");
+        let ops = rows.each_ref().map(|row| row.op.as_str());
+        let wanted =
+            ["cold_hello_java", "first_hello_java", "hello_java", "fibonacci_java", "memory_java"];
+        assert_eq!(ops, wanted);
+        assert!(rows.iter().all(|row| row.more[MISSING] == "no kernel java" && row.seed.is_none()));
+        assert!(missing(Language::Python, "x").iter().all(|row| row.seed.is_none()));
+        assert!(row_of("hello", Language::R).more.is_empty());
+    }
+
+    #[test]
+    fn every_language_that_there_are_kernels_of_is_measured() {
+        let usual = Cli::try_parse_from(["languages"]).unwrap().languages;
+        let names = ["python", "javascript", "typescript", "bash", "r", "go", "java"];
+        assert_eq!(usual.options()["languages"], json!(names));
     }
 }
