@@ -169,6 +169,7 @@ def test_every_table_has_its_rows_and_leaves_nothing(daemon, tmp_path, table):
             times = [row[name] for name in PERCENTILES]
             assert times[0] > 0 and times == sorted(times), row
             assert times[0] <= row["avg_us"] <= times[-1], row
+            assert 0 <= row["stddev_us"] <= times[-1] - times[0], row
             assert row["wall_us"] > 0 and row["throughput_per_s"] > 0, row
         phases = row.get("phases", [])
         spent = sorted((phase["operation"], phase["phase"]) for phase in phases)

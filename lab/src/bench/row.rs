@@ -118,6 +118,7 @@ impl Row {
             ("max_us", stats.map(|s| s.max)),
             ("avg_us", stats.map(|s| s.avg)),
             ("min_us", stats.map(|s| s.min)),
+            ("stddev_us", stats.map(|s| s.stddev)),
         ] {
             row[name] = json!(value.map(us));
         }
@@ -156,6 +157,8 @@ pub struct Stats {
     pub avg: Duration,
     /// The shortest.
     pub min: Duration,
+    /// How far they lie from the mean: the standard deviation of these, not of what they are a sample of.
+    pub stddev: Duration,
 }
 
 impl Stats {
@@ -165,7 +168,9 @@ impl Stats {
         let min = *times.iter().min()?;
         let avg = times.iter().sum::<Duration>() / u32::try_from(times.len()).ok()?;
         let [p50, p90, p95, p99, max] = [50, 90, 95, 99, 100].map(|p| percentile(times, p));
-        Some(Self { p50, p90, p95, p99, max, avg, min })
+        let squares = times.iter().map(|time| (time.as_secs_f64() - avg.as_secs_f64()).powi(2));
+        let stddev = Duration::from_secs_f64((squares.sum::<f64>() / number(times.len())).sqrt());
+        Some(Self { p50, p90, p95, p99, max, avg, min, stddev })
     }
 }
 
@@ -221,6 +226,8 @@ mod tests {
             ("max_us", json!(19_000.0)),
             ("avg_us", json!(10_000.0)),
             ("min_us", json!(1_000.0)),
+            // Of 1 to n it is the root of (n² - 1) / 12.
+            ("stddev_us", json!(5_477.2)),
             ("wall_us", json!(50_000.0)),
             ("throughput_per_s", json!(380.0)),
             ("dirty_mb", json!(7)),
@@ -236,9 +243,16 @@ mod tests {
     #[test]
     fn of_nothing_nothing_is_said() {
         let json = Row::new("create", String::new(), 1).json();
-        for name in
-            ["p50_us", "avg_us", "wall_us", "throughput_per_s", "per_op_us", "seed", "floor_p50_us"]
-        {
+        for name in [
+            "p50_us",
+            "avg_us",
+            "stddev_us",
+            "wall_us",
+            "throughput_per_s",
+            "per_op_us",
+            "seed",
+            "floor_p50_us",
+        ] {
             assert!(json[name].is_null(), "{name} of {json}");
         }
         assert_eq!((&json["n"], &json["success"]), (&json!(0), &json!(0)));

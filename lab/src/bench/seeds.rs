@@ -147,7 +147,7 @@ const IDLE: [Row; 1] = [(1, 0, &[64.0])];
 const AFTER_CODE: [Row; 3] = [(1, 0, &[128.0]), (10, 0, &[256.0]), (100, 0, &[1200.0])];
 
 /// A create and a "Hello World" in Python.
-const COLD_HELLO: [f64; 4] = [95.0, 85.0, 120.0, 140.0];
+const COLD_HELLO: [f64; 5] = [95.0, 85.0, 120.0, 140.0, 25.0];
 
 /// The published figures of an operation: by what its table is ordered by, and a second number where it has one.
 #[must_use]
@@ -191,7 +191,9 @@ pub fn of_engine(op: &str) -> Option<Seed> {
 
 fn language(op: &str) -> Option<Seed> {
     let (names, values): (&[&str], &[f64]) = match op {
-        "cold_hello_python" => (&["avg_ms", "p50_ms", "p95_ms", "p99_ms"], &COLD_HELLO),
+        "cold_hello_python" => {
+            (&["avg_ms", "p50_ms", "p95_ms", "p99_ms", "stddev_ms"], &COLD_HELLO)
+        }
         "first_hello_python" => (&["startup_ms"], &[45.0]),
         "first_hello_javascript" => (&["startup_ms"], &[35.0]),
         "first_hello_go" => (&["startup_ms"], &[25.0]),
@@ -229,6 +231,8 @@ mod tests {
         let memory =
             ["python", "javascript", "go", "r"].map(|one| first(&format!("memory_{one}"), 0, 0));
         assert_eq!(memory, [Some(32.0), Some(24.0), Some(16.0), None]);
+        let cold = find("cold_hello_python", 0, 0).unwrap();
+        assert_eq!(cold.names.iter().zip(cold.values).next_back(), Some((&"stddev_ms", &25.0)));
         assert_eq!(first("create", 2, 0), None);
         assert_eq!(first("clone", 100, 5), None);
         assert_eq!(of_engine("clone_100"), find("clone", 100, 50));

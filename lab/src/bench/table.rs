@@ -10,9 +10,13 @@ use serde_json::Value;
 use super::host::Host;
 use super::phases::Before;
 use super::row::{Row, Stats, ms};
+use super::seeds::Seed;
 
 /// Fields that programs had under these names before there were others for the same: the line has them already.
 const SAID: [&str; 2] = ["clients", "per_s"];
+
+/// What stands where others' figures do, of what they have none of.
+pub const NONE_PUBLISHED: &str = "none published";
 
 /// What is printed while a run goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,7 +150,7 @@ pub fn line(row: &Row) -> String {
     let failed = failures.total();
     let n = u64::try_from(times.len()).unwrap_or(u64::MAX) + failed;
     let mut text = format!("{op:<22} {case:<12} {n:>5} {failed:>6}");
-    if let Some(Stats { p50, p90, p95, p99, max, avg, min }) = Stats::of(times) {
+    if let Some(Stats { p50, p90, p95, p99, max, avg, min, .. }) = Stats::of(times) {
         for time in [avg, min, p50, p90, p95, p99, max] {
             add(&mut text, format_args!(" {:>8.2}", ms(time)));
         }
@@ -163,7 +167,8 @@ pub fn line(row: &Row) -> String {
         Some(per_s) => add(&mut text, format_args!(" {per_s:>8.1}")),
         None => add(&mut text, format_args!(" {:>8}", "-")),
     }
-    let seed = row.seed.map(|seed| format!("{}: {}", seed.of, seed.text())).unwrap_or_default();
+    let published = |seed: Seed| format!("{}: {}", seed.of, seed.text());
+    let seed = row.seed.map_or_else(|| NONE_PUBLISHED.to_owned(), published);
     add(&mut text, format_args!("  {seed}"));
     let mut text = text.trim_end().to_owned() + "\n";
     let own = |name: &str, value: &Value| !value.is_array() && !SAID.contains(&name);
@@ -202,6 +207,8 @@ mod tests {
         assert_eq!(words[..5], ["create", "c=1", "2", "1", "4.00"]);
         assert_eq!(words[11..], ["8.00", "125.0", "CubeSandbox:", "47.8", "avg", "ms"]);
         assert_eq!(text.lines().nth(1), Some("  failed 1 times: full"));
+        let alone = line(&Row::new("load", "5/s".to_owned(), 1));
+        assert!(alone.trim_end().ends_with("-  none published"), "{alone}");
         // Two words more: "wall avg", "other hardware".
         assert_eq!(head().split_whitespace().count(), 17);
     }

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::super::document::Document;
 use super::super::phases::FAMILY;
+use super::super::table::NONE_PUBLISHED;
 use super::{escape, plots, scale};
 
 /// The look of it. Colours are variables: one set for light, one for dark.
@@ -26,8 +27,10 @@ const COLUMNS: [(&str, &str, f64); 10] = [
 ];
 
 /// Fields that are not shown as something that only one operation has.
-const KNOWN: [&str; 23] = [
+const KNOWN: [&str; 25] = [
     "op",
+    "figure",
+    "stddev_us",
     "case",
     "concurrency",
     "clients",
@@ -115,6 +118,10 @@ fn facts(document: &Value) -> String {
         row("machine of the clients", machine.join(", "));
         row("kernel", text(&host["kernel"]));
         row("source", text(&host["commit"]));
+        row("file system", text(&host["filesystem"]));
+        if host["assertions"] == true {
+            row("build", "with assertions, which cost time".to_owned());
+        }
     }
     row("options", text(&document["options"]));
     let mut out = format!("<table class=\"facts\">\n{rows}</table>\n");
@@ -148,7 +155,8 @@ fn table(rows: &[&Value]) -> String {
         for (_, field, unit) in COLUMNS {
             let value = row[field]
                 .as_f64()
-                .or_else(|| row[field.trim_start_matches("throughput_")].as_f64());
+                .or_else(|| row[field.trim_start_matches("throughput_")].as_f64())
+                .or_else(|| Some(row[in_ns(field)].as_f64()? / 1e3));
             let shown = value.map(|value| scale::label(value / unit)).unwrap_or_default();
             out += &format!("<td>{shown}</td>");
         }
@@ -164,9 +172,14 @@ fn table(rows: &[&Value]) -> String {
     out + "</tbody>\n</table></div>\n"
 }
 
+/// The same field of rows that are in nanoseconds.
+fn in_ns(field: &str) -> String {
+    field.strip_suffix("_us").map_or_else(|| field.to_owned(), |name| format!("{name}_ns"))
+}
+
 /// The published figures, each with its name.
 fn seed(seed: &Value) -> String {
-    let Some(fields) = seed.as_object() else { return String::new() };
+    let Some(fields) = seed.as_object() else { return NONE_PUBLISHED.to_owned() };
     let figures = fields.iter().filter_map(|(name, value)| {
         Some(format!("{} {}", scale::label(value.as_f64()?), escape(&name.replace('_', " "))))
     });
@@ -178,7 +191,10 @@ fn seed(seed: &Value) -> String {
 fn more(row: &Value) -> String {
     let Some(fields) = row.as_object() else { return String::new() };
     let own = fields.iter().filter(|(name, value)| {
-        !KNOWN.contains(&name.as_str()) && !value.is_null() && !value.is_array()
+        let in_us = name.strip_suffix("_ns").map(|name| format!("{name}_us"));
+        let is_known = |name: &str| KNOWN.contains(&name);
+        let shown = is_known(name) || in_us.is_some_and(|name| is_known(&name));
+        !shown && !value.is_null() && !value.is_array()
     });
     let shown = own.map(|(name, value)| {
         let value = value.as_f64().map_or_else(
@@ -223,7 +239,7 @@ mod tests {
     fn a_page_is_well_formed_and_shows_every_row_and_failure() {
         let document = Document::of(json!({
             "command": "create", "notes": ["a <note>"], "complete": false,
-            "host": { "cpu": "A & B", "cores": 2, "memory_bytes": 8_589_934_592u64, "kernel": "6.1" },
+            "host": { "filesystem": "xfs on /dev/a", "assertions": true, "cpu": "A & B", "cores": 2, "memory_bytes": 8_589_934_592u64, "kernel": "6.1" },
             "target": { "url": "http://a:1", "template": "\"><script>", "is_local": true },
             "results": [
                 { "op": "create", "case": "c=1", "concurrency": 1, "n": 2, "failed": 1, "p50_us": 1500.0,
@@ -232,6 +248,7 @@ mod tests {
                 { "op": "create", "case": "c=10", "concurrency": 10, "n": 2, "p50_us": 2500.0,
                   "p95_us": 9.0, "throughput_per_s": 12.5 },
                 { "op": "command_1", "n": 3, "per_s": 77.0 },
+                { "op": "Allocate", "n": 3, "p50_ns": 54.0, "stddev_ns": 3.0, "batch": 2000 },
             ],
         }))
         .unwrap();
@@ -246,6 +263,10 @@ mod tests {
             "47.8 avg ms",
             "12.5",
             "<td>77</td>",
+            "<td>0.000054</td>",
+            "<td>none published</td><td>batch: 2,000</td>",
+            "xfs on /dev/a",
+            "with assertions",
             "did not come to its end",
             "counts no phases",
             "<svg",
