@@ -319,6 +319,8 @@ def test_compare_is_a_gate_and_report_joins_runs(daemon, tmp_path):
 
 def test_two_daemons_run_in_turns(tmp_path):
     report, place, marks, second = (tmp_path / name for name in ("ab.json", "place", "marks", "second"))
+    mount, _ = standin.cgroup_mount()
+    others = set(mount.glob("mica-ab-*"))
     # Another program, that says what it was started for and with which number.
     second.write_text(f"#!/bin/sh\necho $$ $1 >> '{marks}'\nexec '{PROGRAMS}/mica' \"$@\"\n")
     second.chmod(0o755)
@@ -347,5 +349,26 @@ def test_two_daemons_run_in_turns(tmp_path):
         assert row["ci95_low"] <= row["ratio"] <= row["ci95_high"], row
         assert row["op"] in ran.stdout
     assert not place.exists()
-    mount, _ = standin.cgroup_mount()
-    assert not list(mount.glob("mica-ab-*"))
+    assert set(mount.glob("mica-ab-*")) <= others
+
+
+def test_two_configurations_of_one_program_run_in_turns(tmp_path):
+    report, marks, program = (tmp_path / name for name in ("report.json", "marks", "program"))
+    program.write_text(f"#!/bin/sh\necho $$ \"$@\" >> '{marks}'\nexec '{PROGRAMS}/mica' \"$@\"\n")
+    program.chmod(0o755)
+    words = [
+        *(PROGRAMS / "mica-bench", "ab", "--a", program, "--a-args=--metrics off", "--b-args=--metrics on"),
+        *("--blocks", "1", "--directory", tmp_path / "place", "-o", report),
+        *("--", "load-levels", "--request", "health", "-r", "200", "--seconds", "0.2", "-c", "2"),
+    ]
+    ran = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads(report.read_text())
+    assert (document["options"]["a_serve_args"], document["options"]["b_serve_args"]) == ("--metrics off", "--metrics on")
+    assert [turn["side"] for turn in document["turns"]] == list("ABBA")
+    pids = {turn["side"]: turn["daemon_pid"] for turn in document["turns"]}
+    started = [line.split() for line in marks.read_text().splitlines() if line.split()[1] == "serve"]
+    assert {int(words[0]): words[-1] for words in started} == {pids["A"]: "off", pids["B"]: "on"}
+    rows = {row["op"]: row for row in document["results"]}
+    assert set(rows) == {"load 200/s", "daemon_cpu_per_request"}
+    assert all(row["ci95_low"] <= row["ratio"] <= row["ci95_high"] for row in rows.values()), rows

@@ -38,6 +38,8 @@ pub struct Table {
     /// What who reads it must know.
     pub notes: Vec<String>,
     show: Show,
+    /// Whether the host is not asked for its phases.
+    without_phases: bool,
 }
 
 impl Table {
@@ -45,6 +47,13 @@ impl Table {
     #[must_use]
     pub fn new(show: Show) -> Self {
         Self { show, ..Self::default() }
+    }
+
+    /// An empty one that shows nothing, and leaves the host's metrics alone: to write them takes it as long as a few
+    /// requests, and nothing where it counts none.
+    #[must_use]
+    pub fn of_requests_alone() -> Self {
+        Self { without_phases: true, ..Self::default() }
     }
 
     /// Measures a row, with the phases that the daemon goes through meanwhile.
@@ -70,9 +79,9 @@ impl Table {
         mut rows: [Row; N],
         measure: impl FnOnce(&mut [Row; N]) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let before = Before::now(host);
+        let before = (!self.without_phases).then(|| Before::now(host));
         let done = measure(&mut rows);
-        let phases = before.until_now(host);
+        let phases = before.map(|before| before.until_now(host)).unwrap_or_default();
         for mut row in rows {
             row.spent(&phases);
             if done.is_ok() || !row.times.is_empty() {
@@ -189,8 +198,12 @@ fn add(text: &mut String, what: std::fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+    use std::net::TcpListener;
+    use std::sync::Arc;
     use std::time::Duration;
 
+    use super::super::host::Address;
     use super::super::load::{Failures, Round};
     use super::*;
 
@@ -211,6 +224,23 @@ mod tests {
         assert!(alone.trim_end().ends_with("-  none published"), "{alone}");
         // Two words more: "wall avg", "other hardware".
         assert_eq!(head().split_whitespace().count(), 17);
+    }
+
+    #[test]
+    fn a_table_of_requests_alone_asks_the_host_for_nothing_else() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        server.set_nonblocking(true).unwrap();
+        let url = format!("http://{}", server.local_addr().unwrap());
+        let (api_key, template) = ("key".to_owned(), "base".to_owned());
+        let host = Host::new(Address { url, api_key, template }, Arc::default()).unwrap();
+        let mut table = Table::of_requests_alone();
+        let row = Row::new("create", String::new(), 1);
+        let measured = table.row(&host, row, |row| {
+            row.times.push(Duration::from_millis(1));
+            Ok(7)
+        });
+        assert_eq!((measured.unwrap(), table.rows.len(), table.rows[0].times.len()), (7, 1, 1));
+        assert_eq!(server.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 
     #[test]

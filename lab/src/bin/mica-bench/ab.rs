@@ -35,10 +35,22 @@ pub struct AbArgs {
     #[arg(long, value_name = "FILE")]
     b: Option<PathBuf>,
     /// More options of the first one's `mica serve`, separated by spaces.
-    #[arg(long, value_name = "OPTIONS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        visible_alias = "a-args",
+        value_name = "OPTIONS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     a_serve_args: String,
     /// More options of the second one's.
-    #[arg(long, value_name = "OPTIONS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        visible_alias = "b-args",
+        value_name = "OPTIONS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     b_serve_args: String,
     /// The program of the VMs, which needs --template-args. Default: the stand-in, which isolates nothing and
     /// shows the daemon alone.

@@ -147,13 +147,13 @@ fn template(host: &Host) -> Value {
     })
 }
 
-/// Runs a table on another host, shows nothing, and gives its rows.
+/// Runs a table on another host, shows nothing, and gives its rows, without the phases of the host.
 ///
 /// # Errors
 /// When the host cannot be measured, or something stays.
 pub fn quietly(measure: &dyn Measure, address: &Address, stop: &Arc<AtomicBool>) -> Result<Table> {
     let host = Host::new(address.clone(), Arc::clone(stop))?;
-    let mut table = Table::new(Show::Nothing);
+    let mut table = Table::of_requests_alone();
     let measured = measure.measure(&host, &mut table);
     let cleaned = host.clean();
     measured?;
