@@ -83,10 +83,10 @@ def test_promises_are_a_gate(tmp_path):
     assert kept.returncode == 0, kept.stdout + kept.stderr
     lines = [line for line in kept.stdout.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 10 and all(line.startswith("kept ") for line in lines), kept.stdout
-    assert "0.00 allocations <= 0" in kept.stdout and "60.00 ns <= 100" in kept.stdout, kept.stdout
+    assert "0.0000 allocations <= 0" in kept.stdout and "60.0 ns <= 100" in kept.stdout, kept.stdout
     next(row for row in rows if row["op"] == "crossing_adds_p50")["of_rounds"] = [1.0, 20.5, 90.0]
     broken.write_text(json.dumps(made_up))
     judged = mica_bench("check", registry, broken)
     assert judged.returncode == 1, judged.stdout
     assert "1 of 10 promises are broken: crossing_adds_p50" in judged.stderr, judged.stderr
-    assert "20.50 us <= 20 (what the other shard adds; 3 rounds, 1.00 to 90.00)" in judged.stdout, judged.stdout
+    assert "20.5 us <= 20 (what the other shard adds; 3 rounds, 1.0000 to 90.0)" in judged.stdout, judged.stdout

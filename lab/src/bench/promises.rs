@@ -112,12 +112,17 @@ impl Judged {
             Err(why) => format!("{begin} {why} ({what}, <= {most} {unit})"),
             Ok(Figure { median, low, high, rounds }) => {
                 let spread = rounds.map_or_else(String::new, |rounds| {
-                    format!("; {rounds} rounds, {low:.2} to {high:.2}")
+                    format!("; {rounds} rounds, {} to {}", shown(*low), shown(*high))
                 });
-                format!("{begin} {median:>8.2} {unit} <= {most} ({what}{spread})")
+                format!("{begin} {:>8} {unit} <= {most} ({what}{spread})", shown(*median))
             }
         }
     }
+}
+
+/// A figure with so many digits that one just above its limit is not shown as the limit.
+fn shown(value: f64) -> String {
+    if value.abs() < 10.0 { format!("{value:.4}") } else { format!("{value:.1}") }
 }
 
 /// Judges what is promised of these reports.
@@ -222,7 +227,7 @@ mod tests {
         let text = text(&judge(&all).unwrap());
         assert_eq!(text.lines().filter(|line| line.starts_with("kept ")).count(), ALL.len());
         let crossing = text.lines().find(|line| line.contains("crossing_adds_p50")).unwrap();
-        let end = "20.00 us <= 20 (what the other shard adds; 5 rounds, 18.00 to 400.00)";
+        let end = "20.0 us <= 20 (what the other shard adds; 5 rounds, 18.0 to 400.0)";
         assert!(crossing.ends_with(end), "{crossing}");
     }
 
@@ -243,6 +248,9 @@ mod tests {
                 "{text}"
             );
         }
+        let little =
+            scale(|report| report["results"][5]["of_rounds"] = json!([1.0103, 1.0103, 1.0103]));
+        assert!(text(&judge(&[little]).unwrap()).contains(" 1.0103 times <= 1.01 "));
         assert_eq!(broken(&[registry([99.0, 101.0, 101.0], &json!(0))]).len(), 2);
         assert_eq!(broken(&[registry([50.0; 3], &json!(1))]).len(), 2);
     }
