@@ -51,7 +51,7 @@ mod warmth;
 pub use account::{Account, Accounts, Seat, TooFast, TooMany};
 pub use config::HostConfig;
 pub use error::{ConnectError, RunError, ShardError};
-pub use host::{CLONES_MAX, Doing, Host, Once, defaults_for_agent};
+pub use host::{CLONES_MAX, Doing, Host, Once, OneCreate, defaults_for_agent};
 pub use memo::{Digest, MemoKey};
 pub use mica_numa::StopSignal;
 pub use mica_storage::{

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
+use crate::builds;
 use crate::daemon::{Daemon, eventually};
 use crate::exposition::{Exposition, scrape, scrape_at};
 
@@ -119,4 +120,37 @@ fn a_create_of_a_template_that_is_not_there_counts_as_failed() {
         1.0,
         "the other is not timed"
     );
+}
+
+#[test]
+fn a_create_of_a_template_that_a_tenant_built_counts_once() {
+    let (daemon, _site) = builds::daemon(&[]);
+    let (_, done) = builds::build(&daemon, "app", &json!([builds::step("ENV", &["A", "1"])]));
+    assert_eq!(done["status"], "ready", "{done}");
+    let counts = || {
+        let exposition = scrape(&daemon);
+        let fastpath = |success| {
+            let labels = [("mode", "strong"), ("success", success)];
+            exposition.get("fastpath_create_sandbox_duration_seconds_count", &labels)
+        };
+        let operations = |operation, result| {
+            let labels = [("operation", operation), ("result", result)];
+            exposition.get("mica_operations_total", &labels)
+        };
+        [
+            fastpath("true"),
+            fastpath("false"),
+            operations("restore", "ok"),
+            operations("create", "ok"),
+            operations("create", "error"),
+        ]
+    };
+    let before = counts();
+    let made = builds::create(&daemon, "app");
+    assert_eq!(made.status, 201, "{made:?}");
+    let [ok, failed, restored, created, errors] = before;
+    assert_eq!(counts(), [ok + 1.0, failed, restored, created + 1.0, errors]);
+    // One without a build of the tag fails once, too.
+    builds::create(&daemon, "app:none").error(404);
+    assert_eq!(counts(), [ok + 1.0, failed + 1.0, restored, created + 1.0, errors + 1.0]);
 }

@@ -6,8 +6,8 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use mica_shards::{
-    Built, BuiltDefaults, BuiltTemplate, CreateRequest, DEFAULT_TAG, Host, Reference, SandboxInfo,
-    Seat, ShardError, TemplateInfo, defaults_for_agent,
+    Built, BuiltDefaults, BuiltTemplate, CreateRequest, DEFAULT_TAG, Host, OneCreate, Reference,
+    SandboxInfo, Seat, TemplateInfo, defaults_for_agent,
 };
 use mica_units::{Mebibytes, TenantId, VcpuCount};
 
@@ -33,7 +33,8 @@ pub struct Base {
     pub defaults: Option<BuiltDefaults>,
 }
 
-/// Makes a sandbox of what a client calls a template. `seat` counts it, anew for every try.
+/// Makes a sandbox of what a client calls a template. `seat` counts it, anew for every try. However many
+/// things the name might stand for, it is one create.
 ///
 /// # Errors
 /// As the host's create; 404 for a template without a build of that tag.
@@ -43,31 +44,44 @@ pub async fn create(
     wanted: CreateRequest,
     seat: &dyn Fn() -> Result<Option<Seat>, ApiError>,
 ) -> Result<SandboxInfo, ApiError> {
-    let name = plain(&wanted.template);
-    if let Some(name) = &name {
-        let request = CreateRequest { template: name.clone(), seat: seat()?, ..wanted.clone() };
-        match host.create(request).await {
-            // Every other template is one that somebody built.
-            Err(ShardError::NoSuchTemplate(_)) => {}
-            made => return Ok(made?),
+    let mut create = host.one_create();
+    let made = of_any(&mut create, (host, tenant), &wanted, seat).await;
+    let made =
+        made.and_then(|made| made.ok_or_else(|| ApiError::no_such_template(&wanted.template)));
+    if made.is_err() {
+        create.failed();
+    }
+    made
+}
+
+/// The same of whatever has that name. `None`: nothing has.
+async fn of_any(
+    create: &mut OneCreate<'_>,
+    (host, tenant): (&Host, &TenantId),
+    wanted: &CreateRequest,
+    seat: &dyn Fn() -> Result<Option<Seat>, ApiError>,
+) -> Result<Option<SandboxInfo>, ApiError> {
+    if let Some(name) = plain(&wanted.template) {
+        let request = CreateRequest { template: name, seat: seat()?, ..wanted.clone() };
+        // Every other template is one that somebody built.
+        if let Some(made) = create.of(request).await? {
+            return Ok(Some(made));
         }
     }
-    let gone = || ApiError::no_such_template(&wanted.template);
     for _ in 0..CREATE_TRIES {
-        let built = find(host, tenant, &wanted.template).await?.ok_or_else(gone)?;
+        let Some(built) = find(host, tenant, &wanted.template).await? else { break };
         let request = CreateRequest {
             template: built.snapshot_id,
             defaults: Some(defaults_for_agent(&built.defaults)),
             seat: seat()?,
             ..wanted.clone()
         };
-        match host.create(request).await {
-            // Built anew, or deleted, since it was looked up.
-            Err(ShardError::NoSuchTemplate(_)) => {}
-            made => return Ok(made?),
+        // If not: built anew, or deleted, since it was looked up.
+        if let Some(made) = create.of(request).await? {
+            return Ok(Some(made));
         }
     }
-    Err(gone())
+    Ok(None)
 }
 
 /// The build that a name stands for. `None`: nobody built a template of that name.

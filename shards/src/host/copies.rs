@@ -217,7 +217,7 @@ impl Host {
             let (host, made) = (self.clone(), Rc::clone(made));
             let (sender, created) = oneshot::channel();
             let task = rt::spawn(async move {
-                let created = host.create_by(request, Operation::Copy).await;
+                let created = host.one_create().copy(request).await;
                 made.borrow_mut().extend(created.as_ref().map(|info| info.id));
                 // Unheard, it is in `made`, and ended with the others.
                 drop(sender.send(created));

@@ -5,11 +5,13 @@
 mod bench;
 mod builds;
 mod copies;
+mod creates;
 mod memos;
 mod operations;
 
 pub use builds::defaults_for_agent;
 pub use copies::CLONES_MAX;
+pub use creates::OneCreate;
 pub use memos::{Doing, Once};
 pub(crate) use operations::snapshot_info;
 
@@ -26,13 +28,10 @@ use mica_units::{GuestPort, PerShard, SANDBOX_ID_CHARS, SandboxId, ShardCount, S
 use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
-use crate::metrics::{self, Asked};
-use crate::registry::HostSet;
+use crate::metrics;
 use crate::sandbox::{GatewayError, greet};
 use crate::shard::{Shard, random};
-use crate::{
-    ConnectError, CreateRequest, GuestStream, NetworkPolicy, SandboxInfo, ShardError, Visitor,
-};
+use crate::{ConnectError, GuestStream, NetworkPolicy, SandboxInfo, ShardError, Visitor};
 
 /// How long a guest's gateway may take to answer a preamble.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -95,54 +94,6 @@ impl Host {
     pub fn sandboxes_shown(&self) -> u32 {
         let shown = self.0.shard.choice.loads().iter().map(|(_, load)| load.sandboxes());
         shown.fold(0, u32::saturating_add)
-    }
-
-    /// Makes a sandbox and waits until it is ready. Dropping the future ends what was begun.
-    ///
-    /// # Errors
-    /// See [`ShardError`]. Nothing of the sandbox is left then.
-    pub async fn create(&self, request: CreateRequest) -> Result<SandboxInfo, ShardError> {
-        self.create_by(request, Operation::Create).await
-    }
-
-    async fn create_by(
-        &self,
-        request: CreateRequest,
-        operation: fn(SandboxId, Box<CreateRequest>, Asked) -> Operation,
-    ) -> Result<SandboxInfo, ShardError> {
-        let mut asked = self.0.shard.metrics.asked_to_create();
-        let made = self.create_as(request, operation, &mut asked).await;
-        self.0.shard.metrics.created(asked.at, made.is_ok());
-        made
-    }
-
-    async fn create_as(
-        &self,
-        request: CreateRequest,
-        operation: fn(SandboxId, Box<CreateRequest>, Asked) -> Operation,
-        asked: &mut Asked,
-    ) -> Result<SandboxInfo, ShardError> {
-        let mut full = self.0.shard.at_capacity();
-        let mut tried = HostSet::default();
-        // None has room, or each has said that it has none.
-        while let Ok(chosen) = self.0.shard.choice.choose(&tried, &request.template) {
-            let shard = chosen.shard();
-            tried.insert(chosen.host());
-            let id = self.draw_id(shard)?;
-            let guard = CancelOnDrop { host: self, id, armed: Cell::new(true) };
-            let operation = operation(id, Box::new(request.clone()), asked.sent_for(id));
-            let made = self.ask(shard, operation).await;
-            guard.armed.set(false);
-            match made? {
-                Reply::Sandbox(Ok(info)) => return Ok(*info),
-                // Its share is used up; another shard may have room.
-                Reply::Sandbox(Err(error @ ShardError::AtCapacity { .. })) => full = error,
-                Reply::Sandbox(Err(error)) => return Err(error),
-                other => return Err(out_of_form(&other)),
-            }
-        }
-        self.0.shard.metrics.refused(metrics::Operation::Create);
-        Err(full)
     }
 
     /// Whose a sandbox is, also one that is being made or ended.

@@ -135,6 +135,13 @@ impl Metrics {
         }
     }
 
+    /// Counts an operation that came to nothing before a shard had anything to time.
+    pub(crate) fn failed(&self, operation: Operation) {
+        if self.on {
+            self.operations.failed(operation);
+        }
+    }
+
     /// Counts an operation that was not begun.
     pub(crate) fn refused(&self, operation: Operation) {
         if self.on {

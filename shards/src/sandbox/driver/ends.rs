@@ -161,7 +161,7 @@ impl Driver {
             other => Cause::Failed(format!("buried while {other:?}")),
         };
         tracing::info!(id = %self.sandbox.id, ?cause, safe = self.safe, "sandbox is gone");
-        self.timed(false);
+        self.timed_end(&cause);
         self.shard.forget(&self.sandbox);
         let id = self.sandbox.id;
         let waiting = self.request.take().into_iter().chain(self.sandbox.queue.take_requests());

@@ -3,7 +3,7 @@
 //! Called by the driver after each step of the state machine. What happens within one state is timed by
 //! the piece of work that does it. Refuses to decide anything.
 
-use super::super::state::{Ask, Birth, Outcome, Process, State, Step};
+use super::super::state::{Ask, Birth, Cause, Outcome, Process, State, Step};
 use super::Driver;
 use crate::metrics::{Operation, Phase};
 
@@ -78,5 +78,18 @@ impl Driver {
     /// The operation at hand is over.
     pub(super) fn timed(&mut self, is_done: bool) {
         self.shard.metrics.end(&mut self.watch, is_done);
+    }
+
+    /// The sandbox is gone, and what was at hand came to nothing. A create of what is not there is not
+    /// counted here: who asked may mean something else by the same name, and counts what all comes to.
+    pub(super) fn timed_end(&mut self, cause: &Cause) {
+        let is_create = self.sandbox.maker.borrow().is_some();
+        if is_create && *cause == Cause::NoSuchTemplate {
+            if let Some(stopped) = self.watch.stop() {
+                tracing::trace!(target: "mica::operations", "{}", stopped.line(false));
+            }
+        } else {
+            self.timed(false);
+        }
     }
 }
