@@ -279,6 +279,10 @@ fn a_public_template_is_not_there_for_others_to_change() {
     ] {
         world.hidden_build(method, path, body);
     }
+    // What is wrong with a body is said before whose the template is.
+    let (update, alias) = (format!("/templates/{id}"), format!("/templates/{id}/alias"));
+    world.other("PATCH", &update, Some(&json!({ "public": 7 }))).error(400);
+    world.other("PUT", &alias, Some(&json!({ "alias": 7 }))).error(400);
     // Nor does the name of another's stand for one of the same name that the caller has.
     let made = world.other("POST", "/v3/templates", Some(&json!({ "name": "owners-own" })));
     assert_eq!(made.status, 202, "{made:?}");

@@ -237,8 +237,17 @@ async fn record_and<T: Send + 'static>(
 
 /// A template that a tenant built, or may use.
 async fn template(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
-    let reference = Reference::parse(id).ok_or_else(|| no_such_template(id))?;
-    base::find_template(host, tenant, &reference).await?.ok_or_else(|| no_such_template(id))
+    if_built(host, tenant, id).await?.ok_or_else(|| no_such_template(id))
+}
+
+/// The same where it may also be no template that somebody built: then `None`.
+async fn if_built(
+    host: &Host,
+    tenant: &TenantId,
+    id: &str,
+) -> Result<Option<BuiltTemplate>, ApiError> {
+    let Some(reference) = Reference::parse(id) else { return Ok(None) };
+    base::find_template(host, tenant, &reference).await
 }
 
 fn no_such_template(id: &str) -> ApiError {
@@ -248,11 +257,11 @@ fn no_such_template(id: &str) -> ApiError {
 /// One that is the tenant's own, so that it may be changed. Another's is not there to be changed, also
 /// where it is there to be used.
 async fn own(host: &Host, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
-    let found = template(host, tenant, id).await?;
-    if found.tenant != tenant.as_str() {
-        return Err(no_such_template(id));
-    }
-    Ok(found)
+    owned(template(host, tenant, id).await?, tenant, id)
+}
+
+fn owned(found: BuiltTemplate, tenant: &TenantId, id: &str) -> Result<BuiltTemplate, ApiError> {
+    if found.tenant == tenant.as_str() { Ok(found) } else { Err(no_such_template(id)) }
 }
 
 /// What a name says of the template, without the tag: in whose namespace it is, too, since another's may
@@ -303,12 +312,9 @@ pub async fn update(
     id: &str,
     body: &[u8],
 ) -> Result<Option<Response<Body>>, ApiError> {
-    let Some(reference) = Reference::parse(id) else { return Ok(None) };
-    if base::find_template(host, tenant, &reference).await?.is_none() {
-        return Ok(None);
-    }
+    let Some(found) = if_built(host, tenant, id).await? else { return Ok(None) };
     let public = wish::public(body)?;
-    let mut template = own(host, tenant, id).await?;
+    let mut template = owned(found, tenant, id)?;
     if let Some(public) = public {
         let id = template.id.clone();
         let set = host.with_builds(move |builds| Ok(builds.set_public(&id, public)?)).await??;
@@ -327,12 +333,9 @@ pub async fn rename(
     id: &str,
     body: &[u8],
 ) -> Result<Option<Response<Body>>, ApiError> {
-    let Some(reference) = Reference::parse(id) else { return Ok(None) };
-    if base::find_template(host, tenant, &reference).await?.is_none() {
-        return Ok(None);
-    }
+    let Some(found) = if_built(host, tenant, id).await? else { return Ok(None) };
     let name = wish::name(body, tenant.as_str())?;
-    let template = own(host, tenant, id).await?;
+    let template = owned(found, tenant, id)?;
     refuse_operators_name(host, &name).await?;
     let renamed = host.with_builds(move |builds| builds.rename(&template.id, &name)).await??;
     let template = renamed.ok_or_else(|| no_such_template(id))?;
@@ -348,11 +351,8 @@ pub async fn delete(
     (host, tenant): (&Host, &TenantId),
     id: &str,
 ) -> Result<Option<Response<Body>>, ApiError> {
-    let Some(reference) = Reference::parse(id) else { return Ok(None) };
-    if base::find_template(host, tenant, &reference).await?.is_none() {
-        return Ok(None);
-    }
-    let template = own(host, tenant, id).await?;
+    let Some(found) = if_built(host, tenant, id).await? else { return Ok(None) };
+    let template = owned(found, tenant, id)?;
     let removed = host.with_builds(move |builds| Ok(builds.remove_built(&template.id)?)).await??;
     let Some(freed) = removed else { return Ok(None) };
     forget_snapshots(host, freed).await;
