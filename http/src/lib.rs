@@ -29,6 +29,7 @@ mod proxy;
 mod rfc3339;
 mod route;
 mod serve;
+mod snapshot_name;
 mod tenant;
 mod ui;
 

@@ -45,6 +45,12 @@ impl<'a> TenantHost<'a> {
         if owner == self.caller.tenant { Ok(self.host) } else { Err(ShardError::NoSuchSandbox(id)) }
     }
 
+    /// Who asks.
+    #[must_use]
+    pub fn tenant(&self) -> &TenantId {
+        &self.caller.tenant
+    }
+
     /// For builds of templates, whose store has every tenant's and asks itself whose is whose.
     #[must_use]
     pub fn builder(&self) -> (&Host, &TenantId) {
@@ -254,13 +260,17 @@ impl<'a> TenantHost<'a> {
     /// [`Host::snapshot`].
     ///
     /// # Errors
-    /// See [`ShardError`].
+    /// 409 where a template has the name; see [`ShardError`].
     pub async fn snapshot(
         &self,
         id: SandboxId,
         name: Option<String>,
-    ) -> Result<SnapshotInfo, ShardError> {
-        self.of(id).await?.snapshot(id, name).await
+    ) -> Result<SnapshotInfo, ApiError> {
+        let host = self.of(id).await?;
+        if let Some(name) = &name {
+            builds::refuse_templates_name(self.builder(), name).await?;
+        }
+        Ok(host.snapshot(id, name).await?)
     }
 
     /// [`Host::rollback`]. The owner's shard sees to it that the snapshot is the same tenant's.

@@ -1,4 +1,4 @@
-//! Snapshots: made, listed, started from, gone back to, deleted while others live on them.
+//! Snapshots: made, listed, started from by id and by name, gone back to, deleted while others live on them.
 
 use serde_json::{Value, json};
 
@@ -52,6 +52,124 @@ fn a_snapshot_is_made_and_sandboxes_start_from_it() {
         assert_eq!((reply.status, &reply.json()["names"]), (201, &json!([])), "{body:?}");
     }
     daemon.act(NOBODY, "snapshots").error(404);
+}
+
+/// Makes a snapshot of this name, and gives its id and what it is listed as.
+fn named(daemon: &Daemon, key: &str, id: &str, name: &str) -> (String, String) {
+    let path = format!("/sandboxes/{id}/snapshots");
+    let body = json!({ "name": name });
+    let reply = patiently(|| daemon.ask_as(key, "POST", &path, Some(&body)));
+    assert_eq!(reply.status, 201, "{name}: {reply:?}");
+    let (made, text) = (reply.json(), |value: &Value| value.as_str().expect("a text").to_owned());
+    (text(&made["snapshotID"]), text(&made["names"][0]))
+}
+
+/// A sandbox of what this stands for.
+fn sandbox_of(daemon: &Daemon, key: &str, template: &str) -> Reply {
+    let body = json!({ "templateID": template, "timeout": 60 });
+    daemon.ask_as(key, "POST", "/v2/sandboxes", Some(&body))
+}
+
+#[test]
+fn a_name_of_a_snapshot_stands_for_it_in_every_form() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let key = daemon.key();
+    let (app, listed) = named(&daemon, key, &id, "App");
+    assert_eq!(listed, "default/app:default");
+    let (tagged, listed) = named(&daemon, key, &id, "default/app:v1");
+    assert_eq!(listed, "default/app:v1");
+    let (label, listed) = named(&daemon, key, &id, "before the test");
+    assert_eq!(listed, "before the test");
+    let all = ids(&daemon.ask("GET", "/snapshots", None));
+    assert_eq!(all, [label.as_str(), tagged.as_str(), app.as_str()]);
+    let one = |template: &str| {
+        let made = sandbox_of(&daemon, key, template);
+        assert_eq!(made.status, 201, "{template}: {made:?}");
+    };
+    let forms = [
+        (&app, &["app", "APP", "default/app", "app:default", "default/app:default"][..]),
+        (&tagged, &["app:v1", "default/app:v1"]),
+        (&label, &["before the test"]),
+    ];
+    for (snapshot, names) in forms {
+        one(snapshot);
+        names.iter().for_each(|name| one(name));
+        let list = |name: &str| {
+            let name = name.replace(' ', "%20").replace('/', "%2F");
+            ids(&daemon.ask("GET", &format!("/snapshots?name={name}"), None))
+        };
+        names.iter().for_each(|name| assert_eq!(list(name), [snapshot.as_str()], "{name}"));
+        // What a name stands for goes with the snapshot.
+        assert_eq!(delete(&daemon, snapshot).status, 204);
+        for name in names {
+            sandbox_of(&daemon, key, name).error(404);
+        }
+    }
+    for unknown in ["app:v2", "other/app", "before"] {
+        sandbox_of(&daemon, key, unknown).error(404);
+    }
+}
+
+#[test]
+fn of_several_snapshots_of_a_name_the_newest_is_meant() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let key = daemon.key();
+    let first = named(&daemon, key, &id, "app").0;
+    let second = named(&daemon, key, &id, "app:default").0;
+    // Which one a sandbox began at shows when that one is damaged.
+    // Without its memory nothing starts from the second, and so nothing by that name.
+    let directory = daemon.directory().join("store/snapshots").join(&second);
+    let files = std::fs::read_dir(&directory).expect("a directory").flatten();
+    for file in files.filter(|file| file.file_name().to_string_lossy().starts_with("memory.")) {
+        std::fs::remove_file(file.path()).expect("a file of its memory");
+    }
+    let reply = sandbox_of(&daemon, key, "app");
+    assert!(reply.status >= 500, "{reply:?}");
+    assert_eq!(delete(&daemon, &second).status, 204);
+    assert_eq!(sandbox_of(&daemon, key, "app").status, 201, "the one before it");
+    assert_eq!(delete(&daemon, &first).status, 204);
+    sandbox_of(&daemon, key, "app").error(404);
+}
+
+#[test]
+fn names_of_snapshots_are_their_tenants_own_and_no_templates() {
+    let daemon = Daemon::start();
+    let (one, two) = (daemon.make_key(&["--tenant", "one"]), daemon.make_key(&["--tenant", "two"]));
+    let sandbox = |key: &str| {
+        let made = sandbox_of(&daemon, key, TEMPLATE);
+        assert_eq!(made.status, 201, "{made:?}");
+        made.json()["sandboxID"].as_str().expect("an id").to_owned()
+    };
+    let (ours, theirs) = (sandbox(&one), sandbox(&two));
+    let (_, listed) = named(&daemon, &one, &ours, "app");
+    assert_eq!(listed, "one/app:default");
+    named(&daemon, &one, &ours, "a label");
+    for name in ["app", "one/app", "one/app:default", "a label"] {
+        assert_eq!(sandbox_of(&daemon, &one, name).status, 201, "{name}");
+        sandbox_of(&daemon, &two, name).error(404);
+    }
+    // The same name of another tenant's is another's.
+    let (id, listed) = named(&daemon, &two, &theirs, "app");
+    assert_eq!(listed, "two/app:default");
+    assert_eq!(sandbox_of(&daemon, &two, "app").status, 201);
+    let path = format!("/templates/{id}");
+    assert_eq!(daemon.ask_as(&two, "DELETE", &path, None).status, 204);
+    sandbox_of(&daemon, &two, "app").error(404);
+    assert_eq!(sandbox_of(&daemon, &one, "app").status, 201);
+
+    let path = format!("/sandboxes/{theirs}/snapshots");
+    let refused = |name: &str| daemon.ask_as(&two, "POST", &path, Some(&json!({ "name": name })));
+    for bad in ["one/app", "a/b/c", "a b:c", "two/a b"] {
+        refused(bad).error(400);
+    }
+    for taken in [TEMPLATE, &format!("two/{TEMPLATE}:latest")] {
+        assert!(refused(taken).error(409).contains(TEMPLATE), "{taken}");
+    }
+    // A template of the operator's has no other tag, so that is free.
+    let (_, listed) = named(&daemon, &two, &theirs, &format!("{TEMPLATE}:v1"));
+    assert_eq!(sandbox_of(&daemon, &two, &listed).status, 201);
 }
 
 #[test]

@@ -38,7 +38,7 @@ pub use templates::{
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NewSandbox {
-    /// The id or the name of a template, or the id of a snapshot.
+    /// The id or the name of a template or of a snapshot.
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// Life time in seconds; -1: without an end. Absent: what the host gives, 300 unless its operator
@@ -333,7 +333,7 @@ pub struct Snapshot {
     /// Its id, usable as a `templateID`.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
-    /// The label it was given, or nothing.
+    /// What it is called, usable as a `templateID`, or nothing.
     pub names: Vec<String>,
     /// Always [`READY`]: one that is not cannot be seen.
     pub status: String,

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use mica_shards::{CreateRequest, OnTimeout, Reference};
-use mica_units::IdError;
+use mica_units::{IdError, TenantId};
 use mica_wire::api::{NewSandbox, OnTimeoutWish};
 use serde::Deserialize;
 
@@ -15,9 +15,11 @@ use super::{json, life, network};
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::route::Version;
+use crate::snapshot_name::SnapshotName;
 
-/// Longest template id or name, so that an error message can repeat it.
-const TEMPLATE_CHARS_MAX: usize = 128;
+/// Longest template id or name, so that an error message can repeat it. A tenant's, a template's and a tag
+/// fit in.
+const TEMPLATE_CHARS_MAX: usize = 192;
 
 /// What clients may wish for and this host does not have. To make the sandbox without it would be to
 /// break a promise that the client sees only later.
@@ -81,12 +83,11 @@ fn at_its_end(wanted: &NewSandbox) -> Result<(OnTimeout, bool), ApiError> {
     Ok((if pause { OnTimeout::Pause } else { OnTimeout::Kill }, wakes))
 }
 
-/// Ids and names have one alphabet. A path separator or a dot is in neither, so what passes here
-/// can never leave the store's directory. What has a namespace or a tag is a name of [`crate::builds`].
+/// Ids and names have one alphabet. What has a namespace or a tag is a name of [`crate::builds`], and what has
+/// other characters may be a snapshot's label; both are compared with what is there, and are never a path.
 fn template(text: &str) -> Result<String, ApiError> {
-    let in_form = matches!(text.len(), 1..=TEMPLATE_CHARS_MAX)
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
-    if in_form || text.len() <= TEMPLATE_CHARS_MAX && Reference::parse(text).is_some() {
+    let is_label = || SnapshotName::parse(text, &TenantId::default()).is_some();
+    if text.len() <= TEMPLATE_CHARS_MAX && (Reference::parse(text).is_some() || is_label()) {
         return Ok(text.to_owned());
     }
     let problem = IdError::TemplateName;

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use mica_shards::{CLONES_MAX, OnTimeout};
+use mica_units::TenantId;
 use mica_wire::api::{
     ConnectSandbox, CopySandbox, NewSnapshot, PauseSandbox, RefreshSandbox, ResumeSandbox,
     RollbackSandbox, SetTimeout,
@@ -15,12 +16,10 @@ use super::json;
 use super::life::{self, CONNECT_SECONDS};
 use crate::config::Limits;
 use crate::error::ApiError;
+use crate::snapshot_name::SnapshotName;
 
 /// Most sandboxes of one fork, as E2B documents it.
 pub const FORKS_MAX: usize = 20;
-
-/// Longest name of a snapshot.
-const NAME_CHARS_MAX: usize = 128;
 
 /// Longest id of a snapshot that an error message repeats.
 const SNAPSHOT_ID_CHARS_MAX: usize = 64;
@@ -101,15 +100,13 @@ pub fn pause(body: &[u8]) -> Result<bool, ApiError> {
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn snapshot(body: &[u8]) -> Result<Option<String>, ApiError> {
+pub fn snapshot(body: &[u8], tenant: &TenantId) -> Result<Option<String>, ApiError> {
     let NewSnapshot { name, memory } = json::read_or_default(body)?;
     refuse_disk_only(memory)?;
-    let printable = |b: u8| b.is_ascii_graphic() || b == b' ';
-    let in_form =
-        |name: &String| (1..=NAME_CHARS_MAX).contains(&name.len()) && name.bytes().all(printable);
-    if !name.as_ref().is_none_or(in_form) {
+    if name.as_ref().is_some_and(|name| !SnapshotName::may_be(name, tenant)) {
         return Err(ApiError::bad_request(format!(
-            "`name` must be 1 to {NAME_CHARS_MAX} printable ASCII characters"
+            "`name` must be 1 to 128 printable ASCII characters; with `/` or `:` in it, the form is \
+             `{tenant}/name:tag` or a part of that"
         )));
     }
     Ok(name)
@@ -263,16 +260,21 @@ mod tests {
 
     #[test]
     fn names_of_snapshots() {
-        let read = |body: &str| status(snapshot(body.as_bytes()));
+        let read = |body: &str| status(snapshot(body.as_bytes(), &"ns".parse().unwrap()));
         assert_eq!(read(""), Ok(None));
         assert_eq!(read(r#"{"name":null}"#), Ok(None));
-        assert_eq!(read(r#"{"name":"ns/a b:v1"}"#), Ok(Some("ns/a b:v1".to_owned())));
+        for good in ["ns/app:v1", "ns/app", "app:v1", "App", "a b", "it's #1 (really)"] {
+            let body = format!(r#"{{"name":"{good}"}}"#);
+            assert_eq!(read(&body), Ok(Some(good.to_owned())), "{good}");
+        }
         let long = format!(r#"{{"name":"{}"}}"#, "x".repeat(129));
         for bad in [
             r#"{"name":""}"#,
             r#"{"name":7}"#,
             r#"{"name":"a\nb"}"#,
             "{\"name\":\"\u{e9}\"}",
+            r#"{"name":"ns/a b:v1"}"#,
+            r#"{"name":"other/app"}"#,
             &long,
         ] {
             assert_eq!(read(bad), Err(400), "{bad}");

@@ -76,7 +76,8 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             json::answer(StatusCode::CREATED, &show::sandbox(config, info))
         }
         Action::Snapshot => {
-            let info = host.snapshot(id, operate::snapshot(&body)?).await?;
+            let name = operate::snapshot(&body, host.tenant())?;
+            let info = host.snapshot(id, name).await?;
             json::answer(StatusCode::CREATED, &show::snapshot(info))
         }
         Action::Rollback => rollback(host, id, operate::rollback(&body)?).await,

@@ -11,6 +11,7 @@ use mica_wire::api::{
 use super::network;
 use crate::config::HttpConfig;
 use crate::rfc3339;
+use crate::snapshot_name::SnapshotName;
 
 /// What `clientID` says. Sandbox ids are global, so it means nothing, and SDKs demand it.
 const CLIENT_ID: &str = "mica";
@@ -84,8 +85,8 @@ pub fn detail(config: &HttpConfig, mut info: SandboxInfo) -> SandboxDetail {
 /// A snapshot.
 pub fn snapshot(info: SnapshotInfo) -> Snapshot {
     Snapshot {
+        names: SnapshotName::of(&info).map(SnapshotName::into_text).into_iter().collect(),
         snapshot_id: info.id,
-        names: info.name.into_iter().collect(),
         status: READY.to_owned(),
         origin_sandbox_id: info.sandbox.map(|id| id.to_string()),
         created_at: rfc3339::format(info.created_at),

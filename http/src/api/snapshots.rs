@@ -11,6 +11,7 @@ use mica_units::SandboxId;
 use super::list::page_limit;
 use super::operate::is_store_id;
 use crate::error::ApiError;
+use crate::snapshot_name::SnapshotName;
 use crate::{ids, percent};
 
 /// What a list was asked for.
@@ -95,7 +96,7 @@ impl SnapshotQuery {
     #[must_use]
     pub fn page(&self, mut all: Vec<SnapshotInfo>) -> (Vec<SnapshotInfo>, Option<String>) {
         all.retain(|info| {
-            self.name.as_ref().is_none_or(|name| info.name.as_ref() == Some(name))
+            self.name.as_ref().is_none_or(|name| is_called(info, name))
                 && self.after.as_ref().is_none_or(|after| Cursor::of(info) < *after)
         });
         all.sort_by_cached_key(|info| std::cmp::Reverse(Cursor::of(info)));
@@ -104,6 +105,13 @@ impl SnapshotQuery {
         let next = all.last().filter(|_| cut).map(|last| Cursor::of(last).to_token());
         (all, next)
     }
+}
+
+/// Whether it has this name, in whichever form.
+fn is_called(info: &SnapshotInfo, name: &str) -> bool {
+    let tenant = info.tenant.clone().unwrap_or_default();
+    let asked = SnapshotName::parse(name, &tenant);
+    info.name.as_deref() == Some(name) || (asked.is_some() && SnapshotName::of(info) == asked)
 }
 
 fn of(text: &str) -> Result<Of, ApiError> {
@@ -156,6 +164,10 @@ mod tests {
         assert_eq!(query("").page(all()).0.len(), 2);
         assert_eq!(query("name=a+b&unknown=1").page(all()).0, [snapshot(1, Some("a b"))]);
         assert!(query("name=").page(all()).0.is_empty());
+        let named = || vec![snapshot(1, Some("app")), snapshot(2, Some("default/App:v1"))];
+        assert_eq!(query("name=default/app:default").page(named()).0, [named().remove(0)]);
+        assert_eq!(query("name=app%3Av1").page(named()).0, [named().remove(1)]);
+        assert!(query("name=other/app").page(named()).0.is_empty());
         let id = "i0123456789abcdefghij";
         assert_eq!(query(&format!("sandboxID={id}-x")).of(), Of::One(id.parse().unwrap()));
         assert_eq!(query("sandboxID=nonexisting").of(), Of::Nobody);

@@ -10,10 +10,12 @@ use mica_shards::{
     SandboxInfo, Seat, TemplateInfo, defaults_for_agent,
 };
 use mica_units::{Mebibytes, TenantId, VcpuCount};
+use mica_wire::guest::Defaults;
 
 use super::steps::StepError;
 use super::wish::From;
 use crate::error::ApiError;
+use crate::snapshot_name;
 
 /// Images, without their tags, and the templates they stand for.
 const IMAGES: [(&str, &str); 2] =
@@ -69,19 +71,42 @@ async fn of_any(
         }
     }
     for _ in 0..CREATE_TRIES {
-        let Some(built) = find(host, tenant, &wanted.template).await? else { break };
-        let request = CreateRequest {
-            template: built.snapshot_id,
-            defaults: Some(defaults_for_agent(&built.defaults)),
-            seat: seat()?,
-            ..wanted.clone()
+        let Some((template, defaults)) = named(host, tenant, &wanted.template).await? else {
+            break;
         };
+        let request = CreateRequest { template, defaults, seat: seat()?, ..wanted.clone() };
         // If not: built anew, or deleted, since it was looked up.
         if let Some(made) = create.of(request).await? {
             return Ok(Some(made));
         }
     }
     Ok(None)
+}
+
+/// The snapshot that a name of a tenant's stands for: what was built, or else what was kept of a sandbox.
+///
+/// # Errors
+/// 404 when there is a template of that name, without a build of that tag, and no such snapshot.
+async fn named(
+    host: &Host,
+    tenant: &TenantId,
+    name: &str,
+) -> Result<Option<(String, Option<Defaults>)>, ApiError> {
+    let template = match Reference::parse(name) {
+        Some(reference) => find_template(host, tenant, &reference).await?.zip(Some(reference)),
+        None => None,
+    };
+    if let Some((template, reference)) = &template
+        && let Some(built) = template.tagged(reference.tag())
+    {
+        return Ok(Some((built.snapshot_id.clone(), Some(defaults_for_agent(&built.defaults)))));
+    }
+    let all = host.snapshots(None).await?;
+    match (snapshot_name::newest(&all, name, tenant), template) {
+        (Some(found), _) => Ok(Some((found.id.clone(), None))),
+        (None, Some((template, reference))) => Err(untagged(&template, &reference)),
+        (None, None) => Ok(None),
+    }
 }
 
 /// The build that a name stands for. `None`: nobody built a template of that name.
@@ -93,12 +118,13 @@ pub async fn find(host: &Host, tenant: &TenantId, name: &str) -> Result<Option<B
     let Some(template) = find_template(host, tenant, &reference).await? else { return Ok(None) };
     match template.tagged(reference.tag()) {
         Some(built) => Ok(Some(built.clone())),
-        None => Err(ApiError::not_found(format!(
-            "template `{}` has no build tagged `{}` that is ready",
-            template.name,
-            reference.tag()
-        ))),
+        None => Err(untagged(&template, &reference)),
     }
+}
+
+fn untagged(template: &BuiltTemplate, reference: &Reference) -> ApiError {
+    let (name, tag) = (&template.name, reference.tag());
+    ApiError::not_found(format!("template `{name}` has no build tagged `{tag}` that is ready"))
 }
 
 /// The built template that a tenant means.
@@ -243,11 +269,17 @@ fn names(templates: &[TemplateInfo]) -> String {
     }
 }
 
+/// Whether a template of the operator's may be asked for with this tag.
+pub fn is_plain_tag(tag: &str) -> bool {
+    PLAIN_TAGS.contains(&tag)
+}
+
 /// What of a name can be a template of the operator's, or an id: without a namespace, and without a tag that
 /// such a template cannot have.
 fn plain(text: &str) -> Option<String> {
     let (name, tag) = text.split_once(':').unwrap_or((text, DEFAULT_TAG));
-    let is_plain = !name.contains('/') && PLAIN_TAGS.contains(&tag);
+    let may_be = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    let is_plain = name.bytes().all(may_be) && is_plain_tag(tag);
     is_plain.then(|| name.to_owned())
 }
 
@@ -274,6 +306,7 @@ mod tests {
         assert_eq!(plain("base:latest").as_deref(), Some("base"));
         assert_eq!(plain("base:v2"), None);
         assert_eq!(plain("ns/base"), None);
+        assert_eq!((plain("a label"), plain("..")), (None, None));
     }
 
     #[test]

@@ -136,6 +136,30 @@ async fn refuse_operators_name(host: &Host, name: &str) -> Result<(), ApiError> 
     Ok(())
 }
 
+/// Refuses a name for a snapshot that stands for a template already: asked for, it would not be the snapshot.
+///
+/// # Errors
+/// 409; when the store cannot be read.
+pub async fn refuse_templates_name(
+    (host, tenant): (&Host, &TenantId),
+    name: &str,
+) -> Result<(), ApiError> {
+    let Some(reference) = Reference::parse(name) else { return Ok(()) };
+    if base::is_plain_tag(reference.tag()) {
+        refuse_operators_name(host, &reference.name).await?;
+    }
+    let own = Reference { namespace: Some(tenant.as_str().to_owned()), ..reference };
+    let found = base::find_template(host, tenant, &own).await?;
+    if found.is_some_and(|template| template.tagged(own.tag()).is_some()) {
+        return Err(ApiError::conflict(format!(
+            "`{}:{}` is a template of yours; give the snapshot another name, or another tag",
+            own.name,
+            own.tag()
+        )));
+    }
+    Ok(())
+}
+
 async fn files(host: &Host, tenant: &TenantId, request: &Parts, id: &str, hash: &str) -> Answer {
     template(host, tenant, id).await?;
     if !BuildStore::is_hash(hash) {
