@@ -9,8 +9,8 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use mica_shards::{
-    ConnectError, CreateRequest, Digest, GuestStream, Host, LogLine, MemoKey, NetworkPolicy,
-    OnTimeout, Once, Reference, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo, Usage,
+    ConnectError, CreateRequest, GuestStream, Host, LogLine, MemoKey, NetworkPolicy, OnTimeout,
+    Once, OnceName, Reference, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo, Usage,
 };
 use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
 
@@ -80,7 +80,8 @@ impl<'a> TenantHost<'a> {
     ///
     /// # Errors
     /// See [`ShardError`].
-    pub async fn once(&self, name: String, digest: Digest) -> Result<Once, ShardError> {
+    pub async fn once(&self, asked: OnceName) -> Result<Once, ShardError> {
+        let OnceName { name, digest } = asked;
         let tenant = self.caller.tenant.clone();
         self.host.once(MemoKey { tenant, name }, digest).await
     }

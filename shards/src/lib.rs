@@ -64,8 +64,8 @@ pub(crate) use stream::Epoch;
 pub use stream::GuestStream;
 pub use types::{
     BUILD_TENANT, BuiltFor, CreateRequest, HostCounters, Lifecycle, LogLine, LogSource, NEVER,
-    NetworkPolicy, OnTimeout, SandboxInfo, SandboxProcess, SnapshotInfo, TemplateInfo, Usage,
-    Visitor,
+    NetworkPolicy, OnTimeout, OnceName, SandboxInfo, SandboxProcess, SnapshotInfo, TemplateInfo,
+    Usage, Visitor,
 };
 pub use view::{HostView, NodeView, ProcessView, SandboxView, ShardView};
 pub use warm::{WarmError, warm};

@@ -2,7 +2,8 @@
 //!
 //! Called by `http` through [`crate::Host`], for creates that carry an idempotency key. One table for the
 //! whole host: each name is kept by one shard, which its hash names, and the others ask that one. Answers
-//! are opaque bytes, kept in memory alone. Refuses more names of a tenant than its bound, and more in all:
+//! are opaque bytes, kept in memory alone; the record of a sandbox has the name under which it was asked for,
+//! and the next daemon remembers that. Refuses more names of a tenant than its bound, and more in all:
 //! a tenant's own finished ones make room for its next, and where all tenants together have too many, those
 //! of the tenant that has the most, the oldest first; while all are at work a new one is not begun. So no
 //! tenant can push out the answers of one that keeps fewer.
@@ -14,7 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mica_numa::rt::time::Instant;
-use mica_units::{ShardCount, ShardId, TenantId};
+use mica_units::{SandboxId, ShardCount, ShardId, TenantId};
+
+use crate::takeover::Left;
 
 /// Names that one shard keeps.
 const MEMOS_MAX: usize = 4096;
@@ -45,7 +48,7 @@ pub struct MemoKey {
 }
 
 impl MemoKey {
-    /// The shard that keeps it: the same on all of them. Nothing of it outlives the daemon, so the next
+    /// The shard that keeps it: the same on all of them. The hash does not outlive the daemon, so the next
     /// one may hash otherwise.
     pub(crate) fn shard(&self, shards: ShardCount) -> ShardId {
         let mut hasher = DefaultHasher::new();
@@ -68,6 +71,8 @@ pub(crate) enum Memo {
     Running,
     /// It was done, and this was the answer.
     Done(Arc<[u8]>),
+    /// An earlier daemon was asked, and made this sandbox; none where it may not have been ready.
+    Left(Option<SandboxId>),
     /// Something else was asked for under this name.
     Mismatch,
     /// As many as there may be are at work.
@@ -78,14 +83,20 @@ pub(crate) enum Memo {
 struct Entry {
     digest: Digest,
     ticket: MemoTicket,
-    since: Instant,
-    answer: Option<Arc<[u8]>>,
+    until: Instant,
+    came: Option<Came>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+enum Came {
+    Answer(Arc<[u8]>),
+    Left(Option<SandboxId>),
 }
 
 impl Entry {
     fn is_over(&self, now: Instant) -> bool {
-        let most = if self.answer.is_some() { KEPT } else { WORK_MAX };
-        now.duration_since(self.since) >= most
+        now >= self.until
     }
 }
 
@@ -110,9 +121,10 @@ impl Memos {
         let ours = tenants.get(&key.tenant);
         let found = ours.and_then(|names| names.get(&key.name));
         if let Some(entry) = found.filter(|entry| !entry.is_over(now)) {
-            return match &entry.answer {
+            return match &entry.came {
                 _ if entry.digest != digest => Memo::Mismatch,
-                Some(answer) => Memo::Done(Arc::clone(answer)),
+                Some(Came::Answer(answer)) => Memo::Done(Arc::clone(answer)),
+                Some(Came::Left(sandbox)) => Memo::Left(*sandbox),
                 None => Memo::Running,
             };
         }
@@ -120,11 +132,32 @@ impl Memos {
         if found.is_none() && !make_room(&mut tenants, &key.tenant, now) {
             return Memo::Full;
         }
-        let ticket = MemoTicket(self.next.get());
-        self.next.set(ticket.0.wrapping_add(1));
-        let entry = Entry { digest, ticket, since: now, answer: None };
+        let ticket = self.ticket();
+        let entry = Entry { digest, ticket, until: now + WORK_MAX, came: None };
         tenants.entry(key.tenant).or_default().insert(key.name, entry);
         Memo::Begun(ticket)
+    }
+
+    /// Keeps what an earlier daemon was asked for, as long as it would have. Of two of one name, the later
+    /// call's stays: call it with the older first.
+    pub(crate) fn remember(&self, left: Left) {
+        let Left { key, digest, sandbox, age } = left;
+        let now = Instant::now();
+        let mut tenants = self.tenants.borrow_mut();
+        let rest = KEPT.saturating_sub(age);
+        if rest.is_zero() || !make_room(&mut tenants, &key.tenant, now) {
+            return;
+        }
+        let ticket = self.ticket();
+        let came = Some(Came::Left(sandbox));
+        let entry = Entry { digest, ticket, until: now + rest, came };
+        tenants.entry(key.tenant).or_default().insert(key.name, entry);
+    }
+
+    fn ticket(&self) -> MemoTicket {
+        let ticket = MemoTicket(self.next.get());
+        self.next.set(ticket.0.wrapping_add(1));
+        ticket
     }
 
     /// Keeps the answer, or without one lets the name go: the next who asks begins again.
@@ -136,8 +169,8 @@ impl Memos {
         };
         match answer.filter(|answer| answer.len() <= ANSWER_BYTES_MAX) {
             Some(answer) => {
-                entry.answer = Some(answer.into());
-                entry.since = Instant::now();
+                entry.came = Some(Came::Answer(answer.into()));
+                entry.until = Instant::now() + KEPT;
             }
             None => {
                 names.remove(&key.name);
@@ -181,10 +214,10 @@ fn make_room(tenants: &mut HashMap<TenantId, Names>, tenant: &TenantId, now: Ins
 /// Whether there were any.
 fn drop_oldest(names: &mut Names) -> bool {
     let mut finished: Vec<Instant> =
-        names.values().filter(|entry| entry.answer.is_some()).map(|entry| entry.since).collect();
+        names.values().filter(|entry| entry.came.is_some()).map(|entry| entry.until).collect();
     finished.sort_unstable();
     let Some(oldest) = finished.get(finished.len() / 16) else { return false };
-    names.retain(|_, entry| entry.answer.is_none() || entry.since > *oldest);
+    names.retain(|_, entry| entry.came.is_none() || entry.until > *oldest);
     true
 }
 
@@ -255,6 +288,29 @@ mod tests {
         begun(&memos.begin_at(later, key("a"), [2; 32]));
         assert_eq!(memos.begin_at(later + WORK_MAX / 2, key("a"), [2; 32]), Memo::Running);
         begun(&memos.begin_at(later + WORK_MAX, key("a"), [2; 32]));
+    }
+
+    #[test]
+    fn what_an_earlier_daemon_made_is_remembered_for_the_rest_of_the_day() {
+        let memos = Memos::default();
+        let sandbox = |n| Some(SandboxId::from_random([n; 20]));
+        let left = |name: &str, n, hours| {
+            let age = Duration::from_secs(hours * 3600);
+            memos.remember(Left { key: key(name), digest: [1; 32], sandbox: sandbox(n), age });
+        };
+        left("a", 1, 20);
+        left("a", 2, 10);
+        left("old", 3, 24);
+        assert_eq!(memos.begin(key("a"), [1; 32]), Memo::Left(sandbox(2)), "the later of two");
+        assert_eq!(memos.begin(key("a"), [2; 32]), Memo::Mismatch);
+        let later = Instant::now() + Duration::from_secs(14 * 3600);
+        begun(&memos.begin_at(later, key("a"), [2; 32]));
+        begun(&memos.begin(key("old"), [2; 32]));
+        // They make room as other answers do.
+        for n in 0..=TENANT_MEMOS_MAX {
+            left(&n.to_string(), 4, 1);
+        }
+        assert!(count(&memos.tenants.borrow()) <= TENANT_MEMOS_MAX);
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::sandbox::Workshop;
 use crate::shard::{Place, Shard, random};
 use crate::shell::demand::{Bounds, Demand};
 use crate::shell::{Launcher, Pins, Pool, Size, empty_network, now_s};
+use crate::takeover::Left;
 use crate::uids::Uids;
 use crate::{Host, HostConfig, RunError, hours, metrics, pressure, rounds, takeover, warmth};
 
@@ -50,6 +51,8 @@ struct Input {
     watchdog: Option<Watchdog>,
     /// Sandboxes of an earlier daemon that are this shard's.
     survivors: Vec<Survivor>,
+    /// Creates that it was asked for under names that are this shard's.
+    left: Vec<Left>,
     /// The first shard of its node.
     librarian: ShardId,
     addresses: PerShard<Address>,
@@ -126,7 +129,7 @@ where
             let Input {
                 base, watchdog, survivors, librarian, addresses, requests, answers, ..
             } = input;
-            let Input { loads, placement, .. } = input;
+            let Input { loads, placement, left, .. } = input;
             let ShardSeat { shard: id, core, node, memory_node } = seat;
             let place = Place { id, shards, node, memory_node, core, librarian };
             let (shard, templates) = match seat_shard(&base, place, placement, loads).await {
@@ -138,6 +141,7 @@ where
                     return false;
                 }
             };
+            left.into_iter().for_each(|left| shard.memos.remember(left));
             let watching = watch(&shard, watchdog);
             let answers = answers.attach();
             let host = Host::new(Rc::clone(&shard), addresses.clone(), answers.lookout());
@@ -291,6 +295,12 @@ fn inputs(
         let ((requests, _), (answers, _)) = &boxes[usize::from(shard.index())];
         Address { requests: requests.clone(), answers: answers.clone() }
     });
+    let mut left: Vec<Left> = survivors.iter().filter_map(Left::of).collect();
+    left.sort_by_key(|left| std::cmp::Reverse(left.age));
+    let mut left_by_shard = PerShard::from_fn(shards, |_| Vec::new());
+    for left in left {
+        left_by_shard[left.key.shard(shards)].push(left);
+    }
     // The id says the shard: with another number of shards than before, another one takes over.
     let mut by_shard = PerShard::from_fn(shards, |_| Vec::new());
     for survivor in survivors {
@@ -300,6 +310,7 @@ fn inputs(
         base: base.clone(),
         watchdog: watchdog.cloned(),
         survivors: std::mem::take(&mut by_shard[ShardId::new(shard)]),
+        left: std::mem::take(&mut left_by_shard[ShardId::new(shard)]),
         librarian: first_of_node(plan, ShardId::new(shard)),
         addresses: addresses.clone(),
         requests,

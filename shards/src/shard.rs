@@ -101,7 +101,7 @@ pub(crate) struct Shard {
     sandboxes: RefCell<BTreeMap<SandboxId, Rc<Sandbox>>>,
     spawns: RefCell<BTreeMap<String, Spawned>>,
     /// Answers to what is to be done once.
-    memos: Memos,
+    pub(crate) memos: Memos,
     /// Builds that wait for another.
     pub(crate) turns: Turns,
     draining: Cell<bool>,
@@ -340,7 +340,7 @@ impl Shard {
     fn request_of(&self, id: SandboxId) -> Result<Box<CreateRequest>, ShardError> {
         let request = self.find(id)?.request();
         // Its seat stays its own.
-        let request = request.map(|request| CreateRequest { seat: None, ..request });
+        let request = request.map(|request| CreateRequest { seat: None, once: None, ..request });
         request.map(Box::new).ok_or(ShardError::NoSuchSandbox(id))
     }
 

@@ -22,7 +22,9 @@ use crate::sandbox::{
 };
 use crate::shard::Shard;
 use crate::shell::{Held, OpenError, VmProcess};
-use crate::{Account, Accounts, CreateRequest, NEVER, NetworkPolicy, OnTimeout};
+use crate::{
+    Account, Accounts, CreateRequest, Digest, MemoKey, NEVER, NetworkPolicy, OnTimeout, OnceName,
+};
 
 /// Why a process cannot be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -157,6 +159,7 @@ fn identity(record: &Record, accounts: &Accounts) -> Identity {
         // The key of an account may have been revoked meanwhile: then nobody counts.
         seat: account.map(Account::resume),
         defaults: None,
+        once: record.once.as_ref().map(OnceName::from),
     };
     Identity {
         request,
@@ -164,6 +167,31 @@ fn identity(record: &Record, accounts: &Accounts) -> Identity {
         access_token: record.access_token.clone(),
         traffic_token: record.traffic_token.clone(),
         machine_id: record.machine_id.clone(),
+    }
+}
+
+/// A create that an earlier daemon was asked for under a name, and what came of it.
+#[derive(Debug)]
+pub(crate) struct Left {
+    pub(crate) key: MemoKey,
+    pub(crate) digest: Digest,
+    /// None of one that may not have been ready.
+    pub(crate) sandbox: Option<SandboxId>,
+    /// How long ago.
+    pub(crate) age: Duration,
+}
+
+impl Left {
+    /// What the record of a survivor says of its create.
+    pub(crate) fn of(survivor: &Survivor) -> Option<Self> {
+        let Survivor { id, record, .. } = survivor;
+        let once = record.once.as_ref()?;
+        let OnceName { name, digest } = once.into();
+        let sandbox = once.came_up.then_some(*id);
+        let key = MemoKey { tenant: record.tenant.parse().ok()?, name };
+        let made = UNIX_EPOCH + Duration::from_millis(record.started_unix_ms);
+        let age = SystemTime::now().duration_since(made).unwrap_or_default();
+        Some(Self { key, digest, sandbox, age })
     }
 }
 

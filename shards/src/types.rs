@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use mica_units::{Mebibytes, SandboxId, TemplateName, TenantId, VcpuCount};
 use mica_wire::guest::Defaults;
 
-use crate::Seat;
+use crate::{Digest, Seat};
 
 /// The life of a sandbox that never ends by itself.
 pub const NEVER: Duration = Duration::MAX;
@@ -113,6 +113,17 @@ pub struct CreateRequest {
     /// What a built template says that its processes start with. In no record: the agent keeps it, in
     /// memory that is saved with the sandbox.
     pub defaults: Option<Defaults>,
+    /// The name under which it was asked for once, where it has one. Of the sandbox itself: none of its copies'.
+    pub once: Option<OnceName>,
+}
+
+/// The name under which a client asked for a create once, and what it asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OnceName {
+    /// What the client calls it, among its tenant's.
+    pub name: String,
+    /// A hash of what was asked for.
+    pub digest: Digest,
 }
 
 impl CreateRequest {
@@ -132,6 +143,7 @@ impl CreateRequest {
             network: NetworkPolicy::default(),
             seat: None,
             defaults: None,
+            once: None,
         }
     }
 }

@@ -1,9 +1,13 @@
 //! Creates that are sent twice under one `Idempotency-Key`.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+
 use serde_json::{Value, json};
 
 use crate::client::Reply;
-use crate::daemon::{Daemon, NO_POOL, eventually};
+use crate::daemon::{Daemon, NO_POOL, eventually, patiently};
+use crate::programs::{guest, write_vm_program};
 use crate::template::TEMPLATE;
 
 const NAME: &str = "0b8e5a2c-6a0f-4a8b-9d4e-3b1c5f7a9e00";
@@ -130,4 +134,125 @@ fn what_is_over_a_quota_may_be_tried_again_under_its_name() {
     let id = first.json()["sandboxID"].as_str().expect("an id").to_owned();
     assert_eq!(daemon.ask_as(&key, "DELETE", &format!("/sandboxes/{id}"), None).status, 204);
     assert_eq!(ask("b").status, 201);
+}
+
+/// Waits until a daemon has taken this sandbox over: until then its operations are refused.
+fn is_taken_over(daemon: &Daemon, key: &str, id: &str) {
+    let path = format!("/sandboxes/{id}/snapshots");
+    let kept = patiently(|| daemon.ask_as(key, "POST", &path, None));
+    assert_eq!(kept.status, 201, "{kept:?}");
+}
+
+/// The records of sandboxes in the store.
+fn records(daemon: &Daemon) -> usize {
+    let sandboxes = std::fs::read_dir(daemon.directory().join("store/sandboxes"));
+    let sandboxes = sandboxes.expect("a directory").flatten();
+    sandboxes.filter(|entry| entry.path().join("record").exists()).count()
+}
+
+#[test]
+fn a_daemon_that_is_killed_leaves_its_names_to_the_next() {
+    let mut daemon = Daemon::start();
+    let key = daemon.make_key(&["--tenant", "other", "--sandboxes-max", "1"]);
+    let with = |key: &str, name: &str, body: &Value| request(key, "/v2/sandboxes", name, body);
+    let wish = json!({ "templateID": TEMPLATE, "timeout": 300, "autoPause": true, "secure": true });
+    let first = create(&daemon, NAME, &wish);
+    let paused = create(&daemon, "paused", &body());
+    let theirs = daemon.connect().send(with(&key, NAME, &body())).reply();
+    for made in [&first, &paused, &theirs] {
+        assert_eq!(made.status, 201, "{made:?}");
+    }
+    let id = |reply: &Reply| reply.json()["sandboxID"].as_str().expect("an id").to_owned();
+    daemon.pause(&id(&paused));
+    let fork = daemon.act_with(&id(&first), "fork", &json!({ "count": 1 }));
+    assert_eq!(fork.status, 201, "{fork:?}");
+    let fork = fork.json()[0]["sandbox"]["sandboxID"].as_str().expect("an id").to_owned();
+    // Twice: what the second daemon found it hands on, and what it wrote anew has the name still.
+    for round in 0..2 {
+        daemon.crash();
+        daemon.restart();
+        for _ in 0..4 {
+            let again = create(&daemon, NAME, &wish);
+            assert_eq!((again.status, again.json()), (201, first.json()), "{round}: {again:?}");
+        }
+        let again = create(&daemon, "paused", &body());
+        assert_eq!((again.status, again.json()), (201, paused.json()), "{round}");
+        assert_eq!(daemon.state(&id(&paused)), "paused", "it is not woken");
+        let other = create(&daemon, NAME, &body());
+        other.error(422);
+        assert_eq!(code(&other), "idempotency_request_mismatch");
+        let v1 = daemon.connect().send(request(daemon.key(), "/sandboxes", NAME, &wish)).reply();
+        v1.error(422);
+        // Each tenant has its own, and to say it again takes no place under a quota.
+        let again = daemon.connect().send(with(&key, NAME, &body())).reply();
+        assert_eq!((again.status, again.json()), (201, theirs.json()), "{round}");
+        daemon.connect().send(with(&key, "more", &body())).reply().error(429);
+        assert_eq!(count(&daemon), 3, "the two and the fork, which has no name");
+        let timeout = json!({ "timeout": 600 });
+        assert_eq!(daemon.act_with(&id(&first), "timeout", &timeout).status, 204);
+        for running in [&id(&first), &fork] {
+            is_taken_over(&daemon, daemon.key(), running);
+        }
+        is_taken_over(&daemon, &key, &id(&theirs));
+    }
+    // What has ended since cannot be told: it may have been answered or not.
+    assert_eq!(daemon.delete(&id(&first)).status, 204);
+    let again = create(&daemon, NAME, &wish);
+    again.error(409);
+    assert_eq!(code(&again), "idempotency_outcome_unknown");
+    // What has ended before leaves nothing.
+    daemon.crash();
+    daemon.restart();
+    let anew = create(&daemon, NAME, &body());
+    assert_eq!(anew.status, 201, "{anew:?}");
+    assert_ne!(id(&anew), id(&first));
+}
+
+#[test]
+fn names_outlive_a_daemon_that_was_told_to_end() {
+    let mut daemon = Daemon::start_with(&["--keep-sandboxes"]);
+    let first = create(&daemon, NAME, &body());
+    assert_eq!(first.status, 201, "{first:?}");
+    daemon.signal("TERM");
+    assert!(daemon.wait().success());
+    daemon.restart();
+    let again = create(&daemon, NAME, &body());
+    assert_eq!((again.status, again.json()), (201, first.json()), "{again:?}");
+    assert_eq!(count(&daemon), 1);
+}
+
+#[test]
+fn of_a_create_that_was_cut_off_the_outcome_is_unknown() {
+    let mut daemon = Daemon::start_with(&NO_POOL);
+    // One whose agent is there and never answers: its record is written, and its create is not over.
+    let mute = daemon.directory().join("mute");
+    let agent = format!(
+        "#!/bin/sh\nsetsid '{}' \"$@\" > \"$0.said\" &\nuntil grep -q ready \"$0.said\"; do sleep 0.02; done\n\
+         kill -STOP $!\necho ready\nexec sleep 600\n",
+        guest().display()
+    );
+    std::fs::write(&mute, agent).expect("a script");
+    std::fs::set_permissions(&mute, Permissions::from_mode(0o755)).expect("a mode");
+    let options = format!("--guest '{}'", mute.display());
+    write_vm_program(&daemon.directory().join("vm"), &options);
+    let mut cut = daemon.connect();
+    cut.send(request(daemon.key(), "/v2/sandboxes", NAME, &body()));
+    eventually("its record is there", || records(&daemon) == 1);
+    daemon.crash();
+    daemon.change_vm_options("");
+    // Also of the daemon after the next, though that wrote the record anew.
+    for _ in 0..2 {
+        daemon.restart();
+        let again = create(&daemon, NAME, &body());
+        again.error(409);
+        assert_eq!(code(&again), "idempotency_outcome_unknown");
+        create(&daemon, NAME, &json!({ "templateID": TEMPLATE })).error(422);
+        let left = daemon.ask("GET", "/v2/sandboxes", None).json();
+        let [only] = &left.as_array().expect("a list")[..] else { panic!("one is left: {left}") };
+        let id = only["sandboxID"].as_str().expect("an id").to_owned();
+        let timeout = json!({ "timeout": 600 });
+        assert_eq!(daemon.act_with(&id, "timeout", &timeout).status, 204);
+        is_taken_over(&daemon, daemon.key(), &id);
+        daemon.crash();
+    }
 }

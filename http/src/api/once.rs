@@ -1,12 +1,13 @@
 //! `POST /sandboxes`, once for each `Idempotency-Key`.
 //!
 //! Called by [`super`]. Who repeats a create that was answered gets that answer again, whatever became
-//! of the sandbox since. Only what was made is kept: after a failure the same key tries again, for it had
+//! of the sandbox since; of an earlier daemon's, as long as the sandbox is there. Only what was made is kept: after a failure the same key tries again, for it had
 //! no effect. Refuses the same key with another body, and a second request while the first is at work.
 
 use hyper::header::HeaderName;
 use hyper::{HeaderMap, Response, StatusCode};
-use mica_shards::{Digest, Once};
+use mica_shards::{Digest, Once, OnceName, ShardError};
+use mica_units::SandboxId;
 use sha2::{Digest as _, Sha256};
 
 use super::{Call, create, json, show};
@@ -30,12 +31,16 @@ pub async fn create(
 ) -> Result<Response<Body>, ApiError> {
     let name = name(headers)?;
     let body = call.read().await?;
-    let wanted = create::create_request(version, &body, &call.config.limits)?;
-    let doing = match name {
+    let mut wanted = create::create_request(version, &body, &call.config.limits)?;
+    // In the sandbox's record it outlives the daemon.
+    wanted.once = name.map(|name| OnceName { name, digest: digest(version, &body) });
+    let doing = match wanted.once.clone() {
         None => None,
-        Some(name) => match call.host.once(name, digest(version, &body)).await? {
+        Some(asked) => match call.host.once(asked).await? {
             Once::Begun(doing) => Some(doing),
             Once::Done(answer) => return Ok(json::encoded(StatusCode::CREATED, answer.to_vec())),
+            Once::Left(Some(id)) => return left(call, id).await,
+            Once::Left(None) => return Err(ApiError::outcome_unknown()),
             Once::Running => return Err(ApiError::in_progress()),
             Once::Mismatch => return Err(ApiError::idempotency_mismatch()),
         },
@@ -54,6 +59,15 @@ pub async fn create(
         doing.done(made.clone()).await;
     }
     Ok(json::encoded(StatusCode::CREATED, made))
+}
+
+/// Says again what an earlier daemon made, as long as it is there.
+async fn left(call: &Call<'_>, id: SandboxId) -> Result<Response<Body>, ApiError> {
+    match call.host.get(id).await {
+        Ok(made) => json::answer(StatusCode::CREATED, &show::sandbox(call.config, made)),
+        Err(ShardError::NoSuchSandbox(_)) => Err(ApiError::outcome_unknown()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What was asked for. The versions differ in their defaults, so they are different requests.

@@ -12,6 +12,17 @@ use super::ApiError;
 /// How much of a guest's console a failed boot may put into its error message.
 const CONSOLE_TAIL_CHARS_MAX: usize = 600;
 
+impl ApiError {
+    /// An earlier daemon was asked with this idempotency key, and what it made is not there any more.
+    #[must_use]
+    pub fn outcome_unknown() -> Self {
+        let message = "the host was started again since this Idempotency-Key was used, and its sandbox is \
+                       gone, or was never ready; take a new one";
+        let error_code = Some("idempotency_outcome_unknown");
+        Self { error_code, ..Self::new(StatusCode::CONFLICT, message) }
+    }
+}
+
 /// How the host's errors look to an API client.
 impl From<ShardError> for ApiError {
     fn from(error: ShardError) -> Self {

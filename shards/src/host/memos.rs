@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use mica_numa::rt::{self, oneshot, time};
+use mica_units::SandboxId;
 
 use super::{CANCEL_RETRY, CANCEL_TRIES, Host, out_of_form};
 use crate::ShardError;
@@ -22,6 +23,9 @@ pub enum Once {
     Running,
     /// It was done, and this was the answer.
     Done(Arc<[u8]>),
+    /// An earlier daemon was asked, and made this sandbox, which may have ended since; none where it may not
+    /// have been ready.
+    Left(Option<SandboxId>),
     /// Something else was asked for under this name.
     Mismatch,
 }
@@ -99,6 +103,7 @@ impl Host {
             }
             Memo::Running => Once::Running,
             Memo::Done(answer) => Once::Done(answer),
+            Memo::Left(sandbox) => Once::Left(sandbox),
             Memo::Mismatch => Once::Mismatch,
             Memo::Full => return Err(ShardError::Busy),
         })

@@ -1,7 +1,8 @@
 //! What the next daemon has to know of a sandbox: the record in its directory of the store.
 //!
 //! Written by the driver at every change that matters, read at start by `recovery`. Refuses bytes that
-//! are not a record: magic, version, length and checksum, then rkyv's bytecheck.
+//! are not a record: magic, version, length and checksum, then rkyv's bytecheck. What the version before
+//! wrote is read still, so that its sandboxes are taken over.
 //!
 //! ```text
 //!  0      4         8        12       16
@@ -14,12 +15,15 @@ use std::collections::BTreeMap;
 
 use mica_storage::{LayerInfo, SANDBOX_RECORD_BYTES_MAX};
 use rkyv::util::AlignedVec;
+use rkyv::with::Skip;
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
-use crate::NetworkPolicy;
+use crate::{NetworkPolicy, OnceName};
 
 const MAGIC: [u8; 4] = *b"MSBX";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// Without [`Record::once`].
+const VERSION_BEFORE: u32 = 2;
 const HEADER_BYTES: usize = 16;
 
 /// The process of a sandbox.
@@ -105,6 +109,21 @@ impl From<&RecordedNetwork> for NetworkPolicy {
     }
 }
 
+/// [`OnceName`].
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RecordedOnce {
+    name: String,
+    digest: [u8; 32],
+    /// Whether the sandbox was ready, and the create could be answered.
+    pub(crate) came_up: bool,
+}
+
+impl From<&RecordedOnce> for OnceName {
+    fn from(RecordedOnce { name, digest, .. }: &RecordedOnce) -> Self {
+        Self { name: name.clone(), digest: *digest }
+    }
+}
+
 /// One sandbox.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
@@ -144,13 +163,24 @@ pub(crate) struct Record {
     pub(crate) on_demand: bool,
     /// The layers its memory lies on, base first; linked in its directory.
     pub(crate) layers: Vec<LayerInfo>,
+    /// The name under which its create was asked for. In [`Kept`], for it came after the rest.
+    #[rkyv(with = Skip)]
+    pub(crate) once: Option<RecordedOnce>,
+}
+
+/// What is archived.
+#[derive(Archive, Serialize, Deserialize)]
+struct Kept {
+    /// All that there was before.
+    record: Record,
+    once: Option<RecordedOnce>,
 }
 
 /// Why bytes are not a record.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RecordError {
     /// Cut, too long, or another file.
-    #[error("it is no record of version {VERSION}, or cut")]
+    #[error("it is no record of version {VERSION_BEFORE} or {VERSION}, or cut")]
     Header,
     /// Changed after it was written.
     #[error("its checksum does not match")]
@@ -161,9 +191,16 @@ pub(crate) enum RecordError {
 }
 
 impl Record {
+    /// The name under which its create was asked for, as it is kept.
+    pub(crate) fn once_of(name: Option<&OnceName>, came_up: bool) -> Option<RecordedOnce> {
+        let OnceName { name, digest } = name?.clone();
+        Some(RecordedOnce { name, digest, came_up })
+    }
+
     /// The bytes to keep.
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, RecordError> {
-        let archive = rkyv::to_bytes::<rancor::Error>(self).map_err(|_| RecordError::Contents)?;
+    pub(crate) fn encode(mut self) -> Result<Vec<u8>, RecordError> {
+        let kept = Kept { once: self.once.take(), record: self };
+        let archive = rkyv::to_bytes::<rancor::Error>(&kept).map_err(|_| RecordError::Contents)?;
         let length = u32::try_from(archive.len()).map_err(|_| RecordError::Header)?;
         let mut bytes = Vec::with_capacity(HEADER_BYTES + archive.len());
         bytes.extend_from_slice(&MAGIC);
@@ -183,7 +220,8 @@ impl Record {
             u32::from_le_bytes(word)
         };
         let length = usize::try_from(word(8)).unwrap_or(usize::MAX);
-        let in_form = header[..4] == MAGIC && word(4) == VERSION && length == archive.len();
+        let is_known = [VERSION, VERSION_BEFORE].contains(&word(4));
+        let in_form = header[..4] == MAGIC && is_known && length == archive.len();
         if !in_form || bytes.len() > SANDBOX_RECORD_BYTES_MAX {
             return Err(RecordError::Header);
         }
@@ -192,7 +230,12 @@ impl Record {
         }
         let mut aligned = AlignedVec::<16>::with_capacity(archive.len());
         aligned.extend_from_slice(archive);
-        rkyv::from_bytes::<Self, rancor::Error>(&aligned).map_err(|_| RecordError::Contents)
+        let bad = |_: rancor::Error| RecordError::Contents;
+        if word(4) == VERSION_BEFORE {
+            return rkyv::from_bytes(&aligned).map_err(bad);
+        }
+        let Kept { record, once } = rkyv::from_bytes(&aligned).map_err(bad)?;
+        Ok(Self { once, ..record })
     }
 }
 
@@ -240,6 +283,7 @@ mod tests {
             env_vars: BTreeMap::new(),
             on_demand: false,
             layers: Vec::new(),
+            once: Some(RecordedOnce { name: "a-1".to_owned(), digest: [7; 32], came_up: true }),
         }
     }
 
@@ -247,6 +291,22 @@ mod tests {
     fn records_round_trip() {
         let bytes = record().encode().unwrap();
         assert_eq!(Record::decode(&bytes), Ok(record()));
+        let unasked = || Record { once: None, ..record() };
+        assert_eq!(Record::decode(&unasked().encode().unwrap()), Ok(unasked()));
+    }
+
+    #[test]
+    fn a_record_of_the_version_before_is_read() {
+        // As its daemon wrote it, of a sandbox of the stand-in's.
+        let bytes = include_bytes!("goldens/record-v2.bin");
+        assert_eq!(bytes[4], 2);
+        let record = Record::decode(bytes).unwrap();
+        assert_eq!((record.state, record.once), (RecordedState::Running, None));
+        assert_eq!((record.template_name.as_str(), record.timeout_ms), ("base", 300_000));
+        assert_eq!(record.metadata["kept"], "by the version before");
+        assert_eq!(record.env_vars["COLOUR"], "green");
+        assert_eq!((record.tenant.as_str(), record.vcpus), ("default", 2));
+        assert!(record.access_token.is_some() && record.process.is_some());
     }
 
     #[test]

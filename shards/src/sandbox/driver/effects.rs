@@ -19,7 +19,7 @@ use super::super::prepare::{Found, cause};
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{Request, chain, from_now};
 use super::super::{link, paging, rollback};
-use super::keep::Keeper;
+use super::keep::{Keeper, Links};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver, Settling};
 use crate::metrics::Phase;
@@ -37,7 +37,7 @@ impl Driver {
             Effect::Prepare => self.prepare(),
             Effect::SendRestore => self.send_restore().await,
             Effect::Initialise => self.initialise(),
-            Effect::Announce => self.announce(),
+            Effect::Announce => self.announce().await,
             Effect::Freeze => self.freeze().await,
             Effect::Copy => self.copy(),
             Effect::Precopy => self.precopy(),
@@ -301,7 +301,7 @@ impl Driver {
         }
     }
 
-    fn announce(&mut self) {
+    async fn announce(&mut self) {
         let Some(mut shape) = self.shape.take() else { return };
         if let Some(version) = self.envd_version.take() {
             shape.envd_version = version;
@@ -316,6 +316,11 @@ impl Driver {
         self.sandbox.note(format!("created from template {}", shape.template_id));
         self.shard.count_spawn(&shape.template_id, info.started_at);
         self.shape = Some(shape);
+        self.came_up = true;
+        // Before it is answered: who asks again, of the next daemon, is to hear what came of it.
+        if self.sandbox.identity.request.once.is_some() {
+            self.write_record(Links::Stay).await;
+        }
         self.timed(true);
         let maker = self.sandbox.maker.borrow_mut().take();
         let heard = maker.is_some_and(|maker| maker.send(Ok(Box::new(info))).is_ok());

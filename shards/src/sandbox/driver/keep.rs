@@ -16,8 +16,7 @@ use mica_units::{Mebibytes, SandboxId, TemplateName, VcpuCount};
 use mica_wire::vm::{self, Command};
 
 use super::super::capture::{CaptureError, OpenedLayers};
-use super::super::image::Opened;
-use super::super::image::pieces_of;
+use super::super::image::{Opened, pieces_of};
 use super::super::memory::Memory;
 use super::super::record::{Record, RecordError, RecordedNetwork, RecordedProcess, RecordedState};
 use super::super::state::Event;
@@ -256,6 +255,7 @@ impl Driver {
             env_vars: request.env_vars.clone(),
             on_demand: self.memory.on_demand,
             layers: self.memory.layers.iter().map(|layer| *layer.info()).collect(),
+            once: Record::once_of(request.once.as_ref(), self.came_up),
         })
     }
 
@@ -293,6 +293,7 @@ impl Driver {
             self.caused.push_back(Event::Kill);
             return;
         };
+        self.came_up = record.once.as_ref().is_none_or(|once| once.came_up);
         *self.sandbox.info.borrow_mut() = Some(SandboxInfo {
             started_at: at(record.started_unix_ms),
             end_at,

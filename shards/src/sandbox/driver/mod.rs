@@ -77,6 +77,8 @@ struct Driver {
     paging: Option<Paging>,
     /// Whether its directory in the store is there.
     has_directory: bool,
+    /// Whether it was ready once, so that its create could be answered.
+    came_up: bool,
     /// Whether it names layers that the sandbox lies on no more.
     record_is_old: bool,
     /// What it needs there is being made, while the VM process restores it.
@@ -180,6 +182,7 @@ impl Driver {
             memory: Memory::default(),
             paging: None,
             has_directory: true,
+            came_up: false,
             record_is_old: false,
             settling: None,
             request: None,
