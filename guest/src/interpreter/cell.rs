@@ -23,6 +23,10 @@ const PENDING_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// The kernel drops output when it is not read fast enough, and the end marker with it.
 const SILENCE_AFTER_REPLY: Duration = Duration::from_secs(10);
 
+/// Times that code is sent again which the kernel gave back unread. One that has just been interrupted gives
+/// back what it finds waiting, which may be the cell after the one that was meant.
+pub const ABORTS_MAX: u32 = 3;
+
 /// A cell that nobody waits for is interrupted again this often.
 const INTERRUPT_EVERY: Duration = Duration::from_secs(5);
 
@@ -74,6 +78,9 @@ pub struct Run {
     errored: bool,
     idle: bool,
     replied_at: Option<Instant>,
+    /// Whether the kernel gave back what was sent last, and how often it did.
+    is_given_back: bool,
+    aborts: u32,
     interrupts: u32,
     next_interrupt: Instant,
 }
@@ -102,6 +109,8 @@ impl Run {
             errored: false,
             idle: false,
             replied_at: None,
+            is_given_back: false,
+            aborts: 0,
             interrupts: 0,
             next_interrupt: Instant::now(),
         }
@@ -190,7 +199,8 @@ impl Run {
         match message.body {
             Body::Flushed => self.idle = true,
             Body::Idle if is_own && !last.flushes => self.idle = true,
-            Body::ReplyOk | Body::ReplyError { .. } | Body::ReplyAborted if is_own => {
+            Body::ReplyAborted if is_own => self.give_back(),
+            Body::ReplyOk | Body::ReplyError { .. } if is_own => {
                 self.replied_at = Some(Instant::now());
             }
             Body::Stdout(_) | Body::Stderr(_) | Body::Display(_) | Body::MainResult(_) => {
@@ -255,17 +265,35 @@ impl Run {
                 }
             }
             Body::ReplyAborted => {
-                self.replied_at = Some(Instant::now());
-                let value = "Execution was aborted".to_owned();
-                self.error("ExecutionAborted".to_owned(), value, String::new());
-                // An aborted cell never begins, so there is no end of it to wait for.
-                self.idle = true;
+                self.give_back();
+                // One that has begun has done something, and one that nobody waits for is not wanted.
+                self.is_given_back &= !self.begun && !self.events.is_closed();
+                if !self.is_given_back {
+                    let value = "Execution was aborted".to_owned();
+                    self.error("ExecutionAborted".to_owned(), value, String::new());
+                }
             }
             Body::ReplyOk => self.replied_at = Some(Instant::now()),
             Body::Idle => self.idle = true,
             Body::Unreadable => self.note("its content is not valid JSON"),
             Body::Busy | Body::KernelInfo | Body::Flushed | Body::Other => {}
         }
+    }
+
+    /// The kernel did not run what it was sent, which then never begins: there is no end of it to wait for.
+    fn give_back(&mut self) {
+        (self.idle, self.replied_at) = (true, Some(Instant::now()));
+        self.is_given_back = self.aborts < ABORTS_MAX;
+        self.aborts += 1;
+    }
+
+    /// Whether what was sent last is to be sent again: it had no effect. The run is then as before it.
+    pub fn begins_again(&mut self) -> bool {
+        let again = std::mem::take(&mut self.is_given_back);
+        if again {
+            (self.idle, self.replied_at) = (false, None);
+        }
+        again
     }
 
     /// The same error comes on both channels; one is enough.
@@ -368,13 +396,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_aborted_reply_ends_the_cell() {
+    async fn a_cell_that_is_given_back_begins_again_a_few_times() {
         let (mut run, mut receiver) = run();
+        for _ in 0..ABORTS_MAX {
+            run.take(message(Body::ReplyAborted));
+            assert!(run.idle && run.begins_again());
+            assert!(!run.idle && run.replied_at.is_none());
+        }
         run.take(message(Body::ReplyAborted));
-        assert!(run.idle);
+        assert!(run.idle && !run.begins_again());
         run.finish().await;
         let Some(Event::Error { name, .. }) = receiver.recv().await else { panic!("no error") };
         assert_eq!(name, "ExecutionAborted");
+    }
+
+    #[tokio::test]
+    async fn what_has_begun_and_what_nobody_waits_for_ends_with_an_aborted_reply() {
+        let (mut begun, receiver) = run();
+        begun.take(message(Body::Input { execution_count: 1 }));
+        begun.take(message(Body::ReplyAborted));
+        assert!(begun.idle && !begun.begins_again() && begun.errored);
+        drop(receiver);
+        let (mut left, receiver) = run();
+        drop(receiver);
+        left.take(message(Body::ReplyAborted));
+        assert!(left.idle && !left.begins_again());
     }
 
     #[tokio::test]

@@ -22,7 +22,7 @@ use serde_json::Value;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
-use super::cell::{Cell, Ending, Job, Restart, Run};
+use super::cell::{ABORTS_MAX, Cell, Ending, Job, Restart, Run};
 use super::events::Event;
 use super::kernel::{Kernel, KernelConfig, KernelError, Signalled};
 use super::languages::{Kind, Upkeep};
@@ -293,17 +293,22 @@ impl Session {
     }
 }
 
-/// Runs the cell itself.
+/// Runs the cell itself; once more where the kernel gave it back.
 async fn execute(
     kernel: &mut Kernel,
     run: &mut Run,
     orders: &Value,
     restarts: &mut mpsc::Receiver<Restart>,
 ) -> Result<(), Ending> {
-    let (code, unnumbered) = (run.code.as_str(), run.rehearsal);
-    let request = Request::Execute { code, unnumbered, orders };
-    let id = kernel.send(&request).await.map_err(|error| Ending::Died(error.to_string()))?;
-    run.drive(kernel, &id, restarts).await
+    loop {
+        let (code, unnumbered) = (run.code.as_str(), run.rehearsal);
+        let request = Request::Execute { code, unnumbered, orders };
+        let id = kernel.send(&request).await.map_err(|error| Ending::Died(error.to_string()))?;
+        run.drive(kernel, &id, restarts).await?;
+        if !run.begins_again() {
+            return Ok(());
+        }
+    }
 }
 
 /// Runs the cell between silent ones that set its variables and put them back.
@@ -331,9 +336,14 @@ async fn around(
     if after.is_empty() {
         return Ok(());
     }
-    let request = Request::Silent { code: &after };
-    let id = kernel.send(&request).await.map_err(|error| Ending::Died(error.to_string()))?;
-    run.drain(kernel, id, !snippets.flush.is_empty(), restarts).await
+    loop {
+        let request = Request::Silent { code: &after };
+        let id = kernel.send(&request).await.map_err(|error| Ending::Died(error.to_string()))?;
+        run.drain(kernel, id, !snippets.flush.is_empty(), restarts).await?;
+        if !run.begins_again() {
+            return Ok(());
+        }
+    }
 }
 
 /// What comes with a cell for our own part of the kernel: it carries the first out before the cell,
@@ -374,6 +384,11 @@ enum Silent {
 }
 
 impl Silent {
+    /// Whether the kernel did not run it.
+    fn is_given_back(&self) -> bool {
+        matches!(self, Self::Failed(body) if matches!(**body, Body::ReplyAborted))
+    }
+
     /// None, where the kernel goes on.
     fn ending(self) -> Option<Ending> {
         match self {
@@ -389,7 +404,17 @@ async fn silent(kernel: &mut Kernel, code: &str) -> Result<(), Silent> {
     if code.is_empty() {
         return Ok(());
     }
-    timeout(SILENT_MAX, silent_unbounded(kernel, code))
+    let sent = async {
+        let mut sent = silent_unbounded(kernel, code).await;
+        for _ in 0..ABORTS_MAX {
+            if !sent.as_ref().is_err_and(Silent::is_given_back) {
+                break;
+            }
+            sent = silent_unbounded(kernel, code).await;
+        }
+        sent
+    };
+    timeout(SILENT_MAX, sent)
         .await
         .unwrap_or_else(|_| Err(Silent::Ended("it did not answer in time".to_owned())))
 }

@@ -68,6 +68,16 @@ pub async fn server_of(
     env_vars: BTreeMap<String, String>,
     kernels: &[&str],
 ) -> Server {
+    server_by(plain_launcher(), python, env_vars, kernels).await
+}
+
+/// The same, whose kernels are started by this.
+pub async fn server_by(
+    launcher: Launcher,
+    python: PathBuf,
+    env_vars: BTreeMap<String, String>,
+    kernels: &[&str],
+) -> Server {
     let kernels: Vec<String> = kernels.iter().map(|name| (*name).to_owned()).collect();
     let services = Services { interpreter: true, kernels };
     let rehearses = !services.kernels.is_empty();
@@ -90,12 +100,8 @@ pub async fn server_of(
     let address = listener.local_addr().unwrap();
     let directory =
         std::env::temp_dir().join(format!("mica-i-{}-{}", std::process::id(), address.port()));
-    let interpreter = Arc::new(Interpreter::new(
-        Arc::clone(&sandbox),
-        plain_launcher(),
-        python,
-        directory.clone(),
-    ));
+    let interpreter =
+        Arc::new(Interpreter::new(Arc::clone(&sandbox), launcher, python, directory.clone()));
     // As in a template: the kernel starts before the sandbox knows who it is.
     interpreter.warm().unwrap();
     if rehearses {
