@@ -115,6 +115,8 @@ pub struct Sandbox {
     /// Run as root, and let root stand in for a user that is missing: for a machine that is not
     /// a template's root file system.
     root_user: bool,
+    /// What the host said before this guest was booted again, of the disk.
+    booted_with: Option<Defaults>,
     standing: watch::Sender<Standing>,
 }
 
@@ -122,7 +124,13 @@ impl Sandbox {
     /// A sandbox without an identity yet.
     #[must_use]
     pub fn new(settings: TemplateSettings, root_user: bool) -> Self {
-        Self { settings, root_user, standing: watch::Sender::default() }
+        Self { settings, root_user, booted_with: None, standing: watch::Sender::default() }
+    }
+
+    /// The same, booted from the disk of one that had been told these defaults.
+    #[must_use]
+    pub fn booted_with(self, defaults: Option<Defaults>) -> Self {
+        Self { booted_with: defaults, ..self }
     }
 
     /// What the template's builder chose.
@@ -148,7 +156,10 @@ impl Sandbox {
     /// not repeat stay: they are the memory's, whoever it becomes.
     pub fn set_identity(&self, mut request: InitRequest) -> (Option<Arc<InitRequest>>, bool) {
         let former = self.identity();
-        let kept = || former.as_ref().and_then(|former| former.defaults.clone());
+        let kept = || match &former {
+            Some(former) => former.defaults.clone(),
+            None => self.booted_with.clone(),
+        };
         request.defaults = request.defaults.or_else(kept);
         let same_id = former.as_ref().is_some_and(|former| former.sandbox_id == request.sandbox_id);
         let is_new = request.new_sandbox || !same_id;
@@ -170,7 +181,8 @@ impl Sandbox {
     }
 
     /// What the host said that the template's builder chose, if it did.
-    fn defaults(&self) -> Option<Defaults> {
+    #[must_use]
+    pub fn defaults(&self) -> Option<Defaults> {
         self.identity().and_then(|identity| identity.defaults.clone())
     }
 
@@ -276,6 +288,10 @@ mod tests {
             assert_eq!(sandbox.resolve_path("", &root), PathBuf::from("/app"));
             assert_eq!(sandbox.user(None).unwrap().name, "root");
         }
+        // Booted from the disk of one, a sandbox has what was kept there, unless it is told again.
+        let booted = Sandbox::new(TemplateSettings::default(), false).booted_with(Some(defaults));
+        booted.set_identity(request("a"));
+        assert_eq!(booted.resolve_path("", &root), PathBuf::from("/app"));
         let other = Defaults { env: env("C", "1"), ..Defaults::default() };
         sandbox.set_identity(InitRequest { defaults: Some(other), ..request("c") });
         assert_eq!(sandbox.resolve_path("", &root), PathBuf::from("/code"));

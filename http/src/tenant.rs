@@ -233,6 +233,14 @@ impl<'a> TenantHost<'a> {
         self.of(id).await?.pause(id).await
     }
 
+    /// [`Host::pause_to_disk`].
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn pause_to_disk(&self, id: SandboxId) -> Result<(), ShardError> {
+        self.of(id).await?.pause_to_disk(id).await
+    }
+
     /// [`Host::resume`].
     ///
     /// # Errors
@@ -246,6 +254,19 @@ impl<'a> TenantHost<'a> {
         self.of(id).await?.resume(id, life, on_timeout).await
     }
 
+    /// [`Host::boot`].
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn boot(
+        &self,
+        id: SandboxId,
+        life: Option<Duration>,
+        on_timeout: Option<OnTimeout>,
+    ) -> Result<SandboxInfo, ShardError> {
+        self.of(id).await?.boot(id, life, on_timeout).await
+    }
+
     /// [`Host::ensure_running`].
     ///
     /// # Errors
@@ -256,6 +277,18 @@ impl<'a> TenantHost<'a> {
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
         self.of(id).await?.ensure_running(id, life).await
+    }
+
+    /// [`Host::ensure_booted`].
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn ensure_booted(
+        &self,
+        id: SandboxId,
+        life: Duration,
+    ) -> Result<(SandboxInfo, bool), ShardError> {
+        self.of(id).await?.ensure_booted(id, life).await
     }
 
     /// [`Host::snapshot`].

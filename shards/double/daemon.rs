@@ -75,6 +75,7 @@ async fn obey(host: &Host, line: &str) -> Result<String, Box<dyn std::error::Err
         ["snapshot", sandbox] => Ok(host.snapshot(id(sandbox)?, None).await?.id),
         ["rollback", sandbox, to] => Ok(done(host.rollback(id(sandbox)?, to.to_owned()).await?)),
         ["pause", sandbox] => Ok(done(host.pause(id(sandbox)?).await?)),
+        ["pause-to-disk", sandbox] => Ok(done(host.pause_to_disk(id(sandbox)?).await?)),
         ["resume", sandbox] => Ok(host.resume(id(sandbox)?, LIFE, None).await?.id.to_string()),
         ["kill", sandbox] => Ok(done(host.kill(id(sandbox)?).await?)),
         ["clone", sandbox, count] => {

@@ -94,12 +94,12 @@ fn answer_stream(mood: &Mood, stream: &UnixStream, machine: &Arc<Machine>, socke
     // A guest that stands still answers nobody.
     machine.as_guest(|_| ());
     match Preamble::decode(preamble).unwrap() {
-        Preamble::Control => initialise(mood, stream),
+        Preamble::Control => initialise(mood, stream, machine),
         Preamble::Tcp(port) => serve_port(stream, port.get(), machine, socket),
     }
 }
 
-fn initialise(mood: &Mood, mut stream: UnixStream) {
+fn initialise(mood: &Mood, mut stream: UnixStream, machine: &Arc<Machine>) {
     let mood = mood.now();
     match &*mood {
         "init-hangs-up" => return,
@@ -111,8 +111,10 @@ fn initialise(mood: &Mood, mut stream: UnixStream) {
     if reader.read_line(&mut line).is_err() {
         return;
     }
-    let ControlRequest::Init(request) = serde_json::from_str(&line).unwrap() else {
-        panic!("a sandbox is not warmed");
+    let request = match serde_json::from_str(&line).unwrap() {
+        ControlRequest::Init(request) => request,
+        ControlRequest::Sync => return synced(&mood, &mut stream, machine),
+        ControlRequest::Warm { .. } => panic!("a sandbox is not warmed"),
     };
     assert!(request.wall_clock_unix_ns > 1_600_000_000_000_000_000);
     TOLD.lock().unwrap().push(request);
@@ -130,6 +132,21 @@ fn initialise(mood: &Mood, mut stream: UnixStream) {
             answer(&mut stream, line.as_bytes());
         }
     }
+}
+
+/// Writes to the disk what was in memory alone: the word for it, where a test left one.
+fn synced(mood: &str, stream: &mut UnixStream, machine: &Arc<Machine>) {
+    let error = (mood == "sync-error").then(|| "unknown variant `sync`".to_owned());
+    if mood == "sync-silent" {
+        crate::hang();
+    }
+    machine.as_guest(|guest| {
+        if let Some(word) = guest.unwritten.take() {
+            guest.disk().write_all_at(&word, 0).unwrap();
+        }
+    });
+    let reply = ControlReply { envd_version: "9.9.9".to_owned(), error };
+    answer(stream, format!("{}\n", serde_json::to_string(&reply).unwrap()).as_bytes());
 }
 
 /// The other end may be gone already: that is the test's affair.
@@ -233,6 +250,13 @@ fn obey(machine: &Arc<Machine>, line: &str) -> String {
             let mut bytes = text.as_bytes().to_vec();
             bytes.resize(16, 0);
             guest.disk().write_all_at(&bytes, 0).unwrap();
+            "done".to_owned()
+        }),
+        // On the disk once it is synced, and not before.
+        ["cached", text] => machine.as_guest(|guest| {
+            let mut bytes = text.as_bytes().to_vec();
+            bytes.resize(16, 0);
+            guest.unwritten = Some(bytes);
             "done".to_owned()
         }),
         _ => panic!("unknown line {line:?}"),

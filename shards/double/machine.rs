@@ -14,7 +14,7 @@ use std::time::Duration;
 use mica_numa::arena::Mapping;
 use mica_units::{FrameRun, Mebibytes, PAGE_BYTES, frames_of};
 use mica_wire::vm::plan::{self, Entry, Source};
-use mica_wire::vm::{Event, FdRole, Phase, RestoreConfig};
+use mica_wire::vm::{BootConfig, Event, FdRole, Phase, RestoreConfig};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 
 const PAGE: usize = 4096;
@@ -22,6 +22,9 @@ const PAGE: usize = 4096;
 /// A saved state: magic, register, times it was frozen, and a tail that makes it longer than a page.
 const MAGIC: [u8; 8] = *b"MDOUBLE1";
 const STATE_BYTES: usize = 5000;
+
+/// Frames that a kernel is loaded to.
+const BOOTED: std::ops::Range<u64> = 2000..2016;
 
 /// Pages that are copied at a time.
 const PIECE: usize = 1 << 20;
@@ -40,6 +43,8 @@ pub struct Inner {
     frames: u32,
     disk: Option<File>,
     pub register: u64,
+    /// What the guest wrote to its disk, and did not sync.
+    pub unwritten: Option<Vec<u8>>,
     freezes: u64,
     /// Frames that the guest wrote since the last freeze, a bit each, for a shard that asks for it.
     log: Option<Vec<u8>>,
@@ -60,6 +65,7 @@ impl Machine {
             frames,
             disk: None,
             register: 0,
+            unwritten: None,
             freezes: 0,
             log: log_writes.then(|| vec![0; frames.div_ceil(8) as usize]),
             base: String::new(),
@@ -112,6 +118,31 @@ impl Machine {
             log.len() as u64
         });
         Event::Frozen { state_bytes: state.len() as u64, log_bytes }
+    }
+
+    /// A boot: memory is empty, and what is remembered is that there was one.
+    pub fn boot(&self, config: &BootConfig, fds: Vec<OwnedFd>) {
+        let mut inner = self.lock();
+        assert_eq!(inner.phase, Phase::Idle, "Boot");
+        assert_eq!(config.fds.len(), fds.len());
+        assert!(!config.disk_read_only);
+        for (role, fd) in config.fds.iter().zip(fds) {
+            match role {
+                FdRole::Disk => inner.disk = Some(fd.into()),
+                FdRole::Kernel => {
+                    let mut start = [0; 8];
+                    File::from(fd).read_exact_at(&mut start, 0).unwrap();
+                    assert_eq!(&start, b"template", "the kernel of a template");
+                }
+                FdRole::Initramfs => {}
+                other => panic!("Boot brings {other:?}"),
+            }
+        }
+        inner.base = format!("booted with {}", config.cmdline);
+        // What a VM process loads is in no log: it is not the guest that writes it.
+        for frame in BOOTED {
+            inner.memory.write(frame * PAGE_BYTES, &[0xb0; PAGE]).unwrap();
+        }
     }
 
     pub fn restore(&self, config: &RestoreConfig, fds: Vec<OwnedFd>, exchange: &File) {

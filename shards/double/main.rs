@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use mica_numa::userfault::Userfault;
 use mica_wire::vm::{
-    Command, ControlSocket, Ending, Event, FdRole, Phase, RestoreConfig, Shell, ShellConfig,
+    BootConfig, Command, ControlSocket, Ending, Event, FdRole, Phase, RestoreConfig, Shell,
+    ShellConfig,
 };
 
 use guest::Streams;
@@ -178,7 +179,7 @@ impl Vm {
             let (command, fds) = self.socket.receive_command().unwrap();
             match command {
                 Command::Build(_) => panic!("Build comes once"),
-                Command::Boot(_) => panic!("a shard boots nothing"),
+                Command::Boot(config) => self.boot(&config, fds),
                 Command::Restore(config) => self.restore(&config, fds),
                 Command::OpenStream { vsock_port } => self.open_stream(vsock_port, fds),
                 Command::Freeze => self.freeze(),
@@ -234,6 +235,22 @@ impl Vm {
             self.say(&Event::Doorbell);
         }
         self.machine.go_on();
+    }
+
+    fn boot(&mut self, config: &BootConfig, fds: Vec<OwnedFd>) {
+        match &*self.mood.now() {
+            "bad-boot" => self.end(Ending::BadConfig("no such kernel".to_owned())),
+            "never-starts" => hang(),
+            _ => {}
+        }
+        self.machine.boot(config, fds);
+        self.say(&Event::Started);
+        self.machine.go_on();
+        if self.mood.is("never-rings") {
+            return;
+        }
+        self.say(&Event::ConsoleStarted);
+        self.say(&Event::Doorbell);
     }
 
     fn open_stream(&self, vsock_port: u32, mut fds: Vec<OwnedFd>) {

@@ -52,6 +52,14 @@ pub enum ShardError {
     /// It is paused, and what was asked needs it to run.
     #[error("sandbox {0} is paused; resume it first")]
     IsPaused(SandboxId),
+    /// Without its memory it would have to boot, and cannot.
+    #[error("sandbox {sandbox} cannot go on from its disk alone: {why}")]
+    CannotBoot {
+        /// Which.
+        sandbox: SandboxId,
+        /// Why not.
+        why: &'static str,
+    },
     /// The store's file system is full. Nothing was changed.
     #[error("the host's disk is full; delete snapshots or sandboxes, or enlarge the store")]
     NoSpace,

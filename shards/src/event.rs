@@ -66,8 +66,8 @@ pub(crate) enum Operation {
     Snapshot(SandboxId, Purpose),
     /// Put it back to this snapshot of its own.
     Rollback(SandboxId, String),
-    /// Pause it.
-    Pause(SandboxId),
+    /// Pause it, keeping that.
+    Pause(SandboxId, Keeps),
     /// Let a paused one go on.
     Resume(SandboxId, Wake),
     /// Say what a sandbox was asked for with.
@@ -151,6 +151,17 @@ pub(crate) struct Wake {
     pub(crate) on_timeout: Option<OnTimeout>,
     /// What if it runs.
     pub(crate) if_running: IfRunning,
+    /// What of a paused one is wanted: of one that has its disk alone, that is all there is.
+    pub(crate) from: Keeps,
+}
+
+/// What a pause keeps, and what a resume goes on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    /// Memory and disk.
+    All,
+    /// The disk alone.
+    Disk,
 }
 
 /// What a resume makes of a sandbox that runs.

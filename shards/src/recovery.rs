@@ -10,6 +10,7 @@
 //! | running | no | gone with its process: removed |
 //! | paused in a snapshot | yes | paused, with its process |
 //! | paused in a snapshot | no | paused, on disk |
+//! | paused with its disk alone | | paused, on disk; the process was about to be ended |
 //! | rolling back to one | | its disk may be there already: resumed from that snapshot |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -68,9 +69,10 @@ pub(crate) fn recover(store: &Store, cgroups: &Cgroups) -> Result<Vec<Survivor>,
             }
         }
     }
-    // What goes back to a snapshot starts in a new process.
+    // What goes back to a snapshot starts in a new process, and what has its disk alone, too.
     for survivor in &mut survivors {
-        survivor.alive &= !matches!(survivor.record.state, RecordedState::RollingBack { .. });
+        use RecordedState::{OnDisk, RollingBack};
+        survivor.alive &= !matches!(survivor.record.state, RollingBack { .. } | OnDisk { .. });
     }
     let kept: BTreeSet<&str> = survivors
         .iter()
@@ -105,7 +107,9 @@ fn is_alive(record: &Record, groups: &BTreeMap<SandboxId, Vec<u32>>) -> bool {
 fn survives(store: &Store, id: SandboxId, record: &Record, alive: bool) -> bool {
     match &record.state {
         RecordedState::Running => alive,
-        RecordedState::Paused { snapshot } | RecordedState::RollingBack { snapshot } => {
+        RecordedState::Paused { snapshot }
+        | RecordedState::OnDisk { snapshot }
+        | RecordedState::RollingBack { snapshot } => {
             match store.find_snapshot(snapshot) {
                 Ok(found) => found.is_some(),
                 // Not a reason to run nothing at all, nor to delete what somebody may mend.
@@ -129,7 +133,9 @@ fn remove_passing(
     named: Option<&BTreeSet<String>>,
 ) -> Result<(usize, BTreeSet<SandboxId>), StorageError> {
     let waited_in = |survivor: &Survivor| match &survivor.record.state {
-        RecordedState::Paused { snapshot } => Some(snapshot.clone()),
+        RecordedState::Paused { snapshot } | RecordedState::OnDisk { snapshot } => {
+            Some(snapshot.clone())
+        }
         _ => None,
     };
     let used: BTreeSet<String> = survivors.iter().filter_map(waited_in).collect();

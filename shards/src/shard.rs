@@ -184,7 +184,9 @@ impl Shard {
             Operation::Rollback(id, to) => {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
             }
-            Operation::Pause(id) => Reply::Done(self.ask(id, Request::Pause).await),
+            Operation::Pause(id, keeps) => {
+                Reply::Done(self.ask(id, |sender| Request::Pause(keeps, sender)).await)
+            }
             Operation::Resume(id, wake) => Reply::Resumed(self.resume(id, wake).await),
             Operation::RequestOf(id) => Reply::Request(self.request_of(id)),
             Operation::ProcessOf(id) => Reply::Process(self.process_of(id)),

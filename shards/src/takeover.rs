@@ -15,7 +15,7 @@ use mica_units::SandboxId;
 use mica_wire::vm::{self, ControlSocket};
 use rustix::process::Pid;
 
-use crate::event::{IfRunning, Wake};
+use crate::event::{IfRunning, Keeps, Wake};
 use crate::recovery::Survivor;
 use crate::sandbox::{
     Identity, Memory, Record, RecordedProcess, RecordedState, Request, Sandbox, Start, chain,
@@ -63,9 +63,11 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
             Start::Lost(Box::new(record))
         }
         (RecordedState::Paused { .. }, process) => Start::Paused(Box::new(record), process),
+        (RecordedState::OnDisk { .. }, _) => Start::Paused(Box::new(record), None),
         (RecordedState::RollingBack { .. }, _) => {
             let life = Some(left(&record));
-            let wake = Wake { life, on_timeout: None, if_running: IfRunning::Refuse };
+            let (if_running, from) = (IfRunning::Refuse, Keeps::All);
+            let wake = Wake { life, on_timeout: None, if_running, from };
             let (sender, _nobody) = oneshot::channel();
             sandbox.ask(Request::Resume(wake, sender));
             Start::Paused(Box::new(record), None)
@@ -151,7 +153,7 @@ fn identity(record: &Record, accounts: &Accounts) -> Identity {
         secure: record.secure,
         metadata: record.metadata.clone(),
         env_vars: record.env_vars.clone(),
-        on_timeout: if record.pause_at_end { OnTimeout::Pause } else { OnTimeout::Kill },
+        on_timeout: OnTimeout::from(record.at_end),
         auto_resume: record.auto_resume,
         // Its checksum holds, so this is what was written.
         tenant: record.tenant.parse().unwrap_or_default(),

@@ -23,6 +23,8 @@ pub enum OnTimeout {
     Kill,
     /// It is paused, and waits.
     Pause,
+    /// The same, with its disk alone: its memory is not kept.
+    PauseToDisk,
 }
 
 /// What a sandbox is doing, as a client may know it.
@@ -183,6 +185,8 @@ pub struct SandboxInfo {
     pub end_at: Option<SystemTime>,
     /// Whether it runs.
     pub state: Lifecycle,
+    /// Whether it is paused with its disk alone: then it boots when it goes on, and no request wakes it.
+    pub disk_alone: bool,
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
     /// Guest memory.

@@ -1,6 +1,7 @@
 //! Whether a sandbox takes a visitor, and waking one that a visitor may wake.
 //!
-//! Called by `shard` for every stream. A resume that visitors wait for is begun once, whoever came
+//! Called by `shard` for every stream. One that is paused with its disk alone boots only when a client says
+//! so: a boot takes longer than a visitor waits. A resume that visitors wait for is begun once, whoever came
 //! first, and goes on when that one leaves. Refuses to let a visitor wait without a bound, and to wake
 //! a sandbox for the host's own use.
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, oneshot};
 
-use crate::event::{IfRunning, Wake};
+use crate::event::{IfRunning, Keeps, Wake};
 use crate::sandbox::{Sandbox, Woken};
 use crate::shard::Shard;
 use crate::shell::Held;
@@ -40,7 +41,7 @@ impl Shard {
         }
         let mut running = running(sandbox);
         if is_client
-            && sandbox.info().is_some_and(|info| info.auto_resume)
+            && sandbox.info().is_some_and(|info| info.auto_resume && !info.disk_alone)
             && matches!(running, Err(ConnectError::IsPaused(_)))
         {
             let left = by.saturating_duration_since(Instant::now());
@@ -79,7 +80,8 @@ impl Shard {
 
     async fn resume_for_visitors(&self, sandbox: &Sandbox) -> Woken {
         let life = sandbox.life_when_woken(WOKEN_LIFE_MIN);
-        let wake = Wake { life: Some(life), on_timeout: None, if_running: IfRunning::Extend };
+        let (life, from) = (Some(life), Keeps::All);
+        let wake = Wake { life, on_timeout: None, if_running: IfRunning::Extend, from };
         loop {
             match self.resume(sandbox.id, wake).await {
                 Ok(_) => return Ok(()),

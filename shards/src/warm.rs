@@ -2,8 +2,9 @@
 //! writes down what it is.
 //!
 //! Called by `mica template`, in a process of its own and beside a daemon that may run: with a control
-//! group of its own. The only place where a guest boots from a kernel. Refuses to leave anything of a
-//! template that does not come up; what it said on its console is in the error.
+//! group of its own. Nothing else boots a guest from a kernel, but for a sandbox that was paused without its
+//! memory. Refuses to leave anything of a template that does not come up; what it said on its console is in
+//! the error.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;

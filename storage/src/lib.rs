@@ -24,6 +24,7 @@
 
 mod archive;
 mod builds;
+mod cold;
 #[cfg(test)]
 mod crash_tests;
 mod crashsafe;
@@ -53,6 +54,7 @@ pub use builds::{
     BUILD_LOG_BYTES_MAX, BuildPhase, BuildRecord, BuildSlot, BuildStore, BuildStoreError, Built,
     BuiltDefaults, BuiltTag, BuiltTemplate, DEFAULT_TAG, Reference, Upload, UploadGrant,
 };
+pub use cold::BootFiles;
 pub use error::{Result, StorageError};
 pub use flatten::{FlattenLimits, FlattenStep, Flattened, Shape};
 pub use layer::{

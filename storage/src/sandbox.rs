@@ -231,7 +231,7 @@ impl Store {
         self.sweep_sandboxes_but(&BTreeSet::new())
     }
 
-    fn sandbox_dir(&self, sandbox: &SandboxId) -> PathBuf {
+    pub(crate) fn sandbox_dir(&self, sandbox: &SandboxId) -> PathBuf {
         self.root().join(SANDBOXES_DIR).join(sandbox.as_str())
     }
 }

@@ -7,6 +7,7 @@
 //! snapshots/<id>/manifest          THE commit: renamed to this name, last
 //! snapshots/<id>/memory.<layer>    hard links to its layers; the manifest has their order
 //! snapshots/<id>/disk              a reflink clone, where there is a disk
+//! snapshots/<id>/kernel, initramfs  hard links: of a pause without memory, which has no layers
 //! snapshots/<id>/working-set       what to read first; may be missing, and is not part of the commit
 //! snapshots/.gone-<id>             deleted, and being removed
 //! ```
@@ -36,7 +37,7 @@ use crate::error::{Result, StorageError};
 use crate::id::is_id;
 use crate::layer::{Layer, LayerInfo, Written};
 use crate::store::{LOOKUP_ATTEMPTS, Store, chain, entries, mismatch};
-use crate::template::{MANIFEST_FILE, open_read};
+use crate::template::{MANIFEST_FILE, Part, open_read};
 use crate::working_set::WORKING_SET_FILE;
 
 pub(crate) const SNAPSHOTS_DIR: &str = "snapshots";
@@ -282,6 +283,7 @@ impl Store {
             let mut ours: BTreeSet<String> =
                 manifest.layers.iter().map(|info| info.id.file_name()).collect();
             ours.extend([MANIFEST_FILE, DISK_FILE, WORKING_SET_FILE].map(str::to_owned));
+            ours.extend(Part::ALL.map(|part| part.file_name().to_owned()));
             for entry in entries(dir)?.iter().filter(|entry| !ours.contains(*entry)) {
                 self.disk.remove_tree(&dir.join(entry))?;
             }

@@ -14,6 +14,7 @@ mod awake;
 mod bad_input;
 mod builds;
 mod client;
+mod cold;
 mod conflicts;
 mod control_plane;
 mod copies;

@@ -87,7 +87,7 @@ fn connecting_wakes_it_and_says_whether_it_had_to() {
         assert_eq!((there.status, there.json()), (200, woken.json()));
     }
     daemon.pause(&id);
-    let message = daemon.act_with(&id, "connect", &json!({ "memory": false, "timeout": 9 }));
+    let message = daemon.act_with(&id, "connect", &json!({ "memory": "no", "timeout": 9 }));
     assert!(message.error(400).contains("`memory`"));
     assert_eq!(daemon.state(&id), "paused");
 }

@@ -55,7 +55,7 @@ pub struct NewSandbox {
     /// Pause instead of kill when the time is over. Absent: kill.
     #[serde(rename = "autoPause", alias = "auto_pause")]
     pub auto_pause: Option<bool>,
-    /// `false`: keep only the disk when pausing.
+    /// `false`: keep only the disk when pausing. Only with `autoPause`, and not with `autoResume`.
     #[serde(rename = "autoPauseMemory")]
     pub auto_pause_memory: Option<bool>,
     /// Wake a paused sandbox when a request for it comes.
@@ -158,6 +158,17 @@ pub enum SandboxState {
     Paused,
 }
 
+/// What the pause of a sandbox kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxPauseMode {
+    /// The disk alone: it boots when it goes on, and no request wakes it.
+    Filesystem,
+    /// Memory and disk.
+    Full,
+}
+
 /// One entry of a list, and the answer to `GET /sandboxes/{id}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -203,6 +214,9 @@ pub struct SandboxDetail {
     /// What happens when its time is over, and after.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lifecycle: Option<SandboxLifecycle>,
+    /// What its pause kept, while it is paused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause_mode: Option<SandboxPauseMode>,
     /// Whether it may reach the world.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
@@ -244,7 +258,7 @@ pub struct SetTimeout {
 pub struct ConnectSandbox {
     /// Seconds from now that the sandbox lives at the least, 1 or more; -1: without an end. Absent: 300.
     pub timeout: Option<i64>,
-    /// `false`: boot a paused sandbox from its disk instead of going on.
+    /// `false`: boot a paused sandbox from its disk, and drop its memory, instead of going on.
     pub memory: Option<bool>,
 }
 
@@ -268,7 +282,7 @@ pub struct ResumeSandbox {
     /// What happens when that time is over. Absent: what was wished for before.
     #[serde(rename = "autoPause", alias = "auto_pause")]
     pub auto_pause: Option<bool>,
-    /// `false`: boot from its disk instead of going on.
+    /// `false`: boot from its disk, and drop its memory, instead of going on.
     pub memory: Option<bool>,
 }
 

@@ -1,6 +1,6 @@
 //! The control exchange: the host has the services warmed, and tells the sandbox who it is.
 //!
-//! Called by the gateway. Refuses a line over the limit, a machine id out of form, and, outside a
+//! Called by the gateway. Before a pause without memory it has the disk written, too. Refuses a line over the limit, a machine id out of form, and, outside a
 //! guest, to touch the machine's clock, names and memory.
 //!
 //! An identity is taken on in one go, with nothing in between that could let another task run, and
@@ -21,6 +21,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::io::BufReader;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt};
 
+use super::kept::{self, KeptError};
 use super::memory::{self, MemoryError};
 use super::names::{self, NamesError};
 use crate::http::error::chain;
@@ -58,6 +59,8 @@ enum ControlError {
     Interpreter(#[source] ContextError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     #[error("a step ended before it was done")]
     Ended(#[source] tokio::task::JoinError),
     #[error("the services are not warm after {0} ms")]
@@ -114,6 +117,7 @@ impl Control {
                 warmed.unwrap_or(Err(ControlError::Late(deadline_ms)))
             }
             ControlRequest::Init(request) => self.init(request),
+            ControlRequest::Sync => self.sync().await,
         }
     }
 
@@ -130,6 +134,20 @@ impl Control {
         }
         tokio::task::spawn_blocking(memory::give_back).await.map_err(ControlError::Ended)??;
         Ok(())
+    }
+
+    /// What the memory alone has goes to the disk, and the disk to the host.
+    async fn sync(&self) -> Result<(), ControlError> {
+        if self.surroundings == Surroundings::Foreign {
+            return Ok(());
+        }
+        let defaults = self.sandbox.defaults();
+        let sync = move || {
+            kept::write(Path::new(kept::DEFAULTS), defaults.as_ref())?;
+            rustix::fs::sync();
+            Ok::<(), KeptError>(())
+        };
+        Ok(tokio::task::spawn_blocking(sync).await.map_err(ControlError::Ended)??)
     }
 
     /// The identity is taken first: whatever fails after it, the former token opens nothing.
@@ -213,6 +231,7 @@ mod tests {
             (&line("b", &id), None, Some("b")),
             (&line("c", "../../etc"), Some("machine id"), Some("b")),
             (b"{\"warm\":{\"deadline_ms\":1000}}\n", None, Some("b")),
+            (b"\"sync\"\n", None, Some("b")),
         ] {
             let reply = answer(&control, sent).await;
             assert_eq!(reply.envd_version, ENVD_VERSION);

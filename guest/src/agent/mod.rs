@@ -7,6 +7,7 @@
 mod control;
 mod envd;
 mod gateway;
+mod kept;
 mod listen;
 mod memory;
 mod names;
@@ -14,8 +15,10 @@ mod relay;
 mod serve;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use mica_wire::guest::Defaults;
 
 pub use listen::ListenError;
 pub use names::NOBODY;
@@ -96,7 +99,11 @@ async fn serve_all(args: &AgentArgs, settings: TemplateSettings) -> Result<(), A
     let surroundings =
         if args.unix.is_some() { Surroundings::Foreign } else { Surroundings::Guest };
     let has_interpreter = settings.services.interpreter;
-    let sandbox = Arc::new(Sandbox::new(settings, args.root_user));
+    let kept = match surroundings {
+        Surroundings::Guest => kept_defaults(),
+        Surroundings::Foreign => None,
+    };
+    let sandbox = Arc::new(Sandbox::new(settings, args.root_user).booted_with(kept));
 
     let mut envd = Router::new(Arc::clone(&sandbox));
     envd::register(&mut envd);
@@ -120,6 +127,15 @@ async fn serve_all(args: &AgentArgs, settings: TemplateSettings) -> Result<(), A
         None => listen::vsock(gateway).await?,
     }
     Ok(())
+}
+
+/// What was kept of a sandbox before this boot. Whoever is root in it may have spoiled the file: that is
+/// told on the console, and the sandbox comes up without.
+fn kept_defaults() -> Option<Defaults> {
+    kept::read(Path::new(kept::DEFAULTS)).unwrap_or_else(|error| {
+        eprintln!("mica-guest: processes start without a template's settings: {}", chain(&error));
+        None
+    })
 }
 
 /// The code interpreter. Its first kernel starts now, before anyone asks for it; one that cannot

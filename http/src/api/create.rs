@@ -69,18 +69,25 @@ fn at_its_end(wanted: &NewSandbox) -> Result<(OnTimeout, bool), ApiError> {
         Some(wish) => wish == OnTimeoutWish::Pause,
         None => wanted.auto_pause.unwrap_or(false),
     };
-    if wanted.auto_pause_memory == Some(false) {
-        return Err(ApiError::bad_request(match pause {
-            true => {
-                "`autoPauseMemory` is false, but this version keeps the memory of a paused \
-                 sandbox; leave it out"
-            }
-            false => "`autoPauseMemory` says nothing without `autoPause`; leave it out",
-        }));
-    }
     let wakes = lifecycle.auto_resume.or(wanted.auto_resume).is_some_and(|wish| wish.is_on());
+    let keeps_memory = wanted.auto_pause_memory.unwrap_or(true);
+    let on_timeout = match (pause, keeps_memory) {
+        (true, false) if wakes => {
+            let message = "`autoPauseMemory` is false: a sandbox that is paused without its memory \
+                           boots when a client connects to it, and no request wakes it; leave out \
+                           `autoPauseMemory` or `autoResume`";
+            return Err(ApiError::bad_request(message));
+        }
+        (false, false) => {
+            let message = "`autoPauseMemory` says nothing without `autoPause`; leave it out";
+            return Err(ApiError::bad_request(message));
+        }
+        (true, true) => OnTimeout::Pause,
+        (true, false) => OnTimeout::PauseToDisk,
+        (false, true) => OnTimeout::Kill,
+    };
     // It may also be paused by hand.
-    Ok((if pause { OnTimeout::Pause } else { OnTimeout::Kill }, wakes))
+    Ok((on_timeout, wakes))
 }
 
 /// Ids and names have one alphabet. What has a namespace or a tag is a name of [`crate::builds`], and what has
@@ -184,7 +191,8 @@ mod tests {
             r#"{"templateID":"base","envVars":{"A=B":"c"}}"#,
             r#"{"templateID":"base","envVars":{"A":"\u0000"}}"#,
             r#"{"templateID":"base","autoPause":1}"#,
-            r#"{"templateID":"base","autoPause":true,"autoPauseMemory":false}"#,
+            r#"{"templateID":"base","autoPause":true,"autoPauseMemory":0}"#,
+            r#"{"templateID":"base","autoPause":true,"autoPauseMemory":false,"autoResume":true}"#,
             r#"{"templateID":"base","autoPauseMemory":false}"#,
             r#"{"templateID":"base","network":{"allowOut":["example.org"]}}"#,
             r#"{"templateID":"base","lifecycle":"pause"}"#,
@@ -236,6 +244,15 @@ mod tests {
             (r#","autoPause":true"#, OnTimeout::Pause),
             (r#","auto_pause":true"#, OnTimeout::Pause),
             (r#","autoPause":true,"autoPauseMemory":true"#, OnTimeout::Pause),
+            (r#","autoPause":true,"autoPauseMemory":false"#, OnTimeout::PauseToDisk),
+            (
+                r#","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":false}"#,
+                OnTimeout::PauseToDisk,
+            ),
+            (
+                r#","autoPauseMemory":false,"lifecycle":{"on_timeout":"pause"}"#,
+                OnTimeout::PauseToDisk,
+            ),
             (r#","autoPause":true,"autoResume":{"enabled":false}"#, OnTimeout::Pause),
             (r#","autoResume":{"enabled":true}"#, OnTimeout::Kill),
             (r#","lifecycle":{"onTimeout":"pause"}"#, OnTimeout::Pause),

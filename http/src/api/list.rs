@@ -229,6 +229,7 @@ mod tests {
             access_token: None,
             traffic_token: None,
             on_timeout: OnTimeout::Kill,
+            disk_alone: false,
             auto_resume: false,
             tenant: TenantId::default(),
             network: NetworkPolicy::default(),

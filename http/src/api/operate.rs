@@ -1,7 +1,7 @@
 //! The bodies of requests about one sandbox: checked, and turned into what the host understands.
 //!
 //! Called by [`super::sandbox`]. Refuses wrong types, numbers out of bounds, and the wishes this
-//! version cannot keep: whoever asks to go on from the disk alone must not get the memory as well.
+//! version cannot keep: whoever asks for a snapshot of the disk alone must not get the memory as well.
 
 use std::time::Duration;
 
@@ -31,6 +31,26 @@ pub struct Resume {
     pub life: Option<Duration>,
     /// What then; `None`: as before.
     pub on_timeout: Option<OnTimeout>,
+    /// Whether it goes on from its memory, where that is kept, and not from its disk alone.
+    pub keeps_memory: bool,
+}
+
+/// What a connect asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connect {
+    /// How long from now, at the least.
+    pub life: Duration,
+    /// As of [`Resume`].
+    pub keeps_memory: bool,
+}
+
+/// What a pause asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// Whether the guest has to be healthy.
+    pub must_be_healthy: bool,
+    /// Whether its memory is kept, and not its disk alone.
+    pub keeps_memory: bool,
 }
 
 /// What a clone or a fork asks for.
@@ -60,15 +80,14 @@ pub fn refresh(body: &[u8]) -> Result<Duration, ApiError> {
     life::refreshed(duration)
 }
 
-/// Reads the body of a connect: how long the sandbox is to live at the least. 0 is none: a paused
-/// sandbox would be resumed only to end.
+/// Reads the body of a connect. A life of 0 is none: a paused sandbox would be resumed only to end.
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn connect_timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
+pub fn connect(body: &[u8], limits: &Limits) -> Result<Connect, ApiError> {
     let ConnectSandbox { timeout, memory } = json::read_or_default(body)?;
-    refuse_disk_only(memory)?;
-    life::of_new(timeout.unwrap_or(CONNECT_SECONDS), limits)
+    let life = life::of_new(timeout.unwrap_or(CONNECT_SECONDS), limits)?;
+    Ok(Connect { life, keeps_memory: memory.unwrap_or(true) })
 }
 
 /// Reads the body of a resume.
@@ -77,23 +96,22 @@ pub fn connect_timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiErro
 /// 400, naming what to write instead.
 pub fn resume(body: &[u8], limits: &Limits) -> Result<Resume, ApiError> {
     let ResumeSandbox { timeout, auto_pause, memory } = json::read_or_default(body)?;
-    refuse_disk_only(memory)?;
     let on_timeout = auto_pause.map(|pause| match pause {
         true => OnTimeout::Pause,
         false => OnTimeout::Kill,
     });
     let life = timeout.map(|seconds| life::of_new(seconds, limits)).transpose()?;
-    Ok(Resume { life, on_timeout })
+    Ok(Resume { life, on_timeout, keeps_memory: memory.unwrap_or(true) })
 }
 
-/// Reads the body of a pause: whether the guest has to be healthy.
+/// Reads the body of a pause.
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn pause(body: &[u8]) -> Result<bool, ApiError> {
+pub fn pause(body: &[u8]) -> Result<Pause, ApiError> {
     let PauseSandbox { memory, require_healthy_guest } = json::read_or_default(body)?;
-    refuse_disk_only(memory)?;
-    Ok(require_healthy_guest.unwrap_or(false))
+    let must_be_healthy = require_healthy_guest.unwrap_or(false);
+    Ok(Pause { must_be_healthy, keeps_memory: memory.unwrap_or(true) })
 }
 
 /// Reads the body of a snapshot: its name.
@@ -102,7 +120,10 @@ pub fn pause(body: &[u8]) -> Result<bool, ApiError> {
 /// 400, naming what to write instead.
 pub fn snapshot(body: &[u8], tenant: &TenantId) -> Result<Option<String>, ApiError> {
     let NewSnapshot { name, memory } = json::read_or_default(body)?;
-    refuse_disk_only(memory)?;
+    if memory == Some(false) {
+        let message = "`memory` is false, but a snapshot always keeps the memory; leave it out";
+        return Err(ApiError::bad_request(message));
+    }
     if name.as_ref().is_some_and(|name| !SnapshotName::may_be(name, tenant)) {
         return Err(ApiError::bad_request(format!(
             "`name` must be 1 to 128 printable ASCII characters; with `/` or `:` in it, the form is \
@@ -169,14 +190,6 @@ fn copies(body: &[u8], most: usize, limits: &Limits) -> Result<Copies, ApiError>
     Ok(Copies { count, timeout })
 }
 
-fn refuse_disk_only(memory: Option<bool>) -> Result<(), ApiError> {
-    if memory == Some(false) {
-        let message = "`memory` is false, but this version always keeps the memory; leave it out";
-        return Err(ApiError::bad_request(message));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,19 +218,21 @@ mod tests {
     #[test]
     fn a_connect_is_for_five_minutes_unless_told() {
         let read = |body: &str| {
-            status(connect_timeout(body.as_bytes(), &limits()).map(|life| life.as_secs()))
+            let wish = connect(body.as_bytes(), &limits());
+            status(wish.map(|wish| (wish.life.as_secs(), wish.keeps_memory)))
         };
-        assert_eq!(read(r#"{"timeout":7,"memory":true}"#), Ok(7));
-        assert_eq!(read(r#"{"timeout":-1}"#), Ok(mica_shards::NEVER.as_secs()));
-        for absent in ["", "{}"] {
-            assert_eq!(read(absent), Ok(300));
+        assert_eq!(read(r#"{"timeout":7,"memory":true}"#), Ok((7, true)));
+        assert_eq!(read(r#"{"timeout":7,"memory":false}"#), Ok((7, false)));
+        assert_eq!(read(r#"{"timeout":-1}"#), Ok((mica_shards::NEVER.as_secs(), true)));
+        for absent in ["", "{}", r#"{"memory":null}"#] {
+            assert_eq!(read(absent), Ok((300, true)));
         }
         for bad in [
             r#"{"timeout":-2}"#,
             r#"{"timeout":0}"#,
             r#"{"timeout":86401}"#,
             r#"{"timeout":"7"}"#,
-            r#"{"timeout":7,"memory":false}"#,
+            r#"{"timeout":7,"memory":0}"#,
             "{",
         ] {
             assert_eq!(read(bad), Err(400), "{bad}");
@@ -228,8 +243,11 @@ mod tests {
     fn a_resume_lives_and_ends_as_wished_before_unless_told() {
         let read = |body: &str| status(resume(body.as_bytes(), &limits()));
         let wish = |seconds: Option<u64>, on_timeout| {
-            Ok(Resume { life: seconds.map(Duration::from_secs), on_timeout })
+            let life = seconds.map(Duration::from_secs);
+            Ok(Resume { life, on_timeout, keeps_memory: true })
         };
+        let of_disk = Resume { life: None, on_timeout: None, keeps_memory: false };
+        assert_eq!(read(r#"{"memory":false}"#), Ok(of_disk));
         for absent in ["", "{}", r#"{"memory":true,"autoPause":null}"#] {
             assert_eq!(read(absent), wish(None, None), "{absent}");
         }
@@ -240,7 +258,7 @@ mod tests {
             r#"{"timeout":0}"#,
             r#"{"timeout":86401}"#,
             r#"{"autoPause":1}"#,
-            r#"{"memory":false}"#,
+            r#"{"memory":"false"}"#,
         ] {
             assert_eq!(read(bad), Err(400), "{bad}");
         }
@@ -249,11 +267,13 @@ mod tests {
     #[test]
     fn pauses() {
         let read = |body: &str| status(pause(body.as_bytes()));
+        let wish = |must_be_healthy, keeps_memory| Ok(Pause { must_be_healthy, keeps_memory });
         for plain in ["", "{}", r#"{"memory":true}"#, r#"{"requireHealthyGuest":false}"#] {
-            assert_eq!(read(plain), Ok(false), "{plain}");
+            assert_eq!(read(plain), wish(false, true), "{plain}");
         }
-        assert_eq!(read(r#"{"requireHealthyGuest":true}"#), Ok(true));
-        for bad in [r#"{"memory":false}"#, r#"{"memory":"yes"}"#, "[]", "x"] {
+        assert_eq!(read(r#"{"requireHealthyGuest":true}"#), wish(true, true));
+        assert_eq!(read(r#"{"memory":false}"#), wish(false, false));
+        for bad in [r#"{"memory":"yes"}"#, "[]", "x"] {
             assert_eq!(read(bad), Err(400), "{bad}");
         }
     }
@@ -270,6 +290,7 @@ mod tests {
         let long = format!(r#"{{"name":"{}"}}"#, "x".repeat(129));
         for bad in [
             r#"{"name":""}"#,
+            r#"{"memory":false}"#,
             r#"{"name":7}"#,
             r#"{"name":"a\nb"}"#,
             "{\"name\":\"\u{e9}\"}",

@@ -11,7 +11,7 @@ use mica_shards::{ConnectError, Lifecycle};
 use mica_units::{GuestPort, SandboxId};
 use mica_wire::api::{ForkResult, READY, RolledBack};
 
-use super::operate::{self, Copies};
+use super::operate::{self, Copies, Pause};
 use super::{Call, json, logs, network, show, status, usage};
 use crate::body::Body;
 use crate::error::ApiError;
@@ -64,15 +64,21 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         Action::Usage => usage::of_one(host, id, query).await,
         Action::Logs(version) => logs::answer(host, id, version, query).await,
         Action::Connect(_) => {
-            let life = operate::connect_timeout(&body, limits)?;
-            let (info, was_paused) = host.ensure_running(id, life).await?;
+            let wish = operate::connect(&body, limits)?;
+            let (info, was_paused) = match wish.keeps_memory {
+                true => host.ensure_running(id, wish.life).await?,
+                false => host.ensure_booted(id, wish.life).await?,
+            };
             let code = if was_paused { StatusCode::CREATED } else { StatusCode::OK };
             json::answer(code, &show::sandbox(config, info))
         }
         Action::Pause => pause(host, id, operate::pause(&body)?).await,
         Action::Resume => {
             let wish = operate::resume(&body, limits)?;
-            let info = host.resume(id, wish.life, wish.on_timeout).await?;
+            let info = match wish.keeps_memory {
+                true => host.resume(id, wish.life, wish.on_timeout).await?,
+                false => host.boot(id, wish.life, wish.on_timeout).await?,
+            };
             json::answer(StatusCode::CREATED, &show::sandbox(config, info))
         }
         Action::Snapshot => {
@@ -86,15 +92,18 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
     }
 }
 
-async fn pause(host: &TenantHost<'_>, id: SandboxId, must_be_healthy: bool) -> Answer {
-    if must_be_healthy {
+async fn pause(host: &TenantHost<'_>, id: SandboxId, wish: Pause) -> Answer {
+    if wish.must_be_healthy {
         let answered = time::timeout(HEALTH_DEADLINE, host.connect(id, GuestPort::ENVD)).await;
         // A port that is closed is an answer as well. What else is wrong, the pause says better.
         if matches!(answered, Err(_) | Ok(Err(ConnectError::Unreachable))) {
             return Err(ApiError::guest_unresponsive(id));
         }
     }
-    host.pause(id).await?;
+    match wish.keeps_memory {
+        true => host.pause(id).await?,
+        false => host.pause_to_disk(id).await?,
+    }
     Ok(status(StatusCode::NO_CONTENT))
 }
 

@@ -5,7 +5,8 @@
 
 use mica_shards::{Lifecycle, OnTimeout, SandboxInfo, SnapshotInfo};
 use mica_wire::api::{
-    OnTimeoutWish, READY, Sandbox, SandboxDetail, SandboxLifecycle, SandboxState, Snapshot,
+    OnTimeoutWish, READY, Sandbox, SandboxDetail, SandboxLifecycle, SandboxPauseMode, SandboxState,
+    Snapshot,
 };
 
 use super::network;
@@ -60,6 +61,7 @@ pub fn listed(info: SandboxInfo) -> SandboxDetail {
         envd_access_token: None,
         domain: None,
         lifecycle: None,
+        pause_mode: None,
         allow_internet_access: None,
         network: None,
     }
@@ -70,12 +72,18 @@ pub fn detail(config: &HttpConfig, mut info: SandboxInfo) -> SandboxDetail {
     let envd_access_token = info.access_token.take();
     let on_timeout = match info.on_timeout {
         OnTimeout::Kill => OnTimeoutWish::Kill,
-        OnTimeout::Pause => OnTimeoutWish::Pause,
+        OnTimeout::Pause | OnTimeout::PauseToDisk => OnTimeoutWish::Pause,
+    };
+    let pause_mode = match (info.state, info.disk_alone) {
+        (Lifecycle::Running, _) => None,
+        (Lifecycle::Paused, true) => Some(SandboxPauseMode::Filesystem),
+        (Lifecycle::Paused, false) => Some(SandboxPauseMode::Full),
     };
     SandboxDetail {
         envd_access_token,
         domain: config.domain.clone(),
         lifecycle: Some(SandboxLifecycle { auto_resume: info.auto_resume, on_timeout }),
+        pause_mode,
         allow_internet_access: Some(info.network.allow_internet_access),
         network: Some(network::shown(&info.network)),
         ..listed(info)

@@ -38,7 +38,8 @@ impl From<ShardError> for ApiError {
             | ShardError::ForeignSnapshot { .. }
             | ShardError::AlreadyPaused(_)
             | ShardError::AlreadyRunning(_)
-            | ShardError::IsPaused(_) => Self::new(StatusCode::CONFLICT, text),
+            | ShardError::IsPaused(_)
+            | ShardError::CannotBoot { .. } => Self::new(StatusCode::CONFLICT, text),
             ShardError::Conflict { .. } => Self::soon(StatusCode::CONFLICT, text),
             ShardError::NoSpace => Self::new(StatusCode::INSUFFICIENT_STORAGE, text),
             ShardError::OperationFailed { .. } => {
@@ -171,6 +172,7 @@ mod tests {
             (ShardError::AlreadyRunning(id()), 409, None),
             (ShardError::IsPaused(id()), 409, None),
             (foreign, 409, None),
+            (ShardError::CannotBoot { sandbox: id(), why: "it has no disk" }, 409, None),
             (ShardError::TemplateNotWarm("base".to_owned()), 409, None),
             (ShardError::NoSuchSnapshot("s".to_owned()), 404, None),
             (ShardError::NoSpace, 507, Some("false")),

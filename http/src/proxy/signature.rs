@@ -120,7 +120,8 @@ impl Searches {
         let begun = signed.begun();
         let made_it = sandboxes.iter().find(|info| {
             let token = info.access_token.as_deref();
-            (info.state == Lifecycle::Running || info.auto_resume)
+            let wakes = info.auto_resume && !info.disk_alone;
+            (info.state == Lifecycle::Running || wakes)
                 && token.is_some_and(|token| signed.is_made_with(token, &begun))
         });
         made_it.map(|info| info.id).ok_or_else(ApiError::unknown_signature)

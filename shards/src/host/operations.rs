@@ -13,7 +13,7 @@ use mica_storage::{LayerId, SnapshotKind, SnapshotManifest, StorageError, Templa
 use mica_units::{Mebibytes, SandboxId, TenantId};
 
 use super::{Host, out_of_form};
-use crate::event::{IfRunning, Operation, Purpose, Reply, Spawned, Wake};
+use crate::event::{IfRunning, Keeps, Operation, Purpose, Reply, Spawned, Wake};
 use crate::replicas::NoCopy;
 use crate::{
     HostCounters, LogLine, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo, Usage,
@@ -57,7 +57,16 @@ impl Host {
     /// # Errors
     /// See [`ShardError`].
     pub async fn pause(&self, id: SandboxId) -> Result<(), ShardError> {
-        self.ask_done(id, Operation::Pause(id)).await
+        self.ask_done(id, Operation::Pause(id, Keeps::All)).await
+    }
+
+    /// The same, keeping the disk alone: its agent is told to write to it what is to stay, and when it goes
+    /// on it boots.
+    ///
+    /// # Errors
+    /// [`ShardError::CannotBoot`] where it could not boot then; see [`ShardError`].
+    pub async fn pause_to_disk(&self, id: SandboxId) -> Result<(), ShardError> {
+        self.ask_done(id, Operation::Pause(id, Keeps::Disk)).await
     }
 
     /// Lets a paused sandbox go on, for `life` from now; without one for as long as its create asked
@@ -71,7 +80,23 @@ impl Host {
         life: impl Into<Option<Duration>>,
         on_timeout: Option<OnTimeout>,
     ) -> Result<SandboxInfo, ShardError> {
-        let wake = Wake { life: life.into(), on_timeout, if_running: IfRunning::Refuse };
+        let (life, if_running) = (life.into(), IfRunning::Refuse);
+        let wake = Wake { life, on_timeout, if_running, from: Keeps::All };
+        Ok(self.wake(id, wake).await?.0)
+    }
+
+    /// The same from its disk alone: it boots, and what its memory was is dropped.
+    ///
+    /// # Errors
+    /// [`ShardError::CannotBoot`] where nothing is left to boot from; see [`Self::resume`].
+    pub async fn boot(
+        &self,
+        id: SandboxId,
+        life: impl Into<Option<Duration>>,
+        on_timeout: Option<OnTimeout>,
+    ) -> Result<SandboxInfo, ShardError> {
+        let (life, if_running) = (life.into(), IfRunning::Refuse);
+        let wake = Wake { life, on_timeout, if_running, from: Keeps::Disk };
         Ok(self.wake(id, wake).await?.0)
     }
 
@@ -84,8 +109,21 @@ impl Host {
         id: SandboxId,
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
-        let wake = Wake { life: Some(life), on_timeout: None, if_running: IfRunning::Extend };
-        self.wake(id, wake).await
+        let (life, if_running) = (Some(life), IfRunning::Extend);
+        self.wake(id, Wake { life, on_timeout: None, if_running, from: Keeps::All }).await
+    }
+
+    /// The same; a paused one boots from its disk alone.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub async fn ensure_booted(
+        &self,
+        id: SandboxId,
+        life: Duration,
+    ) -> Result<(SandboxInfo, bool), ShardError> {
+        let (life, if_running) = (Some(life), IfRunning::Extend);
+        self.wake(id, Wake { life, on_timeout: None, if_running, from: Keeps::Disk }).await
     }
 
     async fn wake(&self, id: SandboxId, wake: Wake) -> Result<(SandboxInfo, bool), ShardError> {

@@ -5,7 +5,7 @@
 use mica_numa::rt::oneshot::Sender;
 
 use super::state::{Ask, Refusal};
-use crate::event::{Purpose, Wake};
+use crate::event::{Keeps, Purpose, Wake};
 use crate::{SandboxInfo, ShardError, SnapshotInfo};
 
 /// The answer to a resume: the sandbox, and whether it was paused.
@@ -19,7 +19,7 @@ pub(crate) enum Request {
     /// To go back to a snapshot.
     Rollback(String, Sender<Result<(), ShardError>>),
     /// To be paused.
-    Pause(Sender<Result<(), ShardError>>),
+    Pause(Keeps, Sender<Result<(), ShardError>>),
     /// To go on.
     Resume(Wake, Sender<Resumed>),
 }
@@ -30,8 +30,10 @@ impl Request {
         match self {
             Self::Snapshot(..) => Ask::Snapshot,
             Self::Rollback(..) => Ask::Rollback,
-            Self::Pause(_) => Ask::Pause,
-            Self::Resume(..) => Ask::Resume,
+            Self::Pause(Keeps::All, _) => Ask::Pause,
+            Self::Pause(Keeps::Disk, _) => Ask::PauseToDisk,
+            Self::Resume(Wake { from: Keeps::All, .. }, _) => Ask::Resume,
+            Self::Resume(Wake { from: Keeps::Disk, .. }, _) => Ask::Boot,
         }
     }
 
@@ -40,7 +42,7 @@ impl Request {
         match self {
             Self::Snapshot(..) => "a snapshot",
             Self::Rollback(..) => "a rollback",
-            Self::Pause(_) => "a pause",
+            Self::Pause(..) => "a pause",
             Self::Resume(..) => "a resume",
         }
     }
@@ -49,7 +51,7 @@ impl Request {
     pub(crate) fn fail(self, error: ShardError) {
         let heard = match self {
             Self::Snapshot(_, sender) => sender.send(Err(error)).is_ok(),
-            Self::Rollback(_, sender) | Self::Pause(sender) => sender.send(Err(error)).is_ok(),
+            Self::Rollback(_, sender) | Self::Pause(_, sender) => sender.send(Err(error)).is_ok(),
             Self::Resume(_, sender) => sender.send(Err(error)).is_ok(),
         };
         if !heard {

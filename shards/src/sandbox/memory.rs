@@ -61,6 +61,12 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
+    /// That of a guest that boots, on a layer that is empty. Nothing of that is mapped: what the guest does
+    /// not have is zero as well. What the VM process loads before it runs is in no log.
+    pub(crate) fn empty(base: Layer) -> Self {
+        Self { layers: vec![base], mapped: Some(Vec::new()), ..Self::default() }
+    }
+
     /// The runs that may differ from the layers; with `protect`, what is written from now on is told
     /// apart from them, and they are kept as uncommitted.
     pub(crate) async fn changed(

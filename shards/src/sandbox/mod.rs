@@ -341,9 +341,9 @@ impl Sandbox {
         receiver
     }
 
-    fn show(&self, state: Lifecycle) {
+    fn show(&self, state: Lifecycle, disk_alone: bool) {
         if let Some(info) = self.info.borrow_mut().as_mut() {
-            info.state = state;
+            (info.state, info.disk_alone) = (state, disk_alone);
         }
     }
 }

@@ -6,8 +6,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use mica_storage::{Layer, SnapshotKind, SnapshotManifest, Stamp, StorageError, Store};
-use mica_units::{SandboxId, TenantId};
+use mica_storage::{BootFiles, Layer, SnapshotKind, SnapshotManifest, Stamp, StorageError, Store};
+use mica_units::{SandboxId, TenantId, frames_of};
 
 use super::chain;
 use super::image::Opened;
@@ -65,12 +65,28 @@ pub(crate) struct Found {
     pub(crate) disk: Option<Arc<File>>,
     /// Whether its directory is there already.
     pub(crate) has_directory: bool,
+    /// What it boots from, where it goes on from its disk alone.
+    pub(crate) boot: Option<Boot>,
 }
+
+/// What a guest boots from.
+#[derive(Debug)]
+pub(crate) struct Boot {
+    /// Kernel and command line.
+    pub(crate) files: BootFiles,
+    /// What its memory lies on: nothing but zeros.
+    pub(crate) memory: Layer,
+}
+
+/// Why a sandbox cannot boot.
+pub(crate) const NO_DISK: &str = "it has no disk";
+pub(crate) const NO_KERNEL: &str =
+    "the template that its kernel is of is not there any more; keep its memory";
 
 impl Found {
     /// Of an image that needs nothing made: one without a disk.
     pub(crate) fn without_disk(image: Arc<Opened>) -> Option<Self> {
-        let made = Self { image, stamp: None, disk: None, has_directory: false };
+        let made = Self { image, stamp: None, disk: None, has_directory: false, boot: None };
         made.image.disk.is_none().then_some(made)
     }
 }
@@ -96,7 +112,7 @@ impl Workshop {
             None => Ok(None),
         };
         let disk = disk.map_err(|error| cause("making its disk", &error))?.map(Arc::new);
-        Ok(Found { image, stamp, disk, has_directory })
+        Ok(Found { image, stamp, disk, has_directory, boot: None })
     }
 
     /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record where that
@@ -116,14 +132,31 @@ impl Workshop {
         self.store.write_record(id, record, false)
     }
 
-    /// The same for a sandbox that was paused: its directory is there.
+    /// The same for a sandbox that was paused: its directory is there. `kernel_of`: it is to boot, with the
+    /// kernel of the first of these that has one, if it was not paused with one of its own.
     pub(crate) fn prepare_resume(
         &self,
         id: &SandboxId,
         snapshot: &str,
         known: Option<Arc<Opened>>,
+        kernel_of: Option<Vec<String>>,
     ) -> Result<Found, Cause> {
         let (image, stamp) = self.find(snapshot, known)?;
+        let files = match (image.manifest.has_memory(), kernel_of) {
+            (false, _) => {
+                let opened = image.snapshot.open_boot();
+                Some(opened.map_err(|error| cause("opening its kernel", &error))?)
+            }
+            (true, Some(_)) if image.disk.is_none() => return Err(Cause::CannotBoot(NO_DISK)),
+            (true, Some(ids)) => Some(self.find_boot(&ids)?),
+            (true, None) => None,
+        };
+        let boot = |files| -> Result<Boot, StorageError> {
+            let memory = self.store.make_empty_layer(id, frames_of(image.manifest.memory))?;
+            Ok(Boot { files, memory })
+        };
+        let boot = files.map(boot).transpose();
+        let boot = boot.map_err(|error| cause("making its memory", &error))?;
         let reopen = || -> Result<Option<Arc<File>>, StorageError> {
             let Some(disk) = self.store.open_sandbox_disk(id)? else { return Ok(None) };
             if let Some(from) = &image.disk {
@@ -132,7 +165,18 @@ impl Workshop {
             Ok(Some(Arc::new(disk)))
         };
         let disk = reopen().map_err(|error| cause("putting its disk back", &error))?;
-        Ok(Found { image, stamp, disk, has_directory: true })
+        Ok(Found { image, stamp, disk, has_directory: true, boot })
+    }
+
+    /// The kernel of the first of these that has one.
+    pub(crate) fn find_boot(&self, ids: &[String]) -> Result<BootFiles, Cause> {
+        let found = self.store.boot_template(ids);
+        let found = found.map_err(|error| cause("finding its template", &error))?;
+        match found.ok_or(Cause::CannotBoot(NO_KERNEL))?.open_boot() {
+            // Replaced since it was found.
+            Err(StorageError::TemplateGone { .. }) => Err(Cause::Busy),
+            opened => opened.map_err(|error| cause("opening its kernel", &error)),
+        }
     }
 
     /// What a name or an id stands for now, open, and what tells for how long.

@@ -111,14 +111,14 @@ mod tests {
             queue.nudge();
             let pause = || {
                 let (sender, receiver) = mica_numa::rt::oneshot::channel();
-                (queue.ask(Request::Pause(sender)), receiver)
+                (queue.ask(Request::Pause(crate::event::Keeps::All, sender)), receiver)
             };
             let receivers: Vec<_> = (0..REQUESTS_MAX).map(|_| pause()).collect();
             assert!(receivers.iter().all(|(asked, _)| asked.is_ok()));
             assert!(pause().0.is_err(), "one more than the bound");
             assert!(matches!(queue.next().await, Told::Event(Event::Kill)));
             assert!(matches!(queue.next().await, Told::Event(Event::Drain)));
-            assert!(matches!(queue.next().await, Told::Request(Request::Pause(_))));
+            assert!(matches!(queue.next().await, Told::Request(Request::Pause(..))));
             assert_eq!(queue.take_requests().len(), REQUESTS_MAX - 1);
             assert!(matches!(queue.next().await, Told::Nudge));
             assert!(futures_lite::future::poll_once(queue.next()).await.is_none());

@@ -18,7 +18,7 @@ use rkyv::util::AlignedVec;
 use rkyv::with::Skip;
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
-use crate::{NetworkPolicy, OnceName};
+use crate::{NetworkPolicy, OnTimeout, OnceName};
 
 const MAGIC: [u8; 4] = *b"MSBX";
 const VERSION: u32 = 3;
@@ -54,6 +54,39 @@ pub(crate) enum RecordedState {
     Paused { snapshot: String },
     /// It is being put back to this snapshot: its disk may be there already, so it has to go there.
     RollingBack { snapshot: String },
+    /// It is in this snapshot, which has its disk alone.
+    OnDisk { snapshot: String },
+}
+
+/// What happens when its time is over. The first two are as the boolean that was here before.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RecordedEnd {
+    /// It ends.
+    Kill,
+    /// It is paused.
+    Pause,
+    /// It is paused with its disk alone.
+    PauseToDisk,
+}
+
+impl From<OnTimeout> for RecordedEnd {
+    fn from(on_timeout: OnTimeout) -> Self {
+        match on_timeout {
+            OnTimeout::Kill => Self::Kill,
+            OnTimeout::Pause => Self::Pause,
+            OnTimeout::PauseToDisk => Self::PauseToDisk,
+        }
+    }
+}
+
+impl From<RecordedEnd> for OnTimeout {
+    fn from(recorded: RecordedEnd) -> Self {
+        match recorded {
+            RecordedEnd::Kill => Self::Kill,
+            RecordedEnd::Pause => Self::Pause,
+            RecordedEnd::PauseToDisk => Self::PauseToDisk,
+        }
+    }
 }
 
 /// [`crate::NetworkPolicy`].
@@ -147,7 +180,7 @@ pub(crate) struct Record {
     pub(crate) idle: bool,
     /// and to how long from each.
     pub(crate) life_ms: u64,
-    pub(crate) pause_at_end: bool,
+    pub(crate) at_end: RecordedEnd,
     pub(crate) auto_resume: bool,
     pub(crate) tenant: String,
     /// The account that it is counted in.
@@ -270,7 +303,7 @@ mod tests {
             timeout_ms: 3,
             idle: true,
             life_ms: 4,
-            pause_at_end: false,
+            at_end: RecordedEnd::Kill,
             auto_resume: true,
             tenant: "default".to_owned(),
             account: Some("0123456789ab".to_owned()),
@@ -307,6 +340,43 @@ mod tests {
         assert_eq!(record.env_vars["COLOUR"], "green");
         assert_eq!((record.tenant.as_str(), record.vcpus), ("default", 2));
         assert!(record.access_token.is_some() && record.process.is_some());
+    }
+
+    /// What was a boolean, and a state of fewer kinds, reads as before: version 2 stays what it is.
+    #[test]
+    fn records_of_before_there_were_pauses_without_memory_are_read() {
+        #[derive(Archive, Serialize, Deserialize)]
+        enum StateBefore {
+            Running,
+            Paused { snapshot: String },
+            RollingBack { snapshot: String },
+        }
+        #[derive(Archive, Serialize, Deserialize)]
+        struct Before {
+            state: StateBefore,
+            pause_at_end: bool,
+            auto_resume: bool,
+        }
+        #[derive(Archive, Serialize, Deserialize, Debug, PartialEq)]
+        struct Now {
+            state: RecordedState,
+            at_end: RecordedEnd,
+            auto_resume: bool,
+        }
+        let snapshot = "0123456789abcdefghij".to_owned();
+        let paused = RecordedState::Paused { snapshot: snapshot.clone() };
+        let back = RecordedState::RollingBack { snapshot: snapshot.clone() };
+        for (before, state, pause_at_end, at_end) in [
+            (StateBefore::Running, RecordedState::Running, false, RecordedEnd::Kill),
+            (StateBefore::Paused { snapshot: snapshot.clone() }, paused, true, RecordedEnd::Pause),
+            (StateBefore::RollingBack { snapshot }, back, true, RecordedEnd::Pause),
+        ] {
+            let before = Before { state: before, pause_at_end, auto_resume: true };
+            let bytes = rkyv::to_bytes::<rancor::Error>(&before).unwrap();
+            let now = rkyv::from_bytes::<Now, rancor::Error>(&bytes).unwrap();
+            assert_eq!(now, Now { state, at_end, auto_resume: true });
+        }
+        assert_eq!(size_of::<rkyv::Archived<Before>>(), size_of::<rkyv::Archived<Now>>());
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //!     │ └──── Paused ──────┼───────────────────┼──┘               │ └ Rollback ▶ RollingBack
 //!     │        ▲  ▲        └── RollingBack ◀───┼──────────────────┘        Freezing ▶ Replacing
 //!     │        │  └── Pausing ◀────────────────┼─ Pause
-//!     │        │       Freezing ▶ Copying ▶ Committing
+//!     │        │       (Syncing ▶) Freezing ▶ Copying ▶ Committing
 //!     ▼        └ the process of a paused one may go at any time: it is on disk
 //!  Cancelling ──▶ Stopping ──▶ Gone
 //! ```
@@ -27,6 +27,7 @@ use std::mem;
 
 use mica_wire::vm;
 
+mod birth;
 mod operations;
 mod refusal;
 mod waiting;
@@ -77,6 +78,8 @@ pub(crate) enum Birth {
 /// How far an operation is that stops the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
+    /// The guest brings to its disk what is to stay, and still runs.
+    Syncing,
     /// The guest is asked to stop.
     Freezing,
     /// It stands still; what it is, is copied, or replaced.
@@ -142,6 +145,8 @@ pub(crate) enum Cause {
     NoSuchTemplate,
     /// The template has no running snapshot.
     NotWarm,
+    /// Without its memory it cannot go on, and why.
+    CannotBoot(&'static str),
     /// The store is full.
     NoSpace,
     /// The guest stopped or its VM process ended.
@@ -157,8 +162,12 @@ pub(crate) enum Ask {
     Rollback,
     /// To wait.
     Pause,
+    /// The same, with nothing but its disk.
+    PauseToDisk,
     /// To go on.
     Resume,
+    /// The same, from its disk alone.
+    Boot,
 }
 
 /// What can happen.
@@ -180,6 +189,10 @@ pub(crate) enum Event {
     TimeOver,
     /// A client asks.
     Ask(Ask),
+    /// What is to stay is on the guest's disk.
+    Synced,
+    /// It is not; the guest goes on.
+    SyncFailed,
     /// Memory and disk are copied (or, of a rollback, ready to be put back).
     Copied,
     /// They are not; the guest is as it was.
@@ -212,12 +225,14 @@ pub(crate) enum Event {
 pub(crate) enum Effect {
     /// Find a VM process and make a disk.
     Prepare,
-    /// Send the plan and the state.
+    /// Send the plan and the state, or a kernel.
     SendRestore,
     /// Write its record, and tell its agent who it is, where there is one.
     Initialise,
     /// Start its time, and tell whoever made it.
     Announce,
+    /// Have the guest bring to its disk what is to stay, for a pause that keeps that alone.
+    Sync,
     /// Ask the guest to stop.
     Freeze,
     /// Copy memory and disk, or find that it is too much.
@@ -257,6 +272,32 @@ pub(crate) struct Terms {
     pub(crate) pause_at_end: bool,
     /// Whether it outlives the daemon although it runs.
     pub(crate) outlives_daemon: bool,
+    /// Whether the pause at hand, or the one at the end of its time, keeps its disk alone.
+    pub(crate) disk_alone: bool,
+    /// What tells that its guest is there, while it comes up.
+    pub(crate) up_by: UpBy,
+}
+
+/// What a VM process says when there is a guest that can be told who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UpBy {
+    /// Its vCPUs run: it was restored.
+    Started,
+    /// It was booted, and its agent listens,
+    Doorbell,
+    /// or, of one without an agent, its kernel writes.
+    Console,
+}
+
+impl UpBy {
+    fn is(self, said: &vm::Event) -> bool {
+        *said
+            == match self {
+                Self::Started => vm::Event::Started,
+                Self::Doorbell => vm::Event::Doorbell,
+                Self::Console => vm::Event::ConsoleStarted,
+            }
+    }
 }
 
 type Stepped = (State, Vec<Effect>);
@@ -277,12 +318,14 @@ pub(crate) fn step(state: State, terms: Terms, event: Event) -> Stepped {
         (state, Event::Ask(ask)) => asked(state, ask),
         (state, Event::Kill) => end(state, Cause::Killed),
         (state, Event::Drain) => drain(state, terms),
-        (State::Starting(birth), event) => starting(birth, event),
-        (state @ (State::Restoring(_) | State::Initialising(_)), event) => coming_up(state, event),
-        (State::Adopting, event) => adopting(event),
+        (State::Starting(birth), event) => birth::starting(birth, event),
+        (state @ (State::Restoring(_) | State::Initialising(_)), event) => {
+            birth::coming_up(terms, state, event)
+        }
+        (State::Adopting, event) => birth::adopting(event),
         (State::Running, event) => running(terms, event),
         (State::Snapshotting(step), event) => operations::snapshotting(step, event),
-        (State::Pausing(step), event) => operations::pausing(step, event),
+        (State::Pausing(step), event) => operations::pausing(terms, step, event),
         (State::RollingBack(step), event) => operations::rolling_back(step, event),
         (State::Paused(process), event) => waiting::paused(process, event),
     }
@@ -306,16 +349,23 @@ fn asked(state: State, ask: Ask) -> Stepped {
             (State::Snapshotting(Step::Freezing), vec![Effect::Freeze])
         }
         (State::Running, Ask::Pause) => (State::Pausing(Step::Freezing), vec![Effect::Freeze]),
+        (State::Running, Ask::PauseToDisk) => (State::Pausing(Step::Syncing), vec![Effect::Sync]),
         (State::Running, Ask::Rollback) => {
             (State::RollingBack(Step::Freezing), vec![Effect::Freeze])
         }
         (State::Paused(Process::Frozen), Ask::Resume) => {
             (State::Paused(Process::Thawing), vec![Effect::Thaw])
         }
-        (State::Paused(Process::None), Ask::Resume) => {
+        // What it remembers is not wanted.
+        (State::Paused(Process::Frozen), Ask::Boot) => {
+            (State::Paused(Process::Returning), vec![Effect::EndProcess])
+        }
+        (State::Paused(Process::None), Ask::Resume | Ask::Boot) => {
             (State::Starting(Birth::Resume), vec![Effect::Prepare])
         }
-        (State::Paused(Process::Ending), Ask::Resume) => stay(State::Paused(Process::Returning)),
+        (State::Paused(Process::Ending), Ask::Resume | Ask::Boot) => {
+            stay(State::Paused(Process::Returning))
+        }
         (state, ask) => {
             let refusal = refusal::of(&state, ask);
             (state, vec![Effect::Refuse(refusal)])
@@ -371,69 +421,11 @@ fn leave() -> Stepped {
     (State::Gone(Cause::Draining), vec![Effect::Leave, Effect::Bury])
 }
 
-fn starting(birth: Birth, event: Event) -> Stepped {
-    match event {
-        Event::Prepared => (State::Restoring(birth), vec![Effect::SendRestore]),
-        // What cannot be resumed now is still on disk.
-        Event::PrepareFailed(_) if birth == Birth::Resume => {
-            (State::Paused(Process::None), vec![Effect::AnswerFailure])
-        }
-        Event::PrepareFailed(cause) => stop(cause),
-        Event::TimeOver if birth == Birth::Resume => {
-            (State::Paused(Process::Unwanted), vec![Effect::AnswerFailure])
-        }
-        Event::TimeOver => {
-            (State::Cancelling(Cause::TimedOut(doing(&State::Starting(birth)))), vec![])
-        }
-        _ => stay(State::Starting(birth)),
-    }
-}
-
-fn coming_up(state: State, event: Event) -> Stepped {
-    match (state, event) {
-        (State::Restoring(birth), Event::Vm(vm::Event::Started)) => {
-            (State::Initialising(birth), vec![Effect::Initialise])
-        }
-        (State::Initialising(birth), Event::InitDone) => up(birth),
-        (
-            state @ (State::Restoring(_) | State::Initialising(_)),
-            Event::Vm(vm::Event::ConsoleStarted | vm::Event::Doorbell),
-        ) => stay(state),
-        (
-            State::Restoring(Birth::Resume) | State::Initialising(Birth::Resume),
-            Event::InitFailed(_) | Event::VmLost(_) | Event::Vm(_) | Event::TimeOver,
-        ) => waiting::back_to_disk(),
-        (state, Event::InitFailed(cause)) => end(state, cause),
-        (state, event) => fall(state, event),
-    }
-}
-
-fn up(birth: Birth) -> Stepped {
-    let effect = match birth {
-        Birth::Create => Effect::Announce,
-        Birth::Resume => Effect::ShowResumed,
-        Birth::Rollback => Effect::Answer,
-    };
-    (State::Running, vec![effect])
-}
-
-fn adopting(event: Event) -> Stepped {
-    match event {
-        Event::Vm(vm::Event::Status { phase: vm::Phase::Running, .. }) => stay(State::Running),
-        // An operation of the daemon before us was cut off; its copy is gone.
-        Event::Vm(vm::Event::Status { phase: vm::Phase::Frozen, .. }) => {
-            (State::Snapshotting(Step::Thawing(Outcome::Nothing)), vec![Effect::Thaw])
-        }
-        // Said to the daemon before us.
-        Event::Vm(event) if !matches!(event, vm::Event::Ended(_) | vm::Event::Status { .. }) => {
-            stay(State::Adopting)
-        }
-        event => fall(State::Adopting, event),
-    }
-}
-
 fn running(terms: Terms, event: Event) -> Stepped {
     match event {
+        Event::TimeOver if terms.pause_at_end && terms.disk_alone => {
+            (State::Pausing(Step::Syncing), vec![Effect::Sync])
+        }
         Event::TimeOver if terms.pause_at_end => {
             (State::Pausing(Step::Freezing), vec![Effect::Freeze])
         }

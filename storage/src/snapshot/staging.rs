@@ -32,7 +32,7 @@ use crate::id::is_id;
 use crate::layer::{Layer, LayerId};
 use crate::sparse::Copied;
 use crate::store::{Store, chain};
-use crate::template::MANIFEST_FILE;
+use crate::template::{MANIFEST_FILE, Part};
 
 pub(crate) const MANIFEST_NEW: &str = "manifest.new";
 
@@ -160,6 +160,11 @@ impl SnapshotStaging {
         self.store.disk.remove_file_if_there(&self.layer_path(id))
     }
 
+    /// Gives it a file of a template's, under the name it has there.
+    pub(crate) fn link_part(&self, part: Part, file: &File) -> Result<()> {
+        self.store.disk.link_file(file, &self.dir.join(part.file_name()))
+    }
+
     /// Gives it a disk: a clone of an open one, as that is at this instant.
     ///
     /// # Errors
@@ -249,7 +254,7 @@ impl SnapshotStaging {
         // A flat base holds all of memory, and a page for its footer at least.
         let memory = manifest.memory.to_bytes();
         let base = manifest.layers.first().map_or(0, |base| base.file_bytes);
-        if base < memory + PAGE_BYTES {
+        if manifest.has_memory() && base < memory + PAGE_BYTES {
             let source = crate::manifest::field("memory", "the base layer does not hold it");
             return Err(StorageError::Describe { source });
         }

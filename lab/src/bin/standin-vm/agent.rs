@@ -137,7 +137,7 @@ fn builtin_control(mut stream: Passage) -> Result<()> {
     let mut line = String::new();
     BufReader::new(&mut stream).take(limit).read_line(&mut line)?;
     let error = match serde_json::from_str(&line).context("a control request")? {
-        ControlRequest::Warm { .. } => None,
+        ControlRequest::Warm { .. } | ControlRequest::Sync => None,
         ControlRequest::Init(init) => {
             show_identity(&init.sandbox_id);
             complaint(&init)

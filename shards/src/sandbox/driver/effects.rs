@@ -3,7 +3,7 @@
 //! Called by the driver for each effect, in order. Sends commands, starts pieces of work, answers
 //! clients. Refuses to wait for anything but room in a socket: what takes time is work.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,7 +11,7 @@ use mica_numa::process::ProcessError;
 use mica_numa::rt::time::{self, Instant};
 use mica_numa::rt::{self, BlockingError, oneshot};
 use mica_wire::guest::{ControlRequest, InitRequest};
-use mica_wire::vm::{Command, FdRole, RestoreConfig};
+use mica_wire::vm::Command;
 
 use super::super::capture::{Capture, Source};
 use super::super::memory::{Memory, Place};
@@ -23,7 +23,6 @@ use super::keep::{Keeper, Links};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver, Settling};
 use crate::metrics::Phase;
-use crate::shard::random;
 use crate::shell::Held;
 use crate::{Lifecycle, upkeep, warmth};
 
@@ -38,6 +37,7 @@ impl Driver {
             Effect::SendRestore => self.send_restore().await,
             Effect::Initialise => self.initialise(),
             Effect::Announce => self.announce().await,
+            Effect::Sync => self.sync(),
             Effect::Freeze => self.freeze().await,
             Effect::Copy => self.copy(),
             Effect::Precopy => self.precopy(),
@@ -45,9 +45,10 @@ impl Driver {
             Effect::Thaw => self.command(&Command::Thaw, &[]).await,
             Effect::Commit => self.commit(),
             Effect::ShowPaused => {
-                self.sandbox.show(Lifecycle::Paused);
+                self.sandbox.show(Lifecycle::Paused, self.disk_alone);
                 self.sandbox.paused_at.set(Some(Instant::now()));
-                self.sandbox.note("paused".to_owned());
+                let how = if self.disk_alone { "paused without its memory" } else { "paused" };
+                self.sandbox.note(how.to_owned());
             }
             Effect::ShowResumed => self.show_resumed().await,
             Effect::Answer => self.answer(),
@@ -68,6 +69,7 @@ impl Driver {
         let asked =
             paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
         let (sandbox, origin) = (Rc::clone(&self.sandbox), self.sandbox.origin());
+        let kernel_of = self.is_to_boot().then(|| self.boot_ids());
         let watch = self.watch.clone();
         self.work = Some(Box::pin(async move {
             let unchanged = match paused_in {
@@ -84,7 +86,7 @@ impl Driver {
                     let known = shard.images.get(&asked);
                     let name = asked.clone();
                     let make = move || match paused_in {
-                        Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known),
+                        Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known, kernel_of),
                         None => workshop.prepare(&id, &name, &origin, known),
                     };
                     let mut found = match super::work::blocking(make).await {
@@ -95,7 +97,10 @@ impl Driver {
                     found
                 }
             };
-            if let Err(cause) = warmth::at_hand(&shard, &found.image, &sandbox).await {
+            // What boots has none of that memory.
+            if found.boot.is_none()
+                && let Err(cause) = warmth::at_hand(&shard, &found.image, &sandbox).await
+            {
                 return Done::Prepared(Err(cause));
             }
             // It may have waited longer than its client did.
@@ -119,102 +124,6 @@ impl Driver {
             tracing::info!(id = %self.sandbox.id, error = chain(&error), "a command was not sent");
             self.caused.push_back(Event::VmLost("the VM process does not take its commands"));
         }
-    }
-
-    async fn send_restore(&mut self) {
-        let sent = match self.back.take() {
-            Some(back) => {
-                let image = std::sync::Arc::clone(&back.image);
-                let ended = self.end_paging();
-                self.memory.went_back(&back.entries, &image.layers);
-                self.image = Some(std::sync::Arc::clone(&image));
-                match ended {
-                    Ok(()) => self.restore(&image, &back.plan, false).await,
-                    Err(error) => Err(format!("its memory on demand: {error}")),
-                }
-            }
-            None => match self.image.clone() {
-                Some(image) => self.restore_image(&image).await,
-                None => Err("there is nothing to restore".to_owned()),
-            },
-        };
-        self.watch.lap(Phase::State);
-        // While the VM process restores: what only the next daemon needs.
-        self.settle();
-        if let Err(error) = sent {
-            tracing::warn!(id = %self.sandbox.id, error, "a restore was not sent");
-            self.caused.push_back(Event::VmLost("its state could not be handed over"));
-        }
-    }
-
-    /// Restores all of an image: mapped, or on demand where it is too large for that.
-    async fn restore_image(&mut self, image: &std::sync::Arc<super::Opened>) -> Result<(), String> {
-        let held = self.held().ok_or("it has no process")?;
-        let on_demand = self.shard.workshop.config.is_on_demand(image.file_bytes());
-        if !on_demand || held.layout.userfault_fd.is_none() {
-            return self.restore(image, &image.plan, true).await;
-        }
-        self.page(&held, &image.layers, &image.pieces, image.working_set.clone())?;
-        self.restore(image, &[], true).await
-    }
-
-    /// A rollback maps what the guest does not have, so nothing is brought in any more. Before the VM
-    /// process maps: a range can only be given up while all of it is anonymous.
-    fn end_paging(&mut self) -> std::io::Result<()> {
-        match (self.paging.take(), self.held()) {
-            (Some(_), Some(held)) => paging::end(&held, self.frames()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Begins to bring pages in when they are touched.
-    pub(super) fn page(
-        &mut self,
-        held: &Held,
-        layers: &[mica_storage::Layer],
-        pieces: &[mica_storage::Piece],
-        first: Option<Vec<mica_units::FrameRun>>,
-    ) -> Result<(), String> {
-        let sandbox = Rc::clone(&self.sandbox);
-        let failed = move || sandbox.lose("its memory cannot be read any more");
-        let (ring, first) = (&self.shard.ring, first.unwrap_or_default());
-        let paging = paging::begin(held, ring, self.frames(), layers, pieces, first, failed);
-        self.paging = Some(paging.map_err(|error| format!("its memory on demand: {error}"))?);
-        // Pages come protected, so that what is written shows from the start; nothing is mapped.
-        self.memory.tracked = paging::tells_writes(held);
-        self.memory.on_demand = true;
-        self.memory.mapped = None;
-        Ok(())
-    }
-
-    async fn restore(
-        &mut self,
-        image: &super::Opened,
-        plan: &[u8],
-        with_disk: bool,
-    ) -> Result<(), String> {
-        let held = self.held().ok_or("it has no process")?;
-        let state = &image.manifest.state;
-        let at = (plan.len() as u64).next_multiple_of(mica_units::PAGE_BYTES);
-        write_exchange(&held, plan, 0).and_then(|()| write_exchange(&held, state, at))?;
-        let mut generation = [0; 16];
-        random(&mut generation).map_err(|error| error.to_string())?;
-        let mut fds = Vec::new();
-        let mut roles = Vec::new();
-        if let Some(disk) = self.disk.as_ref().filter(|_| with_disk) {
-            roles.push(FdRole::Disk);
-            fds.push(disk.as_fd());
-        }
-        fds.extend(image.layer_fds());
-        roles.resize(fds.len(), FdRole::Layer);
-        let config = RestoreConfig {
-            plan_bytes: plan.len() as u64,
-            state_bytes: state.len() as u64,
-            generation,
-            fds: roles,
-        };
-        let sent = link::send(&held.control, &Command::Restore(config), &fds).await;
-        sent.map_err(|error| chain(&error))
     }
 
     /// The agent is told who it is, and what the next daemon has to know is written.
@@ -254,7 +163,7 @@ impl Driver {
     }
 
     /// Starts to write what the next daemon needs.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         if matches!(*self.sandbox.state.borrow(), State::Restoring(Birth::Create)) {
             let now = SystemTime::now();
             self.born = Some((now, from_now(self.sandbox.identity.request.timeout).1));
@@ -334,7 +243,7 @@ impl Driver {
     async fn freeze(&mut self) {
         let captures =
             matches!(*self.sandbox.state.borrow(), State::Snapshotting(_) | State::Pausing(_));
-        if captures && self.capture.is_none() {
+        if captures && !self.disk_alone && self.capture.is_none() {
             let (store, ring) = (self.shard.workshop.store.clone(), Rc::clone(&self.shard.ring));
             let (layers, frames) = (self.memory.layers.clone(), self.frames());
             let watch = self.watch.clone();
@@ -349,6 +258,11 @@ impl Driver {
     }
 
     fn copy(&mut self) {
+        if self.disk_alone {
+            // The commit does it: the guest does not go on.
+            self.caused.push_back(Event::Copied);
+            return;
+        }
         let (Some(held), Some(begun)) = (self.held(), self.capture.take()) else { return };
         let mut memory = std::mem::take(&mut self.memory);
         let (frames, state_bytes, disk) = (self.frames(), self.state_bytes, self.disk.clone());
@@ -391,6 +305,10 @@ impl Driver {
     }
 
     fn commit(&mut self) {
+        if self.disk_alone {
+            self.commit_disk();
+            return;
+        }
         let pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
         let paused = if pausing { self.paused_record().map(Some) } else { Some(None) };
         let (Some(Begun::Here(capture)), Some(draft), Some(paused)) =
@@ -462,19 +380,6 @@ fn track(held: &Held, frames: u32, memory: &mut Memory) {
 
 fn place(held: &Held, frames: u32) -> Option<Place<'_>> {
     Place::new(&held.process, held.layout, frames)
-}
-
-/// A memfd takes what is written to it, whole, unless memory is out.
-fn write_exchange(held: &Held, bytes: &[u8], at: u64) -> Result<(), String> {
-    let mut done = 0;
-    while done < bytes.len() {
-        let wrote = rustix::io::pwrite(&held.exchange, &bytes[done..], at + done as u64);
-        match wrote.map_err(|errno| format!("the exchange: {errno}"))? {
-            0 => return Err("the exchange takes no more".to_owned()),
-            more => done += more,
-        }
-    }
-    Ok(())
 }
 
 fn unix_ns() -> u64 {

@@ -197,6 +197,9 @@ impl Driver {
             Cause::NoSuchTemplate => return ShardError::NoSuchTemplate(template()),
             Cause::NotWarm => return ShardError::TemplateNotWarm(template()),
             Cause::NoSpace => return ShardError::NoSpace,
+            Cause::CannotBoot(why) => {
+                return ShardError::CannotBoot { sandbox: self.sandbox.id, why };
+            }
             Cause::TimedOut(step) => {
                 let deadline = self.shard.workshop.config.boot_deadline;
                 return ShardError::BootTimedOut { step, deadline, console_tail };

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mica_numa::rt;
-use mica_numa::rt::time::Instant;
 use mica_storage::{
     Layer, LayerInfo, OpenSnapshot, ReadyWhen, Snapshot, SnapshotKind, SnapshotManifest,
     StorageError, Store,
@@ -18,14 +17,15 @@ use mica_wire::vm::{self, Command};
 use super::super::capture::{CaptureError, OpenedLayers};
 use super::super::image::{Opened, pieces_of};
 use super::super::memory::Memory;
-use super::super::record::{Record, RecordError, RecordedNetwork, RecordedProcess, RecordedState};
+use super::super::record::{
+    Record, RecordError, RecordedEnd, RecordedNetwork, RecordedProcess, RecordedState,
+};
 use super::super::state::Event;
 use super::super::{Request, chain, paging, token_of};
 use super::Driver;
 use crate::event::Purpose;
-use crate::host::snapshot_info;
 use crate::shell::Held;
-use crate::{Lifecycle, NEVER, OnTimeout, SandboxInfo, ShardError};
+use crate::{Lifecycle, NEVER, SandboxInfo};
 
 /// What does not change in the life of a sandbox: from the snapshot it was made of, or its record.
 #[derive(Clone, Debug)]
@@ -242,7 +242,7 @@ impl Driver {
             timeout_ms: whole_ms(request.timeout),
             idle: request.idle,
             life_ms: whole_ms(self.sandbox.life()),
-            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
+            at_end: RecordedEnd::from(self.sandbox.on_timeout.get()),
             auto_resume: request.auto_resume,
             tenant: request.tenant.as_str().to_owned(),
             account: request.seat.as_ref().map(|seat| seat.account().id().to_owned()),
@@ -270,9 +270,14 @@ impl Driver {
 
     pub(super) fn paused_record(&self) -> Option<PausedRecord> {
         let mut record = self.record(RecordedState::Running).ok()?;
+        let disk_alone = self.disk_alone;
         Some(Box::new(move |snapshot, layers| {
             record.layers = layers.unwrap_or(record.layers);
-            record.state = RecordedState::Paused { snapshot: snapshot.to_owned() };
+            let snapshot = snapshot.to_owned();
+            record.state = match disk_alone {
+                true => RecordedState::OnDisk { snapshot },
+                false => RecordedState::Paused { snapshot },
+            };
             record.encode()
         }))
     }
@@ -286,7 +291,9 @@ impl Driver {
         self.sandbox.goes_on_for(left, Duration::from_millis(record.life_ms));
         let state = match record.state {
             RecordedState::Running => Lifecycle::Running,
-            RecordedState::Paused { .. } | RecordedState::RollingBack { .. } => Lifecycle::Paused,
+            RecordedState::Paused { .. }
+            | RecordedState::RollingBack { .. }
+            | RecordedState::OnDisk { .. } => Lifecycle::Paused,
         };
         let Some(shape) = Shape::recorded(record) else {
             tracing::error!(id = %self.sandbox.id, "a record is out of its bounds");
@@ -298,6 +305,7 @@ impl Driver {
             started_at: at(record.started_unix_ms),
             end_at,
             state,
+            disk_alone: matches!(record.state, RecordedState::OnDisk { .. }),
             ..self.info_of(&shape)
         });
         self.shape = Some(shape);
@@ -313,6 +321,7 @@ impl Driver {
             started_at: now,
             end_at: Some(now),
             state: Lifecycle::Running,
+            disk_alone: false,
             vcpus: shape.vcpus,
             memory: shape.memory,
             disk: shape.disk(),
@@ -395,94 +404,7 @@ impl Driver {
         }
         true
     }
-
-    pub(super) async fn show_resumed(&mut self) {
-        // Until it runs it is what it was: whatever dies on the way, it is paused and on disk. Where the
-        // record cannot be written it stays on disk too.
-        let written = self.paused_in.is_none() || self.write_record(Links::AsRecorded).await;
-        self.sandbox.show(Lifecycle::Running);
-        self.sandbox.note("resumed".to_owned());
-        self.sandbox.paused_at.set(None);
-        // Its memory lies on the layers of that snapshot by links of its own.
-        if let Some(snapshot) = self.paused_in.take().filter(|_| written) {
-            let workshop = self.shard.workshop.clone();
-            rt::spawn(async move {
-                let name = snapshot.clone();
-                let deleted = rt::blocking(move || workshop.delete_pause(&snapshot)).await;
-                if !matches!(deleted, Ok(Ok(()))) {
-                    tracing::warn!(snapshot = name, ?deleted, "a pause leaves its snapshot behind");
-                }
-            })
-            .detach();
-        }
-        self.timed(true);
-        let Some(Request::Resume(wake, sender)) = self.request.take() else { return };
-        self.sandbox.set_life(self.sandbox.life_after_resume(wake.life));
-        if let Some(on_timeout) = wake.on_timeout {
-            self.sandbox.on_timeout.set(on_timeout);
-        }
-        let info = self.sandbox.info().map(Box::new);
-        let info = info.ok_or(ShardError::NoSuchSandbox(self.sandbox.id));
-        if sender.send(info.map(|info| (info, true))).is_err() {
-            tracing::debug!(id = %self.sandbox.id, "nobody waits for a resume");
-        }
-    }
-
-    /// Tells whoever asked that it is done.
-    pub(super) fn answer(&mut self) {
-        self.timed(true);
-        let made = self.made.take();
-        if matches!(&made, Some(made) if made.kind == SnapshotKind::Pause) {
-            self.paused_in = made.as_ref().map(|made| made.id.clone());
-        }
-        let heard = match (self.request.take(), made) {
-            (Some(Request::Snapshot(purpose, sender)), Some(made)) => {
-                if matches!(purpose, Purpose::Client(_)) {
-                    self.sandbox.note(format!("snapshot {} made", made.id));
-                }
-                sender.send(Ok(Box::new(snapshot_info(&made)))).is_ok()
-            }
-            (Some(Request::Pause(sender)), _) => sender.send(Ok(())).is_ok(),
-            (Some(Request::Rollback(snapshot, sender)), _) => {
-                self.sandbox.note(format!("rolled back to snapshot {snapshot}"));
-                sender.send(Ok(())).is_ok()
-            }
-            // Its time was over, and nobody asked.
-            (None, _) => true,
-            (Some(other), _) => {
-                tracing::error!(id = %self.sandbox.id, ?other, "an operation came to another's end");
-                other.fail(ShardError::Busy);
-                true
-            }
-        };
-        if !heard {
-            tracing::debug!(id = %self.sandbox.id, "nobody waits for the end of an operation");
-        }
-    }
-
-    /// Tells whoever asked why it did not happen.
-    pub(super) fn answer_failure(&mut self) {
-        self.timed(false);
-        self.capture = None;
-        self.back = None;
-        let failure = self.failure.take();
-        let Some(request) = self.request.take() else {
-            // A pause that nobody asked for: it runs on, and is tried again when its time is over.
-            tracing::warn!(id = %self.sandbox.id, ?failure, "could not be paused at its end");
-            self.sandbox.deadline.set(Instant::now() + PAUSE_RETRY);
-            return;
-        };
-        let failure = failure.unwrap_or_else(|| ShardError::OperationFailed {
-            operation: request.name(),
-            sandbox: self.sandbox.id,
-            reason: "the VM process was lost, or took too long".to_owned(),
-        });
-        request.fail(failure);
-    }
 }
-
-/// After so long a pause that failed is tried again.
-const PAUSE_RETRY: Duration = Duration::from_secs(30);
 
 fn recorded(held: &Held) -> RecordedProcess {
     let vm::Shell { memory_address, spare_fd, exchange_fd, console_fd, userfault_fd } = held.layout;

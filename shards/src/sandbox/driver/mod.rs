@@ -3,9 +3,12 @@
 //! Called by `shard`, once for each sandbox; detached, so that no client can cancel it. Refuses to
 //! decide: what follows from what is in `state`.
 
+mod answers;
+mod cold;
 mod effects;
 mod ends;
 mod keep;
+mod restore;
 mod timing;
 mod work;
 
@@ -30,13 +33,13 @@ use super::memory::Memory;
 use super::paging::Paging;
 use super::record::{Record, RecordedState};
 use super::rollback::Back;
-use super::state::{Cause, Event, Process, Refusal, State, Step, Terms};
+use super::state::{Cause, Event, Process, Refusal, State, Step};
 use super::{Request, Sandbox, asks};
+use crate::ShardError;
 use crate::event::{IfRunning, Wake};
 use crate::metrics::{Asked, Phase, Stopwatch};
 use crate::shard::Shard;
 use crate::shell::{Claim, Held};
-use crate::{OnTimeout, ShardError};
 use keep::Links;
 use work::{Done, Work};
 
@@ -99,6 +102,12 @@ struct Driver {
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
     paused_in: Option<String>,
+    /// Whether that has its disk alone; or will have, of a pause that is at hand.
+    disk_alone: bool,
+    /// What it boots from: when it does, or after a pause that is at hand.
+    boot: Option<mica_storage::BootFiles>,
+    /// Whether its coming up is a boot.
+    boots: bool,
     envd_version: Option<String>,
     console_tail: String,
     complaint: String,
@@ -194,6 +203,9 @@ impl Driver {
             ending: Rc::default(),
             made: None,
             paused_in: None,
+            disk_alone: false,
+            boot: None,
+            boots: false,
             envd_version: None,
             console_tail: String::new(),
             complaint: String::new(),
@@ -222,9 +234,11 @@ impl Driver {
                 self.show_record(&record);
                 self.paused_in = match &record.state {
                     RecordedState::Paused { snapshot }
-                    | RecordedState::RollingBack { snapshot } => Some(snapshot.clone()),
+                    | RecordedState::RollingBack { snapshot }
+                    | RecordedState::OnDisk { snapshot } => Some(snapshot.clone()),
                     RecordedState::Running => None,
                 };
+                self.disk_alone = matches!(record.state, RecordedState::OnDisk { .. });
                 let at = if process.is_some() { Process::Asked } else { Process::None };
                 *self.sandbox.state.borrow_mut() = State::Paused(at);
                 self.sandbox.paused_at.set(Some(Instant::now()));
@@ -233,13 +247,6 @@ impl Driver {
                     self.adopt(held, memory).await;
                 }
             }
-        }
-    }
-
-    fn terms(&self) -> Terms {
-        Terms {
-            pause_at_end: self.sandbox.on_timeout.get() == OnTimeout::Pause,
-            outlives_daemon: self.shard.workshop.config.keep_sandboxes,
         }
     }
 
@@ -327,7 +334,7 @@ impl Driver {
                 Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
             )
             | State::Snapshotting(Step::Precopying | Step::Copying | Step::Finishing)
-            | State::Pausing(Step::Precopying | Step::Copying | Step::Committing)
+            | State::Pausing(Step::Syncing | Step::Precopying | Step::Copying | Step::Committing)
             | State::Cancelling(_)
             | State::Stopping(_)
             | State::Gone(_) => None,

@@ -12,8 +12,8 @@ pub(super) fn operation_of(ask: Ask) -> Operation {
     match ask {
         Ask::Snapshot => Operation::Snapshot,
         Ask::Rollback => Operation::Rollback,
-        Ask::Pause => Operation::Pause,
-        Ask::Resume => Operation::Resume,
+        Ask::Pause | Ask::PauseToDisk => Operation::Pause,
+        Ask::Resume | Ask::Boot => Operation::Resume,
     }
 }
 

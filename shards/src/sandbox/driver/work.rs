@@ -13,7 +13,7 @@ use mica_storage::SnapshotKind;
 
 use super::super::capture::{Capture, CaptureError, Copied};
 use super::super::memory::Memory;
-use super::super::prepare::Found;
+use super::super::prepare::{Boot, Found};
 use super::super::rollback::{Back, BackError};
 use super::super::state::{Birth, Cause, Event, State};
 use super::super::{Request, chain};
@@ -29,6 +29,8 @@ pub(super) enum Done {
     Prepared(Result<(Found, Shell), Cause>),
     /// The agent has answered: its envd version; and the record is written.
     Initialised(Result<Option<String>, Cause>),
+    /// Its agent has written what is to stay, and this is what it would boot from.
+    Synced(Result<mica_storage::BootFiles, ShardError>),
     /// Memory and disk.
     Copied(Memory, Result<Copied, CaptureError>),
     /// The most of the memory.
@@ -71,7 +73,7 @@ impl Driver {
             }
             Done::Initialised(Ok(envd_version)) => {
                 self.envd_version = envd_version;
-                if let (Some(image), Some(held)) = (&self.image, self.held()) {
+                if let (false, Some(image), Some(held)) = (self.boots, &self.image, self.held()) {
                     crate::warmth::note_working_set(&self.shard, image, &held);
                 }
                 Event::InitDone
@@ -79,6 +81,14 @@ impl Driver {
             Done::Initialised(Err(cause)) => {
                 self.failure = Some(self.error(cause.clone()));
                 Event::InitFailed(cause)
+            }
+            Done::Synced(Ok(files)) => {
+                self.boot = Some(files);
+                Event::Synced
+            }
+            Done::Synced(Err(error)) => {
+                self.failure = Some(error);
+                Event::SyncFailed
             }
             Done::Copied(memory, copied) => {
                 self.memory = memory;
@@ -138,12 +148,19 @@ impl Driver {
         self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
         self.disk = found.disk;
         self.has_directory = found.has_directory;
-        self.memory = Memory {
-            layers: found.image.layers.clone(),
-            mapped: Some(found.image.mapped.clone()),
-            mapped_layers: found.image.layers.clone(),
-            logged: Some(Vec::new()),
-            ..Memory::default()
+        self.boots = found.boot.is_some();
+        self.memory = match found.boot {
+            Some(Boot { files, memory }) => {
+                self.boot = Some(files);
+                Memory::empty(memory)
+            }
+            None => Memory {
+                layers: found.image.layers.clone(),
+                mapped: Some(found.image.mapped.clone()),
+                mapped_layers: found.image.layers.clone(),
+                logged: Some(Vec::new()),
+                ..Memory::default()
+            },
         };
         // Its events were read from its making on, and go on being.
         self.events = Some(shell.events);

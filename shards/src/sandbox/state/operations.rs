@@ -10,11 +10,12 @@
 //!     │ Precopied        ▼                                              ▼
 //!     └── Precopying ◀─ Releasing                                    Running
 //! ```
-//! Refuses what is not its turn, by handing it to the common end.
+//! A pause that keeps the disk alone begins with `Syncing`, while the guest still runs, and its process ends
+//! with it. Refuses what is not its turn, by handing it to the common end.
 
 use mica_wire::vm;
 
-use super::{Effect, Event, Outcome, Process, State, Step, Stepped, fall, stay};
+use super::{Effect, Event, Outcome, Process, State, Step, Stepped, Terms, fall, stay};
 
 pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
     let at = State::Snapshotting;
@@ -31,10 +32,17 @@ pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
     }
 }
 
-pub(super) fn pausing(step: Step, event: Event) -> Stepped {
+pub(super) fn pausing(terms: Terms, step: Step, event: Event) -> Stepped {
     let at = State::Pausing;
     match (step, event) {
+        (Step::Syncing, Event::Synced) => (at(Step::Freezing), vec![Effect::Freeze]),
+        (Step::Syncing, Event::SyncFailed) => (State::Running, vec![Effect::AnswerFailure]),
         (Step::Copying, Event::Copied) => (at(Step::Committing), vec![Effect::Commit]),
+        // Nothing of its memory is to go on.
+        (Step::Committing, Event::Committed) if terms.disk_alone => {
+            let effects = vec![Effect::ShowPaused, Effect::Answer, Effect::EndProcess];
+            (State::Paused(Process::Ending), effects)
+        }
         (Step::Committing, Event::Committed) => {
             (State::Paused(Process::Frozen), vec![Effect::ShowPaused, Effect::Answer])
         }

@@ -25,8 +25,11 @@ pub(crate) enum Refusal {
 /// Why `ask` is refused in `state`, which does not begin it.
 pub(super) fn of(state: &State, ask: Ask) -> Refusal {
     match (state, ask) {
-        (State::Paused(process), ask) if !waits_to_run(*process) && ask != Ask::Resume => {
-            if ask == Ask::Pause { Refusal::AlreadyPaused } else { Refusal::IsPaused }
+        (State::Paused(process), Ask::Pause | Ask::PauseToDisk) if !waits_to_run(*process) => {
+            Refusal::AlreadyPaused
+        }
+        (State::Paused(process), Ask::Snapshot | Ask::Rollback) if !waits_to_run(*process) => {
+            Refusal::IsPaused
         }
         (State::Running, _) => Refusal::AlreadyRunning,
         (

@@ -42,7 +42,8 @@ fn said() -> Vec<Event> {
     ]
 }
 
-const ASKS: [Ask; 4] = [Ask::Snapshot, Ask::Rollback, Ask::Pause, Ask::Resume];
+const ASKS: [Ask; 6] =
+    [Ask::Snapshot, Ask::Rollback, Ask::Pause, Ask::PauseToDisk, Ask::Resume, Ask::Boot];
 
 /// What others do.
 fn done_to_it() -> Vec<Event> {
@@ -58,6 +59,7 @@ fn outcomes(effect: &Effect) -> Option<Vec<Event>> {
         Effect::Initialise => {
             vec![Event::InitDone, Event::InitFailed(Cause::Failed("no".to_owned()))]
         }
+        Effect::Sync => vec![Event::Synced, Event::SyncFailed],
         Effect::Copy => vec![Event::Copied, Event::CopyFailed, Event::TooMuch],
         Effect::Precopy => vec![Event::Precopied, Event::CopyFailed],
         Effect::Replace => vec![Event::Copied, Event::CopyFailed, Event::ReplaceBroke],
@@ -68,11 +70,18 @@ fn outcomes(effect: &Effect) -> Option<Vec<Event>> {
     })
 }
 
-const TERMS: [Terms; 4] = [
-    Terms { pause_at_end: false, outlives_daemon: false },
-    Terms { pause_at_end: false, outlives_daemon: true },
-    Terms { pause_at_end: true, outlives_daemon: false },
-    Terms { pause_at_end: true, outlives_daemon: true },
+/// Killed at the end of its time, with the daemon, keeping its memory, and restored.
+const PLAIN: Terms =
+    Terms { pause_at_end: false, outlives_daemon: false, disk_alone: false, up_by: UpBy::Started };
+
+const TERMS: [Terms; 7] = [
+    PLAIN,
+    Terms { outlives_daemon: true, ..PLAIN },
+    Terms { pause_at_end: true, ..PLAIN },
+    Terms { pause_at_end: true, outlives_daemon: true, ..PLAIN },
+    Terms { pause_at_end: true, disk_alone: true, ..PLAIN },
+    Terms { outlives_daemon: true, disk_alone: true, up_by: UpBy::Doorbell, ..PLAIN },
+    Terms { up_by: UpBy::Console, ..PLAIN },
 ];
 
 /// A sandbox, and what a driver would know of it.
@@ -157,14 +166,14 @@ impl World {
         match effect {
             Effect::Answer => {
                 // A pause at the end of its time has nobody who waits.
-                let answers =
-                    matches!(self.pending, None | Some(Ask::Snapshot | Ask::Pause | Ask::Rollback));
+                let answers = !matches!(self.pending, Some(Ask::Resume | Ask::Boot));
                 assert!(answers, "{tale}");
                 self.pending = None;
             }
             Effect::AnswerFailure => self.pending = None,
             Effect::ShowResumed => {
-                assert_eq!(self.pending.take(), Some(Ask::Resume), "{tale}");
+                let pending = self.pending.take();
+                assert!(matches!(pending, Some(Ask::Resume | Ask::Boot)), "{tale}");
             }
             Effect::Announce => {
                 assert!(!std::mem::replace(&mut self.announced, true), "{tale}");
@@ -251,6 +260,7 @@ fn what_must_hold_holds_after_everything_that_can_happen() {
         for state in [
             State::RollingBack(Step::Thawing(Outcome::Failed)),
             State::Pausing(Step::Precopying),
+            State::Pausing(Step::Syncing),
             State::Snapshotting(Step::Finishing),
             State::Paused(Process::Unwanted),
             State::Initialising(Birth::Rollback),
@@ -355,6 +365,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     for effect in [
         Effect::Prepare,
         Effect::Initialise,
+        Effect::Sync,
         Effect::Copy,
         Effect::Precopy,
         Effect::Replace,

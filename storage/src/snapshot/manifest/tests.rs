@@ -124,6 +124,13 @@ fn fields_out_of_bounds_are_not_written() {
     let packed = layer("diff0diff0diff0diff0", LayerKind::Packed);
     let many = (0..=LAYERS_MAX).map(|n| layer(&format!("{n:020}"), LayerKind::Packed));
     let layers = |layers: &[LayerInfo]| SnapshotManifest { layers: layers.to_vec(), ..sample() };
+    let disk_alone = SnapshotManifest {
+        kind: SnapshotKind::Pause,
+        state: Vec::new(),
+        disk_bytes: 512,
+        ..layers(&[])
+    };
+    assert!(disk_alone.encode().is_ok(), "a pause may have no memory");
     let cases = [
         ("id", SnapshotManifest { id: "../../../../../../etc".to_owned(), ..sample() }),
         ("id", SnapshotManifest { kind: SnapshotKind::Template, ..sample() }),
@@ -138,6 +145,9 @@ fn fields_out_of_bounds_are_not_written() {
         ("state", SnapshotManifest { state: vec![0; STATE_BYTES_MAX + 1], ..sample() }),
         ("record", SnapshotManifest { record: vec![0; RECORD_BYTES_MAX + 1], ..sample() }),
         ("layers", layers(&[])),
+        ("layers", SnapshotManifest { kind: SnapshotKind::Pause, ..layers(&[]) }),
+        ("layers", SnapshotManifest { state: Vec::new(), ..layers(&[]) }),
+        ("layers", SnapshotManifest { disk_bytes: 0, ..disk_alone.clone() }),
         ("layers", layers(&[packed])),
         ("layers", layers(&[flat, flat])),
         ("layers", layers(&[flat, packed, packed])),

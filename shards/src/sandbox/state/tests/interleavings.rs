@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-const TERMS: Terms = Terms { pause_at_end: false, outlives_daemon: false };
+const TERMS: Terms = PLAIN;
 
 /// The sandbox, and the VM process opposite.
 #[derive(Clone, Debug)]
@@ -87,9 +87,9 @@ impl Scene {
             }
             Event::Ask(ask) => {
                 let fits = match &self.world.state {
-                    State::Running => *ask != Ask::Resume,
+                    State::Running => !matches!(ask, Ask::Resume | Ask::Boot),
                     State::Paused(Process::Frozen | Process::None | Process::Ending) => {
-                        *ask == Ask::Resume
+                        matches!(ask, Ask::Resume | Ask::Boot)
                     }
                     _ => false,
                 };
@@ -167,6 +167,9 @@ fn a_vm_process_that_behaves_loses_no_sandbox() {
         (State::Running, Ask::Pause, State::Paused(Process::Frozen)),
         (State::Paused(Process::Frozen), Ask::Resume, State::Running),
         (State::Paused(Process::None), Ask::Resume, State::Running),
+        (State::Running, Ask::PauseToDisk, State::Paused(Process::Frozen)),
+        (State::Paused(Process::Frozen), Ask::Boot, State::Running),
+        (State::Paused(Process::None), Ask::Boot, State::Running),
     ] {
         let mut scene = begin(state, [Event::Ask(ask), Event::Ask(ask)]);
         scene.to_come.truncate(1);
@@ -190,6 +193,8 @@ fn work_that_fails_leaves_the_sandbox_as_it_was() {
         (Ask::Snapshot, Event::CommitFailed),
         (Ask::Pause, Event::CopyFailed),
         (Ask::Pause, Event::CommitFailed),
+        (Ask::PauseToDisk, Event::SyncFailed),
+        (Ask::PauseToDisk, Event::CommitFailed),
         (Ask::Rollback, Event::CopyFailed),
     ] {
         let mut scene = begin(State::Running, [Event::Ask(ask), Event::Kill]);

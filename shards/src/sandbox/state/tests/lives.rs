@@ -4,7 +4,7 @@
 
 use super::*;
 
-const TERMS: Terms = Terms { pause_at_end: false, outlives_daemon: true };
+const TERMS: Terms = Terms { outlives_daemon: true, ..PLAIN };
 
 fn life(mut state: State, terms: Terms, events: &[Event]) -> (State, Vec<Effect>) {
     let mut effects = Vec::new();
@@ -119,6 +119,55 @@ fn the_end_of_its_time_kills_or_pauses() {
     let terms = Terms { pause_at_end: true, ..TERMS };
     let (state, effects) = life(State::Running, terms, &[Event::TimeOver]);
     assert_eq!((state, effects), (State::Pausing(Step::Freezing), vec![Effect::Freeze]));
+}
+
+#[test]
+fn a_pause_without_memory_is_synced_first_and_has_no_process() {
+    let terms = Terms { pause_at_end: true, disk_alone: true, ..TERMS };
+    for begin in [Event::Ask(Ask::PauseToDisk), Event::TimeOver] {
+        let (state, effects) = life(State::Running, terms, std::slice::from_ref(&begin));
+        assert_eq!((state, effects), (State::Pausing(Step::Syncing), vec![Effect::Sync]));
+        let events = [begin, Event::Synced, frozen(), Event::Copied, Event::Committed];
+        let (state, effects) = life(State::Running, terms, &events);
+        assert_eq!(state, State::Paused(Process::Ending));
+        let expected = [
+            Effect::Sync,
+            Effect::Freeze,
+            Effect::Copy,
+            Effect::Commit,
+            Effect::ShowPaused,
+            Effect::Answer,
+            Effect::EndProcess,
+        ];
+        assert_eq!(effects, expected);
+    }
+}
+
+#[test]
+fn a_guest_that_boots_is_up_when_its_agent_listens() {
+    let (started, bell) = (vm(vm::Event::Started), vm(vm::Event::Doorbell));
+    let console = vm(vm::Event::ConsoleStarted);
+    let booting = |up_by, events: &[Event]| {
+        life(State::Restoring(Birth::Resume), Terms { up_by, ..TERMS }, events).0
+    };
+    let quiet = [started.clone(), console.clone()];
+    assert_eq!(booting(UpBy::Doorbell, &quiet), State::Restoring(Birth::Resume));
+    let up = [started.clone(), console.clone(), bell];
+    assert_eq!(booting(UpBy::Doorbell, &up), State::Initialising(Birth::Resume));
+    for order in [[started.clone(), console.clone()], [console, started]] {
+        assert_eq!(booting(UpBy::Console, &order), State::Initialising(Birth::Resume));
+    }
+    // One that does not come up is on disk still.
+    let late = booting(UpBy::Doorbell, &[vm(vm::Event::Started), Event::TimeOver]);
+    assert_eq!(late, State::Paused(Process::Ending));
+}
+
+#[test]
+fn a_boot_ends_the_process_that_remembers() {
+    let events = [Event::Ask(Ask::Boot), Event::ProcessEnded];
+    let (state, effects) = life(State::Paused(Process::Frozen), TERMS, &events);
+    assert_eq!(state, State::Starting(Birth::Resume));
+    assert_eq!(effects, [Effect::EndProcess, Effect::Prepare]);
 }
 
 #[test]

@@ -1,0 +1,172 @@
+//! Pauses that keep the disk alone, and what a boot from it needs.
+//!
+//! Called by the driver. Such a pause is a snapshot of the disk, with a kernel of its own, so that it does
+//! not depend on a template; nothing of the memory is looked at. Refuses to begin where no boot could
+//! follow: the guest goes on then.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mica_numa::rt::{self, time};
+use mica_storage::{BootFiles, Store};
+use mica_units::SandboxId;
+use mica_wire::guest::ControlRequest;
+
+use super::super::capture::CaptureError;
+use super::super::prepare::{NO_DISK, Workshop};
+use super::super::state::{Cause, Event, State, Terms, UpBy};
+use super::super::{Request, chain, link};
+use super::Driver;
+use super::keep::{Committed, Keeper};
+use super::work::{Done, blocking, capture_error};
+use crate::event::{Keeps, Wake};
+use crate::shell::Held;
+use crate::{OnTimeout, ShardError};
+
+impl Driver {
+    /// What the state machine has to know beside the state.
+    pub(super) fn terms(&self) -> Terms {
+        let on_timeout = self.sandbox.on_timeout.get();
+        let is_pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
+        let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        Terms {
+            pause_at_end: on_timeout != OnTimeout::Kill,
+            outlives_daemon: self.shard.workshop.config.keep_sandboxes,
+            disk_alone: match is_pausing {
+                true => self.disk_alone,
+                false => on_timeout == OnTimeout::PauseToDisk,
+            },
+            up_by: match (self.boots, has_agent) {
+                (false, _) => UpBy::Started,
+                (true, true) => UpBy::Doorbell,
+                (true, false) => UpBy::Console,
+            },
+        }
+    }
+
+    /// Whether whoever resumes it wants nothing of its memory.
+    pub(super) fn is_to_boot(&self) -> bool {
+        matches!(self.request, Some(Request::Resume(Wake { from: Keeps::Disk, .. }, _)))
+    }
+
+    /// By what its kernel can be found, the best first: its template; what it was made from; what else has
+    /// that template's name now.
+    pub(super) fn boot_ids(&self) -> Vec<String> {
+        let shape = self.shape.as_ref();
+        let parent = self.image.as_ref().and_then(|image| image.manifest.parent.clone());
+        let mut ids: Vec<String> =
+            shape.map(|shape| shape.template_id.clone()).into_iter().collect();
+        ids.extend(self.image.as_ref().map(|image| image.manifest.id.clone()));
+        ids.extend(parent);
+        ids.push(self.sandbox.identity.request.template.clone());
+        ids.extend(shape.map(|shape| shape.template_name.as_str().to_owned()));
+        ids
+    }
+
+    /// Has its agent write to the disk what is to stay, where it has one.
+    pub(super) fn sync(&mut self) {
+        self.disk_alone = true;
+        let Some(held) = self.held() else { return };
+        let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        let agent = has_agent.then_some(held);
+        let (workshop, ids) = (self.shard.workshop.clone(), self.boot_ids());
+        let (sandbox, has_disk) = (self.sandbox.id, self.disk.is_some());
+        self.work = Some(Box::pin(async move {
+            let synced = match has_disk {
+                true => sync(workshop, ids, agent).await,
+                false => Err(Cause::CannotBoot(NO_DISK)),
+            };
+            Done::Synced(synced.map_err(|cause| failed(cause, sandbox)))
+        }));
+    }
+
+    /// Makes the snapshot that it waits in: its disk, and what it boots from. It stands still, and stays so.
+    pub(super) fn commit_disk(&mut self) {
+        let store = self.shard.workshop.store.clone();
+        let (Some(draft), Some(paused), Some(disk), Some(files), Ok(snapshot)) = (
+            self.manifest_draft(true),
+            self.paused_record(),
+            self.disk.clone(),
+            self.boot.take(),
+            store.new_snapshot_id(),
+        ) else {
+            self.caused.push_back(Event::CommitFailed);
+            return;
+        };
+        self.committing = Some(snapshot.clone());
+        let id = self.sandbox.id;
+        let operation = self.request.as_ref().map_or("a pause", Request::name);
+        let mut manifest = draft.finish(snapshot, Vec::new(), Vec::new());
+        manifest.record = files.cmdline.clone().into_bytes();
+        self.work = Some(Box::pin(async move {
+            let keeper = Keeper { store: store.clone(), sandbox: id, paused: Some(paused) };
+            // Lives as long as this future.
+            let heard = Arc::new(());
+            let hearing = Arc::downgrade(&heard);
+            let commit = move || -> Result<Committed, CaptureError> {
+                let staging = store.stage_snapshot(&manifest.id)?;
+                staging.clone_disk(&disk)?;
+                staging.link_boot(&files)?;
+                let snapshot = staging.seal(manifest)?;
+                let unheard = || hearing.strong_count() == 0;
+                let committed = keeper.keep(snapshot, Ok(Vec::new()), &unheard)?;
+                drop_memory(&store, &id);
+                Ok(committed)
+            };
+            let committed = rt::blocking(commit).await.map_err(CaptureError::from);
+            drop(heard);
+            let committed = committed.and_then(|committed| committed).map(Box::new);
+            Done::Committed(committed.map_err(|error| capture_error(&error, operation, id)))
+        }));
+    }
+}
+
+/// Lets go of the layers that its memory lay on. Its record names none by now.
+fn drop_memory(store: &Store, id: &SandboxId) {
+    if let Err(error) = store.keep_only_layers(id, &[]) {
+        tracing::warn!(%id, error = chain(&error), "layers that nothing names take room");
+    }
+}
+
+/// Finds what it would boot from, and then has the agent write.
+async fn sync(
+    workshop: Workshop,
+    ids: Vec<String>,
+    agent: Option<Rc<Held>>,
+) -> Result<BootFiles, Cause> {
+    let patience = workshop.config.boot_deadline;
+    let files = blocking(move || workshop.find_boot(&ids)).await?;
+    if let Some(held) = agent {
+        tell_to_sync(&held, patience).await?;
+    }
+    Ok(files)
+}
+
+async fn tell_to_sync(held: &Held, patience: Duration) -> Result<(), Cause> {
+    let told = link::tell_agent(&held.control, &ControlRequest::Sync);
+    match time::timeout(patience, told).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(why)) => Err(Cause::Failed(format!("its agent did not write its disk: {why}"))),
+        Err(_) => {
+            let seconds = patience.as_secs();
+            Err(Cause::Failed(format!("its agent did not write its disk within {seconds} s")))
+        }
+    }
+}
+
+/// Why there is no pause, for who asked for it.
+fn failed(cause: Cause, sandbox: SandboxId) -> ShardError {
+    match cause {
+        Cause::CannotBoot(why) => ShardError::CannotBoot { sandbox, why },
+        Cause::Busy => ShardError::Busy,
+        Cause::NoSpace => ShardError::NoSpace,
+        Cause::Failed(reason) => {
+            ShardError::OperationFailed { operation: "a pause", sandbox, reason }
+        }
+        other => {
+            let reason = format!("{other:?}");
+            ShardError::OperationFailed { operation: "a pause", sandbox, reason }
+        }
+    }
+}
