@@ -293,8 +293,8 @@ mod tests {
     #[test]
     fn what_an_earlier_daemon_made_is_remembered_for_the_rest_of_the_day() {
         let memos = Memos::default();
-        let sandbox = |n| Some(SandboxId::from_random([n; 20]));
-        let left = |name: &str, n, hours| {
+        let sandbox = |n: u8| Some(SandboxId::from_random([n; 20]));
+        let left = |name: &str, n: u8, hours: u64| {
             let age = Duration::from_secs(hours * 3600);
             memos.remember(Left { key: key(name), digest: [1; 32], sandbox: sandbox(n), age });
         };
