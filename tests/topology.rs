@@ -55,10 +55,10 @@ fn another_machine_is_shown() {
     let text = printed(&["--xml", TWO_SOCKETS, "--smt", "pair"]);
     let expected = "\
 machine         Example: 2 x 24 cores of 2 threads, 2 nodes, 48 cores, 96 hardware threads
-  node 0        192 GiB, package 0, cpus 0-23,48-71, L3 36 MiB, node 1 at 21
+  node 0        192 GiB, package 0, cpus 0-23,48-71, L3 36 MiB, L2 1 MiB a core, node 1 at 21
                 siblings 0/48, 1/49, … 23/71
                 nvme0n1, nvme1n1, ens1f0
-  node 1        192 GiB, package 1, cpus 24-47,72-95, L3 36 MiB, node 0 at 21
+  node 1        192 GiB, package 1, cpus 24-47,72-95, L3 36 MiB, L2 1 MiB a core, node 0 at 21
                 siblings 24/72, 25/73, … 47/95
                 nvme2n1, nvme3n1, ens2f0
 plan            12 shards, --smt pair
@@ -87,6 +87,8 @@ fn json_is_what_the_document_says() {
     assert_eq!(node["cores"][0], serde_json::json!([24, 72]));
     assert_eq!(node["distances"], serde_json::json!({"0": 21, "1": 10}));
     assert_eq!(node["l3"][0]["bytes"], 37_748_736);
+    let l2 = serde_json::json!({"bytes": 1_048_576, "cpus": [24, 72]});
+    assert_eq!((node["l2"].as_array().map(Vec::len), &node["l2"][0]), (Some(24), &l2));
     let device = serde_json::json!({"kind": "nvme", "name": "nvme0n1", "node": 0});
     assert_eq!(shown["machine"]["devices"][0], device);
     let plan = &shown["plan"];

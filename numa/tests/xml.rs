@@ -44,6 +44,8 @@ fn an_export_of_lstopo_is_read() {
     assert_eq!(node.memory_bytes, 192 << 30);
     assert_eq!(node.distances, [(0, 21), (1, 10)].into());
     assert_eq!((node.caches.len(), node.caches[0].bytes), (1, 36 << 20));
+    let second = &node.l2[1];
+    assert_eq!((node.l2.len(), second.bytes, second.cpus.cpus()), (24, 1 << 20, &[25, 73][..]));
     let devices: Vec<_> =
         topology.devices.iter().map(|d| (d.kind, &d.name[..], d.node.unwrap())).collect();
     let expected = [

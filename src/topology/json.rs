@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use mica_numa::topology::DeviceKind;
+use mica_numa::topology::{Cache, DeviceKind};
 use serde::Serialize;
 
 use super::Layout;
@@ -35,6 +35,7 @@ struct NodeShown<'a> {
     distances: &'a BTreeMap<u32, u32>,
     cores: Vec<&'a [u32]>,
     l3: Vec<CacheShown<'a>>,
+    l2: Vec<CacheShown<'a>>,
 }
 
 #[derive(Serialize)]
@@ -93,11 +94,8 @@ fn machine(layout: &Layout) -> Machine<'_> {
         memory_bytes: node.memory_bytes,
         distances: &node.distances,
         cores: node.cores.iter().map(mica_numa::topology::Core::threads).collect(),
-        l3: node
-            .caches
-            .iter()
-            .map(|cache| CacheShown { bytes: cache.bytes, cpus: cache.cpus.cpus() })
-            .collect(),
+        l3: caches(&node.caches),
+        l2: caches(&node.l2),
     });
     let devices = topology.devices.iter().map(|device| DeviceShown {
         kind: match device.kind {
@@ -108,6 +106,10 @@ fn machine(layout: &Layout) -> Machine<'_> {
         node: device.node,
     });
     Machine { model: topology.model.as_deref(), nodes: nodes.collect(), devices: devices.collect() }
+}
+
+fn caches(caches: &[Cache]) -> Vec<CacheShown<'_>> {
+    caches.iter().map(|cache| CacheShown { bytes: cache.bytes, cpus: cache.cpus.cpus() }).collect()
 }
 
 fn plan(layout: &Layout) -> PlanShown<'_> {

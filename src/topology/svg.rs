@@ -11,7 +11,7 @@ use mica_numa::topology::{Core, Device, DeviceKind, Node};
 
 use self::paint::{Canvas, Rect, Text};
 use super::Layout;
-use super::text::{bytes, counted, distances, headline};
+use super::text::{bytes, counted, distances, headline, second_level};
 
 /// Widths and distances, in the unit of the picture.
 const MARGIN: u32 = 24;
@@ -117,8 +117,11 @@ impl<'a> Panel<'a> {
         Self { node, groups, devices, cores_across, groups_across, core_width }
     }
 
+    /// Room for a row of cores, and for what is above them.
     fn group_width(&self) -> u32 {
-        self.cores_across * (self.core_width + GAP) - GAP + 2 * GROUP_PADDING
+        let cores = self.cores_across * (self.core_width + GAP) - GAP;
+        let labels = self.groups.iter().map(|group| number(group.label.chars().count()));
+        cores.max(labels.max().unwrap_or(0) * CHARACTER) + 2 * GROUP_PADDING
     }
 
     fn width(&self) -> u32 {
@@ -220,6 +223,11 @@ fn groups(node: &Node) -> Vec<Group<'_>> {
         groups.push(Group { label: "cores".to_owned(), cores: left });
     }
     groups.retain(|group| !group.cores.is_empty());
+    for group in &mut groups {
+        if let Some(second) = second_level(&node.l2, group.cores.iter().copied()) {
+            group.label = format!("{} · {second}", group.label);
+        }
+    }
     groups
 }
 

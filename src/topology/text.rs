@@ -3,7 +3,7 @@
 //! Called by `mica topology`. Refuses nothing; what comes from a file was made printable when it was
 //! read.
 
-use mica_numa::topology::{Core, Device, Node};
+use mica_numa::topology::{Cache, Core, Device, Node};
 
 use super::Layout;
 
@@ -18,7 +18,8 @@ pub(super) fn show(layout: &Layout) -> String {
             "cpus {}",
             if node.cores.is_empty() { "none".to_owned() } else { node.cpus().to_string() }
         ));
-        facts.extend(caches(node));
+        facts.extend(third_level(node));
+        facts.extend(second_level(&node.l2, &node.cores));
         facts.extend(distances(node));
         add(&mut text, &format!("  node {}", node.index), &facts.join(", "));
         if let Some(siblings) = siblings(node.cores.iter().map(Core::threads)) {
@@ -75,7 +76,7 @@ pub(super) fn bytes(count: u64) -> String {
     }
 }
 
-fn caches(node: &Node) -> Option<String> {
+fn third_level(node: &Node) -> Option<String> {
     let first = node.caches.first()?;
     let same = node.caches.iter().all(|cache| cache.bytes == first.bytes);
     let count = node.caches.len();
@@ -83,6 +84,25 @@ fn caches(node: &Node) -> Option<String> {
         (1, true) => format!("L3 {}", bytes(first.bytes)),
         (_, true) => format!("{count} L3 of {}", bytes(first.bytes)),
         (_, false) => format!("{count} L3"),
+    })
+}
+
+/// The second-level caches of these cores: `L2 1 MiB a core`, `L2 4 MiB for 4 cores`, and only how many
+/// where they differ or do not tell their size.
+pub(super) fn second_level<'c>(
+    caches: &[Cache],
+    cores: impl IntoIterator<Item = &'c Core>,
+) -> Option<String> {
+    let cores: Vec<u32> = cores.into_iter().map(Core::cpu).collect();
+    let of = |cache: &Cache| cores.iter().filter(|cpu| cache.cpus.contains(**cpu)).count();
+    let own: Vec<(u64, usize)> = caches.iter().map(|cache| (cache.bytes, of(cache))).collect();
+    let own: Vec<(u64, usize)> = own.into_iter().filter(|(_, cores)| *cores > 0).collect();
+    let (size, each) = *own.first()?;
+    let same = own.iter().all(|one| *one == (size, each));
+    Some(match (each, same && size > 0) {
+        (1, true) => format!("L2 {} a core", bytes(size)),
+        (_, true) => format!("L2 {} for {each} cores", bytes(size)),
+        (_, false) => format!("{} L2", own.len()),
     })
 }
 
@@ -152,6 +172,25 @@ mod tests {
             "one alone has none"
         );
         assert_eq!(shown(&[&[0], &[1]]), None);
+    }
+
+    #[test]
+    fn second_level_caches_are_of_a_core_or_of_some() {
+        let cores: Vec<Core> = (0..8).filter_map(|cpu| Core::new(vec![cpu, cpu + 8])).collect();
+        let cache = |bytes: u64, cpus: &str| Cache { bytes, cpus: cpus.parse().unwrap() };
+        let own = |cpu: u32| cache(1 << 20, &format!("{cpu},{}", cpu + 8));
+        let each: Vec<Cache> = (0..8).map(own).collect();
+        let shown = |caches: &[Cache], cores: &[Core]| second_level(caches, cores);
+        assert_eq!(shown(&each, &cores).unwrap(), "L2 1 MiB a core");
+        let clusters = [cache(4 << 20, "0-3,8-11"), cache(4 << 20, "4-7,12-15")];
+        assert_eq!(shown(&clusters, &cores).unwrap(), "L2 4 MiB for 4 cores");
+        // Of the cores that are asked about.
+        assert_eq!(shown(&clusters, &cores[..2]).unwrap(), "L2 4 MiB for 2 cores");
+        let mixed = [own(0), own(1), cache(2 << 20, "2-3,10-11")];
+        assert_eq!(shown(&mixed, &cores).unwrap(), "3 L2");
+        assert_eq!(shown(&mixed, &cores[..2]).unwrap(), "L2 1 MiB a core");
+        assert_eq!(shown(&[cache(0, "0-7")], &cores).unwrap(), "1 L2", "its size is not told");
+        assert_eq!(shown(&[], &cores), None);
     }
 
     #[test]

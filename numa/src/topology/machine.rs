@@ -50,20 +50,25 @@ fn read_allowed(allowed: impl Fn(u32) -> bool) -> Result<Topology, TopologyError
     }
     let packages = objects(&hwloc, &ObjectType::Package);
     let packages = packages.iter().map(|package| (package.os_index(), cpus(package).collect()));
-    let caches = objects(&hwloc, &ObjectType::L3Cache).into_iter().map(|cache| Cache {
-        bytes: cache.cache_attributes().map_or(0, |attributes| attributes.size()),
-        cpus: cpus(cache).collect(),
-    });
+    let caches = |kind| {
+        let cache = |cache| Cache { bytes: size_of(cache), cpus: cpus(cache).collect() };
+        objects(&hwloc, kind).into_iter().map(cache).collect()
+    };
     let topology = Parts {
         model: sysfs::model(root),
         cores,
         packages: packages.collect(),
         nodes,
-        caches: caches.collect(),
+        caches: caches(&ObjectType::L3Cache),
+        l2: caches(&ObjectType::L2Cache),
         devices: sysfs::devices(root),
     }
     .assemble();
     if topology.cpus().is_empty() { Err(TopologyError::NoCores) } else { Ok(topology) }
+}
+
+fn size_of(cache: &TopologyObject) -> u64 {
+    cache.cache_attributes().map_or(0, |attributes| attributes.size())
 }
 
 /// The hardware threads of an object. hwloc's sets can be infinite, and a loop must not be.
@@ -124,6 +129,8 @@ mod tests {
         assert_eq!(threads(&topology.nodes[1]), [vec![4], vec![6, 7]]);
         let [cache] = &topology.nodes[1].caches[..] else { panic!("{topology:?}") };
         assert_eq!((cache.bytes, cache.cpus.to_string()), (4096, "4,6-7".to_owned()));
+        let l2 = topology.nodes[1].l2.iter().map(|cache| (cache.bytes, cache.cpus.to_string()));
+        assert_eq!(l2.collect::<Vec<_>>(), [(2048, "4".to_owned()), (2048, "6-7".to_owned())]);
         assert_eq!(topology.nodes[1].package, Some(1));
     }
 
@@ -135,10 +142,11 @@ mod tests {
         let ours = include_bytes!("../../tests/machines/2x24x2.xml");
         let ours = super::super::from_xml(ours).unwrap();
         let view = |topology: &Topology| {
-            let node = |n: &Node| (n.index, n.package, n.cores.clone(), n.caches.clone());
+            let caches = |n: &Node| (n.caches.clone(), n.l2.clone());
+            let node = |n: &Node| (n.index, n.package, n.cores.clone(), caches(n));
             topology.nodes.iter().map(node).collect::<Vec<_>>()
         };
-        assert_eq!(ours.nodes.len(), 2);
+        assert_eq!((ours.nodes.len(), ours.nodes[1].l2.len()), (2, 24));
         assert_eq!(view(&hwlocs), view(&ours));
     }
 
@@ -155,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_machine_of_two_nodes_is_read() {
-        let machine = "pack:2 [numa] l3:1(size=4096) core:2 pu:2";
+        let machine = "pack:2 [numa] l3:1(size=4096) l2:2(size=2048) core:1 pu:2";
         with_environment("in_a_process_that_sees_two_nodes", "HWLOC_SYNTHETIC", machine);
     }
 

@@ -45,11 +45,13 @@ pub struct Node {
     pub cores: Vec<Core>,
     /// Its third-level caches, in the order of their cores.
     pub caches: Vec<Cache>,
+    /// Its second-level caches, in the order of their cores: each of a core, or of a few.
+    pub l2: Vec<Cache>,
     /// How far other nodes are, as the system counts it. Empty where it does not tell.
     pub distances: BTreeMap<u32, u32>,
 }
 
-/// A third-level cache.
+/// A second-level or third-level cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cache {
     /// Its size. 0 where the system does not tell.
@@ -163,6 +165,7 @@ struct Parts {
     packages: Vec<(u32, CpuList)>,
     nodes: BTreeMap<u32, NodePart>,
     caches: Vec<Cache>,
+    l2: Vec<Cache>,
     devices: Vec<Device>,
 }
 
@@ -200,6 +203,7 @@ impl Parts {
                 self.packages.iter().find(|(_, of)| first.is_some_and(|c| of.contains(*c)));
             node.package = package.map(|(index, _)| *index);
             node.caches = caches_of(&self.caches, &cpus);
+            node.l2 = caches_of(&self.l2, &cpus);
             if !node.cores.is_empty() || memory_bytes > 0 {
                 nodes.push(node);
             }

@@ -177,11 +177,8 @@ impl Reader {
                 self.parts.model = self.parts.model.take().or_else(|| info(at, "CPUModel"));
             }
             "NUMANode" => self.node(at)?,
-            "L3Cache" => {
-                let cpus = set(at, "cpuset", CPUS_MAX)?.unwrap_or_default();
-                let bytes = optional(at, "cache_size")?.unwrap_or(0);
-                self.parts.caches.push(Cache { bytes, cpus });
-            }
+            "L3Cache" => self.parts.caches.push(cache(at)?),
+            "L2Cache" => self.parts.l2.push(cache(at)?),
             "Core" => self.core(at)?,
             "PU" => {
                 let cpu = number(at, "os_index", CPUS_MAX - 1)?;
@@ -294,6 +291,11 @@ impl Reader {
         }
         Ok(Parts { nodes: self.nodes, ..self.parts }.assemble())
     }
+}
+
+fn cache(at: Element<'_, '_>) -> Result<Cache, XmlError> {
+    let cpus = set(at, "cpuset", CPUS_MAX)?.unwrap_or_default();
+    Ok(Cache { bytes: optional(at, "cache_size")?.unwrap_or(0), cpus })
 }
 
 fn line(at: Element<'_, '_>) -> u32 {
