@@ -5,7 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -327,6 +327,19 @@ fn check_roles(topology: &Topology, config: &PlanConfig, plan: &Plan) -> Result<
     Ok(())
 }
 
+/// So many shards on each node that has cores, and none elsewhere.
+fn check_per_node(topology: &Topology, each: u16, plan: &Plan) -> Result<(), TestCaseError> {
+    let with_cores = topology.nodes.iter().filter(|node| !node.cores.is_empty());
+    let mut nodes = 0;
+    for node in with_cores {
+        let here = plan.seats.iter().filter(|seat| seat.node == node.index).count();
+        prop_assert_eq!(here, usize::from(each), "on node {}", node.index);
+        nodes += 1;
+    }
+    prop_assert_eq!(plan.seats.len(), nodes * usize::from(each));
+    Ok(())
+}
+
 /// A shard has its core to itself, but where guests and shards share all.
 fn check_cores(topology: &Topology, config: &PlanConfig, plan: &Plan) -> Result<(), TestCaseError> {
     if config.smt == Smt::Use {
@@ -374,11 +387,53 @@ proptest! {
                 let seated: CpuList = made.seats.iter().map(|seat| seat.core).collect();
                 prop_assert_eq!(&seated, cpus);
             }
-            _ => {}
+            Shards::PerNode(each) => check_per_node(&topology, *each, &made)?,
+            Shards::Auto | Shards::Thousandths(_) => {}
         }
         check_roles(&topology, &config, &made)?;
         check_cores(&topology, &config, &made)?;
         check_memory(&topology, &made)?;
+    }
+
+    /// So many shards on each node, or a reason that is true.
+    #[test]
+    fn each_node_gets_its_number_or_there_is_no_plan(
+        topology in some_topology(),
+        (each, smt, reserved) in (0u16..9, 0usize..3, 0u16..3),
+    ) {
+        let smt = [Smt::Avoid, Smt::Pair, Smt::Use][smt];
+        let reserved_cores = usize::from(reserved);
+        let reserved = Reserved::PerNode(reserved);
+        let config = PlanConfig { smt, reserved, ..wish(Shards::PerNode(each)) };
+        // Where a shard could sit on each node that has cores; none where all are to be reserved.
+        let places: BTreeMap<u32, Option<usize>> = topology
+            .nodes
+            .iter()
+            .filter(|node| !node.cores.is_empty())
+            .map(|node| (node.index, node.cores.get(reserved_cores..).filter(|left| !left.is_empty())))
+            .map(|(node, left)| (node, left.map(|left| match smt {
+                Smt::Use => left.iter().map(|core| core.threads().len()).sum(),
+                Smt::Avoid | Smt::Pair => left.len(),
+            })))
+            .collect();
+        let fits = |places: &Option<usize>| places.is_some_and(|places| places >= usize::from(each));
+        match plan(&topology, &config) {
+            Ok(made) => {
+                prop_assert!(each > 0 && places.values().all(fits), "{:?}", places);
+                check_per_node(&topology, each, &made)?;
+            }
+            Err(PlanError::NoCores) => prop_assert!(places.is_empty()),
+            Err(PlanError::NoShards) => prop_assert_eq!(each, 0),
+            Err(PlanError::NothingLeft { node, cores, reserved }) => {
+                prop_assert_eq!(places.get(&node), Some(&None));
+                prop_assert!(cores <= usize::from(reserved));
+            }
+            Err(PlanError::NodeTooSmall { node, asked, free, .. }) => {
+                prop_assert_eq!((asked, places.get(&node)), (usize::from(each), Some(&Some(free))));
+                prop_assert!(free < asked);
+            }
+            Err(other) => prop_assert!(false, "{}", other),
+        }
     }
 
     /// What is simple is never refused.
