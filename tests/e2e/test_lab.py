@@ -1,5 +1,6 @@
 """The commands a person types: `mica lab`, `mica serve`, `mica template`, and the example."""
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def test_a_second_up_and_a_second_template_reuse_what_is_there():
     assert template.returncode == 0, template.stderr
     assert "has code-interpreter-v1 already" in template.stdout + template.stderr
     assert lab("mica template list --json") == before
+
+
+def test_doctor_says_that_the_lab_can_serve():
+    """With exit code 0: nothing that it looks at keeps `mica serve` from running, and it does run there."""
+    done = run(MICA, "lab", "exec", "--", "mica", "doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert not [check for check, found in findings.items() if found["status"] == "fail"]
+    for check in ("kvm", "user", "kernel", "io_uring", "memlock", "reflink", "cgroup"):
+        assert findings[check]["status"] == "ok", findings[check]
+    # Where it cannot, the exit code says so.
+    done = run(MICA, "lab", "exec", "--", "mica", "doctor", "--json", "--cgroup-root", "/tmp/no-group")
+    assert done.returncode == 1, done.stdout + done.stderr
+    failing = [f["check"] for f in json.loads(done.stdout) if f["status"] == "fail"]
+    assert failing == ["cgroup"]
 
 
 def test_status_env_and_exit_codes():
