@@ -22,7 +22,7 @@ help:
 	@echo 'make build        the programs, into $(OUT)/'
 	@echo 'make test-clients  every client of docs/clients.md through every feature, in the lab: half an hour'
 	@echo 'make fuzz         ten minutes of each fuzz target'
-	@echo 'make lab-endurance  kills of the daemon under load, power cuts: long'
+	@echo 'make lab-endurance  kills of the daemon under load, power cuts, two hundred bound sandboxes: long'
 	@echo 'make bench        what every operation of the engine costs here, beside its floor; fails where a promise is broken'
 	@echo 'make bench-lab    the same through HTTP, with Linux guests in the lab, beside a cold boot'
 	@echo 'make bench-smoke  cold boot and HTTP figures of this machine'
@@ -90,7 +90,8 @@ bench:
 	target/bench/mica bench scale -o target/bench/scale.json
 	target/bench/mica bench check target/bench/registry.json target/bench/scale.json
 
-# The daemon killed a hundred times under load, and power that is cut: long, and not part of `make test`.
+# The daemon killed a hundred times under load, power that is cut, two hundred sandboxes whose memory is bound:
+# long, and not part of `make test`.
 lab-endurance: build
 	@tools/lab-test $(OUT) endurance
 

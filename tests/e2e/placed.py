@@ -1,0 +1,152 @@
+"""Where VM processes are on a host with two memory nodes, read from /proc of the lab's host.
+
+Called by the tests of placement. What is counted is of every VM process that there is, those that wait in
+the pool included.
+"""
+
+import json
+import subprocess
+import time
+
+from conftest import MICA, PATIENCE_S, lab, make, run, wait_until
+
+STORE = "/var/lib/mica"
+
+# Of many sandboxes, so many run a program. Under emulation each takes seconds; the others have touched a
+# few thousand pages when they come up.
+BUSY_MAX = 12
+
+
+def cpus(text: str) -> set:
+    """A list such as 0-3,8."""
+    found = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def restart_with(*options):
+    words = [MICA, "lab", "restart", "--", *options]
+    done = subprocess.run(words, capture_output=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def plan_of(*options) -> dict:
+    return json.loads(lab(f"mica topology --json {' '.join(options)}"))["plan"]
+
+
+def nodes_of(plan: dict) -> dict:
+    """The node of each cpu that runs vCPUs."""
+    nodes = {cpu: place["node"] for place in plan["vcpus"] for cpu in place["cpus"]}
+    assert set(nodes.values()) == {0, 1}
+    return nodes
+
+
+def vm_processes(among: str = "$(pgrep -x mica-vm)") -> list:
+    """Of each VM process: number, lines of numa_maps, and where each of its threads may run. One program
+    reads all of them: under emulation to start one takes a tenth of a second."""
+    text = lab(
+        f"""
+        pids="{among}"
+        grep -s -H '' $(printf '/proc/%s/numa_maps ' $pids) || true
+        grep -s -H -E '^(Name|Cpus_allowed_list):' $(printf '/proc/%s/task/*/status ' $pids) || true
+        """
+    )
+    found: dict = {}
+    for line in text.splitlines():
+        file, _, rest = line.partition(":")
+        words = file.split("/")
+        # /proc/PID/numa_maps, or /proc/PID/task/THREAD/status.
+        process = found.setdefault(int(words[2]), {"pid": int(words[2]), "maps": [], "threads": []})
+        if words[-1] == "numa_maps":
+            process["maps"].append(rest)
+            continue
+        name, _, value = rest.partition(":")
+        if name == "Name":
+            process["threads"].append((value.strip(), set()))
+        else:
+            process["threads"][-1] = (process["threads"][-1][0], cpus(value))
+    # One that ended while it was looked at has nothing.
+    return [process for process in found.values() if process["maps"] and process["threads"]]
+
+
+def pages(line: str) -> dict:
+    """Pages by node of one line of numa_maps."""
+    counts = (word.split("=") for word in line.split() if word.startswith("N") and "=" in word)
+    return {int(node[1:]): int(count) for node, count in counts}
+
+
+def is_of_the_program(line: str) -> bool:
+    """Pages of the program file are shared by all, and lie where they were first read."""
+    return "file=" in line and "mica-vm" in line
+
+
+def node_of(process: dict, nodes: dict) -> int:
+    """The one node on whose cores every thread of it may run."""
+    found = set()
+    for name, allowed in process["threads"]:
+        assert allowed <= set(nodes), f"{name} may run outside of the vCPUs' cores"
+        found |= {nodes[cpu] for cpu in allowed}
+    assert len(found) == 1, f"a process may run on {found}"
+    return found.pop()
+
+
+def guests_map_copies(template: str, nodes: dict) -> bool:
+    """Whether guests made now map their node's copy of the template's memory, on both nodes. Where memory
+    is bound they wait for it; those of the daemon before may have mapped the file."""
+    probes = [make(template) for _ in range(4)]
+    try:
+        processes = vm_processes()
+    finally:
+        for probe in probes:
+            probe.kill(request_timeout=PATIENCE_S)
+    lines = [line for process in processes for line in process["maps"]]
+    if any(f"file={STORE}/" in line for line in lines):
+        return False
+    copies = [p for p in processes if any("mica-replica" in line for line in p["maps"])]
+    return {node_of(process, nodes) for process in copies} == {0, 1}
+
+
+def wrong_lines(process: dict, node: int) -> list:
+    """What it maps that has pages on another node than this."""
+    own = (line for line in process["maps"] if not is_of_the_program(line))
+    return [line for line in own if any(other != node for other in pages(line))]
+
+
+def check_bound(template: str, count: int) -> None:
+    """So many sandboxes at once, on a daemon that binds memory: no page of any VM process is on a node
+    that is not its own, and each maps its own node's copy of the template."""
+    nodes = nodes_of(plan_of("--memory bind"))
+    wait_until("guests map copies", lambda: guests_map_copies(template, nodes), PATIENCE_S)
+    begun = time.monotonic()
+    sandboxes = []
+    try:
+        while len(sandboxes) < count:
+            sandboxes.append(make(template))
+        made_s = time.monotonic() - begun
+        for sandbox in sandboxes[:BUSY_MAX]:
+            # Touches memory of its own, and files.
+            assert run(sandbox, "head -c 4000000 /dev/zero | md5sum; cat /bin/* > /dev/null")
+        processes = vm_processes()
+        assert len(processes) >= count
+        seen, copies, wrong = {0: 0, 1: 0}, {0: 0, 1: 0}, []
+        by_node = {0: 0, 1: 0}
+        for process in processes:
+            node = node_of(process, nodes)
+            by_node[node] += 1
+            wrong += [(process["pid"], node, line) for line in wrong_lines(process, node)]
+            for line in process["maps"]:
+                if is_of_the_program(line):
+                    continue
+                seen[node] += sum(pages(line).values())
+                copies[node] += pages(line).get(node, 0) if "mica-replica" in line else 0
+        print(f"{count} sandboxes made in {made_s:.0f} s; VM processes by node: {by_node}")
+        print(f"pages looked at by node: {seen}; of them of the template's copies: {copies}")
+        print(lab("grep -H MemFree /sys/devices/system/node/node*/meminfo"))
+        assert not wrong, wrong[:5]
+        assert all(by_node.values()), "creates went to one node only"
+        assert all(copies.values()), "guests map their own node's copy"
+    finally:
+        for sandbox in sandboxes:
+            sandbox.kill(request_timeout=PATIENCE_S)
