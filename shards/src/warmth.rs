@@ -3,16 +3,18 @@
 //! Called when a shard opens an image, and before a guest starts from one. Where memory is preferred to
 //! be near, all of it happens beside the creates, which do not wait: the first of them map the file, and
 //! what cannot be brought in is read when it is touched. Where memory is bound, a file's pages could lie
-//! on another node, so a guest waits for its node's copy: refuses to start one without, but where the
-//! operator gave copies too little room.
+//! on another node, so a guest waits for its node's copy, also one that goes back to a snapshot: refuses
+//! to start one without, but where the operator gave copies too little room.
 
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use mica_numa::io::IoFile;
 use mica_numa::process::{RemoteMemory, Wanted};
+use mica_numa::rt::time;
 use mica_numa::{MemoryPolicy, rt};
 use mica_storage::{LayerKind, prefetch_plan};
 use mica_units::{PAGE_BYTES, frames_len, frames_of};
@@ -78,10 +80,9 @@ pub(crate) async fn at_hand(
     image: &Arc<Opened>,
     sandbox: &Sandbox,
 ) -> Result<(), Cause> {
-    let is_bound = shard.pool.placement().memory == MemoryPolicy::Bind;
     // What comes on demand is copied to the guest's own memory.
     let is_mapped = !shard.workshop.config.is_on_demand(image.file_bytes());
-    if is_bound && is_mapped {
+    if is_bound(shard) && is_mapped {
         let given_up = async {
             sandbox.started_or_ended().await;
             Err(Cause::Killed)
@@ -91,6 +92,26 @@ pub(crate) async fn at_hand(
     }
     bring_in(shard, image);
     Ok(())
+}
+
+/// The same for a guest that stands still to go back to this image, and is to map its base anew. It waits
+/// for so long at the most: then it can go on as it was, and whoever asks again may find the copy.
+pub(crate) async fn at_hand_within(
+    shard: &Rc<Shard>,
+    image: &Opened,
+    longest: Duration,
+) -> Result<(), Cause> {
+    if !is_bound(shard) {
+        return Ok(());
+    }
+    match time::timeout(longest, replicate(shard, image)).await {
+        Ok(copy) => copy.map(drop),
+        Err(_) => Err(Cause::Busy),
+    }
+}
+
+fn is_bound(shard: &Shard) -> bool {
+    shard.pool.placement().memory == MemoryPolicy::Bind
 }
 
 /// Waits for the node's copy of the base. Whether there is one.

@@ -4,11 +4,14 @@ Called by the tests of placement. What is counted is of every VM process that th
 the pool included.
 """
 
+import base64
 import json
+import os
+import struct
 import subprocess
 import time
 
-from conftest import MICA, PATIENCE_S, lab, make, run, wait_until
+from conftest import MICA, PATIENCE_S, lab, make, run, template_folder, wait_until
 
 STORE = "/var/lib/mica"
 
@@ -112,6 +115,34 @@ def wrong_lines(process: dict, node: int) -> list:
     """What it maps that has pages on another node than this."""
     own = (line for line in process["maps"] if not is_of_the_program(line))
     return [line for line in own if any(other != node for other in pages(line))]
+
+
+def base_file(template: str) -> str:
+    """The file of a template's memory."""
+    return lab(f"ls {STORE}/snapshots/{os.path.basename(template_folder(template))}/memory.*").strip()
+
+
+def put_in_cache(file: str, cpu: int) -> None:
+    """Has the page cache hold all of a file, on the node of this cpu. Where nobody maps it."""
+    lab(f"sync; echo 1 > /proc/sys/vm/drop_caches; taskset -c {cpu} cat {file} > /dev/null")
+
+
+def read_all_memory(sandbox) -> None:
+    """Has the guest read every page that it has, those that are free included."""
+    head = run(sandbox, "head -c 65536 /proc/kcore | base64 -w 0", user="root")
+    head = base64.b64decode(head)
+    (offset,) = struct.unpack_from("<Q", head, 32)
+    size, count = struct.unpack_from("<HH", head, 54)
+    ranges = []
+    for number in range(count):
+        kind, _, at, _, physical, length = struct.unpack_from("<IIQQQQ", head, offset + number * size)
+        # Where something is that is no memory, there is no physical address.
+        if kind == 1 and physical < 1 << 46:
+            ranges.append((at, length))
+    assert ranges, "the guest's kernel shows no memory"
+    for at, length in ranges:
+        flags = f"iflag=skip_bytes,count_bytes skip={at} count={length}"
+        run(sandbox, f"dd if=/proc/kcore of=/dev/null bs=1M status=none {flags}", user="root")
 
 
 def check_bound(template: str, count: int) -> None:

@@ -5,6 +5,7 @@
 //! way to the snapshot whatever happens to the daemon.
 
 use std::fs::File;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use futures_lite::future::zip;
@@ -12,14 +13,15 @@ use mica_numa::process::ProcessError;
 use mica_numa::rt;
 use mica_storage::{Layer, SnapshotKind, StorageError};
 use mica_units::{SandboxId, TenantId};
-use mica_wire::vm::plan::{self, Entry, PlanError};
+use mica_wire::vm::plan::{self, Entry, PlanError, Source};
 
 use super::chain;
 use super::image::Opened;
 use super::memory::{Memory, Place, difference, plan_back, union};
 use super::prepare::Workshop;
 use super::state::Cause;
-use crate::ShardError;
+use crate::shard::Shard;
+use crate::{ShardError, warmth};
 
 /// What the VM process is to be told.
 #[derive(Debug)]
@@ -56,9 +58,27 @@ pub(crate) enum BackError {
     /// Half of its disk is the snapshot's. It can only go on from there.
     #[error("its disk could not be put back; it is paused in the snapshot")]
     Broken(#[source] StorageError),
+    /// The copy of its base is not there yet, or nobody is free to make it.
+    #[error("its memory is not at hand yet")]
+    NotYet,
+    /// The daemon stops.
+    #[error("the daemon stops")]
+    Draining,
     /// Something else.
     #[error("{0}")]
     Other(String),
+}
+
+impl From<Cause> for BackError {
+    /// Why its memory cannot be had.
+    fn from(cause: Cause) -> Self {
+        match cause {
+            Cause::Busy => Self::NotYet,
+            Cause::Draining => Self::Draining,
+            Cause::Failed(why) => Self::Other(why),
+            other => Self::Other(format!("{other:?}")),
+        }
+    }
 }
 
 impl BackError {
@@ -68,8 +88,10 @@ impl BackError {
             Self::Missing(snapshot) => ShardError::NoSuchSnapshot(snapshot),
             Self::Foreign(snapshot) => ShardError::ForeignSnapshot { snapshot, sandbox },
             Self::Storage(StorageError::NoSpace { .. }) => ShardError::NoSpace,
+            Self::Draining => ShardError::ShuttingDown,
             // Not `NoSpace`, which says that nothing was changed.
-            Self::Blocking(rt::BlockingError::Full)
+            Self::NotYet
+            | Self::Blocking(rt::BlockingError::Full)
             | Self::Storage(StorageError::LayerGone { .. } | StorageError::SnapshotGone { .. }) => {
                 ShardError::Busy
             }
@@ -85,7 +107,7 @@ impl BackError {
 /// What a rollback works on.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) workshop: Workshop,
+    pub(crate) shard: Rc<Shard>,
     pub(crate) id: SandboxId,
     pub(crate) tenant: TenantId,
     pub(crate) snapshot: String,
@@ -102,8 +124,8 @@ pub(crate) async fn replace(
     place: Place<'_>,
     memory: &mut Memory,
 ) -> Result<Back, BackError> {
-    let Job { workshop, id, tenant, snapshot, known, record, disk } = job;
-    let finder = workshop.clone();
+    let Job { shard, id, tenant, snapshot, known, record, disk } = job;
+    let (workshop, finder) = (shard.workshop.clone(), shard.workshop.clone());
     let finding = rt::blocking(move || find(&finder, &id, &tenant, &snapshot, known));
     // Only looked at: what is found stays written, should this come to nothing.
     let (image, changed) = zip(finding, memory.changed(place, false)).await;
@@ -113,10 +135,21 @@ pub(crate) async fn replace(
     let differing = union(&differing, &shown);
     let entries = plan_back(memory, &image.pieces, &image.layers, &differing);
     let plan = plan::encode(&entries)?;
+    // The file's pages may be on another node. Nothing is changed yet, and what the guest is now is to be
+    // given up: so it waits here, where it stands still. For half of the time that the step has: one that
+    // takes longer ends the sandbox.
+    if entries.iter().any(maps_base) {
+        let longest = workshop.config.boot_deadline / 2;
+        warmth::at_hand_within(&shard, &image, longest).await?;
+    }
     let turn = Turn { workshop, id, record, disk };
     let (from, old, new) = (image.disk.clone(), memory.layers.clone(), image.layers.clone());
     rt::blocking(move || turn.put_back(from.as_deref(), &old, &new)).await??;
     Ok(Back { image, entries, plan })
+}
+
+fn maps_base(entry: &Entry) -> bool {
+    matches!(entry.source, Source::Map { layer: 0, .. })
 }
 
 /// The blocking part.

@@ -342,8 +342,7 @@ impl Driver {
         else {
             return;
         };
-        let (workshop, id, snapshot) =
-            (self.shard.workshop.clone(), self.sandbox.id, snapshot.clone());
+        let (shard, id, snapshot) = (Rc::clone(&self.shard), self.sandbox.id, snapshot.clone());
         let (record, tenant) = (self.rolling_back_record(&snapshot), self.sandbox.tenant().clone());
         let known = self.shard.images.get(&snapshot);
         let mut memory = std::mem::take(&mut self.memory);
@@ -352,7 +351,7 @@ impl Driver {
             let back = match (record, place(&held, frames)) {
                 (Ok(record), Some(place)) => {
                     track(&held, frames, &mut memory);
-                    let job = rollback::Job { workshop, id, tenant, snapshot, known, record, disk };
+                    let job = rollback::Job { shard, id, tenant, snapshot, known, record, disk };
                     rollback::replace(job, place, &mut memory).await
                 }
                 (Err(error), _) => Err(rollback::BackError::Other(error.to_string())),
