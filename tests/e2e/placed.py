@@ -7,11 +7,13 @@ the pool included.
 import base64
 import json
 import os
+import re
 import struct
 import subprocess
 import time
+import urllib.request
 
-from conftest import MICA, PATIENCE_S, lab, make, run, template_folder, wait_until
+from conftest import MICA, PATIENCE_S, api, lab, make, run, template_folder, wait_until
 
 STORE = "/var/lib/mica"
 
@@ -143,6 +145,24 @@ def read_all_memory(sandbox) -> None:
     for at, length in ranges:
         flags = f"iflag=skip_bytes,count_bytes skip={at} count={length}"
         run(sandbox, f"dd if=/proc/kcore of=/dev/null bs=1M status=none {flags}", user="root")
+
+
+def metric(path: str, name: str, label: str) -> float | None:
+    """The sum of the samples of a metric that have this label; None where there is none."""
+    request = urllib.request.Request(
+        os.environ["E2B_API_URL"] + path, headers={"X-API-Key": os.environ["E2B_API_KEY"]}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+        text = answer.read().decode()
+    values = re.findall(rf"^{name}{{(?:[^}}]*,)?{label}(?:,[^}}]*)?}} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, values)) if values else None
+
+
+def shown(sandbox_id: str) -> dict:
+    """What /ui/state says of a sandbox."""
+    status, state = api("GET", "/ui/state")
+    assert status == 200, state
+    return next(entry for entry in state["sandboxes"] if entry["id"] == sandbox_id)
 
 
 def check_bound(template: str, count: int) -> None:
