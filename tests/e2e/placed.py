@@ -17,6 +17,11 @@ from conftest import MICA, PATIENCE_S, api, lab, make, run, template_folder, wai
 
 STORE = "/var/lib/mica"
 
+# A shard's I/O buffers: `--io-buffers` of them, 32 unless it is told otherwise, of a MiB each. Half of them are
+# pinned when it starts.
+BUFFERS_MIB = 32
+MIB_PAGES = 256
+
 # Of many sandboxes, so many run a program. Under emulation each takes seconds; the others have touched a
 # few thousand pages when they come up.
 BUSY_MAX = 12
@@ -163,6 +168,21 @@ def shown(sandbox_id: str) -> dict:
     status, state = api("GET", "/ui/state")
     assert status == 200, state
     return next(entry for entry in state["sandboxes"] if entry["id"] == sandbox_id)
+
+
+def buffers(pid: int) -> list:
+    """Of each mapping of I/O buffers of the daemon: its length in MiB, and pages by node. They are what it keeps
+    from children and wants in huge pages. Two that lie side by side may be one mapping."""
+    maps = lab(f"cat /proc/{pid}/numa_maps; echo; cat /proc/{pid}/smaps")
+    by_node, _, mappings = maps.partition("\n\n")
+    where = {int(line.split()[0], 16): pages(line) for line in by_node.splitlines()}
+    found = []
+    for line in mappings.splitlines():
+        if begins := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, end = (int(number, 16) for number in begins.groups())
+        elif line.startswith("VmFlags:") and {"dc", "hg"} <= set(line.split()):
+            found.append(((end - start) >> 20, where[start]))
+    return found
 
 
 def check_bound(template: str, count: int) -> None:

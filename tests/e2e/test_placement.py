@@ -1,4 +1,4 @@
-"""Where sandboxes are on a host with two memory nodes, and what is counted of it.
+"""Where sandboxes and the daemon's buffers are on a host with two memory nodes, and what is counted of it.
 
 A dozen sandboxes; endurance/test_placed_many.py makes two hundred. The daemon is restarted with other options
 twice: each fixture of one serves the tests after it, in the order of this file.
@@ -8,9 +8,12 @@ import os
 
 import pytest
 from conftest import PATIENCE_S, api, lab, make, run, wait_until
-from inside import process_of
+from inside import daemon, process_of
 from placed import (
+    BUFFERS_MIB,
+    MIB_PAGES,
     base_file,
+    buffers,
     check_bound,
     metric,
     node_of,
@@ -129,6 +132,18 @@ def test_time_on_the_wrong_node_is_counted(bound, tiny, made):
     wait_until("the other was looked at, too", known, LOOK_S)
     assert counted("wrong_node_cpu_seconds", near.sandbox_id) == 0
     assert shown(near.sandbox_id)["wrong_node_cpu_s"] == 0
+
+
+def test_buffers_lie_on_the_nodes_of_their_shards(uneven):
+    shards = {node: sum(s["memory_node"] == node for s in uneven["shards"]) for node in (0, 1)}
+    assert shards == {0: 1, 1: 2}
+    found = buffers(int(daemon()))
+    print(f"I/O buffers, MiB and pages by node: {found}")
+    assert sum(length for length, _ in found) == BUFFERS_MIB * sum(shards.values())
+    for node, count in shards.items():
+        here = sum(where.get(node, 0) for _, where in found)
+        pinned = count * BUFFERS_MIB * MIB_PAGES // 2
+        assert pinned <= here <= 2 * pinned, f"{here} pages on node {node} for {count} shards"
 
 
 def test_pages_on_the_wrong_node_are_counted(uneven, tiny, made):
