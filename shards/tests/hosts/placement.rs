@@ -7,15 +7,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use mica_numa::plan::VcpuCores;
 use mica_numa::{MemoryPolicy, Plan, VcpuPin, topology};
 use mica_shards::metrics::Value;
 use mica_shards::{Host, HostConfig, ShardError, rt};
-use mica_units::{Mebibytes, ShardCount};
+use mica_units::{Mebibytes, SandboxId, ShardCount};
 
-use crate::common::{Bench, Leftovers, request, tell, two_seats};
+use crate::common::{Bench, Leftovers, port, request, tell, two_seats};
 use crate::wait::eventually;
 
 /// The line of a process's status with this name.
@@ -299,4 +300,71 @@ fn where_memory_is_bound_a_copy_that_fails_is_an_error_until_it_can_be_made() {
     });
     ran.unwrap();
     assert_eq!(bench.pids(), [0; 0]);
+}
+
+/// A sandbox of the large template whose second snapshot has pages that the first has not, and that were
+/// written again since: to go to the second and then to the first maps them from both in turn.
+async fn with_two_snapshots(host: &Host) -> (SandboxId, [String; 2]) {
+    let id = host.create(request("large")).await.unwrap().id;
+    let first = host.snapshot(id, None).await.unwrap().id;
+    tell(host, id, "fill 10 4 1").await;
+    let second = host.snapshot(id, None).await.unwrap().id;
+    tell(host, id, "fill 10 4 2").await;
+    (id, [first, second])
+}
+
+#[test]
+fn where_memory_is_bound_a_rollback_maps_its_nodes_copy() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    let file = bench.add_large(Mebibytes::new(32));
+    for (memory, is_copy) in [(MemoryPolicy::Bind, true), (MemoryPolicy::Preferred, false)] {
+        let config = HostConfig { replica_budget_mib: 256, ..bench.config() };
+        let file = file.clone();
+        let ran = bench.host_on(&two_nodes(memory), config, move |host| async move {
+            let (id, [first, second]) = with_two_snapshots(&host).await;
+            host.rollback(id, second).await.unwrap();
+            assert_eq!(tell(&host, id, "look 10 4").await, "01010101");
+            host.rollback(id, first).await.unwrap();
+            let base = tell(&host, id, "base").await;
+            assert_eq!(base.starts_with("/memfd:mica-replica"), is_copy, "{base}");
+            assert!(is_copy || Path::new(&base) == file, "{base}");
+            host.kill(id).await.unwrap();
+        });
+        ran.unwrap();
+    }
+}
+
+#[test]
+fn a_rollback_whose_copy_cannot_be_made_changes_nothing() {
+    let bench = Bench::new();
+    bench.set_mood("agent");
+    let file = bench.add_large(Mebibytes::new(32));
+    let whole = fs::read(&file).unwrap();
+    let mut damaged = whole.clone();
+    damaged[5 << 20] ^= 1;
+    let config =
+        |keep_sandboxes| HostConfig { replica_budget_mib: 256, keep_sandboxes, ..bench.config() };
+    let (tell_next, heard) = channel();
+    let ran = bench.host_on(&two_nodes(MemoryPolicy::Preferred), config(true), |host| async move {
+        let (id, [first, _]) = with_two_snapshots(&host).await;
+        tell_next.send((id, first)).unwrap();
+    });
+    ran.unwrap();
+    let (id, snapshot) = heard.recv().unwrap();
+    fs::write(&file, &damaged).unwrap();
+    let ran =
+        bench.host_on(&two_nodes(MemoryPolicy::Bind), config(false), move |host| async move {
+            eventually("it is taken over", async || host.connect(id, port(7)).await.is_ok()).await;
+            let error = host.rollback(id, snapshot.clone()).await.unwrap_err().to_string();
+            assert!(error.contains("no copy of its template's memory"), "{error}");
+            assert!(error.contains("damaged at"), "{error}");
+            assert_eq!(tell(&host, id, "look 10 4").await, "02020202", "it goes on as it was");
+            fs::write(file, whole).unwrap();
+            host.rollback(id, snapshot).await.unwrap();
+            assert_ne!(tell(&host, id, "look 10 4").await, "02020202");
+            assert!(tell(&host, id, "base").await.starts_with("/memfd:mica-replica"));
+            host.kill(id).await.unwrap();
+        });
+    ran.unwrap();
 }
