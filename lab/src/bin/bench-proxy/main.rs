@@ -23,6 +23,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use load::Kind;
 use server::Server;
 
+/// Open files of the daemon that are no stream's: a few for each sandbox, and its own.
+const DESCRIPTORS_BESIDE: u64 = 1_000;
+
 #[derive(Parser, Debug)]
 #[command(about = "Time and memory that the sandbox proxy takes")]
 struct Args {
@@ -56,7 +59,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let no_streams = args.idle_bytes_max.is_some() && args.idle_streams == 0;
     ensure!(!no_streams, "--idle-bytes-max takes --idle-streams above 0");
-    raise_descriptors()?;
+    raise_descriptors(args.idle_streams)?;
     let server = Server::start().context("cannot start a server")?;
     let daemon = start(&args)?;
     if let Some(took) = handover::p50()? {
@@ -107,11 +110,20 @@ fn idle(args: &Args, server: &Server, kind: Kind) -> Result<Option<String>> {
     Ok(args.idle_bytes_max.filter(is_over).map(told))
 }
 
-/// Both ends of every stream are here or in the daemon, which inherits the limit.
-fn raise_descriptors() -> Result<()> {
+/// Both ends of every stream are here, and in the daemon, which inherits the limit.
+fn raise_descriptors(streams: usize) -> Result<()> {
+    let wanted = u64::try_from(streams)? * 2 + DESCRIPTORS_BESIDE;
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    setrlimit(Resource::Nofile, raised).context("cannot raise the limit of open files")
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    // Above the hard limit only who has CAP_SYS_RESOURCE may go.
+    let maximum = limit.maximum.map(|maximum| maximum.max(wanted));
+    let raised = Rlimit { current: Some(wanted), maximum };
+    setrlimit(Resource::Nofile, raised).with_context(|| {
+        let most = limit.maximum.unwrap_or(u64::MAX);
+        format!("{streams} streams take {wanted} open files, and `ulimit -Hn` is {most}")
+    })
 }
 
 /// The value below which `percent` of a sorted series lie.
