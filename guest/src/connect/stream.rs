@@ -58,7 +58,8 @@ impl<T: Reply> StreamSender<T> {
 /// How a stream keeps its connection alive and when it must end.
 #[derive(Clone, Debug)]
 pub(super) struct Pace {
-    /// Sent after `every` without another message.
+    /// Sent after `every` without another message, but never first: clients read what a stream is about
+    /// from its first message.
     pub keepalive: Option<Bytes>,
     /// How long that is.
     pub every: Duration,
@@ -74,7 +75,8 @@ pub(super) struct StreamBody {
     frames: mpsc::Receiver<Bytes>,
     outcome: tokio::sync::oneshot::Receiver<Outcome>,
     pace: Pace,
-    keepalive: Pin<Box<Sleep>>,
+    /// When silence is to be filled; none before the first message.
+    keepalive: Option<Pin<Box<Sleep>>>,
     deadline: Option<Pin<Box<Sleep>>>,
     ended: bool,
 }
@@ -89,7 +91,7 @@ pub(super) fn stream<T: Reply>(
     let body = StreamBody {
         frames,
         outcome,
-        keepalive: Box::pin(tokio::time::sleep(pace.every)),
+        keepalive: None,
         deadline: pace.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
         pace,
         ended: false,
@@ -117,7 +119,7 @@ impl StreamBody {
         }
         match self.frames.poll_recv(context) {
             Poll::Ready(Some(frame)) => {
-                self.keepalive.as_mut().reset(Instant::now() + self.pace.every);
+                self.put_keepalive_off();
                 return Poll::Ready(Some(frame));
             }
             Poll::Ready(None) => {
@@ -129,12 +131,20 @@ impl StreamBody {
             }
             Poll::Pending => {}
         }
-        if let Some(frame) = self.pace.keepalive.clone() {
-            ready!(self.keepalive.as_mut().poll(context));
-            self.keepalive.as_mut().reset(Instant::now() + self.pace.every);
+        if let (Some(frame), Some(silence)) = (self.pace.keepalive.clone(), &mut self.keepalive) {
+            ready!(silence.as_mut().poll(context));
+            self.put_keepalive_off();
             return Poll::Ready(Some(frame));
         }
         Poll::Pending
+    }
+
+    fn put_keepalive_off(&mut self) {
+        let at = Instant::now() + self.pace.every;
+        match &mut self.keepalive {
+            Some(silence) => silence.as_mut().reset(at),
+            None => self.keepalive = Some(Box::pin(tokio::time::sleep_until(at))),
+        }
     }
 }
 
@@ -165,18 +175,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn silence_is_filled_and_data_puts_it_off() {
+    async fn silence_is_filled_but_not_before_the_first_message() {
         let (sender, done, mut body) = stream::<u32>(Codec::Json, pace(None));
         let start = Instant::now();
         let writer = tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_secs(4)).await;
+            tokio::time::sleep(Duration::from_secs(12)).await;
             sender.send(&7).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            sender.send(&8).await.unwrap();
             sender.closed().await;
             drop(done);
         });
         assert_eq!(next(&mut body).await.unwrap(), envelope::message(b"7"));
-        assert_eq!(next(&mut body).await.unwrap(), envelope::message(b"{\"keepalive\":{}}"));
-        assert_eq!(start.elapsed().as_secs(), 9);
+        assert_eq!(start.elapsed().as_secs(), 12);
+        assert_eq!(next(&mut body).await.unwrap(), envelope::message(b"8"), "it puts them off");
+        for silence in 1..=2 {
+            assert_eq!(next(&mut body).await.unwrap(), envelope::message(b"{\"keepalive\":{}}"));
+            assert_eq!(start.elapsed().as_secs(), 16 + 5 * silence);
+        }
         drop(body);
         writer.await.unwrap();
     }
