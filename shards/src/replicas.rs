@@ -103,20 +103,28 @@ impl Replicas {
         snapshot: String,
         layer: LayerId,
     ) -> Result<Option<OwnedFd>, NoCopy> {
+        let begin = || {
+            let (shard, snapshot) = (Rc::clone(shard), snapshot.clone());
+            let making = async move {
+                let made = make(&shard, snapshot, layer).await;
+                shard.replicas.settle(layer, made);
+            };
+            // Who asked may be a create that ends first, and others wait for the same copy.
+            rt::spawn(making).detach();
+        };
+        shard.replicas.get_or(layer, begin).await
+    }
+
+    /// The copy, once it is there. Where nobody makes it yet, `begin` does.
+    async fn get_or(&self, layer: LayerId, begin: impl Fn()) -> Result<Option<OwnedFd>, NoCopy> {
         loop {
-            let (waiting, is_own) = match shard.replicas.look(layer) {
+            let (waiting, is_own) = match self.look(layer) {
                 Look::There(copy) => {
                     return copy.map_err(|error| NoCopy::Failed(error.to_string()));
                 }
                 Look::Coming(waiting) => (waiting, false),
                 Look::Absent(waiting) => {
-                    let (shard, snapshot) = (Rc::clone(shard), snapshot.clone());
-                    let making = async move {
-                        let made = make(&shard, snapshot, layer).await;
-                        shard.replicas.settle(layer, made);
-                    };
-                    // Who asked may be a create that ends first, and others wait for the same copy.
-                    rt::spawn(making).detach();
+                    begin();
                     (waiting, true)
                 }
             };
@@ -292,12 +300,82 @@ fn source(layer: Layer) -> std::io::Result<(Layer, File, Vec<Extent>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures_lite::future::{block_on, poll_once, zip};
+
+    fn layer(character: &str) -> LayerId {
+        character.repeat(20).parse().unwrap()
+    }
+
+    fn copy() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    /// Asks for a copy that is absent, and takes its room. Whether there is.
+    fn begin(replicas: &Replicas, name: &str, bytes: u64) -> bool {
+        assert!(matches!(replicas.look(layer(name)), Look::Absent(_)), "{name}");
+        replicas.make_room(layer(name), bytes, |_| {})
+    }
+
+    #[test]
+    fn one_whose_room_others_have_that_come_is_tried_again() {
+        let replicas = Replicas::new(0, 100);
+        assert!(begin(&replicas, "a", 80));
+        for _ in 0..2 {
+            assert!(!begin(&replicas, "b", 40), "the other is being made");
+            replicas.settle(layer("b"), Err(NoCopy::Full));
+        }
+        replicas.settle(layer("a"), Ok(Some((copy(), 80))));
+        assert!(begin(&replicas, "b", 40), "the other is there, and makes room");
+        replicas.settle(layer("b"), Ok(Some((copy(), 40))));
+        assert!(matches!(replicas.look(layer("b")), Look::There(Ok(Some(_)))));
+        // What does not fit, or is none that is kept, is not tried again.
+        assert!(!begin(&replicas, "c", 101));
+        replicas.settle(layer("c"), Ok(None));
+        assert!(matches!(replicas.look(layer("c")), Look::There(Ok(None))));
+    }
+
+    #[test]
+    fn one_that_comes_to_nothing_gives_its_room_back() {
+        for why in [NoCopy::Gone, NoCopy::Busy, NoCopy::Failed("damaged".to_owned())] {
+            let replicas = Replicas::new(0, 100);
+            assert!(begin(&replicas, "a", 80));
+            assert!(!begin(&replicas, "b", 40));
+            replicas.settle(layer("b"), Err(NoCopy::Full));
+            replicas.settle(layer("a"), Err(why));
+            assert!(begin(&replicas, "b", 40), "nobody has the room now");
+            assert!(begin(&replicas, "a", 60), "and what is left is left for the other");
+        }
+    }
+
+    #[test]
+    fn where_anothers_snapshot_went_away_the_copy_is_made_from_ones_own() {
+        let replicas = Replicas::new(0, 100);
+        let begun = RefCell::new(Vec::new());
+        let ask = |who: &'static str| {
+            let begun = &begun;
+            replicas.get_or(layer("a"), move || begun.borrow_mut().push(who))
+        };
+        let (first, second) = (ask("first"), ask("second"));
+        let mut both = Box::pin(zip(first, second));
+        block_on(async {
+            assert!(poll_once(&mut both).await.is_none());
+            assert_eq!(*begun.borrow(), ["first"], "the other waits for the same copy");
+            assert!(replicas.make_room(layer("a"), 80, |_| {}));
+            replicas.settle(layer("a"), Err(NoCopy::Gone));
+            assert!(poll_once(&mut both).await.is_none());
+            assert_eq!(*begun.borrow(), ["first", "second"]);
+            assert!(replicas.make_room(layer("a"), 80, |_| {}), "the room is there again");
+            replicas.settle(layer("a"), Ok(Some((copy(), 80))));
+            let (first, second) = both.await;
+            assert!(matches!(first, Err(NoCopy::Gone)), "its own went away: {first:?}");
+            assert!(matches!(second, Ok(Some(_))), "{second:?}");
+        });
+    }
 
     #[test]
     fn what_makes_room_is_told_and_what_is_being_made_stays() {
         let replicas = Replicas::new(0, 100);
-        let layer = |character: &str| -> LayerId { character.repeat(20).parse().unwrap() };
-        let there = || State::There(File::open("/dev/null").unwrap().into());
+        let there = || State::There(copy());
         let add = |name, bytes, state| {
             replicas.entries.borrow_mut().push(Entry { layer: layer(name), bytes, state });
         };
