@@ -314,10 +314,11 @@ impl Vm {
         match &*self.mood.now() {
             "never-reports" => return,
             "reports-garbage" => return send_raw(&self.socket, &[0xff; 100]),
-            "reports-twice" => self.report_as(nonce, self.machine.phase()),
             "reports-idle" => return self.report_as(nonce, Phase::Idle),
-            "reports-another-nonce" => {
-                return self.report_as(nonce.wrapping_add(1), self.machine.phase());
+            // What a daemon asked that is gone. It was another time.
+            "reports-to-another" => {
+                self.report_as(nonce.wrapping_add(1), Phase::Frozen);
+                self.report_as(nonce.wrapping_add(2), self.machine.phase());
             }
             _ => {}
         }

@@ -305,6 +305,23 @@ fn a_process_that_does_not_say_how_far_it_is_is_ended() {
     }
 }
 
+#[test]
+fn what_was_said_to_a_daemon_that_is_gone_is_not_for_the_next() {
+    let bench = Bench::new();
+    let mut daemon = Daemon::start(&bench, false);
+    let Written { id, snapshot, now, .. } = write(&mut daemon);
+    let pids = bench.pids();
+    daemon.kill();
+    let places = bench.clone();
+    bench.host("reports-to-another", move |host| async move {
+        assert_eq!(settled(&host, id).await, Lifecycle::Running);
+        is_at(&host, id, &now, "22", "now").await;
+        assert_eq!(places.pids(), pids, "in the same process");
+        host.kill(id).await.unwrap();
+        host.delete_snapshot(&snapshot).await.unwrap();
+    });
+}
+
 /// What is under way when the daemon is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cut {

@@ -179,6 +179,11 @@ fn whole_ms(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Tells the answer to this daemon's question from those to others' before it.
+pub(super) fn nonce() -> u64 {
+    std::process::id().into()
+}
+
 impl Driver {
     pub(super) fn manifest_draft(&self, pausing: bool) -> Option<Draft> {
         let shape = self.shape.clone()?;
@@ -359,7 +364,7 @@ impl Driver {
             self.caused.push_back(Event::VmLost("its memory cannot be brought in"));
         }
         self.hold(held);
-        self.command(&Command::Report { nonce: std::process::id().into() }, &[]).await;
+        self.command(&Command::Report { nonce: nonce() }, &[]).await;
     }
 
     /// Goes on with memory on demand where a daemon before this one stopped.

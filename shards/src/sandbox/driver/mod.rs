@@ -303,9 +303,14 @@ impl Driver {
         };
         let said = async {
             match &mut self.events {
-                Some(events) => {
-                    Heard::Event(events.next().await.map_or_else(Event::VmLost, Event::Vm))
-                }
+                Some(events) => loop {
+                    match events.next().await {
+                        // Asked for by a daemon before this one, which was killed before it heard.
+                        Ok(vm::Event::Status { nonce, .. }) if nonce != keep::nonce() => {}
+                        Ok(event) => break Heard::Event(Event::Vm(event)),
+                        Err(why) => break Heard::Event(Event::VmLost(why)),
+                    }
+                },
                 None => pending().await,
             }
         };
