@@ -28,6 +28,7 @@ pub mod metrics;
 mod placement;
 mod pressure;
 mod proc;
+mod random;
 mod recovery;
 pub mod registry;
 mod replicas;

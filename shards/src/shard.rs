@@ -19,6 +19,7 @@ use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
 use crate::memo::Memos;
 use crate::metrics::{self, Asked, Metrics};
 use crate::placement;
+use crate::random::draw_hex;
 use crate::replicas::Replicas;
 use crate::sandbox::{self, Identity, Images, Made, Request, Sandbox, Start, Workshop};
 use crate::shell::Pool;
@@ -476,26 +477,4 @@ impl Shard {
             tracing::error!(left, "VM processes are left; the next start will remove them");
         }
     }
-}
-
-fn draw_hex<const BYTES: usize>() -> Result<String, ShardError> {
-    let mut bytes = [0u8; BYTES];
-    random(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Fills `bytes` from the kernel's generator.
-pub(crate) fn random(bytes: &mut [u8]) -> Result<(), ShardError> {
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
-            Ok(length) => filled += length,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => {
-                let reason = format!("the kernel gives no random bytes: {errno}");
-                return Err(ShardError::BootFailed { reason, console_tail: String::new() });
-            }
-        }
-    }
-    Ok(())
 }

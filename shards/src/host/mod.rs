@@ -29,8 +29,9 @@ use mica_wire::guest::Preamble;
 
 use crate::event::{Address, Answer, Entry, OUTSTANDING_MAX, Operation, Reply, Request};
 use crate::metrics;
+use crate::random::random;
 use crate::sandbox::{GatewayError, greet};
-use crate::shard::{Shard, random};
+use crate::shard::Shard;
 use crate::{ConnectError, GuestStream, NetworkPolicy, SandboxInfo, ShardError, Visitor};
 
 /// How long a guest's gateway may take to answer a preamble.

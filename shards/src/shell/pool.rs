@@ -18,8 +18,8 @@ use mica_wire::vm;
 
 use super::demand::{Bounds, Demand};
 use super::{Held, Launched, Launcher, Shell, Size, VmProcess, pins};
+use crate::random::random;
 use crate::sandbox::{Events, send};
-use crate::shard::random;
 use crate::uids::Uids;
 
 /// Shells that the pool makes at the same time, beside those that a create waits for.

@@ -15,7 +15,7 @@ use super::super::state::Event;
 use super::super::{chain, link, paging};
 use super::{Driver, Opened};
 use crate::metrics::Phase;
-use crate::shard::random;
+use crate::random::random;
 use crate::shell::Held;
 
 impl Driver {
