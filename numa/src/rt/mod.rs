@@ -9,6 +9,7 @@ mod ready;
 mod stats;
 mod task;
 pub mod time;
+pub(crate) mod turns;
 
 pub use crate::blocking::{BlockingError, blocking};
 pub(crate) use ready::polled;

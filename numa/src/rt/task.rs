@@ -2,12 +2,14 @@
 //!
 //! Called by everything that runs on a shard. Refuses to move a future to another core.
 
-use std::future::Future;
-use std::pin::Pin;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Duration;
 
 use glommio::timer::Timer;
+
+use super::turns;
 
 /// A task on this executor. Dropping the handle lets the task go on alone.
 #[must_use = "use `detach` to say that the task goes on alone"]
@@ -16,7 +18,15 @@ pub struct Task<T>(glommio::task::JoinHandle<T>);
 
 /// Starts `future` on this executor. It runs whether or not the handle is kept.
 pub fn spawn<T: 'static>(future: impl Future<Output = T> + 'static) -> Task<T> {
-    Task(glommio::spawn_local(future).detach())
+    let counted = async move {
+        let mut future = pin!(future);
+        poll_fn(|context| {
+            turns::count();
+            future.as_mut().poll(context)
+        })
+        .await
+    };
+    Task(glommio::spawn_local(counted).detach())
 }
 
 impl<T> Task<T> {
@@ -55,7 +65,7 @@ const SOON: Duration = Duration::from_micros(1);
 /// [`yield_now`] does not: as long as a task can run, glommio looks at its rings only every 100 ms.
 pub async fn turn() {
     let mut begun: Option<Timer> = None;
-    std::future::poll_fn(|context| {
+    poll_fn(|context| {
         if let Some(timer) = &mut begun {
             return Pin::new(timer).poll(context).map(drop);
         }

@@ -3,15 +3,19 @@
 //! Started by `shards::run`, with a seat for each shard. glommio's own stall detection arms a timer with
 //! two system calls for every run of its task queue, and lets each executor's signal handler see every
 //! other's signals; this costs a reading of a clock for each shard and tick, and a message to those that
-//! worked. Refuses to judge: a task that computes, one that blocks in the kernel, and a thread that gets
+//! worked and have not begun a task since. Refuses to judge: a task that computes, one that blocks in the kernel, and a thread that gets
 //! no processor all look the same to who waits; how much processor time it had is in the line.
 //!
 //! ```text
 //!   each tick: has the thread used its processor since? ─ no ─▶ it sleeps
 //!                         │ yes
-//!                         └▶ ring its bell ─ answered by the next tick? ─ yes ─▶ it turns
-//!                                                │ no, for the threshold
-//!                                                └▶ signal: the thread writes down its own stack
+//!                         └▶ has it begun a task by the next tick? ─ yes ─▶ it turns
+//!                                │ no, and used its processor for most of the time ──┐
+//!                                │ no: it sleeps, or is blocked                      │
+//!                                └▶ ring its bell ─ answered by the next? ─ yes ─▶ it turns
+//!                                                       │ no, for the threshold      │
+//!                                                       └▶ signal: the thread ◀──────┘
+//!                                                          writes down its own stack
 //! ```
 
 mod capture;
@@ -23,11 +27,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::bell::{self, Bell};
+use crate::rt::turns::Turns;
 use crate::rt::{self, Task};
 use capture::ThreadClock;
 
 /// How often all are looked at.
 const TICK: Duration = Duration::from_millis(5);
+
+/// Looks in a row at one that turns, of which the last asks it: tasks that yield to one another without an
+/// end keep an executor from its rings, and so from its bell.
+const TRUSTED_LOOKS: u32 = 8;
 
 /// Processor time that answering a ring costs at most: less than this right after one is no work.
 const ANSWER_COST: Duration = Duration::from_micros(100);
@@ -64,6 +73,7 @@ struct Seat {
     bell: Bell,
     /// Rung, and not answered.
     asked: Arc<AtomicBool>,
+    turns: Turns,
     stalls: Arc<Stalls>,
     watched: Watched,
 }
@@ -124,7 +134,8 @@ impl Watchdog {
                 answered.store(false, Ordering::Release);
             }
         });
-        let seat = Seat { name, clock, bell, asked, stalls: Arc::clone(&stalls), watched };
+        let turns = Turns::of_this_thread();
+        let seat = Seat { name, clock, bell, asked, turns, stalls: Arc::clone(&stalls), watched };
         let shared = Arc::clone(&self.0.shared);
         shared.seats().push(seat);
         Ok(Watching { shared, stalls, task: Some(task) })
@@ -205,20 +216,29 @@ impl Shared {
 }
 
 impl Seat {
+    fn ask(&self) {
+        self.asked.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+
     /// Whether it has just been found to be stuck.
     fn look(&mut self, threshold: Duration) -> bool {
         // The thread has ended, and its seat is about to go.
         let Some(used) = self.clock.used() else { return false };
         let answered = !self.asked.load(Ordering::Acquire);
-        match self.watched.tick(Instant::now(), used, answered, threshold) {
+        let look = Look { at: Instant::now(), used, turns: self.turns.read(), answered };
+        match self.watched.tick(look, threshold) {
             Seen::Nothing => false,
-            Seen::Work => {
-                self.asked.store(true, Ordering::Release);
-                self.bell.ring();
+            Seen::Doubt => {
+                self.ask();
                 false
             }
             Seen::Stuck => {
                 self.stalls.count.fetch_add(1, Ordering::Relaxed);
+                // Its answer says that it is over.
+                if answered {
+                    self.ask();
+                }
                 true
             }
             Seen::GoesOn { stalled, on_cpu } => {
@@ -232,14 +252,26 @@ impl Seat {
     }
 }
 
-/// What a look at a seat finds.
+/// What a look at a seat sees.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    at: Instant,
+    /// Processor time of the thread.
+    used: Duration,
+    /// Tasks that it has begun to run.
+    turns: u64,
+    /// Whether no ring waits for an answer.
+    answered: bool,
+}
+
+/// What it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Seen {
-    /// It sleeps, or is being waited for.
+    /// It sleeps, it turns, or it is being waited for.
     Nothing,
-    /// It worked since the last look: it is to be asked.
-    Work,
-    /// It has not answered for too long. Once for each stall.
+    /// It worked, and began nothing since: it is to be asked.
+    Doubt,
+    /// It has not turned for too long. Once for each stall.
     Stuck,
     /// It answered at last. For how long it had not, and how much of that it had a processor.
     GoesOn { stalled: Duration, on_cpu: Duration },
@@ -249,47 +281,70 @@ enum Seen {
 #[derive(Debug)]
 struct Watched {
     used: Duration,
-    asked_at: Option<Instant>,
-    stuck: bool,
-    /// The answer to a ring may still be in the next reading of the clock.
-    after_answer: bool,
+    turns: u64,
+    /// Looks since it was asked, or slept.
+    unasked: u32,
+    since: Since,
+}
+
+/// Since when, and of what kind the doubt is.
+#[derive(Clone, Copy, Debug)]
+enum Since {
+    /// It slept at the last look. Whether what it used after that may be the rest of an answer.
+    Asleep { after_answer: bool },
+    /// It had worked at that one.
+    Worked(Instant),
+    /// It was asked.
+    Asked { at: Instant, is_stuck: bool },
 }
 
 impl Watched {
     fn new(used: Duration) -> Self {
-        Self { used, asked_at: None, stuck: false, after_answer: false }
+        Self { used, turns: 0, unasked: 0, since: Since::Asleep { after_answer: false } }
     }
 
-    fn tick(&mut self, now: Instant, used: Duration, answered: bool, threshold: Duration) -> Seen {
-        if let Some(asked_at) = self.asked_at {
-            let waited = now.saturating_duration_since(asked_at);
-            if answered {
-                let on_cpu = used.saturating_sub(self.used);
-                self.asked_at = None;
-                self.used = used;
-                self.after_answer = true;
-                if std::mem::take(&mut self.stuck) {
-                    return Seen::GoesOn { stalled: waited, on_cpu };
-                }
-                // One that worked for longer than an answer takes may be at work again.
-                return if on_cpu > ANSWER_COST { self.ask(now) } else { Seen::Nothing };
+    fn tick(&mut self, look: Look, threshold: Duration) -> Seen {
+        let worked = look.used.saturating_sub(self.used);
+        match self.since {
+            Since::Asleep { after_answer } => {
+                let only_answered = after_answer && worked <= ANSWER_COST;
+                self.note(look, if only_answered { Duration::ZERO } else { worked }, false);
+                Seen::Nothing
             }
-            if waited >= threshold && !self.stuck {
-                self.stuck = true;
-                return Seen::Stuck;
+            Since::Worked(_) if look.turns != self.turns && self.unasked < TRUSTED_LOOKS => {
+                self.note(look, worked, false);
+                Seen::Nothing
             }
-            return Seen::Nothing;
+            Since::Worked(at) => {
+                let is_stuck = look.turns == self.turns
+                    && look.at.saturating_duration_since(at) >= threshold
+                    && 5 * worked >= 4 * threshold;
+                let at = if is_stuck { at } else { look.at };
+                (self.unasked, self.since) = (0, Since::Asked { at, is_stuck });
+                if is_stuck { Seen::Stuck } else { Seen::Doubt }
+            }
+            Since::Asked { at, is_stuck } if look.answered => {
+                let stalled = look.at.saturating_duration_since(at);
+                let more = if worked > ANSWER_COST { worked } else { Duration::ZERO };
+                self.note(look, more, true);
+                if is_stuck { Seen::GoesOn { stalled, on_cpu: worked } } else { Seen::Nothing }
+            }
+            Since::Asked { at, is_stuck } => {
+                let becomes = !is_stuck && look.at.saturating_duration_since(at) >= threshold;
+                self.since = Since::Asked { at, is_stuck: is_stuck || becomes };
+                if becomes { Seen::Stuck } else { Seen::Nothing }
+            }
         }
-        let worked = used.saturating_sub(self.used);
-        self.used = used;
-        let only_answered = std::mem::take(&mut self.after_answer) && worked <= ANSWER_COST;
-        if worked.is_zero() || only_answered { Seen::Nothing } else { self.ask(now) }
     }
 
-    fn ask(&mut self, now: Instant) -> Seen {
-        self.asked_at = Some(now);
-        self.after_answer = false;
-        Seen::Work
+    /// It turned, or slept: what comes next is measured from here.
+    fn note(&mut self, look: Look, worked: Duration, after_answer: bool) {
+        (self.used, self.turns) = (look.used, look.turns);
+        self.since = match worked {
+            Duration::ZERO => Since::Asleep { after_answer },
+            _ => Since::Worked(look.at),
+        };
+        self.unasked = if worked.is_zero() { 0 } else { self.unasked + 1 };
     }
 }
 
@@ -300,44 +355,79 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
     const US: Duration = Duration::from_micros(1);
 
-    #[test]
-    fn one_that_sleeps_is_left_alone_and_one_that_answers_is_not_kept_awake_by_it() {
-        let (start, limit) = (Instant::now(), 5 * MS);
-        let mut watched = Watched::new(Duration::ZERO);
-        let mut look = |at: u32, used: Duration, answered| {
-            watched.tick(start + at * TICK, used, answered, limit)
-        };
-        assert_eq!(look(1, Duration::ZERO, true), Seen::Nothing);
-        assert_eq!(look(2, 30 * US, true), Seen::Work, "a short task ran");
-        assert_eq!(look(3, 50 * US, true), Seen::Nothing, "it answered");
-        assert_eq!(look(4, 60 * US, true), Seen::Nothing, "the rest of its answer");
-        assert_eq!(look(5, 60 * US, true), Seen::Nothing);
-        assert_eq!(look(6, 70 * US, true), Seen::Work, "another task");
-    }
+    /// Looks once each tick: at the processor time so far, the tasks begun, and whether rings are answered.
+    struct Looks(Watched, Instant, u32);
 
-    #[test]
-    fn one_that_is_busy_is_asked_again_at_once() {
-        let (start, limit) = (Instant::now(), 5 * MS);
-        let mut watched = Watched::new(Duration::ZERO);
-        for at in 1..10 {
-            let seen = watched.tick(start + at * TICK, at * 4 * MS, true, limit);
-            assert_eq!(seen, Seen::Work, "{at}");
+    impl Looks {
+        fn new() -> Self {
+            Self(Watched::new(Duration::ZERO), Instant::now(), 0)
+        }
+
+        fn at(&mut self, used: Duration, turns: u64, answered: bool) -> Seen {
+            self.2 += 1;
+            let look = Look { at: self.1 + self.2 * TICK, used, turns, answered };
+            self.0.tick(look, 5 * MS)
         }
     }
 
     #[test]
-    fn a_stall_is_seen_once_and_its_length_told() {
-        let (start, limit) = (Instant::now(), 5 * MS);
-        let mut watched = Watched::new(Duration::ZERO);
-        let mut look = |at: u32, used: Duration, answered| {
-            watched.tick(start + at * TICK, used, answered, limit)
-        };
-        assert_eq!(look(1, MS, true), Seen::Work);
-        assert_eq!(look(2, 6 * MS, false), Seen::Stuck);
-        // It may block as well as compute.
-        assert_eq!(look(3, 6 * MS, false), Seen::Nothing);
-        let goes_on = Seen::GoesOn { stalled: 15 * MS, on_cpu: 6 * MS };
-        assert_eq!(look(4, 7 * MS, true), goes_on);
-        assert_eq!(look(5, 12 * MS, true), Seen::Work);
+    fn one_that_sleeps_is_left_alone_and_one_that_answers_is_not_kept_awake_by_it() {
+        let mut looks = Looks::new();
+        assert_eq!(looks.at(Duration::ZERO, 0, true), Seen::Nothing);
+        assert_eq!(looks.at(30 * US, 1, true), Seen::Nothing, "a short task ran");
+        assert_eq!(looks.at(30 * US, 1, true), Seen::Doubt, "is it over?");
+        assert_eq!(looks.at(50 * US, 2, true), Seen::Nothing, "it answered");
+        assert_eq!(looks.at(60 * US, 2, true), Seen::Nothing, "the rest of its answer");
+        assert_eq!(looks.at(60 * US, 2, true), Seen::Nothing);
+        assert_eq!(looks.at(70 * US, 3, true), Seen::Nothing, "another task");
+        assert_eq!(looks.at(70 * US, 3, true), Seen::Doubt);
+    }
+
+    #[test]
+    fn one_that_is_busy_is_asked_now_and_then() {
+        let mut looks = Looks::new();
+        let mut seen = Vec::new();
+        for at in 1..=30 {
+            seen.push(looks.at(at * 4 * MS, u64::from(at) * 100, true));
+        }
+        assert!(seen.iter().all(|seen| matches!(seen, Seen::Nothing | Seen::Doubt)), "{seen:?}");
+        assert_eq!(seen.iter().filter(|seen| **seen == Seen::Doubt).count(), 3, "{seen:?}");
+    }
+
+    #[test]
+    fn one_whose_tasks_yield_and_that_never_looks_at_its_rings_is_found() {
+        let mut looks = Looks::new();
+        let mut answered = true;
+        let found = (1..=30).find(|at| {
+            let seen = looks.at(*at * 4 * MS, u64::from(*at) * 100, answered);
+            answered &= seen != Seen::Doubt;
+            seen == Seen::Stuck
+        });
+        assert_eq!(found, Some(TRUSTED_LOOKS + 2));
+    }
+
+    #[test]
+    fn one_that_computes_is_found_at_once_and_its_length_told() {
+        let mut looks = Looks::new();
+        assert_eq!(looks.at(MS, 7, true), Seen::Nothing);
+        assert_eq!(looks.at(5 * MS, 7, true), Seen::Stuck, "in the task that it had begun then");
+        assert_eq!(looks.at(9 * MS, 7, false), Seen::Nothing, "once");
+        let goes_on = Seen::GoesOn { stalled: 15 * MS, on_cpu: 9 * MS };
+        assert_eq!(looks.at(10 * MS, 9, true), goes_on);
+        assert_eq!(looks.at(15 * MS, 9, true), Seen::Stuck, "the next");
+    }
+
+    #[test]
+    fn one_that_blocks_is_asked_first() {
+        let mut looks = Looks::new();
+        assert_eq!(looks.at(MS, 7, true), Seen::Nothing);
+        assert_eq!(looks.at(2 * MS, 7, true), Seen::Doubt);
+        assert_eq!(looks.at(2 * MS, 7, false), Seen::Stuck);
+        assert_eq!(looks.at(2 * MS, 7, false), Seen::Nothing);
+        let goes_on = Seen::GoesOn { stalled: 15 * MS, on_cpu: MS };
+        assert_eq!(looks.at(2 * MS, 8, true), goes_on);
+        assert_eq!(looks.at(2 * MS, 8, true), Seen::Doubt, "it may be at work again");
+        assert_eq!(looks.at(2 * MS, 9, true), Seen::Nothing);
+        assert_eq!(looks.at(2 * MS, 9, true), Seen::Nothing);
     }
 }
