@@ -113,6 +113,7 @@ impl Proxy {
                 return Err(error);
             }
         };
+        let was_kept = line.stream.is_kept();
         let request = to.address(request, line.stream.masked_host()).map(Upload::Client);
         let repeat = repeat::prepare(&request).map(Box::new);
         let failure = match exchange(line, request, switch).await {
@@ -121,11 +122,17 @@ impl Proxy {
         };
         tracing::debug!(%id, %port, error = %failure.error, "no answer from the sandbox");
         let unheard = repeat.filter(|_| !failure.heard);
-        if let Some(request) = failure.unsent.or(unheard)
-            && let Ok(line) = to.connect(None).await
-            && let Ok(response) = Box::pin(exchange(line, *request, switch)).await
-        {
-            return Ok(response);
+        if let Some(request) = failure.unsent.or(unheard) {
+            match to.connect(None).await {
+                Ok(line) => {
+                    if let Ok(response) = Box::pin(exchange(line, *request, switch)).await {
+                        return Ok(response);
+                    }
+                }
+                // What closed a stream that nothing was sent on was no answer to this request.
+                Err(error) if was_kept => return Err(error),
+                Err(_) => {}
+            }
         }
         // The second failure says no more than the first.
         Err(to.absence().await.unwrap_or_else(|| ApiError::hung_up(id, port)))
