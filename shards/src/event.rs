@@ -106,7 +106,6 @@ impl Operation {
             Self::TenantOf(_)
                 | Self::Get(_)
                 | Self::List
-                | Self::SetTimeout(..)
                 | Self::Extend(..)
                 | Self::Usage(..)
                 | Self::Connect(..)

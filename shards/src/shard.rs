@@ -173,14 +173,14 @@ impl Shard {
                 Reply::Done(Ok(()))
             }
             Operation::Kill(id) => Reply::Done(self.timed_kill(id).await),
-            Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life)),
+            Operation::SetTimeout(id, life) => Reply::Done(self.set_timeout(id, life).await),
             Operation::Extend(id, life) => Reply::Done(self.extend(id, life)),
             Operation::Logs(id) => Reply::Logs(self.logs(id).await),
             Operation::Usage(id, now) => Reply::Usages(self.usages(id, now)),
             Operation::Connect(id, port, visitor, kept) => {
                 Reply::Stream(self.connect(id, port, &visitor, kept).await)
             }
-            Operation::SetNetwork(id, policy) => Reply::Done(self.set_network(id, *policy)),
+            Operation::SetNetwork(id, policy) => Reply::Done(self.set_network(id, *policy).await),
             Operation::Snapshot(id, purpose) => Reply::Snapshot(self.snapshot(id, purpose).await),
             Operation::Rollback(id, to) => {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
@@ -287,9 +287,10 @@ impl Shard {
         if was_ending { Err(ShardError::NoSuchSandbox(id)) } else { Ok(()) }
     }
 
-    fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
-        let set = self.find(id)?.set_life(life);
-        if set { Ok(()) } else { Err(ShardError::NoSuchSandbox(id)) }
+    async fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
+        let sandbox = self.find(id)?;
+        let is_set = sandbox.set_life(life) && sandbox.kept().await;
+        is_set.then_some(()).ok_or(ShardError::NoSuchSandbox(id))
     }
 
     fn extend(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
@@ -385,13 +386,14 @@ impl Shard {
         Ok(Entry { stream: Some(stream), epoch, mask })
     }
 
-    fn set_network(&self, id: SandboxId, policy: NetworkPolicy) -> Result<(), ShardError> {
+    async fn set_network(&self, id: SandboxId, policy: NetworkPolicy) -> Result<(), ShardError> {
         let sandbox = self.find(id)?;
         // The record of one that is paused is its snapshot's.
         if sandbox.info().is_some_and(|info| info.state == Lifecycle::Paused) {
             return Err(ShardError::IsPaused(id));
         }
-        sandbox.set_network(policy).then_some(()).ok_or(ShardError::NoSuchSandbox(id))
+        let is_set = sandbox.set_network(policy) && sandbox.kept().await;
+        is_set.then_some(()).ok_or(ShardError::NoSuchSandbox(id))
     }
 
     /// Counts a sandbox that came up.

@@ -126,10 +126,15 @@ fn networks_are_kept_shown_and_replaced() {
     let expected = json!({
         "allowPublicTraffic": false, "denyOut": ["10.0.0.0/8"], "maskRequestHost": "x.dev:${PORT}",
     });
-    assert_eq!(daemon.get(&id).json()["network"], expected);
+    let before = daemon.get(&id).json();
+    assert_eq!(before["network"], expected);
+    daemon.act_with(&id, "timeout", &json!({ "timeout": 1234 }));
+    let wanted = daemon.get(&id).json()["endAt"].clone();
+    assert_ne!(wanted, before["endAt"]);
     daemon.crash();
     daemon.restart();
     let shown = daemon.get(&id).json();
+    assert_eq!(shown["endAt"], wanted, "what was answered is not lost");
     assert_eq!((&shown["network"], &shown["allowInternetAccess"]), (&expected, &json!(true)));
     let bad = daemon.ask("PUT", &path, Some(&json!({ "allowOut": ["a.dev"] })));
     assert!(bad.error(400).contains("`allowOut`"));

@@ -200,6 +200,11 @@ impl Sandbox {
         Some(mask.replace("${PORT}", &port.to_string()))
     }
 
+    /// Waits until a daemon after this one would find it as it is. Whether it is still there.
+    pub(crate) async fn kept(&self) -> bool {
+        self.queue.nudge_to_keep().await.is_some()
+    }
+
     /// Replaces what its network is, if it is there.
     pub(crate) fn set_network(&self, policy: NetworkPolicy) -> bool {
         let mut info = self.info.borrow_mut();
@@ -207,7 +212,6 @@ impl Sandbox {
         info.network.clone_from(&policy);
         info.traffic_token = token_of(&self.identity, &policy);
         *self.network.borrow_mut() = policy;
-        self.queue.nudge();
         true
     }
 

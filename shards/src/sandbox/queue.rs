@@ -8,6 +8,8 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
 
+use mica_numa::rt::oneshot;
+
 use super::asks::Request;
 use super::state::Event;
 
@@ -34,6 +36,8 @@ struct Inner {
     events: VecDeque<Event>,
     requests: VecDeque<Request>,
     nudged: bool,
+    /// Who waits until the record has what it nudged for.
+    keepers: Vec<oneshot::Sender<()>>,
     waker: Option<Waker>,
 }
 
@@ -65,6 +69,20 @@ impl Queue {
         wake(&mut inner);
     }
 
+    /// The same. What it gives comes when the record is as the sandbox was then, or nothing, when there
+    /// will be none.
+    pub(crate) fn nudge_to_keep(&self) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        self.0.borrow_mut().keepers.push(sender);
+        self.nudge();
+        receiver
+    }
+
+    /// Those who wait for a record.
+    pub(crate) fn take_keepers(&self) -> Vec<oneshot::Sender<()>> {
+        std::mem::take(&mut self.0.borrow_mut().keepers)
+    }
+
     /// The next thing. May be dropped at any await.
     pub(crate) async fn next(&self) -> Told {
         poll_fn(|cx| {
@@ -84,8 +102,9 @@ impl Queue {
         .await
     }
 
-    /// Requests that nobody will hear any more.
+    /// Requests that nobody will hear any more. Nor will there be a record.
     pub(crate) fn take_requests(&self) -> VecDeque<Request> {
+        drop(self.take_keepers());
         std::mem::take(&mut self.0.borrow_mut().requests)
     }
 }

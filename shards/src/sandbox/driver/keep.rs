@@ -377,8 +377,15 @@ impl Driver {
 
     /// Writes the record again where it matters: the end of its time was moved.
     pub(super) async fn keep_record(&mut self) {
+        // Not those who come while it is written.
+        let keepers = self.sandbox.queue.take_keepers();
         if self.runs() {
             self.write_record(Links::Stay).await;
+        }
+        for keeper in keepers {
+            if keeper.send(()).is_err() {
+                // Its client went away.
+            }
         }
     }
 
