@@ -1,7 +1,7 @@
 //! The control exchange: the host has the services warmed, and tells the sandbox who it is.
 //!
-//! Called by the gateway. Before a pause without memory it has the disk written, too. Refuses a line over the limit, a machine id out of form, and, outside a
-//! guest, to touch the machine's clock, names and memory.
+//! Called by the gateway. Before a pause without memory it has the disk written, too. Refuses a line over
+//! the limit, a machine id out of form, and, outside a guest, to touch the machine's clock, names and memory.
 //!
 //! An identity is taken on in one go, with nothing in between that could let another task run, and
 //! answered when all of it holds: from then on the former token opens nothing, every process that

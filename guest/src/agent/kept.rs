@@ -3,10 +3,13 @@
 //! Called by the control exchange before a pause that keeps the disk alone, and when the agent starts.
 //! Refuses to read more than a control line could have brought.
 
+use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use mica_wire::guest::{CONTROL_LINE_BYTES_MAX, Defaults};
+use rustix::fs::OFlags;
 
 /// Where the defaults of a built template are.
 pub const DEFAULTS: &str = "/var/lib/mica-guest/defaults.json";
@@ -43,7 +46,9 @@ pub fn write(path: &Path, defaults: Option<&Defaults>) -> Result<(), KeptError> 
 /// Reads them back; none where there are none.
 pub fn read(path: &Path) -> Result<Option<Defaults>, KeptError> {
     let failed = |source| KeptError { what: "read", path: path.to_owned(), source };
-    let file = match std::fs::File::open(path) {
+    // A pipe in its place must not hold the boot up.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
@@ -55,6 +60,8 @@ pub fn read(path: &Path) -> Result<Option<Defaults>, KeptError> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{CWD, FileType, Mode};
+
     use super::*;
 
     #[test]
@@ -70,6 +77,8 @@ mod tests {
         assert!(read(&path).unwrap_err().to_string().contains("defaults.json"));
         write(&path, None).unwrap();
         assert!(read(&path).unwrap().is_none());
+        rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        assert!(read(&path).is_err(), "nobody writes to it, and nobody waits for that");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -1,8 +1,8 @@
 //! `POST /sandboxes`, once for each `Idempotency-Key`.
 //!
 //! Called by [`super`]. Who repeats a create that was answered gets that answer again, whatever became
-//! of the sandbox since; of an earlier daemon's, as long as the sandbox is there. Only what was made is kept: after a failure the same key tries again, for it had
-//! no effect. Refuses the same key with another body, and a second request while the first is at work.
+//! of the sandbox since; of an earlier daemon's, as long as the sandbox is there. Only what was made is
+//! kept: after a failure the same key tries again, for it had no effect. Refuses the same key with another body, and a second request while the first is at work.
 
 use hyper::header::HeaderName;
 use hyper::{HeaderMap, Response, StatusCode};
