@@ -66,6 +66,12 @@ struct ErrorJson<'a> {
 }
 
 impl ApiError {
+    /// Whether what was asked for is not there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        self.status == StatusCode::NOT_FOUND
+    }
+
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
         // A 5xx is final unless its maker knows better: a retry storm helps nobody.
         let retry = if status.is_server_error() { Retry::No } else { Retry::Unsaid };

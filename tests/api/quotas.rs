@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::client::Reply;
 use crate::daemon::{Daemon, eventually};
+use crate::exposition::scrape;
 use crate::template::TEMPLATE;
 
 fn create(daemon: &Daemon, key: &str) -> Reply {
@@ -72,6 +73,11 @@ fn clients_that_ask_at_once_get_no_more_than_the_bound() {
     });
     let count = |wanted| statuses.iter().filter(|status| **status == wanted).count();
     assert_eq!((count(201), count(429)), (3, 6), "{statuses:?}");
+    let made = |result| {
+        let labels = [("operation", "create"), ("result", result)];
+        scrape(&daemon).get("mica_operations_total", &labels)
+    };
+    assert_eq!(made("error"), 0.0, "a quota that is used up is no create that failed");
 }
 
 #[test]

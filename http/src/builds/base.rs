@@ -50,7 +50,8 @@ pub async fn create(
     let made = of_any(&mut create, (host, tenant), &wanted, seat).await;
     let made =
         made.and_then(|made| made.ok_or_else(|| ApiError::no_such_template(&wanted.template)));
-    if made.is_err() {
+    // A quota that is used up is no create that failed.
+    if made.as_ref().is_err_and(ApiError::is_not_found) {
         create.failed();
     }
     made
