@@ -289,8 +289,11 @@ impl Shard {
 
     async fn set_timeout(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
         let sandbox = self.find(id)?;
-        let is_set = sandbox.set_life(life) && sandbox.kept().await;
-        is_set.then_some(()).ok_or(ShardError::NoSuchSandbox(id))
+        if sandbox.set_life(life) {
+            sandbox.kept().await
+        } else {
+            Err(ShardError::NoSuchSandbox(id))
+        }
     }
 
     fn extend(&self, id: SandboxId, life: Duration) -> Result<(), ShardError> {
@@ -392,8 +395,11 @@ impl Shard {
         if sandbox.info().is_some_and(|info| info.state == Lifecycle::Paused) {
             return Err(ShardError::IsPaused(id));
         }
-        let is_set = sandbox.set_network(policy) && sandbox.kept().await;
-        is_set.then_some(()).ok_or(ShardError::NoSuchSandbox(id))
+        if sandbox.set_network(policy) {
+            sandbox.kept().await
+        } else {
+            Err(ShardError::NoSuchSandbox(id))
+        }
     }
 
     /// Counts a sandbox that came up.

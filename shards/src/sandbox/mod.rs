@@ -200,9 +200,17 @@ impl Sandbox {
         Some(mask.replace("${PORT}", &port.to_string()))
     }
 
-    /// Waits until a daemon after this one would find it as it is. Whether it is still there.
-    pub(crate) async fn kept(&self) -> bool {
-        self.queue.nudge_to_keep().await.is_some()
+    /// Waits until a daemon after this one would find it as it is.
+    pub(crate) async fn kept(&self) -> Result<(), ShardError> {
+        match self.queue.nudge_to_keep().await {
+            Some(true) => Ok(()),
+            Some(false) => {
+                let reason = "it holds, but could not be written down for a daemon after this one";
+                let (operation, reason) = ("a change", reason.to_owned());
+                Err(ShardError::OperationFailed { operation, sandbox: self.id, reason })
+            }
+            None => Err(ShardError::NoSuchSandbox(self.id)),
+        }
     }
 
     /// Replaces what its network is, if it is there.

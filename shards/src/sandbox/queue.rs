@@ -37,7 +37,7 @@ struct Inner {
     requests: VecDeque<Request>,
     nudged: bool,
     /// Who waits until the record has what it nudged for.
-    keepers: Vec<oneshot::Sender<()>>,
+    keepers: Vec<oneshot::Sender<bool>>,
     waker: Option<Waker>,
 }
 
@@ -69,9 +69,9 @@ impl Queue {
         wake(&mut inner);
     }
 
-    /// The same. What it gives comes when the record is as the sandbox was then, or nothing, when there
-    /// will be none.
-    pub(crate) fn nudge_to_keep(&self) -> oneshot::Receiver<()> {
+    /// The same. What it gives comes when the record is as the sandbox was then, and says whether it could be
+    /// written; nothing comes when there will be none.
+    pub(crate) fn nudge_to_keep(&self) -> oneshot::Receiver<bool> {
         let (sender, receiver) = oneshot::channel();
         self.0.borrow_mut().keepers.push(sender);
         self.nudge();
@@ -79,7 +79,7 @@ impl Queue {
     }
 
     /// Those who wait for a record.
-    pub(crate) fn take_keepers(&self) -> Vec<oneshot::Sender<()>> {
+    pub(crate) fn take_keepers(&self) -> Vec<oneshot::Sender<bool>> {
         std::mem::take(&mut self.0.borrow_mut().keepers)
     }
 

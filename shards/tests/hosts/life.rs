@@ -49,6 +49,28 @@ fn ports_that_are_not_public_take_a_token_and_envds_does_not() {
 }
 
 #[test]
+fn what_is_set_and_cannot_be_written_down_is_not_answered_as_if_it_were() {
+    let bench = Bench::new();
+    let store = bench.store();
+    bench.host("good", move |host| async move {
+        let id = host.create(request("agent")).await.unwrap().id;
+        let life = Duration::from_secs(600);
+        // Where the record is first written lies a directory with something in it.
+        let block = store.join("sandboxes").join(id.as_str()).join("record.new");
+        std::fs::create_dir_all(block.join("in")).unwrap();
+        let timeout = host.set_timeout(id, life).await;
+        let network = host.set_network(id, NetworkPolicy::default()).await;
+        for set in [timeout, network] {
+            let is_told = matches!(&set, Err(ShardError::OperationFailed { reason, .. }) if reason.contains("written down"));
+            assert!(is_told, "{set:?}");
+        }
+        std::fs::remove_dir_all(&block).unwrap();
+        host.set_timeout(id, life).await.unwrap();
+        host.kill(id).await.unwrap();
+    });
+}
+
+#[test]
 fn a_sandbox_is_made_found_listed_and_killed() {
     let bench = Bench::new();
     let places = bench.clone();

@@ -379,11 +379,10 @@ impl Driver {
     pub(super) async fn keep_record(&mut self) {
         // Not those who come while it is written.
         let keepers = self.sandbox.queue.take_keepers();
-        if self.runs() {
-            self.write_record(Links::Stay).await;
-        }
+        // Of one that waits, its snapshot has the record.
+        let is_kept = !self.runs() || self.write_record(Links::Stay).await;
         for keeper in keepers {
-            if keeper.send(()).is_err() {
+            if keeper.send(is_kept).is_err() {
                 // Its client went away.
             }
         }
