@@ -2,7 +2,7 @@
 //!
 //! Run by hand, as root: `bench-proxy --mica FILE --standin FILE`. The daemon is the real one; the guest
 //! is the stand-in, whose servers are this program's, so the same server is asked directly and
-//! through the daemon, in turns. The stand-in's own part (a thread and a TCP connection for each request)
+//! through the daemon, in turns. The stand-in's own part (two threads and a TCP connection for each stream)
 //! is in the difference: a guest's is, too. Refuses to report a run with a wrong answer. With `--idle-bytes-max` it is
 //! a gate: it ends with 1 where a stream takes more.
 
