@@ -68,13 +68,19 @@ impl Build {
         let tenant: TenantId = self.record.tenant.parse().unwrap_or_default();
         let slot = self.wait_for_turn(&tenant, at_once, &mut log).await;
         self.set_phase(BuildPhase::Building).await;
-        let phase = match self.within_time(&tenant, log, wanted).await {
+        let built = self.within_time(&tenant, log, wanted).await;
+        self.end_sandbox().await;
+        // Its sandbox ends with the host, and whatever that looks like from here, this is why.
+        if built.is_err() && self.host.is_stopping() {
+            tracing::info!(build = self.record.id, "a build ends with the host, which says so");
+            return;
+        }
+        let phase = match built {
             Ok(()) => BuildPhase::Ready,
             Err(Failure { step, error: StepError(message) }) => {
                 BuildPhase::Failed { message, step: Some(step) }
             }
         };
-        self.end_sandbox().await;
         tracing::info!(build = self.record.id, ?phase, "a build is over");
         self.set_phase(phase).await;
         drop(slot);

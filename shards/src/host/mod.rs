@@ -21,6 +21,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
+use mica_numa::StopSignal;
 use mica_numa::mailbox::{Lookout, Returned};
 use mica_numa::rt::net::UnixStream;
 use mica_numa::rt::{self, oneshot, time};
@@ -60,6 +61,7 @@ struct Inner {
     lookout: Lookout<Answer>,
     waiting: RefCell<HashMap<u64, oneshot::Sender<Reply>>>,
     next_ticket: Cell<u64>,
+    stop: StopSignal,
 }
 
 impl fmt::Debug for Host {
@@ -73,9 +75,16 @@ impl Host {
         shard: Rc<Shard>,
         addresses: PerShard<Address>,
         lookout: Lookout<Answer>,
+        stop: StopSignal,
     ) -> Self {
         let (waiting, next_ticket) = (RefCell::default(), Cell::new(0));
-        Self(Rc::new(Inner { shard, addresses, lookout, waiting, next_ticket }))
+        Self(Rc::new(Inner { shard, addresses, lookout, waiting, next_ticket, stop }))
+    }
+
+    /// Whether the host was asked to stop: what fails from then on, most likely fails for that.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.0.stop.is_stopped()
     }
 
     /// The shard this handle is on.
