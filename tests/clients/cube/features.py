@@ -13,6 +13,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import cubesandbox
 from cells import (
     ISOLATED,
     LARGE_BYTES,
@@ -377,6 +378,23 @@ def check_rollback():
         assert read(sandbox, f"{where}/file") == expected
         assert sandbox.run_code("value", **RUN).text == expected
         Sandbox.delete_snapshot(made.snapshot_id, config=CONFIG)
+
+
+@feature
+def check_pause_disk():
+    if "keep_memory" not in inspect.signature(Sandbox.pause).parameters:
+        absent("the client has no pause that keeps the disk alone")
+    raise NotImplementedError("the client has such a pause now, and the matrix no test of it")
+
+
+@feature
+def check_file_urls():
+    require(Sandbox, "download_url", "URLs of files")
+
+
+@feature
+def check_async():
+    require(cubesandbox, "AsyncSandbox", "asynchronous form")
 
 
 @feature

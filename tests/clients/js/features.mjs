@@ -9,6 +9,7 @@ import {
   main,
   PACKAGE,
   PATIENCE_MS,
+  absent,
   rejects,
   require,
   TEMPLATE,
@@ -312,6 +313,21 @@ const features = {
     await own(use, TEMPLATE, { metadata })
   },
 
+  pause_disk: () =>
+    own(async (sandbox) => {
+      const counter = await start(sandbox, 'sleep 3600')
+      const lost = counter.wait().then(() => false, () => true)
+      // What lies in /tmp need not outlive a boot.
+      const kept = `${ISOLATED ? '/home/user' : '/tmp'}/${unique('kept')}`
+      await sandbox.files.write(kept, 'on the disk', SLOW)
+      assert.equal(await sandbox.pause({ keepMemory: false, ...SLOW }), true)
+      const again = await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 600_000, ...SLOW })
+      assert.equal(await again.files.read(kept, SLOW), 'on the disk')
+      assert.equal(await run(again, 'echo back'), 'back\n')
+      assert.ok(!(await pids(again)).includes(counter.pid))
+      assert.equal(await lost, true)
+    }),
+
   connect: () =>
     own(async (sandbox) => {
       const where = await folder(sandbox)
@@ -370,6 +386,32 @@ const features = {
 
   async rollback() {
     require(Sandbox.prototype, 'rollback', 'rollback: no e2b client has')
+  },
+
+  async file_urls() {
+    if (process.env.E2B_SANDBOX_URL) absent("under E2B_SANDBOX_URL the client's URLs name no sandbox")
+    const use = async (sandbox) => {
+      const path = `/tmp/${unique('url')}/a b&ü`
+      const form = new FormData()
+      form.append('file', new Blob(['sent by URL']), 'a')
+      const signed = { useSignatureExpiration: 300 }
+      const sent = await fetch(await sandbox.uploadUrl(path, signed), { method: 'POST', body: form })
+      assert.equal(sent.status, 200)
+      assert.equal(await sandbox.files.read(path, SLOW), 'sent by URL')
+      const url = await sandbox.downloadUrl(path, signed)
+      assert.equal(await (await fetch(url)).text(), 'sent by URL')
+      // A signature is of one path, and one time.
+      for (const [name, value] of [['path', '/etc/passwd'], ['signature_expiration', '1'], ['signature', 'v1_00']]) {
+        const forged = new URL(url)
+        forged.searchParams.set(name, value)
+        assert.equal((await fetch(forged)).status, 401, String(forged))
+      }
+    }
+    await own(use, TEMPLATE, { secure: true })
+  },
+
+  async async() {
+    absent('the client is asynchronous in every call: see the other cells')
   },
 
   async metrics() {

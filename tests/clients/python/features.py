@@ -1,20 +1,35 @@
 """What the Python `e2b` clients go through, 1.11 to the newest, and `e2b_code_interpreter`.
 
 Started by matrix.py with the features to run, in the environment of one client. Refuses to know versions:
-where they differ, the call's presence or its parameters decide.
+where they differ, the call's presence or its parameters decide. Some features are in apart.py.
 """
 
 import datetime
 import hashlib
-import inspect
 import io
 import os
 import re
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+import apart  # noqa: F401
 import e2b
+from common import (
+    DEFAULT_HOME,
+    DEFAULT_USER,
+    RUN,
+    SLOW,
+    Own,
+    Sandbox,
+    end_shared,
+    folder,
+    make,
+    pause_call,
+    pids,
+    shared,
+    start,
+    takes,
+    write,
+)
+
 from cells import (
     ISOLATED,
     LARGE_BYTES,
@@ -28,78 +43,9 @@ from cells import (
     wait_until,
 )
 
-try:
-    from e2b_code_interpreter import Sandbox
-except ImportError:
-    from e2b import Sandbox
-
 PtySize = getattr(e2b, "PtySize", None)
 if PtySize is None:
     from e2b.sandbox.commands.command_handle import PtySize
-
-SLOW = {"request_timeout": PATIENCE_S}
-RUN = {"request_timeout": PATIENCE_S, "timeout": PATIENCE_S}
-# Whom commands run as by default. The stand-in's agent knows only the user it runs as itself.
-DEFAULT_USER = "user" if ISOLATED else "root"
-DEFAULT_HOME = "/home/user" if ISOLATED else "/root"
-
-
-def make(template=TEMPLATE, **options):
-    """A new sandbox: a class method since 2.0, the constructor before."""
-    create = getattr(Sandbox, "create", Sandbox)
-    return create(template, timeout=900, request_timeout=PATIENCE_S, **options)
-
-
-class Own:
-    """A sandbox that is killed at the end of the block, whatever happened to it."""
-
-    def __init__(self, *args, **options):
-        self.sandbox = make(*args, **options)
-
-    def __enter__(self):
-        return self.sandbox
-
-    def __exit__(self, *_):
-        Sandbox.kill(self.sandbox.sandbox_id, request_timeout=PATIENCE_S)
-
-
-shared_sandbox = None
-
-
-def shared():
-    """One sandbox for all that does not harm it."""
-    global shared_sandbox
-    if shared_sandbox is None:
-        shared_sandbox = make()
-    return shared_sandbox
-
-
-def folder(sandbox):
-    """A directory of this cell's own."""
-    path = f"/tmp/{unique('matrix')}"
-    assert sandbox.files.make_dir(path, **SLOW) is True
-    return path
-
-
-def write(sandbox, path, data):
-    """A file written. 1.11 knows no names for the rest: its limit is the last of its parameters."""
-    if takes(sandbox.files.write, "request_timeout"):
-        return sandbox.files.write(path, data, **SLOW)
-    return sandbox.files.write(path, data, DEFAULT_USER, PATIENCE_S)
-
-
-def takes(call, parameter):
-    return parameter in inspect.signature(call).parameters
-
-
-def start(sandbox, command, stdin=False):
-    """A command in the background. Clients without the parameter always connect standard input."""
-    options = {"stdin": True} if stdin and takes(sandbox.commands.run, "stdin") else {}
-    return sandbox.commands.run(command, background=True, timeout=0, request_timeout=PATIENCE_S, **options)
-
-
-def pids(sandbox):
-    return [process.pid for process in sandbox.commands.list(**SLOW)]
 
 
 @feature
@@ -358,12 +304,6 @@ def check_set_timeout():
         wait_until("its time is over", lambda: not sandbox.is_running(**SLOW))
 
 
-def pause_call(sandbox):
-    if hasattr(sandbox, "pause"):
-        return sandbox.pause
-    return require(sandbox, "beta_pause", "pause")
-
-
 @feature
 def check_pause():
     mark = {"mark": unique("pause")}
@@ -493,5 +433,4 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        if shared_sandbox is not None:
-            Sandbox.kill(shared_sandbox.sandbox_id, request_timeout=PATIENCE_S)
+        end_shared()
