@@ -1,6 +1,9 @@
 //! What of `GET /metrics` is each shard's own, and what the host's.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
 
 use serde_json::{Value, json};
 
@@ -83,6 +86,13 @@ fn each_shard_has_a_series_of_its_own_and_the_host_has_its() {
         assert!(stalled >= (stalls - 1.0).max(0.0) * 0.005 && (stalls > 0.0 || stalled == 0.0));
     }
     check_the_host(&daemon, &exposition);
+    // Each pool has what a create wants.
+    let pool = |of: &Exposition| {
+        (of.get("mica_pool_hits_total", &[]), of.get("mica_pool_misses_total", &[]))
+    };
+    let (hits, misses) = pool(&exposition);
+    daemon.create();
+    assert_eq!(pool(&scrape(&daemon)), (hits + 1.0, misses), "it found a process that was ready");
     // They have had no more than there was, and what one of them used is whole ticks of 10 ms.
     let (cpu, uptime) =
         (exposition.get("mica_vm_cpu_seconds", &[]), exposition.get("mica_uptime_seconds", &[]));
@@ -97,6 +107,43 @@ fn each_shard_has_a_series_of_its_own_and_the_host_has_its() {
         assert!(uses.iter().all(|(of, used)| *used >= 0.0 && ids.contains(&of["sandbox"])));
         uses.len() == ids.len()
     });
+}
+
+#[test]
+fn a_request_to_a_sandbox_is_counted_by_the_status_that_its_client_got() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let server = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = server.local_addr().expect("an address").port();
+    let answers = thread::spawn(move || {
+        for answer in ["204 No Content", "404 Not Found"] {
+            let (mut stream, _) = server.accept().expect("a connection");
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).expect("a head");
+                head.push(byte[0]);
+            }
+            let answer =
+                format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            stream.write_all(answer.as_bytes()).expect("an answer");
+        }
+    });
+    let ask = |port| {
+        let mut client = daemon.to_sandbox(&id, port, "GET /");
+        client.send("\r\n");
+        client.head().0
+    };
+    assert_eq!((ask(port), ask(port)), (204, 404));
+    answers.join().expect("a server");
+    // Its listener is gone with it.
+    assert_eq!(ask(port), 502);
+    let exposition = scrape(&daemon);
+    let counted = ["2xx", "3xx", "4xx", "5xx"]
+        .map(|status| exposition.get("mica_proxied_requests_total", &[("status", status)]));
+    assert_eq!(counted, [1.0, 0.0, 1.0, 1.0]);
+    assert_eq!(exposition.get("mica_proxied_request_seconds_count", &[]), 3.0);
+    assert!(exposition.get("mica_proxied_request_seconds_sum", &[]) > 0.0);
 }
 
 #[test]
