@@ -152,6 +152,22 @@ def test_idle_streams_are_held_to_a_bound():
     assert nothing.returncode == 1 and "--idle-streams above 0" in nothing.stderr, nothing.stderr
 
 
+def test_what_the_proxy_adds_is_held_to_a_bound():
+    words = [
+        *(PROGRAMS / "bench-proxy", "--mica", PROGRAMS / "mica", "--standin", PROGRAMS / "standin-vm"),
+        *("--requests", "100", "--added-us-max"),
+    ]
+
+    def held_to(most):
+        ran = [*words, most]
+        return subprocess.run(list(map(str, ran)), capture_output=True, text=True, check=False, timeout=120)
+
+    over = held_to("0.001")
+    assert over.returncode == 1 and "the proxy adds" in over.stderr and "0.001 may be" in over.stderr, over.stderr
+    within = held_to("1000000")
+    assert within.returncode == 0 and "through the proxy" in within.stdout, within.stderr
+
+
 def test_the_registrys_report_is_as_the_engines_and_is_compared(tmp_path):
     report, worse, page = (tmp_path / name for name in ("report.json", "worse.json", "page.html"))
     ran = mica_bench("registry", "--batches", "3", "-o", report)
