@@ -10,7 +10,9 @@ mod cache;
 mod cpio;
 mod debian;
 mod image;
+mod layers;
 mod list;
+mod oci;
 mod preset;
 mod rootfs;
 mod runner;
@@ -125,6 +127,10 @@ struct BuildArgs {
     /// What it is built from.
     #[arg(long, value_enum, default_value = "debootstrap")]
     from: Source,
+    /// An image of containers, based on Debian, in a file: what `docker save` or `skopeo copy docker://…
+    /// oci-archive:FILE` wrote. It is built on that in place of debootstrap's Debian.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["preset", "kernels"])]
+    image: Option<PathBuf>,
     /// What it contains; by default the preset of its name, or else `base`.
     #[arg(long, value_enum)]
     preset: Option<Preset>,
@@ -244,9 +250,10 @@ fn run_build(store: &Path, args: &BuildArgs) -> Result<()> {
         .join("templates");
     let request = build::BuildRequest {
         name: args.name.clone(),
+        image: args.image.clone(),
         contents: build::contents(
             &args.name,
-            args.preset,
+            args.image.as_ref().map(|_| Preset::Base).or(args.preset),
             &args.packages,
             &args.pip,
             &args.kernels,

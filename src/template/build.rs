@@ -48,6 +48,8 @@ pub struct BuildRequest {
     pub name: TemplateName,
     /// What it contains.
     pub contents: Contents,
+    /// The image of containers that it is built on, in place of debootstrap's Debian.
+    pub image: Option<PathBuf>,
     /// vCPUs of a sandbox.
     pub vcpus: VcpuCount,
     /// Memory of a sandbox.
@@ -116,7 +118,10 @@ pub fn build(store_dir: &Path, cache_dir: &Path, request: &BuildRequest) -> Resu
     let cache = Cache::open(cache_dir, request.force, &runner)?;
     let kernel = boot::kernel(&runner, &cache, &plan.kernel, &plan.package)?;
     let initramfs = boot::initramfs(&runner, &cache, &plan.initramfs, &kernel, &request.agent)?;
-    let base = rootfs::base(&runner, &cache, &plan.base, &plan.mirrors, &BASE_PACKAGES)?;
+    let base = match &request.image {
+        Some(image) => rootfs::image(&runner, &cache, &plan.base, image)?,
+        None => rootfs::base(&runner, &cache, &plan.base, &plan.mirrors, &BASE_PACKAGES)?,
+    };
     let root = rootfs::layer(&runner, &cache, &plan.rootfs, &base, &request.contents)?;
     let disk = image::disk(&runner, &cache, &plan.disk, &root, request.disk_mib)?;
     let files = [
@@ -158,7 +163,10 @@ fn commit(
 fn plan(runner: &Runner, cache_dir: &Path, request: &BuildRequest) -> Result<Plan> {
     boot::read_agent(&request.agent)?;
     let Answers { mirrors, package } = apt_memo::ask(runner, cache_dir)?;
-    let base = rootfs::base_key(&mirrors, &BASE_PACKAGES);
+    let base = match &request.image {
+        Some(image) => rootfs::image_key(&Key::of_file(image)?),
+        None => rootfs::base_key(&mirrors, &BASE_PACKAGES),
+    };
     let rootfs = rootfs::layer_key(&base, &request.contents);
     let disk = image::key(&rootfs, request.disk_mib);
     let kernel = boot::kernel_key(&package);

@@ -2,7 +2,10 @@
 //!
 //! Called by the build. Refuses names of packages that could be read as options.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, bail};
+use serde_json::json;
 
 use super::debian::{is_package, is_requirement};
 
@@ -156,16 +159,14 @@ fn once(items: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 impl Contents {
-    /// The agent's configuration file in the root file system.
-    pub fn template_json(&self) -> String {
+    /// The agent's configuration file in the root file system, with the environment of its base.
+    pub fn template_json(&self, env: &BTreeMap<String, String>) -> String {
         let kernels: &[&str] = if self.interpreter { &INTERPRETER_KERNELS } else { &[] };
-        let quoted: Vec<String> = kernels.iter().map(|name| format!("\"{name}\"")).collect();
-        format!(
-            "{{\"default_user\":\"user\",\"workdir\":\"/home/user\",\"env\":{{}},\
-             \"services\":{{\"interpreter\":{},\"kernels\":[{}]}}}}\n",
-            self.interpreter,
-            quoted.join(",")
-        )
+        let services = json!({ "interpreter": self.interpreter, "kernels": kernels });
+        let settings = json!({
+            "default_user": "user", "workdir": "/home/user", "env": env, "services": services,
+        });
+        format!("{settings}\n")
     }
 }
 
@@ -179,11 +180,13 @@ mod tests {
         let contents = Preset::CodeInterpreterV1.contents(&[], &pip, &[]).unwrap();
         assert_eq!(contents.pip.last().map(String::as_str), Some("scipy"));
         assert_eq!(contents.pip.iter().filter(|p| *p == "numpy").count(), 1);
-        let json = contents.template_json();
+        let env = BTreeMap::from([("A".to_owned(), "a \"b\"".to_owned())]);
+        let json = contents.template_json(&env);
         assert!(
             json.contains("\"interpreter\":true,\"kernels\":[\"javascript\",\"bash\"]"),
             "{json}"
         );
+        assert!(json.contains(r#""env":{"A":"a \"b\""}"#), "{json}");
         assert_eq!(Preset::for_name("base"), Preset::Base);
         assert_eq!(Preset::for_name("code-interpreter-v1"), Preset::CodeInterpreterV1);
         assert!(Preset::Base.contents(&["--force-yes".to_owned()], &[], &[]).is_err());

@@ -1,8 +1,9 @@
-//! Builds root file systems: debootstrap, packages, users, Python.
+//! Builds root file systems: debootstrap or an image of containers, packages, users, Python.
 //!
 //! Called by the build. Refuses to touch the machine: every recipe runs in a mount and a PID
 //! namespace of its own, whose mounts and processes end with it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,17 +14,24 @@ use anyhow::{Context, Result};
 
 use super::cache::{Cache, Key};
 use super::debian::{Mirrors, SUITE, proxy_config};
+use super::layers::Root;
+use super::oci::Image;
 use super::preset::Contents;
 use super::runner::{Runner, bound_to_us};
 
 const ENTER: &str = include_str!("recipe/enter.sh");
 const BASE: &str = include_str!("recipe/base.sh");
+const ADOPT: &str = include_str!("recipe/adopt.sh");
 const PACKAGES: &str = include_str!("recipe/packages.sh");
 const PIP: &str = include_str!("recipe/pip.sh");
 const INTERPRETER: &str = include_str!("recipe/interpreter.sh");
 const FINISH: &str = include_str!("recipe/finish.sh");
 /// Raised when this file changes what a root file system looks like; the recipes count anyway.
 const VERSION: &str = "2";
+/// Where a recipe mounts what it needs; an image may lack them.
+const MOUNTED_ON: [&str; 6] = ["proc", "run", "tmp", "dev", "etc", "sys"];
+/// Beside the root of an image.
+const ENV_FILE: &str = "env.json";
 /// The machine's certificates, with those of its own proxies.
 const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const CHROOT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -50,15 +58,62 @@ pub fn base_key(mirrors: &Mirrors, packages: &[&str]) -> Key {
     ])
 }
 
+/// The key of what an image of containers becomes. `archive` is that of its file.
+pub fn image_key(archive: &Key) -> Key {
+    Key::of(&[
+        ("version", VERSION),
+        ("archive", archive.as_str()),
+        ("recipes", &[ENTER, ADOPT, FINISH].concat()),
+    ])
+}
+
 /// The key of a template's own root file system.
 pub fn layer_key(base: &Key, contents: &Contents) -> Key {
     Key::of(&[
         ("base", base.as_str()),
         ("packages", &contents.packages.join(" ")),
         ("pip", &contents.pip.join(" ")),
-        ("template.json", &contents.template_json()),
+        ("template.json", &contents.template_json(&BTreeMap::new())),
         ("recipes", &[ENTER, PACKAGES, PIP, INTERPRETER, FINISH].concat()),
     ])
+}
+
+/// What a template's own root file system is built on.
+#[derive(Debug)]
+pub struct Base {
+    root: PathBuf,
+    /// What commands find in their environment: nothing but an image has any.
+    env: BTreeMap<String, String>,
+}
+
+/// Makes, or takes from the cache, a root file system of an image of containers.
+///
+/// # Errors
+/// When a step fails; the message names it.
+pub fn image(runner: &Runner, cache: &Cache, key: &Key, archive: &Path) -> Result<Base> {
+    let stage = cache.stage(runner, "image", key, |out| {
+        let root = out.join("root");
+        fs::create_dir(&root).with_context(|| format!("could not make {}", root.display()))?;
+        let image = Image::open(runner, cache, archive)?;
+        let mut applied = Root::open(&root)?;
+        for (number, layer) in (1..).zip(image.layers()) {
+            runner.say("image", &format!("layer {number} of {}", image.count()))?;
+            applied
+                .apply(runner, layer?)
+                .with_context(|| format!("could not apply layer {number}"))?;
+        }
+        for dir in MOUNTED_ON {
+            applied.directory(Path::new(dir)).with_context(|| format!("could not make /{dir}"))?;
+        }
+        recipe::<&str>(runner, cache, "image adoption", &root, ADOPT, &[])?;
+        recipe::<&str>(runner, cache, "image clean-up", &root, FINISH, &[])?;
+        neutral_network_files(&root)?;
+        let env = serde_json::to_vec(&image.env).context("could not write its environment")?;
+        fs::write(out.join(ENV_FILE), env).context("could not write its environment")
+    })?;
+    let env = fs::read(stage.join(ENV_FILE)).context("could not read the image's environment")?;
+    let env = serde_json::from_slice(&env).context("could not read the image's environment")?;
+    Ok(Base { root: stage.join("root"), env })
 }
 
 /// Builds, or takes from the cache, the minimal system; its directory is `root` in the stage.
@@ -71,7 +126,7 @@ pub fn base(
     key: &Key,
     mirrors: &Mirrors,
     packages: &[&str],
-) -> Result<PathBuf> {
+) -> Result<Base> {
     let stage = cache.stage(runner, "base", key, |out| {
         let root = out.join("root");
         debootstrap(runner, &root, mirrors)?;
@@ -82,7 +137,7 @@ pub fn base(
         recipe::<&str>(runner, cache, "base clean-up", &root, FINISH, &[])?;
         neutral_network_files(&root)
     })?;
-    Ok(stage.join("root"))
+    Ok(Base { root: stage.join("root"), env: BTreeMap::new() })
 }
 
 /// Builds, or takes from the cache, a template's own root file system on top of `base`.
@@ -93,13 +148,13 @@ pub fn layer(
     runner: &Runner,
     cache: &Cache,
     key: &Key,
-    base: &Path,
+    base: &Base,
     contents: &Contents,
 ) -> Result<PathBuf> {
     let stage = cache.stage(runner, "rootfs", key, |out| {
         let root = out.join("root");
         let mut copy = bound_to_us("cp");
-        copy.args(["--archive", "--reflink=auto"]).arg(base).arg(&root);
+        copy.args(["--archive", "--reflink=auto"]).arg(&base.root).arg(&root);
         runner.run("rootfs copy", copy)?;
         if !contents.packages.is_empty() {
             recipe(runner, cache, "rootfs packages", &root, PACKAGES, &contents.packages)?;
@@ -113,7 +168,7 @@ pub fn layer(
         }
         let json = root.join("etc/mica/template.json");
         fs::create_dir_all(root.join("etc/mica"))
-            .and_then(|()| fs::write(&json, contents.template_json()))
+            .and_then(|()| fs::write(&json, contents.template_json(&base.env)))
             .with_context(|| format!("could not write {}", json.display()))?;
         recipe::<&str>(runner, cache, "rootfs clean-up", &root, FINISH, &[])?;
         neutral_network_files(&root)

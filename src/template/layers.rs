@@ -1,0 +1,216 @@
+//! Applies the layers of a container image to a directory: the changesets of layer.md of the OCI image
+//! specification, with the files that say what is gone.
+//!
+//! Called by the build, with streams of tar. Every path is resolved within the directory, as if it were the root: no link
+//! in the image leads out of it. Refuses names that step out; leaves out device nodes, which a sandbox has of its own.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::{Mode, OFlags, ResolveFlags, XattrFlags, openat2};
+use rustix::io::Errno;
+use tar::{Entry, EntryType};
+
+use super::oci::within;
+use super::runner::Runner;
+
+const GONE: &[u8] = b".wh.";
+const ALL_GONE: &[u8] = b".wh..wh..opq";
+const XATTR: &str = "SCHILY.xattr.";
+
+/// A directory that layers are applied to, and what the layer at hand has put there.
+#[derive(Debug)]
+pub struct Root {
+    dir: OwnedFd,
+    of_this_layer: HashSet<PathBuf>,
+}
+
+/// A directory of the image, and a name in it.
+struct Place {
+    parent: OwnedFd,
+    name: std::ffi::OsString,
+}
+
+impl Place {
+    /// A path that leads there through the open directory, whatever its own path has become.
+    fn path(&self) -> PathBuf {
+        Path::new("/proc/self/fd").join(self.parent.as_raw_fd().to_string()).join(&self.name)
+    }
+}
+
+impl Root {
+    /// # Errors
+    /// When the directory cannot be opened.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(dir, flags, Mode::empty())
+            .with_context(|| format!("could not open {}", dir.display()))?;
+        Ok(Self { dir, of_this_layer: HashSet::new() })
+    }
+
+    /// Makes a directory, and those above it, where it is not there.
+    ///
+    /// # Errors
+    /// When something else has its name.
+    pub fn directory(&self, path: &Path) -> Result<()> {
+        self.open_dir(path).map(drop)
+    }
+
+    /// Applies one layer.
+    ///
+    /// # Errors
+    /// When it is damaged, or a file cannot be made; the message names it.
+    pub fn apply(&mut self, runner: &Runner, layer: impl Read) -> Result<()> {
+        self.of_this_layer.clear();
+        for entry in tar::Archive::new(layer).entries()? {
+            runner.check()?;
+            let mut entry = entry.context("the layer is damaged")?;
+            if entry.header().entry_type() == EntryType::XGlobalHeader {
+                continue;
+            }
+            let path = within(&entry.path().context("the layer is damaged")?)?;
+            self.take(&mut entry, &path).with_context(|| format!("`/{}`", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn take<R: Read>(&mut self, entry: &mut Entry<R>, path: &Path) -> Result<()> {
+        let Some(name) = path.file_name() else {
+            return Ok(());
+        };
+        let parent = self.open_dir(path.parent().unwrap_or(Path::new("")))?;
+        if name.as_bytes() == ALL_GONE {
+            return self.empty(path.parent().unwrap_or(Path::new("")), &parent);
+        }
+        if let Some(gone) = name.as_bytes().strip_prefix(GONE) {
+            if matches!(gone, b"" | b"." | b"..") {
+                bail!("it says that a directory itself is gone");
+            }
+            let place = Place { parent, name: OsStr::from_bytes(gone).to_owned() };
+            return remove(&place.path());
+        }
+        let place = Place { parent, name: name.to_owned() };
+        self.make(entry, &place)?;
+        self.of_this_layer.insert(path.to_path_buf());
+        Ok(())
+    }
+
+    /// Opens a directory of the image, made where it is not there.
+    fn open_dir(&self, path: &Path) -> Result<OwnedFd> {
+        let here = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match openat2(&self.dir, here, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+            Ok(dir) => return Ok(dir),
+            Err(Errno::NOENT) if path.file_name().is_some() => {}
+            Err(error) => return Err(error.into()),
+        }
+        let parent = self.open_dir(path.parent().unwrap_or(Path::new("")))?;
+        let place = Place { parent, name: path.file_name().unwrap_or_default().to_owned() };
+        if fs::symlink_metadata(place.path()).is_ok_and(|there| there.is_symlink()) {
+            bail!("`/{}` is a link that leads nowhere in the image", path.display());
+        }
+        DirBuilder::new().mode(0o755).create(place.path())?;
+        Ok(openat2(&self.dir, here, flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
+    }
+
+    /// Removes from a directory what lower layers had put there.
+    fn empty(&self, path: &Path, dir: &OwnedFd) -> Result<()> {
+        let here = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
+        for entry in fs::read_dir(&here)? {
+            let name = entry?.file_name();
+            let own = path.join(&name);
+            let is_new = |one: &PathBuf| one.starts_with(&own);
+            if !self.of_this_layer.iter().any(is_new) {
+                remove(&here.join(&name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make<R: Read>(&self, entry: &mut Entry<R>, place: &Place) -> Result<()> {
+        let path = place.path();
+        let kind = entry.header().entry_type();
+        let is_dir = fs::symlink_metadata(&path).is_ok_and(|there| there.is_dir());
+        if !(is_dir && kind.is_dir()) {
+            remove(&path)?;
+        }
+        let mode = entry.header().mode()? & 0o7777;
+        match kind {
+            EntryType::Directory => {
+                if !is_dir {
+                    DirBuilder::new().mode(0o700).create(&path)?;
+                }
+            }
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                let mut options = OpenOptions::new();
+                options.write(true).create_new(true).mode(0o600);
+                io::copy(entry, &mut options.open(&path)?)?;
+            }
+            EntryType::Symlink => symlink(target(entry)?, &path)?,
+            EntryType::Link => {
+                let to = within(&target(entry)?)?;
+                let parent = self.open_dir(to.parent().unwrap_or(Path::new("")))?;
+                let to = Place { parent, name: to.file_name().unwrap_or_default().to_owned() };
+                // Its owner and mode are those of the file that it is.
+                return Ok(fs::hard_link(to.path(), &path)?);
+            }
+            EntryType::Fifo => {
+                rustix::fs::mkfifoat(&place.parent, &place.name, Mode::RUSR | Mode::WUSR)?;
+            }
+            EntryType::Char | EntryType::Block => return Ok(()),
+            other => bail!("an entry of kind {other:?} is not known"),
+        }
+        own(entry, &path, mode)
+    }
+}
+
+/// Owner, mode, attributes and time. The mode comes after the owner, whose change takes setuid away.
+fn own<R: Read>(entry: &mut Entry<R>, path: &Path, mode: u32) -> Result<()> {
+    let id = |id: io::Result<u64>| -> Result<u32> { Ok(u32::try_from(id?)?) };
+    let (uid, gid) = (id(entry.header().uid())?, id(entry.header().gid())?);
+    lchown(path, Some(uid), Some(gid))?;
+    if entry.header().entry_type().is_symlink() {
+        return Ok(());
+    }
+    fs::set_permissions(path, Permissions::from_mode(mode))?;
+    attributes(entry, path)?;
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(entry.header().mtime()?);
+    let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW;
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(flags.bits().cast_signed()).open(path)?;
+    Ok(File::set_modified(&file, time)?)
+}
+
+/// Extended attributes, such as what a program may do without being root.
+fn attributes<R: Read>(entry: &mut Entry<R>, path: &Path) -> Result<()> {
+    let Some(extensions) = entry.pax_extensions()? else { return Ok(()) };
+    for extension in extensions {
+        let extension = extension?;
+        let Some(name) = extension.key()?.strip_prefix(XATTR) else { continue };
+        rustix::fs::setxattr(path, name, extension.value_bytes(), XattrFlags::empty())
+            .with_context(|| format!("the attribute {name}"))?;
+    }
+    Ok(())
+}
+
+fn target<R: Read>(entry: &Entry<R>) -> Result<PathBuf> {
+    let link = entry.link_name()?.ok_or_else(|| anyhow!("a link without a target"))?;
+    Ok(link.into_owned())
+}
+
+/// Removes whatever is there, and follows no link.
+fn remove(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(there) if there.is_dir() => Ok(fs::remove_dir_all(path)?),
+        Ok(_) => Ok(fs::remove_file(path)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
