@@ -2,11 +2,11 @@
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
+use mica_numa::facts::{Facts, KvmKind, Limit};
 use mica_numa::preflight;
 
-use super::facts::{Facts, Limit};
 use super::finding::Finding;
-use crate::kvm_kind::KvmKind;
+use super::probe::Probed;
 
 /// Kernel features that Mica uses, the version that brought each, and what is lost without.
 const FEATURES: [(&str, (u32, u32), &str); 2] = [
@@ -33,9 +33,9 @@ const MOUNT_PROC: &str = "mount -t proc proc /proc";
 const FILES_MIN: u64 = 16 * 1024;
 
 /// The findings of this family.
-pub fn judge(facts: &Facts) -> Vec<Finding> {
+pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
     let mut findings = vec![kvm(&facts.kvm), root(facts.is_root), kernel(facts.kernel.as_deref())];
-    findings.push(io_uring(facts));
+    findings.push(io_uring(facts, probed));
     findings.push(memlock(facts));
     findings.push(open_files(facts));
     findings
@@ -101,9 +101,9 @@ fn kernel(release: Option<&str>) -> Finding {
         .mend(format!("install Linux 6.7 or newer; {NEWER_KERNEL}"))
 }
 
-fn io_uring(facts: &Facts) -> Finding {
+fn io_uring(facts: &Facts, probed: &Probed) -> Finding {
     let disabled = facts.io_uring_disabled.unwrap_or(0);
-    match &facts.probed.io_uring {
+    match &probed.io_uring {
         Ok(missing) if missing.is_empty() => {
             let finding = "a ring was made, with every operation that is used".to_owned();
             if disabled == 0 {
@@ -137,7 +137,7 @@ fn memlock(facts: &Facts) -> Finding {
             .mend(format!("{MOUNT_PROC}; ulimit -l"));
     };
     let is_enough = hard.is_none_or(|hard| hard >= wanted);
-    match (is_enough, facts.may_raise_limits) {
+    match (is_enough, facts.may_raise_limits()) {
         (true, _) => {
             Finding::ok("memlock", format!("{}; {wanted} bytes are needed at most", shown(hard)))
         }
@@ -164,7 +164,7 @@ fn open_files(facts: &Facts) -> Finding {
     let wanted = preflight::OPEN_FILES;
     // Nobody can be given more than this, root neither.
     let ceiling = facts.nr_open.unwrap_or(wanted);
-    let reached = match facts.may_raise_limits {
+    let reached = match facts.may_raise_limits() {
         Some(true) => ceiling.min(wanted),
         _ => hard.map_or(ceiling, |hard| hard.min(ceiling)),
     };

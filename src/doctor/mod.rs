@@ -5,11 +5,10 @@
 //! looks away. Refuses to guess: what cannot be read is said to be unknown.
 //!
 //! ```text
-//! facts (the only one that looks) ──▶ Facts ──▶ machine, processor, memory, storage, cgroups ──▶ findings ──▶ show
+//! files (`mica_numa::facts`), system calls (probe) ──▶ Seen ──▶ machine, processor, memory, storage, cgroups ──▶ findings ──▶ show
 //! ```
 
 mod cgroups;
-mod facts;
 mod finding;
 mod machine;
 mod memory;
@@ -26,8 +25,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use facts::Facts;
 use finding::{Finding, Status};
+use mica_numa::facts::Facts;
+use probe::Probed;
 
 /// What to look at.
 #[derive(Args, Debug)]
@@ -50,8 +50,9 @@ pub struct DoctorArgs {
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let store = std::path::absolute(&args.store).context("--store")?;
     let cgroup = std::path::absolute(&args.cgroup_root).context("--cgroup-root")?;
-    let facts = Facts::read(Path::new("/"), &store, &cgroup, probe::this_machine(&store));
-    let findings = judge(&facts);
+    let probed = probe::this_machine(&store);
+    let facts = Facts::read(Path::new("/"), &store, &cgroup, probed.kvm_device);
+    let findings = judge(&Seen { facts, probed });
     let text = if args.json { show::json(&findings)? } else { show::text(&findings) };
     std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")?;
     let failing = findings.iter().filter(|finding| finding.status == Status::Fail).count();
@@ -61,13 +62,20 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     Ok(())
 }
 
-/// What there is to say about a machine. Depends on the facts alone.
-fn judge(facts: &Facts) -> Vec<Finding> {
+/// A machine: what its files say, and what it answered.
+#[derive(Debug)]
+struct Seen {
+    facts: Facts,
+    probed: Probed,
+}
+
+/// What there is to say about a machine. Depends on what was seen alone.
+fn judge(Seen { facts, probed }: &Seen) -> Vec<Finding> {
     let families = [
-        machine::judge(facts),
+        machine::judge(facts, probed),
         processor::judge(facts),
         memory::judge(facts),
-        storage::judge(facts),
+        storage::judge(facts, probed),
         cgroups::judge(facts),
     ];
     families.into_iter().flatten().collect()

@@ -2,9 +2,11 @@
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
-use super::facts::{Disk, Facts};
+use mica_numa::facts::{Disk, Facts};
+
 use super::finding::Finding;
 use super::machine::NEWER_KERNEL;
+use super::probe::Probed;
 
 /// The alignment that the store's writers keep to.
 const BLOCK_BYTES: u32 = 4096;
@@ -30,8 +32,8 @@ fn partition(facts: &Facts) -> String {
 }
 
 /// The findings of this family.
-pub fn judge(facts: &Facts) -> Vec<Finding> {
-    let mut findings = vec![clones(facts), direct(facts)];
+pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
+    let mut findings = vec![clones(facts, probed), direct(facts, probed)];
     match &facts.store.disk {
         None => findings.push(
             Finding::note("device", "unknown, or the store is not on one")
@@ -43,10 +45,10 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-fn clones(facts: &Facts) -> Finding {
+fn clones(facts: &Facts, probed: &Probed) -> Finding {
     let kind = facts.store.file_system.as_deref().unwrap_or("an unknown file system");
     let found = format!("{}: {kind}", facts.store.path.display());
-    match facts.probed.clones {
+    match probed.clones {
         Some(true) => Finding::ok("reflink", format!("{found}, clones files")),
         Some(false) => Finding::warn("reflink", format!("{found}, does not clone files"))
             .costs("every create, snapshot and fork copies a whole disk")
@@ -59,9 +61,9 @@ fn clones(facts: &Facts) -> Finding {
     }
 }
 
-fn direct(facts: &Facts) -> Finding {
+fn direct(facts: &Facts, probed: &Probed) -> Finding {
     let check = "direct I/O";
-    let Some(direct) = facts.probed.direct else {
+    let Some(direct) = probed.direct else {
         return Finding::note(check, "the kernel does not tell how it must be aligned")
             .costs("where the file system takes no blocks of 4096 bytes, writes go through the page cache")
             .mend(format!("{NEWER_KERNEL}; {}", pool(facts)));

@@ -7,11 +7,11 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::facts::{Disk, Facts, Limit};
+use mica_numa::facts::{Disk, Facts, KvmKind, Limit};
+
 use super::finding::{Finding, Status};
 use super::probe::{Direct, Probed};
-use super::{judge, show};
-use crate::kvm_kind::KvmKind;
+use super::{Seen, judge, show};
 
 /// A tree of files that goes with the value.
 struct Tree(PathBuf);
@@ -27,9 +27,10 @@ impl Tree {
         Self(root)
     }
 
-    fn read(&self, probed: Probed) -> Facts {
+    fn read(&self, probed: Probed) -> Seen {
         let (store, cgroup) = ("/var/lib/mica", "/sys/fs/cgroup/mica");
-        Facts::read(&self.0, Path::new(store), Path::new(cgroup), probed)
+        let (store, cgroup) = (Path::new(store), Path::new(cgroup));
+        Seen { facts: Facts::read(&self.0, store, cgroup, probed.kvm_device), probed }
     }
 }
 
@@ -210,30 +211,30 @@ const COMMANDS: [&str; 8] = [
 
 #[test]
 fn what_mends_a_thing_is_a_command() {
-    let with = |name: &str, change: fn(&mut Facts)| {
-        let mut facts = Tree::new(name, BAD).read(bad_answers());
-        change(&mut facts);
-        judge(&facts)
+    let with = |name: &str, change: fn(&mut Facts, &mut Probed)| {
+        let mut seen = Tree::new(name, BAD).read(bad_answers());
+        change(&mut seen.facts, &mut seen.probed);
+        judge(&seen)
     };
     let of = |findings: &[Finding], check: &str| {
         let finding = findings.iter().find(|finding| finding.check == check).unwrap().clone();
         assert!(!finding.costs.is_empty(), "{finding:?}");
         finding.mend
     };
-    let bad = with("mends", |_| {});
-    let other = with("other-mends", |facts| {
+    let bad = with("mends", |_, _| {});
+    let other = with("other-mends", |facts, probed| {
         facts.kvm = KvmKind::Pvm;
-        facts.probed.clones = None;
-        facts.probed.direct = Some(Direct { memory_bytes: 512, offset_bytes: 8192 });
+        probed.clones = None;
+        probed.direct = Some(Direct { memory_bytes: 512, offset_bytes: 8192 });
         facts.store.disk.as_mut().unwrap().backing_file = Some("/pool.img".to_owned());
     });
-    let few = with("few-queues", |facts| {
+    let few = with("few-queues", |facts, _| {
         facts.store.disk.as_mut().unwrap().is_rotational = Some(false);
         facts.is_root = None;
     });
     // Root of a container, whose limits are the container's.
-    let bounded = with("bounded", |facts| {
-        (facts.is_root, facts.may_raise_limits) = (Some(true), Some(false));
+    let bounded = with("bounded", |facts, _| {
+        (facts.is_root, facts.capabilities) = (Some(true), Some(0));
         facts.open_files = Some(Limit { soft: Some(1024), hard: Some(20_000) });
         facts.nr_open = Some(1 << 20);
     });
@@ -277,7 +278,7 @@ fn the_document_has_a_row_for_every_check_and_for_nothing_else() {
 
 #[test]
 fn facts_are_read_as_the_kernel_writes_them() {
-    let facts = Tree::new("facts", BAD).read(bad_answers());
+    let facts = Tree::new("facts", BAD).read(bad_answers()).facts;
     assert_eq!(facts.memlock, Some(Limit { soft: Some(65536), hard: Some(65536) }));
     assert_eq!((facts.cpus, facts.nodes, facts.is_root), (2, 2, Some(false)));
     assert_eq!(facts.swaps, ["/swap.img"]);
@@ -292,7 +293,7 @@ fn facts_are_read_as_the_kernel_writes_them() {
     // Btrfs has a device number of its own; its source names the disk.
     let btrfs = "22 1 0:30 / / rw - btrfs /dev/sda1 rw\n";
     let files = [("proc/self/mountinfo", btrfs), ("sys/block/sda/sda1/dev", "8:1\n")];
-    let facts = Tree::new("btrfs", &files).read(bad_answers());
+    let facts = Tree::new("btrfs", &files).read(bad_answers()).facts;
     assert_eq!(facts.store.disk.map(|disk| disk.name).as_deref(), Some("sda"));
     assert_eq!(facts.store.file_system.as_deref(), Some("btrfs"));
 }
