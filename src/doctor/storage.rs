@@ -34,14 +34,15 @@ fn partition(facts: &Facts) -> String {
 /// The findings of this family.
 pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
     let mut findings = vec![clones(facts, probed), direct(facts, probed)];
-    match &facts.store.disk {
-        None => findings.push(
+    if facts.store.disks.is_empty() {
+        findings.push(
             Finding::note("device", "unknown, or the store is not on one")
                 .costs("how fast snapshots are acknowledged cannot be told, nor whether they outlive the power")
                 .mend(partition(facts)),
-        ),
-        Some(disk) => findings.extend([queues(facts, disk), scheduler(disk)]),
+        );
     }
+    findings.extend(facts.store.disks.iter().map(|disk| queues(facts, disk)));
+    findings.extend(facts.store.disks.iter().map(scheduler));
     findings
 }
 
@@ -82,7 +83,7 @@ fn direct(facts: &Facts, probed: &Probed) -> Finding {
         .costs("the store writes in blocks of 4096 bytes, which this file system takes through the page cache alone")
         .mend(format!(
             "blocks of 4096 bytes, which deletes what is there: nvme format --block-size=4096 /dev/{disk} && mkfs.xfs -f /dev/{disk}",
-            disk = facts.store.disk.as_ref().map_or("nvme1n1", |disk| disk.name.as_str())
+            disk = facts.store.disks.first().map_or("nvme1n1", |disk| disk.name.as_str())
         ))
 }
 
@@ -94,7 +95,8 @@ fn queues(facts: &Facts, disk: &Disk) -> Finding {
             .costs("one more file system below the store")
             .mend(partition(facts));
     }
-    let found = format!("{name}, queues: {queues}, processors: {cpus}");
+    let below = disk.volume.as_ref().map(|volume| format!(" below {volume}")).unwrap_or_default();
+    let found = format!("{name}{below}, queues: {queues}, processors: {cpus}");
     if *is_rotational == Some(true) && !name.starts_with("nvme") && !name.starts_with("vd") {
         return Finding::warn("device", format!("{found}, and it rotates"))
             .costs("a snapshot is acknowledged when it is on the device: each waits for the disk to turn")

@@ -226,10 +226,10 @@ fn what_mends_a_thing_is_a_command() {
         facts.kvm = KvmKind::Pvm;
         probed.clones = None;
         probed.direct = Some(Direct { memory_bytes: 512, offset_bytes: 8192 });
-        facts.store.disk.as_mut().unwrap().backing_file = Some("/pool.img".to_owned());
+        facts.store.disks[0].backing_file = Some("/pool.img".to_owned());
     });
     let few = with("few-queues", |facts, _| {
-        facts.store.disk.as_mut().unwrap().is_rotational = Some(false);
+        facts.store.disks[0].is_rotational = Some(false);
         facts.is_root = None;
     });
     // Root of a container, whose limits are the container's.
@@ -284,17 +284,18 @@ fn facts_are_read_as_the_kernel_writes_them() {
     assert_eq!(facts.swaps, ["/swap.img"]);
     let disk = Disk {
         name: "sda".to_owned(),
+        volume: None,
         queues: 1,
         scheduler: Some("mq-deadline".to_owned()),
         is_rotational: Some(true),
         backing_file: None,
     };
-    assert_eq!(facts.store.disk, Some(disk));
+    assert_eq!(facts.store.disks, [disk]);
     // Btrfs has a device number of its own; its source names the disk.
     let btrfs = "22 1 0:30 / / rw - btrfs /dev/sda1 rw\n";
     let files = [("proc/self/mountinfo", btrfs), ("sys/block/sda/sda1/dev", "8:1\n")];
     let facts = Tree::new("btrfs", &files).read(bad_answers()).facts;
-    assert_eq!(facts.store.disk.map(|disk| disk.name).as_deref(), Some("sda"));
+    assert_eq!(facts.store.disks.iter().map(|disk| &disk.name).collect::<Vec<_>>(), ["sda"]);
     assert_eq!(facts.store.file_system.as_deref(), Some("btrfs"));
 }
 
@@ -334,4 +335,30 @@ fn the_deepest_idle_state_that_is_on_is_what_a_hand_over_waits_for() {
     ]);
     assert_eq!(guest.status, Status::Note, "its C1 is not the hypervisor's: {guest:?}");
     assert!(guest.mend.contains("--cpu-latency-us 0") && deep.mend.contains("--cpu-latency-us 2"));
+}
+
+#[test]
+fn every_drive_below_a_volume_is_judged() {
+    let files: Vec<_> =
+        GOOD.iter().copied().filter(|(path, _)| !path.contains("mountinfo")).collect();
+    let below = [
+        ("proc/self/mountinfo", "40 22 253:0 / /var/lib/mica rw - xfs /dev/mapper/vg-mica rw\n"),
+        ("sys/block/dm-0/dev", "253:0\n"),
+        ("sys/block/dm-0/slaves/nvme0n1p2/dev", "259:2\n"),
+        ("sys/block/dm-0/slaves/nvme1n1p1/dev", "259:5\n"),
+        ("sys/block/nvme0n1/mq/0/cpu_list", "0-3\n"),
+        ("sys/block/nvme0n1/queue/scheduler", "none [mq-deadline]\n"),
+    ];
+    let findings = judge(&Tree::new("volume", &[&files[..], &below].concat()).read(good_answers()));
+    let of = |check: &str| -> Vec<(Status, &str)> {
+        let findings = findings.iter().filter(|finding| finding.check == check);
+        findings.map(|finding| (finding.status, &*finding.found)).collect()
+    };
+    let devices = [
+        (Status::Note, "nvme0n1 below dm-0, queues: 1, processors: 4"),
+        (Status::Ok, "nvme1n1 below dm-0, queues: 4, processors: 4"),
+    ];
+    assert_eq!(of("device"), devices);
+    let schedulers = [(Status::Warn, "mq-deadline on nvme0n1"), (Status::Ok, "none on nvme1n1")];
+    assert_eq!(of("scheduler"), schedulers);
 }

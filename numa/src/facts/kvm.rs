@@ -6,7 +6,6 @@
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
-use std::path::Path;
 
 /// What `/dev/kvm` is good for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,9 +27,27 @@ impl KvmKind {
     /// When `/proc/cpuinfo` cannot be read.
     pub fn detect() -> io::Result<Self> {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
-        let device = Path::new("/dev/kvm");
-        let opened = OpenOptions::new().read(true).write(true).open(device);
-        Ok(Self::from(&cpuinfo, opened.map_err(|error| error.kind())))
+        Ok(Self::from(&cpuinfo, Self::try_device()))
+    }
+
+    /// Whether this machine's `/dev/kvm` opens.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn try_device() -> Result<(), io::ErrorKind> {
+        let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+        opened.map(drop).map_err(|error| error.kind())
+    }
+
+    /// In a word.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Vmx => "vmx",
+            Self::Svm => "svm",
+            Self::Pvm => "pvm",
+            Self::Missing(_) => "none",
+        }
     }
 
     /// What processors with this `/proc/cpuinfo` and a `/dev/kvm` that opens so are good for.

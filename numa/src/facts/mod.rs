@@ -9,7 +9,7 @@ mod mounts;
 mod process;
 mod tree;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -57,6 +57,8 @@ pub struct Facts {
     pub cpus: usize,
     /// Memory nodes.
     pub nodes: usize,
+    /// Processor packages; 0 where the processors do not tell theirs.
+    pub packages: usize,
     /// `kernel.numa_balancing`.
     pub numa_balancing: Option<u64>,
     /// The word in brackets.
@@ -102,6 +104,7 @@ impl Facts {
             is_guest: cpuinfo.split_whitespace().any(|flag| flag == "hypervisor"),
             cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
             nodes: tree.nodes(),
+            packages: packages(&cpuinfo),
             numa_balancing: tree.number("proc/sys/kernel/numa_balancing"),
             huge_pages: tree.chosen("sys/kernel/mm/transparent_hugepage/enabled"),
             ksm_run: tree.number("sys/kernel/mm/ksm/run"),
@@ -122,6 +125,11 @@ impl Facts {
     pub fn may_raise_limits(&self) -> Option<bool> {
         self.is_capable(CAP_SYS_RESOURCE)
     }
+}
+
+fn packages(cpuinfo: &str) -> usize {
+    let ids = cpuinfo.lines().filter(|line| line.starts_with("physical id"));
+    ids.collect::<BTreeSet<_>>().len()
 }
 
 impl Tree<'_> {
@@ -145,5 +153,17 @@ impl Tree<'_> {
         let text = self.text("proc/swaps").unwrap_or_default();
         let names = text.lines().skip(1).filter_map(|line| line.split_whitespace().next());
         names.map(str::to_owned).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_counted_once() {
+        let cpuinfo = "processor\t: 0\nphysical id\t: 0\n\nprocessor\t: 1\nphysical id\t: 1\n\n\
+                       processor\t: 2\nphysical id\t: 0\n";
+        assert_eq!((packages(cpuinfo), packages("processor\t: 0\n")), (2, 0));
     }
 }
