@@ -1,4 +1,4 @@
-//! KVM, the kernel, io_uring, limits: what has to be there.
+//! KVM, the program of VM processes, the kernel, io_uring, limits: what has to be there.
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
@@ -27,18 +27,21 @@ pub(super) const NEWER_KERNEL: &str =
     "on Debian 12: apt install -t bookworm-backports linux-image-amd64 && reboot";
 
 /// Where the kernel says what it has.
-const MOUNT_PROC: &str = "mount -t proc proc /proc";
+pub(super) const MOUNT_PROC: &str = "mount -t proc proc /proc";
 
 /// Open files that are too few for a host of any size.
 const FILES_MIN: u64 = 16 * 1024;
 
 /// The findings of this family.
 pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
-    let mut findings = vec![kvm(&facts.kvm), root(facts.is_root), kernel(facts.kernel.as_deref())];
-    findings.push(io_uring(facts, probed));
-    findings.push(memlock(facts));
-    findings.push(open_files(facts));
-    findings
+    vec![
+        kvm(&facts.kvm),
+        program(probed),
+        kernel(facts.kernel.as_deref()),
+        io_uring(facts, probed),
+        memlock(facts),
+        open_files(facts),
+    ]
 }
 
 fn kvm(kind: &KvmKind) -> Finding {
@@ -61,15 +64,12 @@ fn kvm(kind: &KvmKind) -> Finding {
     }
 }
 
-fn root(is_root: Option<bool>) -> Finding {
-    match is_root {
-        Some(true) => Finding::ok("user", "root"),
-        Some(false) => Finding::fail("user", "not root")
-            .costs("VM processes cannot be jailed: each needs a user id and a control group of its own")
-            .mend("sudo mica serve; for this: sudo mica doctor"),
-        None => Finding::note("user", "unknown")
-            .costs("`mica serve` may find that it is not root, and refuse to start")
-            .mend(MOUNT_PROC),
+fn program(probed: &Probed) -> Finding {
+    match &probed.program {
+        Ok(path) => Finding::ok("program", path.display().to_string()),
+        Err(refused) => Finding::fail("program", refused.to_string())
+            .costs("each sandbox is a process of it, and `mica serve` does not start without")
+            .mend("cargo build --release -p mica-vmm, and put mica-vm beside mica; or name it with --vm-program"),
     }
 }
 

@@ -33,7 +33,7 @@ fn partition(facts: &Facts) -> String {
 
 /// The findings of this family.
 pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
-    let mut findings = vec![clones(facts, probed), direct(facts, probed)];
+    let mut findings = vec![writable(facts, probed), clones(facts, probed), direct(facts, probed)];
     if facts.store.disks.is_empty() {
         findings.push(
             Finding::note("device", "unknown, or the store is not on one")
@@ -44,6 +44,19 @@ pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
     findings.extend(facts.store.disks.iter().map(|disk| queues(facts, disk)));
     findings.extend(facts.store.disks.iter().map(scheduler));
     findings
+}
+
+fn writable(facts: &Facts, probed: &Probed) -> Finding {
+    match &probed.store {
+        Ok(()) => Finding::ok("store", format!("{} can be written", facts.store.path.display())),
+        Err(refused) => Finding::fail("store", refused.to_string())
+            .costs("`mica serve` does not start: templates and sandboxes have no place")
+            .mend(format!(
+                "mount -o remount,rw the file system there; chown root {0} && chmod 700 {0}; or give --store \
+                 another directory",
+                facts.store.path.display()
+            )),
+    }
 }
 
 fn clones(facts: &Facts, probed: &Probed) -> Finding {

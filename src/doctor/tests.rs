@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use mica_numa::facts::{Disk, Facts, KvmKind, Limit};
 
 use super::finding::{Finding, Status};
-use super::probe::{Direct, Probed};
+use super::probe::{Direct, Probed, Refused};
 use super::{Seen, judge, show};
 
 /// A tree of files that goes with the value.
@@ -97,10 +97,17 @@ const GOOD: &[(&str, &str)] = &[
     ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids rdma misc\n"),
 ];
 
+fn refused(path: &str, why: &str) -> Result<PathBuf, Refused> {
+    Err(Refused { path: PathBuf::from(path), why: why.to_owned() })
+}
+
 fn good_answers() -> Probed {
     Probed {
         kvm_device: Ok(()),
         io_uring: Ok(Vec::new()),
+        program: Ok(PathBuf::from("/usr/bin/mica-vm")),
+        store: Ok(()),
+        cgroup: Ok(()),
         clones: Some(true),
         direct: Some(Direct { memory_bytes: 512, offset_bytes: 512 }),
     }
@@ -147,6 +154,9 @@ fn bad_answers() -> Probed {
     Probed {
         kvm_device: Err(ErrorKind::PermissionDenied),
         io_uring: Err("io_uring is forbidden here (kernel.io_uring_disabled=2)".to_owned()),
+        program: refused("/usr/bin/mica-vm", "No such file or directory (os error 2)"),
+        store: refused("/var/lib", "Read-only file system (os error 30)").map(drop),
+        cgroup: refused("/sys/fs/cgroup", "Read-only file system (os error 30)").map(drop),
         clones: Some(false),
         direct: Some(Direct { memory_bytes: 0, offset_bytes: 0 }),
     }
@@ -198,7 +208,7 @@ fn a_machine_of_which_nothing_can_be_read_is_not_judged_by_guesses() {
 }
 
 /// What people can type as it is there.
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 10] = [
     "modprobe kvm_intel nested=1",
     "sudo mica serve",
     "mica pool create --size 100G --path /var/lib/mica",
@@ -207,6 +217,8 @@ const COMMANDS: [&str; 8] = [
     "sudo mica doctor --store /var/lib/mica",
     "mount -t proc proc /proc",
     "apt install -t bookworm-backports linux-image-amd64",
+    "cargo build --release -p mica-vmm",
+    "chown root /var/lib/mica && chmod 700 /var/lib/mica",
 ];
 
 #[test]
@@ -240,12 +252,15 @@ fn what_mends_a_thing_is_a_command() {
     });
     let found = |check| bounded.iter().find(|finding| finding.check == check).unwrap();
     assert!(found("open files").found.starts_with("20000 of"), "{:?}", found("open files"));
-    let [nested, serve, pool, mkfs, format, doctor, proc, apt] = COMMANDS;
+    let [nested, serve, pool, mkfs, format, doctor, proc, apt, build, chown] = COMMANDS;
     for (findings, check, command) in [
         (&other, "kvm", nested),
         (&bad, "kvm", serve),
         (&bad, "user", serve),
         (&few, "user", proc),
+        (&bad, "capabilities", serve),
+        (&bad, "program", build),
+        (&bad, "store", chown),
         (&bad, "kernel", apt),
         (&bad, "reflink", pool),
         (&bad, "reflink", mkfs),
@@ -361,4 +376,73 @@ fn every_drive_below_a_volume_is_judged() {
     assert_eq!(of("device"), devices);
     let schedulers = [(Status::Warn, "mq-deadline on nvme0n1"), (Status::Ok, "none on nvme1n1")];
     assert_eq!(of("scheduler"), schedulers);
+}
+
+/// A machine that is good but for one thing.
+fn good_but(name: &str, change: impl FnOnce(&mut Facts, &mut Probed)) -> Vec<Finding> {
+    let mut seen = Tree::new(name, GOOD).read(good_answers());
+    change(&mut seen.facts, &mut seen.probed);
+    judge(&seen)
+}
+
+/// The one that fails.
+fn failing(findings: &[Finding]) -> &Finding {
+    let failing: Vec<_> = findings.iter().filter(|f| f.status == Status::Fail).collect();
+    assert_eq!(failing.len(), 1, "{findings:#?}");
+    failing[0]
+}
+
+#[test]
+fn a_control_group_that_serve_cannot_make_fails() {
+    let findings = good_but("cgroup-read-only", |_, probed| {
+        probed.cgroup = refused("/sys/fs/cgroup", "Read-only file system (os error 30)").map(drop);
+    });
+    let finding = failing(&findings);
+    assert_eq!(finding.check, "cgroup");
+    assert_eq!(finding.found, "v2, /sys/fs/cgroup: Read-only file system (os error 30)");
+}
+
+#[test]
+fn a_control_group_that_can_hand_no_memory_out_fails() {
+    let findings = good_but("cgroup-busy", |facts, _| {
+        facts.cgroup.busy = Some(PathBuf::from("/sys/fs/cgroup/unit"));
+    });
+    let finding = failing(&findings);
+    assert!(finding.found.contains("processes are in /sys/fs/cgroup/unit"), "{finding:?}");
+    assert!(
+        finding.mend.contains("echo $p > /sys/fs/cgroup/unit/init/cgroup.procs"),
+        "{finding:?}"
+    );
+    // Where there is no memory to hand out, that is what fails.
+    let findings = good_but("cgroup-bare", |facts, _| {
+        facts.cgroup.busy = Some(PathBuf::from("/sys/fs/cgroup/unit"));
+        facts.cgroup.controllers.clear();
+    });
+    assert_eq!(failing(&findings).found, "v2, without memory and pids");
+}
+
+#[test]
+fn what_this_process_may_not_is_named() {
+    let findings = good_but("capabilities", |facts, _| {
+        // CAP_SETUID and CAP_SYS_ADMIN are not there.
+        facts.capabilities = Some(0x1ff_ffff_ffff & !(1 << 7 | 1 << 21));
+    });
+    let finding = failing(&findings);
+    assert_eq!(finding.found, "without CAP_SYS_ADMIN, CAP_SETUID");
+    assert!(finding.mend.contains("--cap-add=SYS_ADMIN --cap-add=SETUID"), "{finding:?}");
+    let findings = good_but("capabilities-unknown", |facts, _| facts.capabilities = None);
+    let finding = findings.iter().find(|finding| finding.check == "capabilities").unwrap();
+    assert_eq!(finding.status, Status::Note);
+}
+
+#[test]
+fn a_store_or_a_program_that_is_not_there_fails() {
+    let findings = good_but("store", |_, probed| {
+        probed.store = refused("/var/lib", "Permission denied (os error 13)").map(drop);
+    });
+    assert_eq!(failing(&findings).found, "/var/lib: Permission denied (os error 13)");
+    let findings = good_but("program", |_, probed| {
+        probed.program = refused("/opt/mica-vm", "it is no executable file");
+    });
+    assert_eq!(failing(&findings).found, "/opt/mica-vm: it is no executable file");
 }
