@@ -18,7 +18,8 @@ use crate::key::book::KeyPlaces;
 use crate::layout::PlanArgs;
 use crate::tls::TlsArgs;
 
-const VM_PROGRAM: &str = "mica-vm";
+/// What is beside this executable, and runs one virtual machine.
+pub const VM_PROGRAM: &str = "mica-vm";
 
 /// Everything `mica serve` can be told.
 #[derive(Args, Debug)]

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use mica_numa::facts::KvmKind;
 use mica_shards::StopSignal;
 use mica_storage::Reflink;
 use rustix::io::Errno;
@@ -19,7 +20,6 @@ use rustix::net::{
 
 use crate::config::ServeArgs;
 use crate::key::book::KeyBook;
-use crate::kvm_kind::KvmKind;
 use crate::{helper, signals, topology};
 
 /// How often, and how long between, an address is tried that is in use.

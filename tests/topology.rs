@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -156,6 +157,140 @@ fn the_pictures_in_the_documents_are_what_is_drawn() {
             "only the namespace"
         );
     }
+}
+
+/// A machine as `lstopo` writes it: nodes with so much memory, each with so many cores of two threads, four nodes
+/// a package. Siblings are numbered after all first threads.
+fn export(memory_gib: &[u64], cores: u32, distances: &str) -> String {
+    let nodes = u32::try_from(memory_gib.len()).unwrap();
+    let total = nodes * cores;
+    let set = |cpus: &[u32]| -> String {
+        let mut words = vec![0u32; (total as usize * 2).div_ceil(32)];
+        cpus.iter().for_each(|cpu| words[(cpu / 32) as usize] |= 1 << (cpu % 32));
+        words.iter().rev().map(|word| format!("0x{word:08x}")).collect::<Vec<_>>().join(",")
+    };
+    let all: Vec<u32> = (0..total * 2).collect();
+    let mut text = format!(
+        "<?xml version=\"1.0\"?>\n<!DOCTYPE topology SYSTEM \"hwloc2.dtd\">\n<topology version=\"2.0\">\n\
+         <object type=\"Machine\" cpuset=\"{}\" nodeset=\"0x{:x}\">\n",
+        set(&all),
+        (1u64 << nodes) - 1
+    );
+    for (node, gib) in (0..nodes).zip(memory_gib) {
+        let firsts: Vec<u32> = (node * cores..(node + 1) * cores).collect();
+        let cpus = set(&firsts.iter().flat_map(|cpu| [*cpu, cpu + total]).collect::<Vec<_>>());
+        let (package, bytes) = (node / 4, gib << 30);
+        writeln!(
+            text,
+            "<object type=\"Package\" os_index=\"{package}\" cpuset=\"{cpus}\">\n\
+             <object type=\"NUMANode\" os_index=\"{node}\" cpuset=\"{cpus}\" local_memory=\"{bytes}\"/>"
+        )
+        .unwrap();
+        for cpu in firsts {
+            let (sibling, core) = (cpu + total, set(&[cpu, cpu + total]));
+            writeln!(
+                text,
+                "<object type=\"Core\" cpuset=\"{core}\"><object type=\"PU\" os_index=\"{cpu}\"/>\
+                 <object type=\"PU\" os_index=\"{sibling}\"/></object>"
+            )
+            .unwrap();
+        }
+        text += "</object>\n";
+    }
+    text + "</object>\n" + distances + "</topology>\n"
+}
+
+/// Where a rectangle of a picture is: x, y, and where it ends.
+type Place = [u32; 4];
+
+/// The rectangles of a class.
+fn rectangles(picture: &str, class: &str) -> Vec<Place> {
+    let begin = format!("<rect class=\"{class}\" ");
+    let number = |tag: &str, name: &str| -> u32 {
+        let (_, rest) = tag.split_once(&format!(" {name}=\"")).unwrap_or(("", "0\""));
+        rest.split_once('"').unwrap().0.parse().unwrap()
+    };
+    let place = |rest: &str| {
+        let tag = format!(" {}", rest.split_once('>').unwrap().0);
+        let [x, y, width, height] = ["x", "y", "width", "height"].map(|name| number(&tag, name));
+        [x, y, x + width, y + height]
+    };
+    picture.split(&begin).skip(1).map(place).collect()
+}
+
+fn is_inside(inner: &Place, outer: &Place) -> bool {
+    inner[0] >= outer[0] && inner[1] >= outer[1] && inner[2] <= outer[2] && inner[3] <= outer[3]
+}
+
+fn overlap(a: &Place, b: &Place) -> bool {
+    a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3]
+}
+
+/// Checks that each of `inner` is inside one of `outer`, and over none of its own kind.
+fn lie_inside(inner: &[Place], outer: &[Place]) {
+    for (at, place) in inner.iter().enumerate() {
+        let holders = outer.iter().filter(|outer| is_inside(place, outer)).count();
+        assert_eq!(holders, 1, "{place:?} is not inside one of {outer:?}");
+        let other = inner[at + 1..].iter().find(|other| overlap(place, other));
+        assert_eq!(other, None, "{place:?} is drawn over");
+    }
+}
+
+/// The picture of a machine, after checks that hold of all: every node, core and thread is drawn once, inside of
+/// what it is a part of, and nothing over anything else.
+fn drawn_whole(name: &str, export: &str, nodes: usize, cores: usize) -> String {
+    let scratch = Scratch::new(name);
+    let (xml, svg) = (scratch.file("machine.xml"), scratch.file("machine.svg"));
+    std::fs::write(&xml, export).unwrap();
+    printed(&["--xml", &xml, "--svg", &svg]);
+    let picture = std::fs::read_to_string(svg).unwrap();
+    let [page, panels, groups, drawn] =
+        ["page", "panel", "group", "core"].map(|class| rectangles(&picture, class));
+    assert_eq!((page.len(), panels.len(), drawn.len()), (1, nodes, cores));
+    lie_inside(&panels, &page);
+    lie_inside(&groups, &panels);
+    lie_inside(&drawn, &groups);
+    for node in 0..nodes {
+        assert_eq!(picture.matches(&format!(">node {node}</text>")).count(), 1, "node {node}");
+    }
+    for cpu in 0..cores * 2 {
+        assert_eq!(picture.matches(&format!("<title>cpu {cpu}: ")).count(), 1, "cpu {cpu}");
+    }
+    picture
+}
+
+#[test]
+#[should_panic(expected = "is drawn over")]
+fn what_lies_over_something_is_found() {
+    lie_inside(&[[0, 0, 5, 5], [4, 4, 9, 9]], &[[0, 0, 10, 10]]);
+}
+
+#[test]
+#[should_panic(expected = "is not inside one")]
+fn what_sticks_out_is_found() {
+    let picture =
+        "<rect class=\"panel\" x=\"1\" y=\"1\" width=\"8\" height=\"10\" rx=\"2\"></rect>";
+    lie_inside(&rectangles(picture, "panel"), &[[0, 0, 10, 10]]);
+}
+
+#[test]
+fn eight_nodes_are_drawn_whole() {
+    let picture = drawn_whole("eight-nodes", &export(&[64; 8], 8, ""), 8, 64);
+    for package in 0..2 {
+        let said = format!(">package {package} · 8 cores · 2 shards</text>");
+        assert_eq!(picture.matches(&said).count(), 4, "{said}");
+    }
+}
+
+#[test]
+fn a_node_without_memory_is_drawn_with_where_it_takes_it_from() {
+    let distances = "<distances2 type=\"NUMANode\" nbobjs=\"3\" kind=\"5\" name=\"NUMALatency\" indexing=\"os\">\n\
+                     <indexes length=\"6\">0 1 2 </indexes>\n\
+                     <u64values length=\"27\">10 31 31 31 10 12 31 12 10 </u64values>\n</distances2>\n";
+    let picture = drawn_whole("memoryless", &export(&[64, 0, 64], 4, distances), 3, 12);
+    let said = ">package 0 · 4 cores · 1 shard · memory on node 2</text>";
+    assert_eq!(picture.matches(said).count(), 1, "{picture}");
+    assert_eq!(picture.matches("memory on node").count(), 1);
 }
 
 #[test]

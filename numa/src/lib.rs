@@ -11,6 +11,7 @@ pub mod arena;
 mod bell;
 mod blocking;
 pub mod cpus;
+pub mod facts;
 pub mod idle;
 pub mod io;
 pub mod latency;

@@ -14,7 +14,7 @@ pub enum Status {
     Note,
     /// Mica runs, and is slower or less safe than it could be.
     Warn,
-    /// `mica serve` does not run.
+    /// `mica serve` does not run, or starts no sandbox.
     Fail,
 }
 

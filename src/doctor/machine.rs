@@ -1,12 +1,12 @@
-//! KVM, the kernel, io_uring, limits: what has to be there.
+//! KVM, the program of VM processes, the kernel, io_uring, limits: what has to be there.
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
+use mica_numa::facts::{Facts, KvmKind, Limit};
 use mica_numa::preflight;
 
-use super::facts::{Facts, Limit};
 use super::finding::Finding;
-use crate::kvm_kind::KvmKind;
+use super::probe::Probed;
 
 /// Kernel features that Mica uses, the version that brought each, and what is lost without.
 const FEATURES: [(&str, (u32, u32), &str); 2] = [
@@ -27,18 +27,21 @@ pub(super) const NEWER_KERNEL: &str =
     "on Debian 12: apt install -t bookworm-backports linux-image-amd64 && reboot";
 
 /// Where the kernel says what it has.
-const MOUNT_PROC: &str = "mount -t proc proc /proc";
+pub(super) const MOUNT_PROC: &str = "mount -t proc proc /proc";
 
 /// Open files that are too few for a host of any size.
 const FILES_MIN: u64 = 16 * 1024;
 
 /// The findings of this family.
-pub fn judge(facts: &Facts) -> Vec<Finding> {
-    let mut findings = vec![kvm(&facts.kvm), root(facts.is_root), kernel(facts.kernel.as_deref())];
-    findings.push(io_uring(facts));
-    findings.push(memlock(facts));
-    findings.push(open_files(facts));
-    findings
+pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
+    vec![
+        kvm(&facts.kvm),
+        program(probed),
+        kernel(facts.kernel.as_deref()),
+        io_uring(facts, probed),
+        memlock(facts),
+        open_files(facts),
+    ]
 }
 
 fn kvm(kind: &KvmKind) -> Finding {
@@ -61,15 +64,12 @@ fn kvm(kind: &KvmKind) -> Finding {
     }
 }
 
-fn root(is_root: Option<bool>) -> Finding {
-    match is_root {
-        Some(true) => Finding::ok("user", "root"),
-        Some(false) => Finding::fail("user", "not root")
-            .costs("VM processes cannot be jailed: each needs a user id and a control group of its own")
-            .mend("sudo mica serve; for this: sudo mica doctor"),
-        None => Finding::note("user", "unknown")
-            .costs("`mica serve` may find that it is not root, and refuse to start")
-            .mend(MOUNT_PROC),
+fn program(probed: &Probed) -> Finding {
+    match &probed.program {
+        Ok(path) => Finding::ok("program", path.display().to_string()),
+        Err(refused) => Finding::fail("program", refused.to_string())
+            .costs("each sandbox is a process of it, and `mica serve` does not start without")
+            .mend("cargo build --release -p mica-vmm, and put mica-vm beside mica; or name it with --vm-program"),
     }
 }
 
@@ -101,9 +101,9 @@ fn kernel(release: Option<&str>) -> Finding {
         .mend(format!("install Linux 6.7 or newer; {NEWER_KERNEL}"))
 }
 
-fn io_uring(facts: &Facts) -> Finding {
+fn io_uring(facts: &Facts, probed: &Probed) -> Finding {
     let disabled = facts.io_uring_disabled.unwrap_or(0);
-    match &facts.probed.io_uring {
+    match &probed.io_uring {
         Ok(missing) if missing.is_empty() => {
             let finding = "a ring was made, with every operation that is used".to_owned();
             if disabled == 0 {
@@ -137,7 +137,7 @@ fn memlock(facts: &Facts) -> Finding {
             .mend(format!("{MOUNT_PROC}; ulimit -l"));
     };
     let is_enough = hard.is_none_or(|hard| hard >= wanted);
-    match (is_enough, facts.may_raise_limits) {
+    match (is_enough, facts.may_raise_limits()) {
         (true, _) => {
             Finding::ok("memlock", format!("{}; {wanted} bytes are needed at most", shown(hard)))
         }
@@ -164,7 +164,7 @@ fn open_files(facts: &Facts) -> Finding {
     let wanted = preflight::OPEN_FILES;
     // Nobody can be given more than this, root neither.
     let ceiling = facts.nr_open.unwrap_or(wanted);
-    let reached = match facts.may_raise_limits {
+    let reached = match facts.may_raise_limits() {
         Some(true) => ceiling.min(wanted),
         _ => hard.map_or(ceiling, |hard| hard.min(ceiling)),
     };

@@ -2,7 +2,8 @@
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
-use super::facts::Facts;
+use mica_numa::facts::Facts;
+
 use super::finding::Finding;
 
 /// The findings of this family.

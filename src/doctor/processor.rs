@@ -2,9 +2,9 @@
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
+use mica_numa::facts::Facts;
 use mica_numa::idle::{C1_LATENCY_US, LATENCY_US_MAX};
 
-use super::facts::Facts;
 use super::finding::Finding;
 
 /// The findings of this family.

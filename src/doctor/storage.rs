@@ -2,9 +2,11 @@
 //!
 //! Called by [`super::judge`]. Refuses to look at the machine itself.
 
-use super::facts::{Disk, Facts};
+use mica_numa::facts::{Disk, Facts};
+
 use super::finding::Finding;
 use super::machine::NEWER_KERNEL;
+use super::probe::Probed;
 
 /// The alignment that the store's writers keep to.
 const BLOCK_BYTES: u32 = 4096;
@@ -30,23 +32,37 @@ fn partition(facts: &Facts) -> String {
 }
 
 /// The findings of this family.
-pub fn judge(facts: &Facts) -> Vec<Finding> {
-    let mut findings = vec![clones(facts), direct(facts)];
-    match &facts.store.disk {
-        None => findings.push(
+pub fn judge(facts: &Facts, probed: &Probed) -> Vec<Finding> {
+    let mut findings = vec![writable(facts, probed), clones(facts, probed), direct(facts, probed)];
+    if facts.store.disks.is_empty() {
+        findings.push(
             Finding::note("device", "unknown, or the store is not on one")
                 .costs("how fast snapshots are acknowledged cannot be told, nor whether they outlive the power")
                 .mend(partition(facts)),
-        ),
-        Some(disk) => findings.extend([queues(facts, disk), scheduler(disk)]),
+        );
     }
+    findings.extend(facts.store.disks.iter().map(|disk| queues(facts, disk)));
+    findings.extend(facts.store.disks.iter().map(scheduler));
     findings
 }
 
-fn clones(facts: &Facts) -> Finding {
+fn writable(facts: &Facts, probed: &Probed) -> Finding {
+    match &probed.store {
+        Ok(()) => Finding::ok("store", format!("{} can be written", facts.store.path.display())),
+        Err(refused) => Finding::fail("store", refused.to_string())
+            .costs("`mica serve` does not start: templates and sandboxes have no place")
+            .mend(format!(
+                "mount -o remount,rw the file system there; chown root {0} && chmod 700 {0}; or give --store \
+                 another directory",
+                facts.store.path.display()
+            )),
+    }
+}
+
+fn clones(facts: &Facts, probed: &Probed) -> Finding {
     let kind = facts.store.file_system.as_deref().unwrap_or("an unknown file system");
     let found = format!("{}: {kind}", facts.store.path.display());
-    match facts.probed.clones {
+    match probed.clones {
         Some(true) => Finding::ok("reflink", format!("{found}, clones files")),
         Some(false) => Finding::warn("reflink", format!("{found}, does not clone files"))
             .costs("every create, snapshot and fork copies a whole disk")
@@ -59,9 +75,9 @@ fn clones(facts: &Facts) -> Finding {
     }
 }
 
-fn direct(facts: &Facts) -> Finding {
+fn direct(facts: &Facts, probed: &Probed) -> Finding {
     let check = "direct I/O";
-    let Some(direct) = facts.probed.direct else {
+    let Some(direct) = probed.direct else {
         return Finding::note(check, "the kernel does not tell how it must be aligned")
             .costs("where the file system takes no blocks of 4096 bytes, writes go through the page cache")
             .mend(format!("{NEWER_KERNEL}; {}", pool(facts)));
@@ -80,7 +96,7 @@ fn direct(facts: &Facts) -> Finding {
         .costs("the store writes in blocks of 4096 bytes, which this file system takes through the page cache alone")
         .mend(format!(
             "blocks of 4096 bytes, which deletes what is there: nvme format --block-size=4096 /dev/{disk} && mkfs.xfs -f /dev/{disk}",
-            disk = facts.store.disk.as_ref().map_or("nvme1n1", |disk| disk.name.as_str())
+            disk = facts.store.disks.first().map_or("nvme1n1", |disk| disk.name.as_str())
         ))
 }
 
@@ -92,7 +108,8 @@ fn queues(facts: &Facts, disk: &Disk) -> Finding {
             .costs("one more file system below the store")
             .mend(partition(facts));
     }
-    let found = format!("{name}, queues: {queues}, processors: {cpus}");
+    let below = disk.volume.as_ref().map(|volume| format!(" below {volume}")).unwrap_or_default();
+    let found = format!("{name}{below}, queues: {queues}, processors: {cpus}");
     if *is_rotational == Some(true) && !name.starts_with("nvme") && !name.starts_with("vd") {
         return Finding::warn("device", format!("{found}, and it rotates"))
             .costs("a snapshot is acknowledged when it is on the device: each waits for the disk to turn")

@@ -7,11 +7,11 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::facts::{Disk, Facts, Limit};
+use mica_numa::facts::{Disk, Facts, KvmKind, Limit};
+
 use super::finding::{Finding, Status};
-use super::probe::{Direct, Probed};
-use super::{judge, show};
-use crate::kvm_kind::KvmKind;
+use super::probe::{Direct, Probed, Refused};
+use super::{Seen, judge, show};
 
 /// A tree of files that goes with the value.
 struct Tree(PathBuf);
@@ -27,9 +27,10 @@ impl Tree {
         Self(root)
     }
 
-    fn read(&self, probed: Probed) -> Facts {
+    fn read(&self, probed: Probed) -> Seen {
         let (store, cgroup) = ("/var/lib/mica", "/sys/fs/cgroup/mica");
-        Facts::read(&self.0, Path::new(store), Path::new(cgroup), probed)
+        let (store, cgroup) = (Path::new(store), Path::new(cgroup));
+        Seen { facts: Facts::read(&self.0, store, cgroup, probed.kvm_device), probed }
     }
 }
 
@@ -96,10 +97,17 @@ const GOOD: &[(&str, &str)] = &[
     ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids rdma misc\n"),
 ];
 
+fn refused(path: &str, why: &str) -> Result<PathBuf, Refused> {
+    Err(Refused { path: PathBuf::from(path), why: why.to_owned() })
+}
+
 fn good_answers() -> Probed {
     Probed {
         kvm_device: Ok(()),
         io_uring: Ok(Vec::new()),
+        program: Ok(PathBuf::from("/usr/bin/mica-vm")),
+        store: Ok(()),
+        cgroup: Ok(()),
         clones: Some(true),
         direct: Some(Direct { memory_bytes: 512, offset_bytes: 512 }),
     }
@@ -146,6 +154,9 @@ fn bad_answers() -> Probed {
     Probed {
         kvm_device: Err(ErrorKind::PermissionDenied),
         io_uring: Err("io_uring is forbidden here (kernel.io_uring_disabled=2)".to_owned()),
+        program: refused("/usr/bin/mica-vm", "No such file or directory (os error 2)"),
+        store: refused("/var/lib", "Read-only file system (os error 30)").map(drop),
+        cgroup: refused("/sys/fs/cgroup", "Read-only file system (os error 30)").map(drop),
         clones: Some(false),
         direct: Some(Direct { memory_bytes: 0, offset_bytes: 0 }),
     }
@@ -197,7 +208,7 @@ fn a_machine_of_which_nothing_can_be_read_is_not_judged_by_guesses() {
 }
 
 /// What people can type as it is there.
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 10] = [
     "modprobe kvm_intel nested=1",
     "sudo mica serve",
     "mica pool create --size 100G --path /var/lib/mica",
@@ -206,45 +217,50 @@ const COMMANDS: [&str; 8] = [
     "sudo mica doctor --store /var/lib/mica",
     "mount -t proc proc /proc",
     "apt install -t bookworm-backports linux-image-amd64",
+    "cargo build --release -p mica-vmm",
+    "chown root /var/lib/mica && chmod 700 /var/lib/mica",
 ];
 
 #[test]
 fn what_mends_a_thing_is_a_command() {
-    let with = |name: &str, change: fn(&mut Facts)| {
-        let mut facts = Tree::new(name, BAD).read(bad_answers());
-        change(&mut facts);
-        judge(&facts)
+    let with = |name: &str, change: fn(&mut Facts, &mut Probed)| {
+        let mut seen = Tree::new(name, BAD).read(bad_answers());
+        change(&mut seen.facts, &mut seen.probed);
+        judge(&seen)
     };
     let of = |findings: &[Finding], check: &str| {
         let finding = findings.iter().find(|finding| finding.check == check).unwrap().clone();
         assert!(!finding.costs.is_empty(), "{finding:?}");
         finding.mend
     };
-    let bad = with("mends", |_| {});
-    let other = with("other-mends", |facts| {
+    let bad = with("mends", |_, _| {});
+    let other = with("other-mends", |facts, probed| {
         facts.kvm = KvmKind::Pvm;
-        facts.probed.clones = None;
-        facts.probed.direct = Some(Direct { memory_bytes: 512, offset_bytes: 8192 });
-        facts.store.disk.as_mut().unwrap().backing_file = Some("/pool.img".to_owned());
+        probed.clones = None;
+        probed.direct = Some(Direct { memory_bytes: 512, offset_bytes: 8192 });
+        facts.store.disks[0].backing_file = Some("/pool.img".to_owned());
     });
-    let few = with("few-queues", |facts| {
-        facts.store.disk.as_mut().unwrap().is_rotational = Some(false);
+    let few = with("few-queues", |facts, _| {
+        facts.store.disks[0].is_rotational = Some(false);
         facts.is_root = None;
     });
     // Root of a container, whose limits are the container's.
-    let bounded = with("bounded", |facts| {
-        (facts.is_root, facts.may_raise_limits) = (Some(true), Some(false));
+    let bounded = with("bounded", |facts, _| {
+        (facts.is_root, facts.capabilities) = (Some(true), Some(0));
         facts.open_files = Some(Limit { soft: Some(1024), hard: Some(20_000) });
         facts.nr_open = Some(1 << 20);
     });
     let found = |check| bounded.iter().find(|finding| finding.check == check).unwrap();
     assert!(found("open files").found.starts_with("20000 of"), "{:?}", found("open files"));
-    let [nested, serve, pool, mkfs, format, doctor, proc, apt] = COMMANDS;
+    let [nested, serve, pool, mkfs, format, doctor, proc, apt, build, chown] = COMMANDS;
     for (findings, check, command) in [
         (&other, "kvm", nested),
         (&bad, "kvm", serve),
         (&bad, "user", serve),
         (&few, "user", proc),
+        (&bad, "capabilities", serve),
+        (&bad, "program", build),
+        (&bad, "store", chown),
         (&bad, "kernel", apt),
         (&bad, "reflink", pool),
         (&bad, "reflink", mkfs),
@@ -277,23 +293,24 @@ fn the_document_has_a_row_for_every_check_and_for_nothing_else() {
 
 #[test]
 fn facts_are_read_as_the_kernel_writes_them() {
-    let facts = Tree::new("facts", BAD).read(bad_answers());
+    let facts = Tree::new("facts", BAD).read(bad_answers()).facts;
     assert_eq!(facts.memlock, Some(Limit { soft: Some(65536), hard: Some(65536) }));
     assert_eq!((facts.cpus, facts.nodes, facts.is_root), (2, 2, Some(false)));
     assert_eq!(facts.swaps, ["/swap.img"]);
     let disk = Disk {
         name: "sda".to_owned(),
+        volume: None,
         queues: 1,
         scheduler: Some("mq-deadline".to_owned()),
         is_rotational: Some(true),
         backing_file: None,
     };
-    assert_eq!(facts.store.disk, Some(disk));
+    assert_eq!(facts.store.disks, [disk]);
     // Btrfs has a device number of its own; its source names the disk.
     let btrfs = "22 1 0:30 / / rw - btrfs /dev/sda1 rw\n";
     let files = [("proc/self/mountinfo", btrfs), ("sys/block/sda/sda1/dev", "8:1\n")];
-    let facts = Tree::new("btrfs", &files).read(bad_answers());
-    assert_eq!(facts.store.disk.map(|disk| disk.name).as_deref(), Some("sda"));
+    let facts = Tree::new("btrfs", &files).read(bad_answers()).facts;
+    assert_eq!(facts.store.disks.iter().map(|disk| &disk.name).collect::<Vec<_>>(), ["sda"]);
     assert_eq!(facts.store.file_system.as_deref(), Some("btrfs"));
 }
 
@@ -333,4 +350,99 @@ fn the_deepest_idle_state_that_is_on_is_what_a_hand_over_waits_for() {
     ]);
     assert_eq!(guest.status, Status::Note, "its C1 is not the hypervisor's: {guest:?}");
     assert!(guest.mend.contains("--cpu-latency-us 0") && deep.mend.contains("--cpu-latency-us 2"));
+}
+
+#[test]
+fn every_drive_below_a_volume_is_judged() {
+    let files: Vec<_> =
+        GOOD.iter().copied().filter(|(path, _)| !path.contains("mountinfo")).collect();
+    let below = [
+        ("proc/self/mountinfo", "40 22 253:0 / /var/lib/mica rw - xfs /dev/mapper/vg-mica rw\n"),
+        ("sys/block/dm-0/dev", "253:0\n"),
+        ("sys/block/dm-0/slaves/nvme0n1p2/dev", "259:2\n"),
+        ("sys/block/dm-0/slaves/nvme1n1p1/dev", "259:5\n"),
+        ("sys/block/nvme0n1/mq/0/cpu_list", "0-3\n"),
+        ("sys/block/nvme0n1/queue/scheduler", "none [mq-deadline]\n"),
+    ];
+    let findings = judge(&Tree::new("volume", &[&files[..], &below].concat()).read(good_answers()));
+    let of = |check: &str| -> Vec<(Status, &str)> {
+        let findings = findings.iter().filter(|finding| finding.check == check);
+        findings.map(|finding| (finding.status, &*finding.found)).collect()
+    };
+    let devices = [
+        (Status::Note, "nvme0n1 below dm-0, queues: 1, processors: 4"),
+        (Status::Ok, "nvme1n1 below dm-0, queues: 4, processors: 4"),
+    ];
+    assert_eq!(of("device"), devices);
+    let schedulers = [(Status::Warn, "mq-deadline on nvme0n1"), (Status::Ok, "none on nvme1n1")];
+    assert_eq!(of("scheduler"), schedulers);
+}
+
+/// A machine that is good but for one thing.
+fn good_but(name: &str, change: impl FnOnce(&mut Facts, &mut Probed)) -> Vec<Finding> {
+    let mut seen = Tree::new(name, GOOD).read(good_answers());
+    change(&mut seen.facts, &mut seen.probed);
+    judge(&seen)
+}
+
+/// The one that fails.
+fn failing(findings: &[Finding]) -> &Finding {
+    let failing: Vec<_> = findings.iter().filter(|f| f.status == Status::Fail).collect();
+    assert_eq!(failing.len(), 1, "{findings:#?}");
+    failing[0]
+}
+
+#[test]
+fn a_control_group_that_serve_cannot_make_fails() {
+    let findings = good_but("cgroup-read-only", |_, probed| {
+        probed.cgroup = refused("/sys/fs/cgroup", "Read-only file system (os error 30)").map(drop);
+    });
+    let finding = failing(&findings);
+    assert_eq!(finding.check, "cgroup");
+    assert_eq!(finding.found, "v2, /sys/fs/cgroup: Read-only file system (os error 30)");
+}
+
+#[test]
+fn a_control_group_that_can_hand_no_memory_out_fails() {
+    let findings = good_but("cgroup-busy", |facts, _| {
+        facts.cgroup.busy = Some(PathBuf::from("/sys/fs/cgroup/unit"));
+    });
+    let finding = failing(&findings);
+    assert!(finding.found.contains("processes are in /sys/fs/cgroup/unit"), "{finding:?}");
+    assert!(
+        finding.mend.contains("echo $p > /sys/fs/cgroup/unit/init/cgroup.procs"),
+        "{finding:?}"
+    );
+    // Where there is no memory to hand out, that is what fails.
+    let findings = good_but("cgroup-bare", |facts, _| {
+        facts.cgroup.busy = Some(PathBuf::from("/sys/fs/cgroup/unit"));
+        facts.cgroup.controllers.clear();
+    });
+    assert_eq!(failing(&findings).found, "v2, without memory and pids");
+}
+
+#[test]
+fn what_this_process_may_not_is_named() {
+    let findings = good_but("capabilities", |facts, _| {
+        // CAP_SETUID and CAP_SYS_ADMIN are not there.
+        facts.capabilities = Some(0x1ff_ffff_ffff & !(1 << 7 | 1 << 21));
+    });
+    let finding = failing(&findings);
+    assert_eq!(finding.found, "without CAP_SYS_ADMIN, CAP_SETUID");
+    assert!(finding.mend.contains("--cap-add=SYS_ADMIN --cap-add=SETUID"), "{finding:?}");
+    let findings = good_but("capabilities-unknown", |facts, _| facts.capabilities = None);
+    let finding = findings.iter().find(|finding| finding.check == "capabilities").unwrap();
+    assert_eq!(finding.status, Status::Note);
+}
+
+#[test]
+fn a_store_or_a_program_that_is_not_there_fails() {
+    let findings = good_but("store", |_, probed| {
+        probed.store = refused("/var/lib", "Permission denied (os error 13)").map(drop);
+    });
+    assert_eq!(failing(&findings).found, "/var/lib: Permission denied (os error 13)");
+    let findings = good_but("program", |_, probed| {
+        probed.program = refused("/opt/mica-vm", "it is no executable file");
+    });
+    assert_eq!(failing(&findings).found, "/opt/mica-vm: it is no executable file");
 }

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use mica_numa::facts::KvmKind;
 use mica_numa::{PlanConfig, Shards, plan, topology};
 use mica_shards::{HostConfig, StopSignal};
 use mica_storage::FlattenLimits;
 
 use crate::helper::beside;
-use crate::kvm_kind::KvmKind;
 use crate::signals;
 
 /// First user id of the VM process: below those of the daemon's.

@@ -479,7 +479,7 @@ pub fn free_address() -> SocketAddr {
 }
 
 /// Where cgroup v2 is mounted, and whether it has the controllers that limits need.
-fn cgroup() -> (PathBuf, bool) {
+pub fn cgroup() -> (PathBuf, bool) {
     let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
     let mount = mounts.lines().find_map(|line| {
         let mut fields = line.split(' ');

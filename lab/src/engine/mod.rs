@@ -3,7 +3,7 @@
 //! Called by `mica-bench`. `place` is where it works, `operations` and `density` are what it measures at the
 //! shard, `http` at a client; `scale` is what the daemon itself takes, with `standin` in the place of
 //! VMs and its `figures`; `registry` is what choosing a host costs, and `registry_report` what was found; `floor` is the physical limit that the figures are printed beside,
-//! and `report` prints them. Refuses to judge.
+//! `machine` what they are figures of, and `report` prints them. Refuses to judge.
 
 pub mod client;
 pub mod density;
@@ -12,6 +12,7 @@ pub mod figures;
 pub mod floor;
 pub mod handover;
 pub mod http;
+pub mod machine;
 pub mod memory;
 pub mod operations;
 pub mod place;

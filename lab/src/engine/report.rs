@@ -3,13 +3,11 @@
 //! Called by the benchmark's program at its end. Refuses to say whether the figures are good.
 
 use std::fmt::Write as _;
-use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::density::{Idle, Left};
+use super::machine;
 use super::series::{Series, percentile};
 use crate::bench::document::Document;
 use crate::bench::row::{Row, us};
@@ -21,7 +19,7 @@ const IDLE: &str = "idle_bytes_per_sandbox";
 /// Everything that was measured.
 #[derive(Debug)]
 pub struct Report<'a> {
-    /// The machine: see [`host`].
+    /// The machine: see [`super::machine::host`].
     pub host: Value,
     /// The times.
     pub series: &'a [Series],
@@ -89,7 +87,7 @@ impl Report<'_> {
             );
             text.push_str(&line);
         }
-        text
+        text + "\n" + &machine::text(&self.host)
     }
 }
 
@@ -144,51 +142,6 @@ fn line(text: &mut String, of: &str, name: &str, bytes: i64) {
     }
 }
 
-/// The machine, for the reader of figures. `store` is where the file system is.
-///
-/// # Errors
-/// When `/proc` cannot be read.
-pub fn host(store: &Path) -> Result<Value> {
-    let line = |path: &str, name: &str| -> Result<Option<String>> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-        let found = text.lines().find_map(|line| line.strip_prefix(name));
-        Ok(found.map(|rest| rest.trim_start_matches([':', '\t', ' ']).trim().to_owned()))
-    };
-    let memory = line("/proc/meminfo", "MemTotal")?.unwrap_or_default();
-    let memory: u64 = memory.split(' ').next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
-    Ok(json!({
-        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
-        "cpu": line("/proc/cpuinfo", "model name")?,
-        "cores": std::thread::available_parallelism()?.get(),
-        "memory_bytes": memory * 1024,
-        "filesystem": filesystem(store)?,
-        "commit": commit(),
-        // Those of the `lab` profile and of debug builds check themselves, and are slower.
-        "assertions": cfg!(debug_assertions),
-    }))
-}
-
-/// Kind and device of the file system that holds `path`.
-fn filesystem(path: &Path) -> Result<String> {
-    let path = std::fs::canonicalize(path)?;
-    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
-    let holds = mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ');
-        let (device, point, kind) = (fields.next()?, fields.next()?, fields.next()?);
-        path.starts_with(point).then(|| (point.len(), format!("{kind} on {device}")))
-    });
-    // The longest is the innermost, and of two in one place the last lies on top.
-    let innermost = holds.max_by_key(|(length, _)| *length);
-    Ok(innermost.map(|(_, text)| text).unwrap_or_default())
-}
-
-/// The commit of the source that the working directory is in, where there is one.
-fn commit() -> Option<String> {
-    let described = Command::new("git").args(["describe", "--always", "--dirty"]).output().ok()?;
-    let text = String::from_utf8(described.stdout).ok()?;
-    (described.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -200,7 +153,7 @@ mod tests {
     use crate::bench::phases::Phase;
 
     fn report(series: &[Series]) -> Report<'_> {
-        Report { host: json!({}), series, idle: None, left: None }
+        Report { host: json!({ "kvm": "vmx" }), series, idle: None, left: None }
     }
 
     fn idle() -> Idle {
@@ -257,6 +210,7 @@ mod tests {
         assert_eq!(document.0["options"]["shards"], 1);
         let table = report.table();
         assert!(table.lines().nth(1).is_some_and(|line| line.ends_with("   4.00")), "{table}");
+        assert!(table.ends_with("\nkernel   KVM: vmx\n"), "{table}");
     }
 
     #[test]
@@ -274,14 +228,5 @@ mod tests {
         for part in ["bare system calls", "<svg", "CubeSandbox", "floor p50"] {
             assert!(page.contains(part), "{part} is not in {page}");
         }
-    }
-
-    #[test]
-    fn the_machine_is_described() {
-        let host = host(Path::new("/")).unwrap();
-        assert!(host["kernel"].as_str().is_some_and(|kernel| kernel.contains('.')));
-        assert!(host["cores"].as_u64().is_some_and(|cores| cores > 0));
-        assert!(host["memory_bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 20));
-        assert!(host["filesystem"].as_str().is_some_and(|text| text.contains(" on ")));
     }
 }

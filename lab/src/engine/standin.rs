@@ -29,6 +29,12 @@ const STANDIN_STATE: [u8; 16] = *b"STANDIN1\x01\0\0\0\0\0\0\0";
 /// How many daemons this process has started: each has places of its own.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
+/// Where they have them.
+#[must_use]
+pub fn directory() -> PathBuf {
+    std::env::temp_dir()
+}
+
 /// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
@@ -70,7 +76,7 @@ impl Daemon {
         let standin = fs::canonicalize(standin).context("--standin")?;
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let name = format!("mica-bench-standin-{}-{number}", std::process::id());
-        let places = Places::make(std::env::temp_dir().join(&name))?;
+        let places = Places::make(directory().join(&name))?;
         make_template(&places.directory)?;
         let script = places.path("vm");
         let text = format!("#!/bin/sh\nexec '{}' --builtin-agent \"$@\"\n", standin.display());

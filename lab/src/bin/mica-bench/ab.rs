@@ -16,7 +16,7 @@ use mica_lab::bench::host::Address;
 use mica_lab::bench::row::number;
 use mica_lab::bench::side::{Guest, Side};
 use mica_lab::bench::tables::Measure;
-use mica_lab::engine::report;
+use mica_lab::engine::machine;
 use serde_json::{Value, json};
 
 use crate::engine::beside;
@@ -103,19 +103,22 @@ pub fn run(args: &AbArgs) -> Result<()> {
         .clone()
         .unwrap_or_else(|| PathBuf::from(format!("/var/tmp/mica-bench-ab-{}", std::process::id())));
     std::fs::create_dir(&root).with_context(|| format!("make {}", root.display()))?;
+    // As long as the stores are there.
+    let host = machine::host(Some(&root));
     let done = in_turns(args, measure, &root);
     let removed = std::fs::remove_dir(&root).with_context(|| format!("{} stays", root.display()));
     let (samples, turns) = done?;
     removed?;
     let results = estimates(&samples, args.seed);
-    print(&text(&results))?;
+    let host = host?;
+    print(&format!("{}\n{}", text(&results), machine::text(&host)))?;
     if let Some(path) = &args.output {
         let options = json!({
             "table": args.table, "blocks": args.blocks, "seed": args.seed,
             "a_serve_args": args.a_serve_args, "b_serve_args": args.b_serve_args,
         });
         let mut document = Document::new("ab", &options, &[]);
-        document.0["host"] = report::host(std::path::Path::new("/"))?;
+        document.0["host"] = host;
         document.0["turns"] = turns.into();
         document.0["results"] = results.iter().map(json_of).collect();
         document.write(path)?;

@@ -13,10 +13,11 @@ use mica_lab::engine::density::{self, Idle, Left};
 use mica_lab::engine::dirt::Dirt;
 use mica_lab::engine::floor::{Config, Floor};
 use mica_lab::engine::http;
+use mica_lab::engine::machine;
 use mica_lab::engine::memory::{Machine, ours};
 use mica_lab::engine::operations::Bench;
 use mica_lab::engine::place::{MEMORY, Places, vcpus};
-use mica_lab::engine::report::{self, Report};
+use mica_lab::engine::report::Report;
 use mica_lab::engine::series::Book;
 use mica_lab::one_vm::find_mica_vm;
 use mica_units::Mebibytes;
@@ -132,7 +133,7 @@ pub fn engine(args: &EngineArgs) -> Result<()> {
     let mut run = Run { args, places, floor, book: Book::default(), idle: None, left: None };
     run.measure(if args.quick { QUICK } else { FULL })?;
     let report = Report {
-        host: report::host(&run.places.store())?,
+        host: machine::host(Some(&run.places.store()))?,
         series: run.book.all(),
         idle: run.idle.as_ref(),
         left: run.left.as_ref(),

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use mica_lab::engine::machine;
 use mica_lab::engine::registry_report::{self, Allocations};
-use mica_lab::engine::report;
 use serde_json::json;
 
 use crate::engine::beside;
@@ -40,10 +40,11 @@ pub fn run(args: &RegistryArgs) -> Result<()> {
     let counter = args.allocations.clone();
     let counter = counter.map_or_else(|| beside("bench-allocations", "--allocations"), Ok)?;
     let allocations = count(&counter)?;
-    print(&registry_report::table(&found, &allocations))?;
+    // It writes nothing, so there is no store.
+    let host = machine::host(None)?;
+    print(&format!("{}\n{}", registry_report::table(&found, &allocations), machine::text(&host)))?;
     if let Some(path) = &args.output {
         let options = json!({ "batches": args.batches, "rounds": args.rounds });
-        let host = report::host(Path::new("/"))?;
         registry_report::document(&found, &allocations, &options, host).write(path)?;
     }
     Ok(())

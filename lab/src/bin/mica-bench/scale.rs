@@ -2,12 +2,12 @@
 //!
 //! Called by [`crate::run`]. Refuses to run without root, as the daemon does.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use mica_lab::engine::{report, scale};
+use mica_lab::engine::{machine, scale, standin};
 use serde_json::json;
 
 use crate::engine::beside;
@@ -43,12 +43,13 @@ pub fn run(args: &ScaleArgs) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this takes root, as the daemon does");
     let config = args.config()?;
     let found = scale::measure(&config)?;
-    print(&found.table()?)?;
+    let host = machine::host(Some(&standin::directory()))?;
+    print(&format!("{}\n{}", found.table()?, machine::text(&host)))?;
     if let Some(path) = &args.output {
         let options = json!({
             "rounds": config.rounds, "quick": args.quick, "cpu_latency_us": args.cpu_latency_us,
         });
-        found.document(&options, report::host(Path::new("/"))?).write(path)?;
+        found.document(&options, host).write(path)?;
     }
     Ok(())
 }

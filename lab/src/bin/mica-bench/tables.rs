@@ -16,7 +16,7 @@ use mica_lab::bench::host::{Address, Host};
 use mica_lab::bench::html::page::page;
 use mica_lab::bench::table::{Show, Table};
 use mica_lab::bench::tables::Measure;
-use mica_lab::engine::report;
+use mica_lab::engine::machine;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -98,6 +98,10 @@ pub fn run(measure: &dyn Measure, common: &Common) -> Result<()> {
         print(&cube::tables(&table.rows, !common.no_header))?;
     }
     let document = document(measure, &host, &table, measured.is_ok())?;
+    // A table of CubeSandbox's is pasted as it is.
+    if !common.cube_table && !common.no_header {
+        print(&format!("\n{}", machine::text(&document.0["host"])))?;
+    }
     if let Some(path) = &common.output {
         document.write(path)?;
     }
@@ -121,9 +125,10 @@ fn document(
     let mut document = Document::new(measure.name(), &measure.options(), &table.rows);
     document.0["complete"] = json!(is_complete);
     document.0["notes"] = json!(table.notes);
-    // The machine of the clients; the host may be another.
-    document.0["host"] = report::host(std::path::Path::new("/"))?;
     let daemon = Daemon::find(host.socket).ok();
+    let store = daemon.and_then(|daemon| machine::store_of(daemon.pid));
+    // The machine of the clients; the host may be another, and then its disks are not to be seen.
+    document.0["host"] = machine::host(store.as_deref())?;
     document.0["target"] = json!({
         "url": host.address.url,
         "template": host.address.template,
