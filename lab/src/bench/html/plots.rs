@@ -5,6 +5,7 @@
 
 use serde_json::Value;
 
+use super::super::seeds::standing;
 use super::chart::{Axis, Bar, Chart, Line, stacks};
 
 /// A plot, and what stands below it.
@@ -67,7 +68,7 @@ fn line(name: &str, rows: &[&Value], x: Pick, y: Pick) -> Option<Line> {
 /// The published figures, with whose they are.
 fn other(what: &str, rows: &[&Value], x: Pick, y: Pick) -> Option<Line> {
     let whose = rows.iter().find_map(|row| row["seed"]["of"].as_str())?;
-    let mut line = line(&format!("{whose}, {what} (other hardware)"), rows, x, y)?;
+    let mut line = line(&format!("{whose}, {what} ({})", standing(whose)), rows, x, y)?;
     line.is_other = true;
     Some(line)
 }
@@ -324,5 +325,13 @@ mod tests {
             ]
         );
         assert!(all(&[]).is_empty());
+        let svg: String =
+            all(&rows.iter().collect::<Vec<_>>()).into_iter().map(|one| one.svg).collect();
+        for line in [
+            "CubeSandbox, mean of one (other hardware)",
+            "SoulBox, all clients (stated target, not measured; other hardware)",
+        ] {
+            assert!(svg.contains(line), "{line}");
+        }
     }
 }
