@@ -59,13 +59,19 @@ impl Create {
         Ok(self.concurrency.iter().map(|clients| (*clients, usual(*clients))).collect())
     }
 
+    /// The published figures are of sandboxes that stay: kills in between are in none of them.
+    fn row(&self, clients: usize) -> Row {
+        let row = Row::new("create", format!("c={clients}"), clients);
+        if self.mode == Mode::CreateOnly { row.beside(clients, 0) } else { row }
+    }
+
     fn level(&self, host: &Host, table: &mut Table, clients: usize, total: u32) -> Result<()> {
         let template = host.address.template.as_str();
         for _ in 0..self.warmup {
             let warm = round(host, clients, 0..clients, |client, _| host.create(client, template))?;
             kill_all(host, &warm.all("warm up")?)?;
         }
-        let create = Row::new("create", format!("c={clients}"), clients).beside(clients, 0);
+        let create = self.row(clients);
         match self.mode {
             Mode::CreateOnly => {
                 let made = table.row(host, create, |row| {
@@ -154,6 +160,13 @@ mod tests {
 
     fn levels(words: &[&str]) -> Result<Vec<(u16, u32)>> {
         Cli::try_parse_from([&["create"], words].concat())?.create.levels()
+    }
+
+    #[test]
+    fn creates_between_kills_have_no_figure_beside_them() {
+        let row = |mode| Cli::try_parse_from(["create", "-m", mode]).unwrap().create.row(10);
+        assert_eq!(row("create-only").seed.unwrap().values[0], 88.7);
+        assert_eq!(row("create-delete").seed, None);
     }
 
     #[test]

@@ -96,10 +96,8 @@ impl Measure for Levels {
         let idle = daemon.map(|daemon| share_of_idle(host, daemon)).transpose()?;
         for rate in &self.rates {
             let clients = self.clients(host, &sandboxes)?;
-            let row = Row::new("load", format!("{rate}/s"), self.concurrency.into());
-            table.row(host, row.beside(usize::try_from(*rate)?, 0), |row| {
-                self.level(host, row, *rate, daemon, clients)
-            })?;
+            table
+                .row(host, self.row(*rate), |row| self.level(host, row, *rate, daemon, clients))?;
             if let (Some(idle), Some(row)) = (idle, table.rows.last_mut()) {
                 row.set("daemon_idle_percent", idle);
             }
@@ -115,6 +113,15 @@ struct Asker {
 }
 
 impl Levels {
+    /// The published figures are of code that is run.
+    fn row(&self, rate: u32) -> Row {
+        let row = Row::new("load", format!("{rate}/s"), self.concurrency.into());
+        match self.request {
+            Request::Execute => row.beside(usize::try_from(rate).unwrap_or(usize::MAX), 0),
+            _ => row,
+        }
+    }
+
     /// Clients whose connections are warm.
     fn clients(&self, host: &Host, sandboxes: &[Sandbox]) -> Result<Vec<Asker>> {
         let mut askers = Vec::new();
@@ -266,4 +273,29 @@ fn share_of_idle(host: &Host, daemon: Daemon) -> Result<f64> {
     let (begun, before) = (Instant::now(), daemon.cpu()?);
     host.rest(IDLE);
     Ok(percent(daemon.cpu()?.saturating_sub(before), begun.elapsed()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        levels: Levels,
+    }
+
+    #[test]
+    fn requests_that_run_no_code_have_no_figure_beside_them() {
+        let row = |request| {
+            let words = ["load-levels", "--request", request];
+            Cli::try_parse_from(words).unwrap().levels.row(10)
+        };
+        assert_eq!(row("execute").seed.unwrap().values, [8.0]);
+        for request in ["command", "get", "health"] {
+            assert_eq!(row(request).seed, None, "{request}");
+        }
+    }
 }
