@@ -79,6 +79,10 @@ TABLES = {
         ["-r", "5,20", "--seconds", "1", "--request", "get", "--sandboxes", "2", "-c", "4", "-t", "base"],
         {("load", "5/s"): 5, ("load", "20/s"): 20},
     ),
+    "load-levels --request execute": (
+        ["-r", "10", "--seconds", "1", "--request", "execute", "--sandboxes", "2", "-c", "4"],
+        {("load", "10/s"): 10},
+    ),
 }
 
 
@@ -97,6 +101,7 @@ SEEDS = {
     ("density_after_code", "live=1"): ("SoulBox", "total_mb", 128.0),
     ("cold_hello_python", ""): ("SoulBox", "p95_ms", 120.0),
     ("memory_python", ""): ("SoulBox", "overhead_mb", 32.0),
+    ("load", "10/s"): ("SoulBox", "cpu_percent", 8.0),
 }
 # Tables whose work is none that a report has figures of: another size, another request.
 WITHOUT_SEEDS = ("create -m create-delete", "rollback --dirty", "clone --dirty", "load-levels --request get")
@@ -189,7 +194,7 @@ def test_every_table_has_its_rows_and_leaves_nothing(daemon, tmp_path, table):
         assert all(row["seed"] is None for row in rows.values()), rows
     else:
         seeds(rows, out, page.read_text())
-    check(table, rows)
+    check(table, rows, out)
     well_formed(page.read_text())
     if table in PLOTS:
         assert f"<figcaption>{PLOTS[table]}</figcaption>" in page.read_text()
@@ -216,7 +221,7 @@ def seeds(rows, out, page):
         ), line
 
 
-def check(table, rows):
+def check(table, rows, out):
     """What only one table has."""
     if table == "density":
         assert all(row["mem_available_bytes"] > 0 for row in rows.values())
@@ -242,6 +247,15 @@ def check(table, rows):
     if table.split()[0] == "load-levels":
         for row in rows.values():
             assert row["daemon_cpu_percent"] >= 0 and row["daemon_cpu_us_per_request"] > 0
+            for name in ("cpu_percent", "cpu_us_per_request", "idle_percent"):
+                both = row[f"daemon_{name}"] + row[f"vms_{name}"]
+                # Each is rounded by itself.
+                assert abs(row[name] - both) < (0.2 if name.endswith("request") else 0.02), (name, row)
+                for shown in (name, f"daemon_{name}", f"vms_{name}"):
+                    assert f"  {shown}: {row[shown]}" in out, (shown, out)
+            if table.endswith("execute"):
+                # A kernel that computes is not the daemon's work.
+                assert row["vms_cpu_us_per_request"] > 100, row
             # A request cannot take less than from when it was sent.
             assert row["p50_us"] >= row["service_p50_us"]
             assert 0.7 < row["wall_us"] / 1e6 < 5

@@ -207,7 +207,9 @@ fn load(rows: &[&Value]) -> Vec<Figure> {
     let x = Axis { label: "requests in a second", log: true };
     let rate: Pick = |row| row["rate_per_s"].as_f64();
     let cpu = [
+        line("all of it", &of, rate, |row| row["cpu_percent"].as_f64()),
         line("the daemon", &of, rate, |row| row["daemon_cpu_percent"].as_f64()),
+        line("VM processes", &of, rate, |row| row["vms_cpu_percent"].as_f64()),
         other("CPU", &of, rate, |row| row["seed"]["cpu_percent"].as_f64()),
     ];
     let times = [
