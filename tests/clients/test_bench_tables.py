@@ -223,6 +223,12 @@ def seeds(rows, out, page):
 
 def check(table, rows, out):
     """What only one table has."""
+    if table.split()[0] == "create":
+        for row in (row for (op, _), row in rows.items() if op == "create"):
+            daemon_us, vms_us = (row[f"{who}_cpu_us_per_create"] for who in ("daemon", "vms"))
+            # To start a VM process and an agent takes more than a moment.
+            assert daemon_us > 0 and vms_us > 100, row
+            assert abs(row["cpu_us_per_create"] - daemon_us - vms_us) < 0.2, row
     if table == "density":
         assert all(row["mem_available_bytes"] > 0 for row in rows.values())
         assert [row["sandboxes"] for row in rows.values()] == [0, 2, 3]

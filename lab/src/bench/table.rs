@@ -55,6 +55,12 @@ impl Table {
         Self { without_phases: true, ..Self::default() }
     }
 
+    /// Whether requests alone are to be measured.
+    #[must_use]
+    pub fn is_of_requests_alone(&self) -> bool {
+        self.without_phases
+    }
+
     /// Measures a row, with the phases that the daemon goes through meanwhile.
     ///
     /// # Errors
