@@ -123,6 +123,39 @@ fn each_table_of_the_benchmark_gives_what_it_measured() {
 }
 
 #[test]
+fn a_create_and_code_that_ran_are_measured_and_not_derived() {
+    let create = json!({"format": "mica-bench", "command": "create", "results": [
+        {"op": "create", "case": "c=10", "n": 200, "success": 200, "failed": 0,
+         "cpu_us_per_create": 9500.0, "daemon_cpu_us_per_create": 1500.0, "vms_cpu_us_per_create": 8000.0},
+    ]});
+    let after = json!({"format": "mica-bench", "command": "density", "results": [
+        {"op": "density_after_code", "case": "live=0", "sandboxes": 0},
+        {"op": "density_after_code", "case": "live=100", "sandboxes": 100, "bytes_per_sandbox": 33_000_000},
+    ]});
+    let dirty = json!({"results": [
+        {"op": "snapshot_dirty", "case": "d=10", "dirty_mb": 10, "snapshot_bytes": 14_000_000},
+    ]});
+    let paths = [("after-code", after), ("create", create), ("one-size", dirty)]
+        .map(|(name, report)| file(name, &report.to_string()));
+    let files: Vec<&str> =
+        paths.iter().flat_map(|path| ["--measured", path.to_str().unwrap()]).collect();
+    let alone = planned("20", "400", &files[..2]);
+    assert_eq!(alone["costs"]["used_bytes"], 33e6, "its report alone is enough");
+    let all = planned("20", "400", &files);
+    assert_eq!(all["costs"]["used_bytes"], 33e6, "whatever a snapshot holds");
+    assert_eq!(all["costs"]["create_cpu_ms"], 9.5);
+    assert_eq!(all["costs"]["create_shard_cpu_ms"], 1.5);
+    let of = |known: &str, file: &Path| json!({"known": known, "file": file});
+    assert_eq!(all["cost_sources"]["used_bytes"], of("bytes", &paths[0]));
+    assert_eq!(all["cost_sources"]["create_cpu_ms"], of("processor time", &paths[1]));
+    let text = String::from_utf8(plan("20", "400", &example(), &files).stdout).unwrap();
+    assert!(!text.contains("wall time"), "{text}");
+    for path in paths {
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
 fn nonsense_is_an_error_that_says_what_is_wrong() {
     let refused = |output: Output, expected: &str| {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();

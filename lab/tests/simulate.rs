@@ -120,6 +120,43 @@ fn a_trace_is_replayed() {
     }
 }
 
+/// What `mica plan` says of the same host.
+fn plan(host: &str) -> Value {
+    let beside = || PathBuf::from(env!("CARGO_BIN_EXE_mica-lab")).with_file_name("mica");
+    let bin = std::env::var_os("MICA_BIN_DIR");
+    let mica = bin.map_or_else(beside, |bin| PathBuf::from(bin).join("mica"));
+    let words = ["plan", "--rps=1000", "--live=1000000", "--json", "--host", host];
+    let ran = Command::new(mica).args(words).output().unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    serde_json::from_slice(&ran.stdout).unwrap()
+}
+
+#[test]
+fn a_host_of_a_plan_holds_as_many_as_the_plan_says() {
+    let host = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/host.json");
+    // More than have room, that live longer than all of it takes.
+    let load = ["--host", host, "--hosts", "1", "--arrivals", "6000", "--rate", "10000"];
+    let load =
+        [&load[..], &["--life", "100000", "--templates", "1", "--policy", "random"]].concat();
+    let with = |more: &[&str]| json(&[&load[..], more].concat());
+    let (simulated, planned) = (with(&[]), plan(host));
+    let allowed = &planned["host"]["sandboxes_max"];
+    assert_eq!(simulated["host"]["slots"].as_f64(), allowed.as_f64());
+    assert_eq!(simulated["results"][0]["live_max"].as_f64(), allowed.as_f64(), "{simulated}");
+    assert_eq!(simulated["host"]["shards"].as_f64(), planned["host"]["shards"].as_f64());
+    let mib = simulated["host"]["memory_mib"].as_f64().unwrap();
+    assert_eq!(Some(mib * 1024.0 * 1024.0), planned["host"]["memory_bytes"].as_f64());
+    // What is said beside the file wins, each by itself.
+    let own = with(&["--slots", "10", "--shards", "1"]);
+    assert_eq!((&own["host"]["slots"], &own["host"]["shards"]), (&10.into(), &1.into()));
+    assert_eq!(own["host"]["memory_mib"], simulated["host"]["memory_mib"]);
+    assert_eq!(own["results"][0]["live_max"], 10);
+    let full = with(&["--memory-mib", "2400"]);
+    assert_eq!(full["results"][0]["live_max"], 100, "of 24 MiB each, as the plan has it");
+    let large = with(&["--sandbox-mib", "2048"]);
+    assert_eq!(large["results"][0]["live_max"], 187, "384000 MiB by 2048");
+}
+
 #[test]
 fn nonsense_is_refused_and_named() {
     let bad_trace = Scratch::new("bad.csv", "0,a,1\n1,a,soon\n");
@@ -127,10 +164,14 @@ fn nonsense_is_refused_and_named() {
     let empty = Scratch::new("empty.csv", "# nothing\n");
     let report = Scratch::new("report.json", "{\"results\": 7}");
     let text = Scratch::new("text.json", "not JSON");
+    let other = Scratch::new("host.json", "{\"cores\": 4, \"sockets\": 2}");
     for (options, expected) in [
         (&["--hosts", "0"][..], "hosts"),
         (&["--hosts", "many"], "--hosts"),
         (&["--slots", "0"], "slot"),
+        (&["--host", "/nonexistent/host.json"], "cannot open /nonexistent/host.json"),
+        (&["--host", other.path()], "unknown field `sockets`"),
+        (&["--sandbox-mib", "0"], "--sandbox-mib"),
         (&["--rate", "0"], "the rate must be"),
         (&["--rate=-5"], "the rate must be"),
         (&["--rate", "NaN"], "the rate must be"),

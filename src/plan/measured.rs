@@ -159,7 +159,7 @@ impl Measured {
 
     /// One that has run code holds what an idle one does and what it wrote, which is what a snapshot of it holds.
     fn derive(&mut self) {
-        if self.known(Cost::Used) == Known::Said {
+        if matches!(self.known(Cost::Used), Known::Said | Known::Bytes) {
             return;
         }
         let UnitCosts { idle_bytes, used_bytes, snapshot_bytes, .. } = self.costs;
@@ -243,12 +243,15 @@ fn report(report: &Value, dirty_mb: Option<u32>) -> Result<Vec<Figure>> {
     let rows = report["results"].as_array().context("its results are not a list")?;
     let mut figures = engine(report, rows);
     figures.extend(scale(rows));
-    figures.extend(density(rows)?);
+    figures.extend(create(rows));
+    figures.extend(density(rows, "density", Cost::Idle)?);
+    figures.extend(density(rows, "density_after_code", Cost::Used)?);
     figures.extend(dirty(rows, dirty_mb)?);
     if figures.is_empty() {
         bail!(
             "it has neither idle_bytes_per_sandbox nor the operations create_http, restore_pool_hit, \
-             restore_pool_miss and destroy, nor rows of dirty, density or scale: make one with \
+             restore_pool_miss and destroy, nor rows of dirty, density or scale, nor cpu_us_per_create in rows \
+             of create, which has it where the daemon is seen and no create failed: make one with \
              `mica bench engine --json FILE`, or see docs/capacity.md"
         );
     }
@@ -284,16 +287,31 @@ fn scale(rows: &[Value]) -> Option<Figure> {
     Some((Cost::CreateShard, us / 1000.0, Known::ProcessorTime))
 }
 
-/// What one idle sandbox takes where most of them live: what is the host's own is shared out among the most.
-fn density(rows: &[Value]) -> Result<Option<Figure>> {
+/// Processor time of a life that runs no code, and the daemon's part of it, from the row that has the most lives.
+fn create(rows: &[Value]) -> Vec<Figure> {
+    let us = |row: &Value, name: &str| row[name].as_f64().filter(|us| *us > 0.0);
+    let measured = rows.iter().filter(|row| row["op"] == "create" && row["failed"] == 0);
+    let measured = measured.filter(|row| us(row, "cpu_us_per_create").is_some());
+    let Some(row) = measured.max_by_key(|row| row["success"].as_u64()) else { return Vec::new() };
+    let figure = |cost, name| Some((cost, us(row, name)? / 1000.0, Known::ProcessorTime));
+    let both = [
+        figure(Cost::Create, "cpu_us_per_create"),
+        figure(Cost::CreateShard, "daemon_cpu_us_per_create"),
+    ];
+    both.into_iter().flatten().collect()
+}
+
+/// What one sandbox takes where most of them live: what is the host's own is shared out among the most. Of idle ones
+/// and of such as have run code.
+fn density(rows: &[Value], op: &str, cost: Cost) -> Result<Option<Figure>> {
     let of = |row: &Value| Some((row["sandboxes"].as_u64()?, row["bytes_per_sandbox"].as_f64()?));
-    let rows = rows.iter().filter(|row| row["op"] == "density");
+    let rows = rows.iter().filter(|row| row["op"] == op);
     let Some((live, bytes)) = rows.filter_map(of).max_by_key(|(live, _)| *live) else {
         return Ok(None);
     };
     // Others gave memory back meanwhile.
     ensure!(bytes > 0.0, "with {live} sandboxes its machine had more memory than with none");
-    Ok(Some((Cost::Idle, bytes, Known::Bytes)))
+    Ok(Some((cost, bytes, Known::Bytes)))
 }
 
 /// What a snapshot holds of memory, of guests that wrote so much: which of several are like the operator's, only
@@ -365,9 +383,46 @@ mod tests {
     fn density_counts_where_most_live_and_never_below_nothing() {
         let row = |live: u32, bytes: i64| json!({"op": "density", "sandboxes": live, "bytes_per_sandbox": bytes});
         let first = json!({"op": "density", "sandboxes": 0});
-        let found = density(&[first, row(500, 5_000_000), row(100, 9_000_000)]).unwrap();
+        let rows = [first, row(500, 5_000_000), row(100, 9_000_000)];
+        let found = density(&rows, "density", Cost::Idle).unwrap();
         assert_eq!(found, Some((Cost::Idle, 5e6, Known::Bytes)));
-        assert!(density(&[row(100, -1)]).is_err());
+        assert!(density(&[row(100, -1)], "density", Cost::Idle).is_err());
+    }
+
+    #[test]
+    fn what_one_that_ran_code_holds_is_measured_and_not_derived() {
+        let row = |live: u32, bytes: i64| json!({"op": "density_after_code", "sandboxes": live, "bytes_per_sandbox": bytes});
+        let after = json!({"results": [row(0, 1), row(10, 40_000_000), row(100, 31_000_000)]});
+        let said = report(&after, None).unwrap();
+        assert_eq!(said, [(Cost::Used, 3.1e7, Known::Bytes)]);
+        let mut measured = Measured::assumed();
+        for (cost, bytes, known) in said {
+            measured.take(cost, bytes, known, Some("after.json".to_owned()));
+        }
+        measured.take(Cost::Snapshot, 1e9, Known::Bytes, None);
+        measured.derive();
+        assert_eq!(measured.costs.used_bytes, 3.1e7, "whatever a snapshot holds");
+    }
+
+    #[test]
+    fn processor_time_of_a_life_is_that_of_the_most_creates() {
+        let row = |n: u32, failed: u32, us: f64| {
+            json!({"op": "create", "success": n, "failed": failed, "cpu_us_per_create": us,
+                "daemon_cpu_us_per_create": us / 10.0})
+        };
+        let rows = [row(20, 0, 9000.0), row(500, 0, 7000.0), row(900, 1, 1.0)];
+        let said = report(&json!({ "results": rows }), None).unwrap();
+        let known = Known::ProcessorTime;
+        assert_eq!(said, [(Cost::Create, 7.0, known), (Cost::CreateShard, 0.7, known)]);
+        let mut measured = Measured::assumed();
+        for (cost, ms, known) in said {
+            measured.take(cost, ms, known, None);
+        }
+        measured.take(Cost::Create, 19.0, Known::WallTime, None);
+        assert_eq!((measured.costs.create_cpu_ms, measured.note()), (7.0, None));
+        let blind = json!({"results": [{"op": "create", "success": 20, "failed": 0}]});
+        let error = report(&blind, None).unwrap_err().to_string();
+        assert!(error.contains("where the daemon is seen"), "{error}");
     }
 
     #[test]

@@ -42,8 +42,8 @@ pub struct CapacityArgs {
     /// Hours that a snapshot is kept.
     #[arg(long, allow_negative_numbers = true, value_name = "HOURS", default_value_t = 24.0)]
     keep: f64,
-    /// Take unit costs from this file: one that `mica bench` wrote with engine, scale, density or dirty, or an object of
-    /// unit costs; see docs/capacity.md. May be given several times. Later files win.
+    /// Take unit costs from this file: one that `mica bench` wrote with engine, scale, create, density or dirty, or an
+    /// object of unit costs; see docs/capacity.md. May be given several times. Later files win.
     #[arg(long, value_name = "FILE")]
     measured: Vec<PathBuf>,
     /// Snapshots are like those that `mica bench dirty` took after so many MB were written; needed where its report

@@ -1,7 +1,8 @@
 //! What other systems' reports say of the same operations, on other hardware: a column to look at, no judgement.
 //!
 //! Read by the tables. CubeSandbox: its "Core Operations Performance Benchmark Report", on two Xeon 8255C with
-//! 96 threads. SoulBox: its "Performance Benchmarks". Refuses to compare: hardware, disk syncs and clients differ.
+//! 96 threads. SoulBox: its "Performance Benchmarks", whose figures its own project never measured: they are what it
+//! wants to reach, and are called so wherever they are shown. Refuses to compare: hardware, disk syncs and clients differ.
 
 use serde_json::{Map, Value, json};
 
@@ -10,7 +11,7 @@ use serde_json::{Map, Value, json};
 pub struct Seed {
     /// Whose.
     pub of: &'static str,
-    /// What they are, as `avg_ms`. The first one is shown beside ours.
+    /// What they are, as `avg_ms`.
     pub names: &'static [&'static str],
     /// The figures.
     pub values: &'static [f64],
@@ -22,23 +23,41 @@ impl Seed {
     pub fn json(&self) -> Value {
         let mut all = Map::new();
         all.insert("of".to_owned(), json!(self.of));
-        all.insert("hardware".to_owned(), json!("other hardware"));
+        all.insert("hardware".to_owned(), json!(OTHER_HARDWARE));
+        all.insert("standing".to_owned(), json!(standing(self.of)));
         let figures = self.names.iter().zip(self.values);
         all.extend(figures.map(|(name, value)| ((*name).to_owned(), json!(value))));
         Value::Object(all)
     }
 
-    /// For people.
+    /// For people: all of them, with whose they are.
     #[must_use]
     pub fn text(&self) -> String {
-        let figures = self.names.first().zip(self.values.first());
-        let Some((name, value)) = figures else { return String::new() };
-        format!("{value} {}", name.replace('_', " "))
+        let figures = self.names.iter().zip(self.values);
+        let figures = figures.map(|(name, value)| format!("{value} {}", name.replace('_', " ")));
+        format!("{}: {}", whose(self.of), figures.collect::<Vec<_>>().join(", "))
     }
 }
 
 const CUBE: &str = "CubeSandbox";
 const SOUL: &str = "SoulBox";
+const OTHER_HARDWARE: &str = "other hardware";
+
+/// What these figures are: what a machine that is not ours did, or not even that.
+#[must_use]
+pub fn standing(of: &str) -> &'static str {
+    // Also of a report that was written before its rows said so.
+    if of == SOUL { "stated target, not measured; other hardware" } else { OTHER_HARDWARE }
+}
+
+/// Whose figures they are, for people, who know from the head of the column that the hardware is another.
+#[must_use]
+pub fn whose(of: &str) -> String {
+    match standing(of) {
+        OTHER_HARDWARE => of.to_owned(),
+        standing => format!("{of} ({standing})"),
+    }
+}
 
 /// A row of a table: what it is found by, and its figures.
 type Row = (u64, u64, &'static [f64]);
@@ -238,11 +257,26 @@ mod tests {
         assert_eq!(of_engine("clone_100"), find("clone", 100, 50));
         assert_eq!(of_engine("snapshot_7mb").map(|seed| seed.values[4]), Some(7.1));
         assert_eq!((of_engine("destroy"), of_engine("create")), (None, None));
-        assert_eq!(find("create", 1, 0).unwrap().text(), "47.8 avg ms");
+        assert_eq!(
+            find("create", 1, 0).unwrap().text(),
+            "CubeSandbox: 47.8 avg ms, 43.5 min ms, 57.4 p95 ms, 60.4 max ms, 17.9 per s"
+        );
         let json = find("rollback", 5, 0).unwrap().json();
         assert_eq!(
             (&json["wall_avg_ms"], &json["hardware"]),
             (&json!(189.6), &json!("other hardware"))
         );
+        assert_eq!(json["standing"], "other hardware");
+    }
+
+    #[test]
+    fn what_nobody_measured_is_called_a_target_and_shown_whole() {
+        let cold = find("cold_hello_python", 0, 0).unwrap();
+        assert_eq!(
+            cold.text(),
+            "SoulBox (stated target, not measured; other hardware): \
+             95 avg ms, 85 p50 ms, 120 p95 ms, 140 p99 ms, 25 stddev ms"
+        );
+        assert_eq!(cold.json()["standing"], "stated target, not measured; other hardware");
     }
 }

@@ -10,7 +10,6 @@ use serde_json::Value;
 use super::host::Host;
 use super::phases::Before;
 use super::row::{Row, Stats, ms};
-use super::seeds::Seed;
 
 /// Fields that programs had under these names before there were others for the same: the line has them already.
 const SAID: [&str; 2] = ["clients", "per_s"];
@@ -54,6 +53,12 @@ impl Table {
     #[must_use]
     pub fn of_requests_alone() -> Self {
         Self { without_phases: true, ..Self::default() }
+    }
+
+    /// Whether requests alone are to be measured.
+    #[must_use]
+    pub fn is_of_requests_alone(&self) -> bool {
+        self.without_phases
     }
 
     /// Measures a row, with the phases that the daemon goes through meanwhile.
@@ -134,7 +139,7 @@ fn print(text: &str) {
 #[must_use]
 pub fn head() -> String {
     format!(
-        "{:<22} {:<12} {:>5} {:>6} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8}  {}\n",
+        "{:<22} {:<12} {:>5} {:>6} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8}  {}\n",
         "ms",
         "case",
         "n",
@@ -146,6 +151,7 @@ pub fn head() -> String {
         "p95",
         "p99",
         "max",
+        "stddev",
         "wall avg",
         "per s",
         "other hardware"
@@ -159,12 +165,12 @@ pub fn line(row: &Row) -> String {
     let failed = failures.total();
     let n = u64::try_from(times.len()).unwrap_or(u64::MAX) + failed;
     let mut text = format!("{op:<22} {case:<12} {n:>5} {failed:>6}");
-    if let Some(Stats { p50, p90, p95, p99, max, avg, min, .. }) = Stats::of(times) {
-        for time in [avg, min, p50, p90, p95, p99, max] {
+    if let Some(Stats { p50, p90, p95, p99, max, avg, min, stddev }) = Stats::of(times) {
+        for time in [avg, min, p50, p90, p95, p99, max, stddev] {
             add(&mut text, format_args!(" {:>8.2}", ms(time)));
         }
     } else {
-        for _ in 0..7 {
+        for _ in 0..8 {
             add(&mut text, format_args!(" {:>8}", "-"));
         }
     }
@@ -176,8 +182,7 @@ pub fn line(row: &Row) -> String {
         Some(per_s) => add(&mut text, format_args!(" {per_s:>8.1}")),
         None => add(&mut text, format_args!(" {:>8}", "-")),
     }
-    let published = |seed: Seed| format!("{}: {}", seed.of, seed.text());
-    let seed = row.seed.map_or_else(|| NONE_PUBLISHED.to_owned(), published);
+    let seed = row.seed.map_or_else(|| NONE_PUBLISHED.to_owned(), |seed| seed.text());
     add(&mut text, format_args!("  {seed}"));
     let mut text = text.trim_end().to_owned() + "\n";
     let own = |name: &str, value: &Value| !value.is_array() && !SAID.contains(&name);
@@ -213,17 +218,18 @@ mod tests {
         let mut failures = Failures::default();
         failures.add(&anyhow::anyhow!("full"));
         let (wall, times) = (Duration::from_millis(8), vec![Duration::from_millis(4)]);
+        // One alone is the mean: it lies nowhere else.
         row.add(Round { wall, times, values: vec![()], failures });
         row.set("clients", 1);
         let text = line(&row);
         let words: Vec<&str> = text.lines().next().unwrap().split_whitespace().collect();
         assert_eq!(words[..5], ["create", "c=1", "2", "1", "4.00"]);
-        assert_eq!(words[11..], ["8.00", "125.0", "CubeSandbox:", "47.8", "avg", "ms"]);
+        assert_eq!(words[10..16], ["4.00", "0.00", "8.00", "125.0", "CubeSandbox:", "47.8"]);
         assert_eq!(text.lines().nth(1), Some("  failed 1 times: full"));
         let alone = line(&Row::new("load", "5/s".to_owned(), 1));
         assert!(alone.trim_end().ends_with("-  none published"), "{alone}");
         // Two words more: "wall avg", "other hardware".
-        assert_eq!(head().split_whitespace().count(), 17);
+        assert_eq!(head().split_whitespace().count(), 18);
     }
 
     #[test]

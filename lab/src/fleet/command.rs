@@ -10,7 +10,13 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use super::planned::{self, Planned, SANDBOX_MIB};
+use super::trace::MEMORY_MIB;
 use super::{HostShape, Load, Policy, Scenario, Service, Trace, report, simulate};
+
+/// What a host has where nobody says it.
+const SLOTS: u32 = 120;
+const SHARDS: u32 = 4;
 
 /// A fleet, a load, and the policies to compare.
 #[derive(Args, Debug)]
@@ -18,15 +24,23 @@ pub struct SimulateArgs {
     /// Hosts of the fleet.
     #[arg(long, value_name = "N", default_value_t = 100)]
     hosts: usize,
-    /// Sandboxes that a host can hold.
-    #[arg(long, value_name = "N", default_value_t = 120)]
-    slots: u32,
-    /// Memory of a host for sandboxes, in MiB. Default: as much as its slots can have.
+    /// Take slots, memory and shards of a host from this file, which is that of `mica plan --host`; what is given
+    /// beside it wins. See docs/capacity.md.
+    #[arg(long, value_name = "FILE")]
+    host: Option<PathBuf>,
+    /// Sandboxes that a host can hold. Default: those of --host, or 120.
+    #[arg(long, value_name = "N")]
+    slots: Option<u32>,
+    /// Memory of a host for sandboxes, in MiB. Default: that of --host, or as much as its slots can have.
     #[arg(long, value_name = "MIB")]
     memory_mib: Option<u64>,
-    /// Shards of a host: creates that it works on at one time.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    shards: u32,
+    /// Shards of a host: creates that it works on at one time. Default: those of --host, or 4.
+    #[arg(long, value_name = "N")]
+    shards: Option<u32>,
+    /// What a sandbox takes of it where a trace does not say, in MiB. Default: 2048; with --host 24, as `mica plan`
+    /// has it of one that has run code.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    sandbox_mib: Option<u32>,
     /// VM processes that a host keeps ready.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pool: u32,
@@ -73,12 +87,16 @@ pub struct SimulateArgs {
 /// # Errors
 /// When a file cannot be read or a number means nothing.
 pub fn run(args: &SimulateArgs) -> Result<String> {
+    let planned = args.host.as_deref().map(Planned::read).transpose()?;
+    let usual_mib = if planned.is_some() { SANDBOX_MIB } else { MEMORY_MIB };
+    let sandbox_mib = args.sandbox_mib.unwrap_or(usual_mib);
     let service = args.measured.as_ref().map_or_else(|| Ok(Service::default()), measured)?;
     let trace = match &args.trace {
         Some(path) => {
             let file =
                 File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-            Trace::read(BufReader::new(file)).with_context(|| path.display().to_string())?
+            Trace::read(BufReader::new(file), sandbox_mib)
+                .with_context(|| path.display().to_string())?
         }
         None => Trace::make(
             &Load {
@@ -87,30 +105,40 @@ pub fn run(args: &SimulateArgs) -> Result<String> {
                 life_s: args.life,
                 burst: args.burst,
                 templates: args.templates,
+                memory_mib: sandbox_mib,
             },
             args.seed,
         )?,
     };
-    let most_mib = trace.arrivals.iter().map(|arrival| arrival.memory_mib).max().unwrap_or(1);
-    let shape = HostShape {
-        slots: args.slots,
-        memory_mib: args.memory_mib.unwrap_or(u64::from(args.slots) * u64::from(most_mib)),
-        shards: args.shards,
-        pool: args.pool,
-        templates: args.templates_per_host,
-        cold_ns: u64::from(args.cold_ms) * 1_000_000,
-    };
+    let shape = shape(args, planned, &trace);
     let scenario = Scenario { hosts: args.hosts, shape, service, seed: args.seed };
     let all = Policy::value_variants();
     let policies = if args.policy.is_empty() { all } else { &args.policy };
     let outcomes = policies.iter().map(|policy| simulate(&scenario, &trace, *policy));
     let outcomes = outcomes.collect::<Result<Vec<_>>>()?;
     if args.json {
-        let found =
-            json!({ "seed": args.seed, "hosts": args.hosts, "results": report::json(&outcomes) });
+        let found = json!({
+            "seed": args.seed, "hosts": args.hosts, "host": planned::json(&shape),
+            "results": report::json(&outcomes),
+        });
         return Ok(format!("{}\n", serde_json::to_string_pretty(&found)?));
     }
     Ok(report::table(&outcomes))
+}
+
+/// What each host is: as it is told, as the file has it, or the usual.
+fn shape(args: &SimulateArgs, planned: Option<Planned>, trace: &Trace) -> HostShape {
+    let slots = args.slots.or(planned.map(|host| host.slots)).unwrap_or(SLOTS);
+    let most_mib = trace.arrivals.iter().map(|arrival| arrival.memory_mib).max().unwrap_or(1);
+    let memory_mib = args.memory_mib.or(planned.map(|host| host.memory_mib));
+    HostShape {
+        slots,
+        memory_mib: memory_mib.unwrap_or(u64::from(slots) * u64::from(most_mib)),
+        shards: args.shards.or(planned.map(|host| host.shards)).unwrap_or(SHARDS),
+        pool: args.pool,
+        templates: args.templates_per_host,
+        cold_ns: u64::from(args.cold_ms) * 1_000_000,
+    }
 }
 
 fn measured(path: &PathBuf) -> Result<Service> {

@@ -21,7 +21,8 @@ fn scenario(hosts: usize, shape: HostShape) -> Scenario {
 /// One template, lives of 5 s, a load of `part` of all slots of 20 hosts.
 fn load(part: f64) -> Trace {
     let per_s = part * 20.0 * 100.0 / 5.0;
-    let load = Load { arrivals: 60_000, per_s, life_s: 5.0, burst: 1.0, templates: 1 };
+    let load =
+        Load { arrivals: 60_000, per_s, life_s: 5.0, burst: 1.0, templates: 1, memory_mib: 2048 };
     Trace::make(&load, 1).unwrap()
 }
 
@@ -82,7 +83,14 @@ fn memory_refuses_as_slots_do() {
 #[test]
 fn the_same_seed_is_the_same_report_and_another_is_not() {
     let report = |seed| {
-        let load = Load { arrivals: 20_000, per_s: 500.0, life_s: 4.0, burst: 5.0, templates: 30 };
+        let load = Load {
+            arrivals: 20_000,
+            per_s: 500.0,
+            life_s: 4.0,
+            burst: 5.0,
+            templates: 30,
+            memory_mib: 2048,
+        };
         let trace = Trace::make(&load, seed).unwrap();
         let scenario = Scenario { seed, ..scenario(30, SHAPE) };
         let run = |policy| simulate(&scenario, &trace, policy).unwrap();
@@ -103,6 +111,7 @@ fn busy(part: f64) -> (Scenario, Trace) {
         life_s: 0.005,
         burst: 1.0,
         templates: 1,
+        memory_mib: 2048,
     };
     (scenario(50, shape), Trace::make(&load, 3).unwrap())
 }
@@ -122,7 +131,14 @@ fn two_choices_wait_less_than_one_at_high_load() {
 
 #[test]
 fn hosts_with_the_template_are_found_and_so_fewer_bring_it_in() {
-    let load = Load { arrivals: 50_000, per_s: 400.0, life_s: 10.0, burst: 1.0, templates: 200 };
+    let load = Load {
+        arrivals: 50_000,
+        per_s: 400.0,
+        life_s: 10.0,
+        burst: 1.0,
+        templates: 200,
+        memory_mib: 2048,
+    };
     let trace = Trace::make(&load, 5).unwrap();
     let run = |policy| simulate(&scenario(50, SHAPE), &trace, policy).unwrap();
     let [affine, random] = [Policy::LeastOfTwo, Policy::Random].map(run);

@@ -20,7 +20,7 @@ pub const TEMPLATES_MAX: usize = 4000;
 const SECONDS_MAX: f64 = 1e9;
 
 /// The memory of a sandbox whose line does not say.
-const MEMORY_MIB: u32 = 2048;
+pub(super) const MEMORY_MIB: u32 = 2048;
 
 /// The part of time in which a bursty load comes at its higher rate, and how long that lasts.
 const BURST_SHARE: f64 = 0.1;
@@ -61,6 +61,8 @@ pub struct Load {
     pub burst: f64,
     /// Of how many templates; the second is asked for half as often as the first, the third a third as often.
     pub templates: usize,
+    /// What each takes of its host.
+    pub memory_mib: u32,
 }
 
 /// A number of seconds that a simulation can count in.
@@ -75,11 +77,11 @@ fn nanoseconds(seconds: f64) -> Option<u64> {
 
 impl Trace {
     /// Reads lines of `time_s,template,life_s[,memory_mib]`. Empty ones, such as start with `#`, and a first
-    /// one that names the fields are passed over.
+    /// one that names the fields are passed over. One that says no memory takes the usual.
     ///
     /// # Errors
     /// When a line is not in form; it is named by its number.
-    pub fn read(lines: impl BufRead) -> Result<Self> {
+    pub fn read(lines: impl BufRead, usual_mib: u32) -> Result<Self> {
         let mut names = HashMap::new();
         let mut arrivals: Vec<Arrival> = Vec::new();
         for (line, number) in lines.lines().zip(1usize..) {
@@ -90,7 +92,8 @@ impl Trace {
                 continue;
             }
             let latest = arrivals.last().map_or(0, |arrival| arrival.at_ns);
-            let arrival = parse(text, &mut names).with_context(|| format!("line {number}"))?;
+            let arrival = parse(text, usual_mib, &mut names);
+            let arrival = arrival.with_context(|| format!("line {number}"))?;
             ensure!(arrival.at_ns >= latest, "line {number}: its time is before that of the last");
             ensure!(arrivals.len() < ARRIVALS_MAX, "more than {ARRIVALS_MAX} arrivals");
             arrivals.push(arrival);
@@ -104,7 +107,7 @@ impl Trace {
     /// # Errors
     /// When a number means nothing.
     pub fn make(load: &Load, seed: u64) -> Result<Self> {
-        let Load { arrivals, per_s, life_s, burst, templates } = *load;
+        let Load { arrivals, per_s, life_s, burst, templates, memory_mib } = *load;
         ensure!((1..=ARRIVALS_MAX).contains(&arrivals), "arrivals must be 1 to {ARRIVALS_MAX}");
         ensure!((1..=TEMPLATES_MAX).contains(&templates), "templates must be 1 to {TEMPLATES_MAX}");
         ensure!(
@@ -128,13 +131,13 @@ impl Trace {
             let drawn = random.unit();
             let template = shares.partition_point(|share| *share <= drawn).min(templates - 1);
             let template = u16::try_from(template)?;
-            Ok(Arrival { at_ns, life_ns, template, memory_mib: MEMORY_MIB })
+            Ok(Arrival { at_ns, life_ns, template, memory_mib })
         });
         Ok(Self { arrivals: arrivals.collect::<Result<_>>()?, templates })
     }
 }
 
-fn parse(text: &str, names: &mut HashMap<String, u16>) -> Result<Arrival> {
+fn parse(text: &str, usual_mib: u32, names: &mut HashMap<String, u16>) -> Result<Arrival> {
     let fields: Vec<&str> = text.split(',').map(str::trim).collect();
     let (time, template, life, memory) = match fields[..] {
         [time, template, life] => (time, template, life, None),
@@ -147,7 +150,7 @@ fn parse(text: &str, names: &mut HashMap<String, u16>) -> Result<Arrival> {
         nanoseconds(value).with_context(|| format!("{name} is {value}, not 0 to {SECONDS_MAX}"))
     };
     ensure!((1..=256).contains(&template.len()), "a template's name has 1 to 256 bytes");
-    let memory_mib = memory.map_or(Ok(MEMORY_MIB), |text| {
+    let memory_mib = memory.map_or(Ok(usual_mib), |text| {
         let mib = text.parse().ok().filter(|mib| (1..=1 << 24).contains(mib));
         mib.with_context(|| format!("memory_mib is {text:?}, not 1 to {}", 1 << 24))
     })?;
@@ -220,8 +223,14 @@ impl Clock {
 mod tests {
     use super::*;
 
-    const LOAD: Load =
-        Load { arrivals: 200_000, per_s: 1000.0, life_s: 5.0, burst: 1.0, templates: 3 };
+    const LOAD: Load = Load {
+        arrivals: 200_000,
+        per_s: 1000.0,
+        life_s: 5.0,
+        burst: 1.0,
+        templates: 3,
+        memory_mib: MEMORY_MIB,
+    };
 
     /// Arrivals in each tenth of a second.
     fn counts(trace: &Trace) -> Vec<f64> {
@@ -270,7 +279,7 @@ mod tests {
     fn a_file_is_read_as_it_is_written() {
         let text =
             "time_s,template,life_s\n# the first\n0,base,10\n\n0.5, code ,2.5,512\n0.5,base,1\n";
-        let trace = Trace::read(text.as_bytes()).unwrap();
+        let trace = Trace::read(text.as_bytes(), MEMORY_MIB).unwrap();
         let arrival =
             |at_ns, life_ns, template, memory_mib| Arrival { at_ns, life_ns, template, memory_mib };
         assert_eq!(trace.templates, 2);
@@ -298,7 +307,7 @@ mod tests {
             ("0,base,1,0", "memory_mib"),
             ("2,base,1\n1,base,1", "line 2: its time is before"),
         ] {
-            let error = format!("{:#}", Trace::read(text.as_bytes()).unwrap_err());
+            let error = format!("{:#}", Trace::read(text.as_bytes(), MEMORY_MIB).unwrap_err());
             assert!(error.contains(expected), "{text:?}: {error}");
         }
         for load in [

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::super::document::Document;
 use super::super::phases::FAMILY;
+use super::super::seeds::whose;
 use super::super::table::NONE_PUBLISHED;
 use super::{escape, plots, scale};
 
@@ -13,7 +14,7 @@ use super::{escape, plots, scale};
 const STYLE: &str = include_str!("style.css");
 
 /// The columns of the table: a name, a field, and what the field is divided by.
-const COLUMNS: [(&str, &str, f64); 10] = [
+const COLUMNS: [(&str, &str, f64); 11] = [
     ("avg", "avg_us", 1e3),
     ("min", "min_us", 1e3),
     ("p50", "p50_us", 1e3),
@@ -21,6 +22,7 @@ const COLUMNS: [(&str, &str, f64); 10] = [
     ("p95", "p95_us", 1e3),
     ("p99", "p99_us", 1e3),
     ("max", "max_us", 1e3),
+    ("stddev", "stddev_us", 1e3),
     ("floor p50", "floor_p50_us", 1e3),
     ("wall", "wall_us", 1e3),
     ("per s", "throughput_per_s", 1.0),
@@ -165,7 +167,7 @@ fn table(rows: &[&Value]) -> String {
             let said = escape(error["error"].as_str().unwrap_or_default());
             let count = &error["count"];
             out += &format!(
-                "<tr><td></td><td class=\"bad\" colspan=\"15\">{count} times: {said}</td></tr>\n"
+                "<tr><td></td><td class=\"bad\" colspan=\"16\">{count} times: {said}</td></tr>\n"
             );
         }
     }
@@ -183,7 +185,7 @@ fn seed(seed: &Value) -> String {
     let figures = fields.iter().filter_map(|(name, value)| {
         Some(format!("{} {}", scale::label(value.as_f64()?), escape(&name.replace('_', " "))))
     });
-    let whose = escape(seed["of"].as_str().unwrap_or_default());
+    let whose = escape(&whose(seed["of"].as_str().unwrap_or_default()));
     format!("{whose}: {}", figures.collect::<Vec<_>>().join(", "))
 }
 
@@ -248,6 +250,7 @@ mod tests {
                 { "op": "create", "case": "c=10", "concurrency": 10, "n": 2, "p50_us": 2500.0,
                   "p95_us": 9.0, "throughput_per_s": 12.5 },
                 { "op": "command_1", "n": 3, "per_s": 77.0 },
+                { "op": "cold_hello_python", "n": 3, "stddev_us": 4200.0, "seed": { "of": "SoulBox", "p95_ms": 120.0, "stddev_ms": 25.0 } },
                 { "op": "Allocate", "n": 3, "p50_ns": 54.0, "stddev_ns": 3.0, "batch": 2000 },
             ],
         }))
@@ -264,6 +267,9 @@ mod tests {
             "12.5",
             "<td>77</td>",
             "<td>0.000054</td>",
+            "<th>stddev</th>",
+            "<td>4.2</td>",
+            "SoulBox (stated target, not measured; other hardware): 120 p95 ms, 25 stddev ms",
             "<td>none published</td><td>batch: 2,000</td>",
             "xfs on /dev/a",
             "with assertions",

@@ -5,6 +5,7 @@
 
 use serde_json::Value;
 
+use super::super::seeds::standing;
 use super::chart::{Axis, Bar, Chart, Line, stacks};
 
 /// A plot, and what stands below it.
@@ -67,7 +68,7 @@ fn line(name: &str, rows: &[&Value], x: Pick, y: Pick) -> Option<Line> {
 /// The published figures, with whose they are.
 fn other(what: &str, rows: &[&Value], x: Pick, y: Pick) -> Option<Line> {
     let whose = rows.iter().find_map(|row| row["seed"]["of"].as_str())?;
-    let mut line = line(&format!("{whose}, {what} (other hardware)"), rows, x, y)?;
+    let mut line = line(&format!("{whose}, {what} ({})", standing(whose)), rows, x, y)?;
     line.is_other = true;
     Some(line)
 }
@@ -206,7 +207,9 @@ fn load(rows: &[&Value]) -> Vec<Figure> {
     let x = Axis { label: "requests in a second", log: true };
     let rate: Pick = |row| row["rate_per_s"].as_f64();
     let cpu = [
+        line("all of it", &of, rate, |row| row["cpu_percent"].as_f64()),
         line("the daemon", &of, rate, |row| row["daemon_cpu_percent"].as_f64()),
+        line("VM processes", &of, rate, |row| row["vms_cpu_percent"].as_f64()),
         other("CPU", &of, rate, |row| row["seed"]["cpu_percent"].as_f64()),
     ];
     let times = [
@@ -324,5 +327,13 @@ mod tests {
             ]
         );
         assert!(all(&[]).is_empty());
+        let svg: String =
+            all(&rows.iter().collect::<Vec<_>>()).into_iter().map(|one| one.svg).collect();
+        for line in [
+            "CubeSandbox, mean of one (other hardware)",
+            "SoulBox, all clients (stated target, not measured; other hardware)",
+        ] {
+            assert!(svg.contains(line), "{line}");
+        }
     }
 }

@@ -91,15 +91,25 @@ impl Clones {
         Ok(cases)
     }
 
+    /// The published figures are of a sandbox that wrote nothing.
+    fn row(&self, case: Case) -> Row {
+        let Case { way, count, clients, .. } = case;
+        let written = match self.dirty {
+            0 => String::new(),
+            megabytes => format!(" d={megabytes}"),
+        };
+        let row = match way {
+            Way::Client => Row::new("clone", format!("n={count} c={clients}{written}"), clients),
+            Way::Request => Row::new("clone_request", format!("n={count}{written}"), 1),
+        };
+        let mut row = if self.dirty == 0 { row.beside(count, clients) } else { row };
+        row.set("copies", count);
+        row
+    }
+
     fn case(&self, host: &Host, table: &mut Table, case: Case) -> Result<()> {
         let Case { way, count, clients, rounds } = case;
-        let row = match way {
-            Way::Client => Row::new("clone", format!("n={count} c={clients}"), clients),
-            Way::Request => Row::new("clone_request", format!("n={count}"), 1),
-        };
-        let mut row = row.beside(count, clients);
-        row.set("copies", count);
-        table.row(host, row, |row| {
+        table.row(host, self.row(case), |row| {
             for number in 0..=rounds {
                 host.go_on()?;
                 let source = make(host, &host.address.template, 1)?;
@@ -211,5 +221,17 @@ mod tests {
         // As CubeSandbox's script is called.
         let one = cases(&["-n", "100", "-c", "10", "--rounds", "3", "--way", "client"]);
         assert_eq!(one, [(client, 100, 10, 3)]);
+    }
+
+    #[test]
+    fn copies_of_one_that_wrote_something_have_no_figure_beside_them() {
+        let row = |words: &[&str]| {
+            let words = [&["clone", "-n", "100", "-c", "50"], words].concat();
+            let clones = Cli::try_parse_from(words).unwrap().clones;
+            clones.row(clones.cases().unwrap()[0])
+        };
+        assert_eq!(row(&[]).seed.unwrap().values[0], 540.9);
+        let written = row(&["-d", "64"]);
+        assert_eq!((written.case.as_str(), written.seed), ("n=100 c=50 d=64", None));
     }
 }

@@ -1,7 +1,9 @@
 //! `create`: sandboxes from a template, by concurrency. CubeSandbox's cube-bench, with its options.
 //!
 //! The time of one is from before the request is sent until its whole answer is there. With `create-only` everything
-//! stays alive until the row is done, as there. Refuses to begin where the first warm-up fails.
+//! stays alive until the row is done, as there. Then it is killed, and what all of it took of the processors is in the row,
+//! where that is to be seen: a life that runs no code, from its VM process being made for the pool to its end. Refuses to
+//! begin where the first warm-up fails.
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -9,8 +11,9 @@ use serde_json::{Value, json};
 
 use super::super::host::{Host, Sandbox, Timed};
 use super::super::load::{Failures, Round, round};
-use super::super::row::Row;
+use super::super::row::{Row, number, tenth, us};
 use super::super::table::Table;
+use super::super::usage::{Usage, Watch};
 use super::{CLIENTS_MAX, Measure, pairs};
 
 /// What is done with each sandbox.
@@ -59,28 +62,42 @@ impl Create {
         Ok(self.concurrency.iter().map(|clients| (*clients, usual(*clients))).collect())
     }
 
-    fn level(&self, host: &Host, table: &mut Table, clients: usize, total: u32) -> Result<()> {
+    /// The published figures are of sandboxes that stay: kills in between are in none of them.
+    fn row(&self, clients: usize) -> Row {
+        let row = Row::new("create", format!("c={clients}"), clients);
+        if self.mode == Mode::CreateOnly { row.beside(clients, 0) } else { row }
+    }
+
+    fn level(
+        &self,
+        host: &Host,
+        table: &mut Table,
+        watch: Option<&Watch>,
+        (clients, total): (usize, u32),
+    ) -> Result<()> {
         let template = host.address.template.as_str();
         for _ in 0..self.warmup {
             let warm = round(host, clients, 0..clients, |client, _| host.create(client, template))?;
             kill_all(host, &warm.all("warm up")?)?;
         }
-        let create = Row::new("create", format!("c={clients}"), clients).beside(clients, 0);
+        let create = self.row(clients);
+        let before = at_rest(host, watch)?;
         match self.mode {
-            Mode::CreateOnly => {
-                let made = table.row(host, create, |row| {
-                    let done =
-                        round(host, clients, 0..total, |client, _| host.create(client, template))?;
-                    Ok(row.add(done))
-                })?;
-                kill_all(host, &made)
-            }
+            Mode::CreateOnly => table.row(host, create, |row| {
+                let done =
+                    round(host, clients, 0..total, |client, _| host.create(client, template))?;
+                let made = row.add(done);
+                kill_all(host, &made)?;
+                spent(row, before, at_rest(host, watch)?);
+                Ok(())
+            }),
             Mode::CreateDelete => {
                 let mut delete = Row::new("delete", format!("c={clients}"), clients);
                 table.row(host, create, |row| {
                     let (made, kills) = both(host, clients, total)?;
                     row.add(made);
                     delete.add(kills);
+                    spent(row, before, at_rest(host, watch)?);
                     Ok(())
                 })?;
                 table.push(delete);
@@ -103,10 +120,28 @@ impl Measure for Create {
     }
 
     fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
+        // To come to rest takes a moment, in which a run of requests alone would measure nothing.
+        let watch = if table.is_of_requests_alone() { None } else { Watch::of(host, None, table) };
         for (clients, total) in self.levels()? {
-            self.level(host, table, clients.into(), total)?;
+            self.level(host, table, watch.as_ref(), (clients.into(), total))?;
         }
         Ok(())
+    }
+}
+
+/// What was used until now, once what came before is done.
+fn at_rest(host: &Host, watch: Option<&Watch>) -> Result<Option<Usage>> {
+    watch.map(|watch| watch.at_rest(host)).transpose()
+}
+
+/// What each life took of the processors. One that failed took some too, so that of such rows nothing is said.
+fn spent(row: &mut Row, before: Option<Usage>, after: Option<Usage>) {
+    let lives = row.times.len();
+    if let (Some(before), Some(after), true) =
+        (before, after, lives > 0 && row.failures.total() == 0)
+    {
+        let each = |time| tenth(us(time) / number(lives));
+        after.since(before).fields(row, "cpu_us_per_create", each);
     }
 }
 
@@ -154,6 +189,32 @@ mod tests {
 
     fn levels(words: &[&str]) -> Result<Vec<(u16, u32)>> {
         Cli::try_parse_from([&["create"], words].concat())?.create.levels()
+    }
+
+    #[test]
+    fn what_a_life_took_is_said_of_rows_in_which_none_failed() {
+        let us = std::time::Duration::from_micros;
+        let before = Usage { daemon: us(500), vms: Some(us(1000)) };
+        let after = Usage { daemon: us(2500), vms: Some(us(17_000)) };
+        let mut row = Row { times: vec![us(7); 4], ..Row::default() };
+        spent(&mut row, Some(before), Some(after));
+        let field = |row: &Row, name: &str| row.more.get(name).and_then(Value::as_f64);
+        assert_eq!(field(&row, "daemon_cpu_us_per_create"), Some(500.0));
+        assert_eq!(field(&row, "vms_cpu_us_per_create"), Some(4000.0));
+        assert_eq!(field(&row, "cpu_us_per_create"), Some(4500.0));
+        let mut failed = Row { times: vec![us(7); 4], ..Row::default() };
+        failed.failures.add(&anyhow::anyhow!("full"));
+        spent(&mut failed, Some(before), Some(after));
+        let mut unseen = Row { times: vec![us(7); 4], ..Row::default() };
+        spent(&mut unseen, None, None);
+        assert!(failed.more.is_empty() && unseen.more.is_empty());
+    }
+
+    #[test]
+    fn creates_between_kills_have_no_figure_beside_them() {
+        let row = |mode| Cli::try_parse_from(["create", "-m", mode]).unwrap().create.row(10);
+        assert_eq!(row("create-only").seed.unwrap().values[0], 88.7);
+        assert_eq!(row("create-delete").seed, None);
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub struct Exec {
     /// How often everything is done at each number of clients, and at least once by each.
     #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     calls: u32,
-    /// What is done; several, separated by commas.
+    /// What is done; several, separated by commas. The report that has this table counts fibonacci.
     #[arg(long, value_name = "WORK", value_delimiter = ',', value_enum,
         default_values_t = [Work::RunCode, Work::Command, Work::Get])]
     work: Vec<Work>,
@@ -167,16 +167,15 @@ impl Exec {
         work: Work,
         clients: usize,
     ) -> Result<()> {
-        let row = |name: &str| Row::new(&format!("{name}_{clients}"), String::new(), clients);
         let direct = if work == Work::Get {
             let measure = |row: &mut Row| self.direct(host, row, places, clients);
-            Some(table.row(host, row("direct_get"), measure)?)
+            Some(table.row(host, row("direct_get", clients), measure)?)
         } else {
             None
         };
         let askers = askers(host, places, work, clients)
             .with_context(|| format!("warm {clients} clients up for {}", work.name()))?;
-        table.row(host, row(work.name()).beside(clients, 0), |row| {
+        table.row(host, row(work.name(), clients), |row| {
             self.level(host, row, work, askers)?;
             if let (Some(direct), false) = (direct, row.times.is_empty()) {
                 let added = us(percentile(&row.times, 50)) - us(direct);
@@ -243,6 +242,11 @@ impl Exec {
     }
 }
 
+/// The row of a work at a number of clients, with what is published of that.
+fn row(name: &str, clients: usize) -> Row {
+    Row::new(&format!("{name}_{clients}"), String::new(), clients).beside(clients, 0)
+}
+
 /// Two fields as this table's rows called them before there were other tables.
 fn as_before(row: &mut Row, clients: usize) {
     row.set("clients", clients);
@@ -271,6 +275,23 @@ mod tests {
     struct Cli {
         #[command(flatten)]
         exec: Exec,
+    }
+
+    #[test]
+    fn the_command_of_the_documentation_has_a_figure_beside_every_row() {
+        let docs = include_str!("../../../../docs/benchmarks.md");
+        let line = docs.lines().find(|line| line.starts_with("| 2, throughput by clients |"));
+        let command = line.unwrap().split('`').nth(1).unwrap();
+        assert!(docs.lines().any(|line| line == format!("$ {command}")), "{command}");
+        let words = command.split_whitespace().skip(2);
+        let Exec { concurrency, work, .. } = Cli::try_parse_from(words).unwrap().exec;
+        for work in &work {
+            for clients in concurrency.iter().copied().map(usize::from) {
+                assert!(row(work.name(), clients).seed.is_some(), "{work:?} of {clients}");
+            }
+        }
+        assert_eq!(concurrency.len(), 5, "as many rows as the report has");
+        assert!(row("run_code", 10).seed.is_none(), "nobody else's work");
     }
 
     #[test]

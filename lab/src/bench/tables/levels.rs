@@ -1,10 +1,9 @@
-//! `load-levels`: requests that come at a fixed rate, whatever became of those before; and what the daemon takes of the
-//! processors meanwhile.
+//! `load-levels`: requests that come at a fixed rate, whatever became of those before; and what the daemon and its VM
+//! processes take of the processors meanwhile.
 //!
 //! A request is due at its place in the rate, and its time begins then: one that waits because the host is slow counts with
 //! its wait (no coordinated omission). Where all clients wait for answers, requests are sent late, and the row says
-//! how many. The daemon's processor time is from `/proc`, where it runs on this machine. Refuses to
-//! guess it elsewhere.
+//! how many. Processor time is this machine's, where the host runs on it. Refuses to guess it elsewhere.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -14,12 +13,12 @@ use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::super::daemon::Daemon;
 use super::super::guest;
 use super::super::host::{Host, Sandbox, Timed, timed};
 use super::super::load::{Failures, Round};
-use super::super::row::{Row, number, us};
+use super::super::row::{Row, number, tenth, us};
 use super::super::table::Table;
+use super::super::usage::{Usage, Watch};
 use super::rounds::{ids, make};
 use super::{CLIENTS_MAX, Measure, seconds};
 use crate::engine::client::Client;
@@ -29,7 +28,7 @@ use crate::engine::series::percentile;
 const LATE: Duration = Duration::from_millis(1);
 /// Longest sleep before the next look whether the run is to end.
 const NAP: Duration = Duration::from_millis(100);
-/// The daemon's processor time without load is taken over so long.
+/// Processor time without load is taken over so long.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// What is asked for.
@@ -45,7 +44,7 @@ pub enum Request {
     Health,
 }
 
-/// The daemon's processor time, by requests in a second.
+/// Processor time of the daemon and of its VM processes, by requests in a second.
 #[derive(Args, Debug)]
 pub struct Levels {
     /// Requests in a second; several, separated by commas, are measured one after the other.
@@ -84,25 +83,20 @@ impl Measure for Levels {
     }
 
     fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
-        let found =
-            self.daemon_pid.map_or_else(|| Daemon::find(host.socket), |pid| Ok(Daemon { pid }));
-        let daemon = found.inspect_err(|error| {
-            table.note(format!("the daemon's processor time is not to be seen from here: {error}"));
-        });
-        let daemon = daemon.ok();
+        let watch = Watch::of(host, self.daemon_pid, table);
         let needs_none = self.request == Request::Health;
         let count = if needs_none { 0 } else { usize::from(self.sandboxes) };
         let sandboxes = make(host, &host.address.template, count)?;
-        let idle = daemon.map(|daemon| share_of_idle(host, daemon)).transpose()?;
+        let idle = watch.as_ref().map(|watch| idle(host, watch)).transpose()?;
         for rate in &self.rates {
             let clients = self.clients(host, &sandboxes)?;
-            let row = Row::new("load", format!("{rate}/s"), self.concurrency.into());
-            table.row(host, row.beside(usize::try_from(*rate)?, 0), |row| {
-                self.level(host, row, *rate, daemon, clients)
+            let sees_all = watch.as_ref().is_some_and(Watch::sees_all);
+            table.row(host, self.row(*rate, sees_all), |row| {
+                if let Some((used, wall)) = idle {
+                    used.fields(row, "idle_percent", |time| percent(time, wall));
+                }
+                self.level(host, row, *rate, watch.as_ref(), clients)
             })?;
-            if let (Some(idle), Some(row)) = (idle, table.rows.last_mut()) {
-                row.set("daemon_idle_percent", idle);
-            }
         }
         host.remove(&ids(&sandboxes), &[])
     }
@@ -115,6 +109,17 @@ struct Asker {
 }
 
 impl Levels {
+    /// The published figures are of code that is run, and of all that it takes of the host.
+    fn row(&self, rate: u32, sees_all: bool) -> Row {
+        let row = Row::new("load", format!("{rate}/s"), self.concurrency.into());
+        match self.request {
+            Request::Execute if sees_all => {
+                row.beside(usize::try_from(rate).unwrap_or(usize::MAX), 0)
+            }
+            _ => row,
+        }
+    }
+
     /// Clients whose connections are warm.
     fn clients(&self, host: &Host, sandboxes: &[Sandbox]) -> Result<Vec<Asker>> {
         let mut askers = Vec::new();
@@ -163,12 +168,12 @@ impl Levels {
         host: &Host,
         row: &mut Row,
         rate: u32,
-        daemon: Option<Daemon>,
+        watch: Option<&Watch>,
         askers: Vec<Asker>,
     ) -> Result<()> {
         let total = (f64::from(rate) * self.seconds.as_secs_f64()).ceil().max(1.0);
         let next = AtomicU64::new(0);
-        let cpu_before = daemon.map(Daemon::cpu).transpose()?;
+        let before = watch.map(Watch::now).transpose()?;
         let begun = Instant::now();
         let due = |index: u64| {
             let index = f64::from(u32::try_from(index).unwrap_or(u32::MAX));
@@ -182,7 +187,7 @@ impl Levels {
             threads.into_iter().map(|one| one.join().unwrap_or_else(panicked)).collect()
         });
         let wall = begun.elapsed();
-        let cpu_after = daemon.map(Daemon::cpu).transpose()?;
+        let after = watch.map(Watch::now).transpose()?;
         host.go_on()?;
         let sent: Vec<Sent> =
             done.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
@@ -192,10 +197,10 @@ impl Levels {
         let service: Vec<Duration> = sent.iter().map(|one| one.service).collect();
         row.set("service_p50_us", us(percentile(&service, 50)));
         row.set("service_p99_us", us(percentile(&service, 99)));
-        if let (Some(before), Some(after)) = (cpu_before, cpu_after) {
-            let used = after.saturating_sub(before);
-            row.set("daemon_cpu_percent", percent(used, wall));
-            row.set("daemon_cpu_us_per_request", us(used) / number(count.max(1)));
+        if let (Some(before), Some(after)) = (before, after) {
+            let used = after.since(before);
+            used.fields(row, "cpu_percent", |time| percent(time, wall));
+            used.fields(row, "cpu_us_per_request", |time| tenth(us(time) / number(count.max(1))));
         }
         row.add(round_of(sent, wall));
         Ok(())
@@ -262,8 +267,35 @@ fn percent(used: Duration, wall: Duration) -> f64 {
     (used.as_secs_f64() / all.max(f64::EPSILON) * 1e4).round() / 1e2
 }
 
-fn share_of_idle(host: &Host, daemon: Daemon) -> Result<f64> {
-    let (begun, before) = (Instant::now(), daemon.cpu()?);
+/// What is used while nobody asks for anything, and for how long that was looked at.
+fn idle(host: &Host, watch: &Watch) -> Result<(Usage, Duration)> {
+    let (begun, before) = (Instant::now(), watch.now()?);
     host.rest(IDLE);
-    Ok(percent(daemon.cpu()?.saturating_sub(before), begun.elapsed()))
+    Ok((watch.now()?.since(before), begun.elapsed()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        levels: Levels,
+    }
+
+    #[test]
+    fn requests_that_run_no_code_have_no_figure_beside_them() {
+        let row = |request, sees_all| {
+            let words = ["load-levels", "--request", request];
+            Cli::try_parse_from(words).unwrap().levels.row(10, sees_all)
+        };
+        assert_eq!(row("execute", true).seed.unwrap().values, [8.0]);
+        assert_eq!(row("execute", false).seed, None, "without the guests' part");
+        for request in ["command", "get", "health"] {
+            assert_eq!(row(request, true).seed, None, "{request}");
+        }
+    }
 }

@@ -26,6 +26,16 @@ pub struct Rollback {
     dirty: u32,
 }
 
+impl Rollback {
+    /// The published figures are of guests that wrote nothing.
+    fn row(&self, clients: usize) -> Row {
+        match self.dirty {
+            0 => Row::new("rollback", format!("c={clients}"), clients).beside(clients, 0),
+            megabytes => Row::new("rollback", format!("c={clients} d={megabytes}"), clients),
+        }
+    }
+}
+
 impl Measure for Rollback {
     fn name(&self) -> &'static str {
         "rollback"
@@ -39,12 +49,7 @@ impl Measure for Rollback {
 
     fn measure(&self, host: &Host, table: &mut Table) -> Result<()> {
         for (clients, rounds) in self.rounds.levels(&[1, 5, 10], 5)? {
-            let case = match self.dirty {
-                0 => format!("c={clients}"),
-                megabytes => format!("c={clients} d={megabytes}"),
-            };
-            let row = Row::new("rollback", case, clients).beside(clients, 0);
-            table.row(host, row, |row| {
+            table.row(host, self.row(clients), |row| {
                 self.rounds.each(host, rounds, |counts| {
                     let sandboxes = make(host, &host.address.template, clients)?;
                     let points = checkpoint(host, &sandboxes)?;
@@ -69,5 +74,29 @@ impl Measure for Rollback {
             })?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        rollback: Rollback,
+    }
+
+    #[test]
+    fn guests_that_wrote_something_have_no_figure_beside_them() {
+        let row = |words: &[&str]| {
+            let words = [&["rollback"], words].concat();
+            Cli::try_parse_from(words).unwrap().rollback.row(5)
+        };
+        assert_eq!(row(&[]).seed.unwrap().values[0], 189.6);
+        let written = row(&["-d", "64"]);
+        assert_eq!((written.case.as_str(), written.seed), ("c=5 d=64", None));
     }
 }
