@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
@@ -55,12 +55,34 @@ impl Root {
         Ok(Self { dir, of_this_layer: HashSet::new() })
     }
 
-    /// Makes a directory, and those above it, where it is not there.
+    /// Writes a file that all may read in place of whatever has its name: a link there could lead out.
     ///
     /// # Errors
-    /// When something else has its name.
-    pub fn directory(&self, path: &Path) -> Result<()> {
-        self.open_dir(path).map(drop)
+    /// When it cannot be made.
+    pub fn write(&self, path: &Path, text: &str) -> Result<()> {
+        let write = || -> Result<()> {
+            let parent = self.open_dir(path.parent().unwrap_or(Path::new("")))?;
+            let place = Place { parent, name: path.file_name().unwrap_or_default().to_owned() };
+            remove(&place.path())?;
+            let mut options = OpenOptions::new();
+            let mut file = options.write(true).create_new(true).mode(0o600).open(place.path())?;
+            file.write_all(text.as_bytes())?;
+            Ok(file.set_permissions(Permissions::from_mode(0o644))?)
+        };
+        write().with_context(|| format!("could not write /{}", path.display()))
+    }
+
+    /// Refuses an image in which such a directory is a link: what is mounted there would be mounted elsewhere.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn own_directory(&self, name: &str) -> Result<()> {
+        self.open_dir(Path::new(name))?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match openat2(&self.dir, name, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+            Ok(_) => Ok(()),
+            Err(_) => bail!("/{name} is to be a directory in the image, and is something else"),
+        }
     }
 
     /// Applies one layer.

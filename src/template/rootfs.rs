@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -102,9 +101,9 @@ pub fn image(runner: &Runner, cache: &Cache, key: &Key, archive: &Path) -> Resul
                 .apply(runner, layer?)
                 .with_context(|| format!("could not apply layer {number}"))?;
         }
-        for dir in MOUNTED_ON {
-            applied.directory(Path::new(dir)).with_context(|| format!("could not make /{dir}"))?;
-        }
+        MOUNTED_ON.iter().try_for_each(|dir| applied.own_directory(dir))?;
+        // Before anything is mounted on those files: as links they would lead to the machine's.
+        neutral_network_files(&root)?;
         recipe::<&str>(runner, cache, "image adoption", &root, ADOPT, &[])?;
         recipe::<&str>(runner, cache, "image clean-up", &root, FINISH, &[])?;
         neutral_network_files(&root)?;
@@ -166,10 +165,8 @@ pub fn layer(
             let kernels: Vec<&str> = contents.kernels.iter().map(|kernel| kernel.name()).collect();
             recipe(runner, cache, "rootfs interpreter", &root, INTERPRETER, &kernels)?;
         }
-        let json = root.join("etc/mica/template.json");
-        fs::create_dir_all(root.join("etc/mica"))
-            .and_then(|()| fs::write(&json, contents.template_json(&base.env)))
-            .with_context(|| format!("could not write {}", json.display()))?;
+        let settings = contents.template_json(&base.env);
+        Root::open(&root)?.write(Path::new("etc/mica/template.json"), &settings)?;
         recipe::<&str>(runner, cache, "rootfs clean-up", &root, FINISH, &[])?;
         neutral_network_files(&root)
     })?;
@@ -234,11 +231,6 @@ fn neutral_network_files(root: &Path) -> Result<()> {
         ("etc/hosts", "127.0.0.1 localhost mica\n::1 localhost\n"),
         ("etc/resolv.conf", ""),
     ];
-    for (name, text) in files {
-        let path = root.join(name);
-        fs::write(&path, text)
-            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o644)))
-            .with_context(|| format!("could not write {}", path.display()))?;
-    }
-    Ok(())
+    let root = Root::open(root)?;
+    files.iter().try_for_each(|(name, text)| root.write(Path::new(name), text))
 }

@@ -193,7 +193,9 @@ fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
         .entry(EntryType::Regular, "a/owned", (0o640, 1234), b"o")
         .entry(EntryType::Link, "a/again", (0o644, 0), b"a/two")
         .entry(EntryType::Char, "dev/null", (0o666, 0), b"")
-        .file("kind", "a file");
+        .file("kind", "a file")
+        .link("etc/resolv.conf", outside.join("resolv.conf").to_str().unwrap())
+        .link("etc/mica", outside.to_str().unwrap());
     let above = Layer::new()
         .file("a/.wh.one", "")
         .file("same/three", "3")
