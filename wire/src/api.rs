@@ -316,6 +316,9 @@ pub struct ErrorBody {
     pub code: u16,
     /// What to do about it.
     pub message: String,
+    /// A word for programs, where clients tell this error from others of its status.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<String>,
 }
 
 /// The answer to `GET /health`.

@@ -19,8 +19,11 @@ use crate::ids;
 use crate::route::Action;
 use crate::tenant::TenantHost;
 
-/// How long a guest may take to show that it is healthy.
+/// How long a guest may take to show that it is healthy, for who demands that it is.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The same for who did not ask about its health: a guest that is slow is not refused.
+const AGENT_DEADLINE: Duration = Duration::from_secs(10);
 
 type Answer = Result<Response<Body>, ApiError>;
 
@@ -93,8 +96,10 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
 }
 
 async fn pause(host: &TenantHost<'_>, id: SandboxId, wish: Pause) -> Answer {
-    if wish.must_be_healthy {
-        let answered = time::timeout(HEALTH_DEADLINE, host.connect(id, GuestPort::ENVD)).await;
+    // Without its agent the disk would not have what the guest has not written yet.
+    if wish.must_be_healthy || !wish.keeps_memory {
+        let patience = if wish.must_be_healthy { HEALTH_DEADLINE } else { AGENT_DEADLINE };
+        let answered = time::timeout(patience, host.connect(id, GuestPort::ENVD)).await;
         // A port that is closed is an answer as well. What else is wrong, the pause says better.
         if matches!(answered, Err(_) | Ok(Err(ConnectError::Unreachable))) {
             return Err(ApiError::guest_unresponsive(id));
