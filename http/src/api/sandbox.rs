@@ -37,7 +37,8 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         Action::Get | Action::Kill | Action::Usage | Action::Logs(_) => Vec::new(),
         _ => call.read().await?,
     };
-    let Call { host, config, .. } = call;
+    let Call { host, config, spelling, .. } = call;
+    let spelling = *spelling;
     let limits = &config.limits;
     match action {
         Action::Get => json::answer(StatusCode::OK, &show::detail(config, host.get(id).await?)),
@@ -46,7 +47,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             Ok(status(StatusCode::NO_CONTENT))
         }
         Action::SetTimeout => {
-            let life = operate::timeout(&body, limits)?;
+            let life = operate::timeout(&body, spelling, limits)?;
             // As E2B answers, and its old clients wait for: they set a time first, and resume a sandbox
             // that is not there to have one.
             if host.get(id).await?.state == Lifecycle::Paused {
@@ -67,7 +68,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         Action::Usage => usage::of_one(host, id, query).await,
         Action::Logs(version) => logs::answer(host, id, version, query).await,
         Action::Connect(_) => {
-            let wish = operate::connect(&body, limits)?;
+            let wish = operate::connect(&body, spelling, limits)?;
             let (info, was_paused) = match wish.keeps_memory {
                 true => host.ensure_running(id, wish.life).await?,
                 false => host.ensure_booted(id, wish.life).await?,
@@ -77,7 +78,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         }
         Action::Pause => pause(host, id, operate::pause(&body)?).await,
         Action::Resume => {
-            let wish = operate::resume(&body, limits)?;
+            let wish = operate::resume(&body, spelling, limits)?;
             let info = match wish.keeps_memory {
                 true => host.resume(id, wish.life, wish.on_timeout).await?,
                 false => host.boot(id, wish.life, wish.on_timeout).await?,
@@ -90,8 +91,8 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             json::answer(StatusCode::CREATED, &show::snapshot(info))
         }
         Action::Rollback => rollback(host, id, operate::rollback(&body)?).await,
-        Action::Clone => clone(call, id, operate::clones(&body, limits)?).await,
-        Action::Fork => fork(call, id, operate::forks(&body, limits)?).await,
+        Action::Clone => clone(call, id, operate::clones(&body, spelling, limits)?).await,
+        Action::Fork => fork(call, id, operate::forks(&body, spelling, limits)?).await,
     }
 }
 
