@@ -136,6 +136,8 @@ impl ListQuery {
                 _ => return Err(form("`asc` or `desc`")),
             },
             "limit" => self.limit = Some(page_limit(value)?),
+            // An empty one is what some clients send for none.
+            "nextToken" if value.is_empty() => {}
             "nextToken" => {
                 let cursor = Cursor::from_token(value);
                 self.after = Some(cursor.ok_or_else(|| form("an `x-next-token` of this host"))?);
@@ -305,6 +307,7 @@ mod tests {
         assert_eq!(query("template=other").page(all()).entries.len(), 0);
         assert_eq!(query("startedAfter=1970-01-01T00:17:00Z").page(all()).entries.len(), 1);
         assert_eq!(query("").page(all()).next_token, None);
+        assert_eq!(query("nextToken="), query(""));
     }
 
     #[test]
