@@ -164,10 +164,15 @@ async fn handle(
                 None => templates::set_alias(call.host, &id, &body).await,
             }
         }
-        Route::DeleteTemplate(id) => match builds::delete(call.host.builder(), &id).await? {
-            Some(deleted) => Ok(deleted),
-            None => templates::delete(call.host, &id).await,
-        },
+        Route::DeleteTemplate(id) => {
+            if let Some(deleted) = templates::delete_beside_build(call.host, &id).await? {
+                return Ok(deleted);
+            }
+            match builds::delete(call.host.builder(), &id).await? {
+                Some(deleted) => Ok(deleted),
+                None => templates::delete(call.host, &id).await,
+            }
+        }
         Route::Build(route) => Box::pin(builds::answer(call, request, route)).await,
         Route::NotOffered(what) => Err(ApiError::not_offered(what)),
     }
