@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use hyper::{Response, StatusCode};
 use mica_shards::{Reference, TemplateInfo};
 use mica_wire::api::{
-    SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
+    READY, SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
     UpdateTemplate,
 };
 
@@ -200,9 +200,10 @@ fn shown(info: TemplateInfo) -> Template {
         created_by: None,
         last_spawned_at: info.last_spawned_at.map(rfc3339::format),
         spawn_count: info.spawn_count,
-        build_count: 1,
+        build_count: info.build_count.into(),
         envd_version: info.envd_version,
         build_status: "ready".to_owned(),
+        status: READY.to_owned(),
     }
 }
 
@@ -233,6 +234,7 @@ mod tests {
             created_at: UNIX_EPOCH + Duration::from_secs(1),
             spawn_count: 0,
             last_spawned_at: None,
+            build_count: 1,
             public: true,
             build_id: None,
         }
