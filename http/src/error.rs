@@ -6,6 +6,7 @@
 mod builds;
 mod form;
 mod host;
+mod page;
 mod proxy;
 
 use std::time::Duration;
@@ -18,6 +19,7 @@ use mica_wire::api::ErrorBody;
 use serde::Serialize;
 
 use crate::body::Body;
+pub use page::prefers_page;
 
 /// Newer SDKs retry 429, 502, 503 and 504 unless this says `false`.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
