@@ -4,7 +4,9 @@
 //! JSON body `{"code","message"}`: SDKs branch on `code` in the body as often as on the status.
 
 mod builds;
+mod form;
 mod host;
+mod page;
 mod proxy;
 
 use std::time::Duration;
@@ -17,6 +19,7 @@ use mica_wire::api::ErrorBody;
 use serde::Serialize;
 
 use crate::body::Body;
+pub use page::prefers_page;
 
 /// Newer SDKs retry 429, 502, 503 and 504 unless this says `false`.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
@@ -260,71 +263,15 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, message)
     }
 
-    /// The agent of a sandbox has to answer before a pause, and does not.
+    /// The agent of a sandbox has to answer before a pause, and does not. SDKs take every 409 of a pause for
+    /// one that is paused already, and E2B's word for such an agent for a resume that was refused.
     #[must_use]
     pub fn guest_unresponsive(id: SandboxId) -> Self {
-        let message = format!("the agent in sandbox '{id}' does not answer; it was not paused");
-        let error_code = Some("sandbox_snapshot_guest_agent_unresponsive");
-        Self { error_code, ..Self::new(StatusCode::CONFLICT, message) }
-    }
-
-    /// A control-plane body is longer than it may be.
-    #[must_use]
-    pub fn body_too_large(bytes_max: usize) -> Self {
-        let message = format!("the request body is longer than {bytes_max} bytes; send less");
-        Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
-    }
-
-    /// A control-plane body did not arrive in time.
-    #[must_use]
-    pub fn body_too_slow() -> Self {
-        let message = "the request body did not arrive in time; send it at once";
-        Self::new(StatusCode::REQUEST_TIMEOUT, message)
-    }
-
-    /// A request head did not arrive in time.
-    #[must_use]
-    pub fn head_too_slow() -> Self {
-        let message = "the request head did not arrive in time; send it at once";
-        Self::new(StatusCode::REQUEST_TIMEOUT, message)
-    }
-
-    /// A request head is longer than it may be.
-    #[must_use]
-    pub fn head_too_large() -> Self {
-        let message = "the request has too many or too long headers; send fewer";
-        Self::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, message)
-    }
-
-    /// A request line is longer than it may be.
-    #[must_use]
-    pub fn uri_too_long() -> Self {
-        Self::new(StatusCode::URI_TOO_LONG, "the request target is too long; shorten it")
-    }
-
-    /// The bytes are not a request.
-    #[must_use]
-    pub fn not_http() -> Self {
-        Self::bad_request("this is not a valid HTTP/1.1 request; correct its head")
-    }
-
-    /// The listener takes TLS alone.
-    #[must_use]
-    pub fn in_the_clear() -> Self {
-        Self::bad_request("this port takes TLS alone; use https")
-    }
-
-    /// `CONNECT` is for proxies of another kind.
-    #[must_use]
-    pub fn no_tunnels() -> Self {
-        Self::method_not_allowed(&Method::CONNECT, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
-    }
-
-    /// The shard has as many connections as it may.
-    #[must_use]
-    pub fn too_many_connections() -> Self {
-        let message = "this host has as many connections as it may; try again in a moment";
-        Self::soon(StatusCode::SERVICE_UNAVAILABLE, message)
+        let message = format!(
+            "the agent in sandbox '{id}' does not answer, so it was not paused and goes on; pause it \
+             with its memory and without `requireHealthyGuest`, or end what keeps it busy"
+        );
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
     /// A route of envd that only the host itself may use.
@@ -392,7 +339,8 @@ impl ApiError {
     /// As an entry in a list of outcomes.
     #[must_use]
     pub fn to_body(&self) -> ErrorBody {
-        ErrorBody { code: self.status.as_u16(), message: self.message.clone() }
+        let error_code = self.error_code.map(str::to_owned);
+        ErrorBody { code: self.status.as_u16(), message: self.message.clone(), error_code }
     }
 
     fn json(&self) -> Vec<u8> {
@@ -465,10 +413,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_that_waits_for_the_guest_has_a_word_of_its_own() {
-        let error = json(&ApiError::guest_unresponsive(id()));
-        let end = r#","code":409,"error_code":"sandbox_snapshot_guest_agent_unresponsive"}"#;
-        assert!(error.ends_with(end), "{error}");
+    fn a_guest_that_does_not_answer_is_busy_and_not_paused() {
+        let error = ApiError::guest_unresponsive(id());
+        assert!(json(&error).ends_with(r#","code":503}"#), "{error:?}");
+        assert_eq!(error.into_response().headers()["should-retry"], "false");
+    }
+
+    #[test]
+    fn an_outcome_in_a_list_has_all_that_the_answer_would_have() {
+        for error in [ApiError::in_progress(), ApiError::busy()] {
+            let listed = serde_json::to_value(error.to_body()).unwrap();
+            assert_eq!(listed, serde_json::from_str::<serde_json::Value>(&json(&error)).unwrap());
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ use mica_units::{GuestPort, SandboxId};
 use crate::body::{self, Body};
 use crate::config::HttpConfig;
 use crate::conn::Accepts;
-use crate::error::ApiError;
+use crate::error::{self, ApiError};
 use crate::ops::{Requests, Served};
 use crate::proxy::origin::{self, Cookies};
 use crate::proxy::signature::Searches;
@@ -174,6 +174,7 @@ impl Front {
         kept: &Rc<Kept>,
         served: &Cell<Served>,
     ) -> Response<Body> {
+        let prefers_page = error::prefers_page(request.headers());
         let target = self.whom(&request).await;
         if let Ok(Target::Sandbox(..) | Target::Shared(..) | Target::Path(..)) = &target {
             served.set(Served::Sandbox);
@@ -197,7 +198,8 @@ impl Front {
             }
             Err(error) => refuse(request, error).await,
         };
-        outcome.unwrap_or_else(|error| open_to_browsers(error.into_response()))
+        let refused = |error: ApiError| open_to_browsers(error.into_proxy_response(prefers_page));
+        outcome.unwrap_or_else(refused)
     }
 
     /// Passes a request on that came under a name of this host.

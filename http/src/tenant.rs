@@ -340,7 +340,9 @@ impl<'a> TenantHost<'a> {
     /// See [`ShardError`].
     pub async fn templates(&self) -> Result<Vec<TemplateInfo>, ApiError> {
         let mut all = self.host.templates().await?;
-        all.extend(builds::listed(self.host, &self.caller.tenant).await?);
+        let mut built = builds::listed(self.host, &self.caller.tenant).await?;
+        self.host.count_spawns(&mut built).await?;
+        all.append(&mut built);
         Ok(all)
     }
 
@@ -356,6 +358,8 @@ impl<'a> TenantHost<'a> {
         }
         let Some(reference) = Reference::parse(id) else { return Ok(None) };
         let found = builds::find_template(self.host, &self.caller.tenant, &reference).await?;
-        Ok(found.as_ref().and_then(builds::info_of))
+        let mut found: Vec<_> = found.as_ref().and_then(builds::info_of).into_iter().collect();
+        self.host.count_spawns(&mut found).await?;
+        Ok(found.pop())
     }
 }

@@ -286,6 +286,8 @@ pub struct TemplateInfo {
     pub spawn_count: u64,
     /// When the last of them was made.
     pub last_spawned_at: Option<SystemTime>,
+    /// Builds of it that came to their end; 1 of one of the operator's, whose builds nobody counts.
+    pub build_count: u32,
     /// Whether other tenants may make sandboxes of it.
     pub public: bool,
     /// The build that it is; none of one of the operator's.

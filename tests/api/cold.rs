@@ -156,7 +156,7 @@ fn what_is_paused_without_memory_outlives_a_daemon_that_is_killed_and_its_templa
     assert_eq!((reply.status, reply.json()), (201, created.clone()), "{reply:?}");
     assert!(has_booted(&daemon, id));
     // From here on there is no kernel to boot it with: so it keeps its memory.
-    let refused = daemon.act_with(id, "pause", &json!({ "memory": false })).error(409);
+    let refused = daemon.act_with(id, "pause", &json!({ "memory": false })).error(400);
     assert!(refused.contains("cannot go on from its disk alone"), "{refused}");
     assert_eq!(daemon.state(id), "running");
     // What was wished for at its create outlives daemons, too.

@@ -120,6 +120,33 @@ fn lives_without_an_end_and_at_once_in_cubesandboxs_spelling() {
     eventually("it ends at once", || daemon.get(&id).status == 404);
 }
 
+/// A request as E2B's SDKs send it: they say who made them.
+fn of_e2b(daemon: &Daemon, path: &str, body: &Value) -> Reply {
+    let (key, body) = (daemon.key(), body.to_string());
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {key}\r\npublisher: e2b\r\n\
+         content-length: {}\r\n\r\n",
+        body.len()
+    );
+    daemon.connect().send(head + &body).reply()
+}
+
+#[test]
+fn in_e2bs_spelling_nothing_is_without_an_end_and_less_than_no_time_is_none() {
+    let daemon = Daemon::start();
+    let wish = json!({ "templateID": TEMPLATE, "timeout": -1 });
+    assert!(of_e2b(&daemon, "/v2/sandboxes", &wish).error(400).contains("`timeout` is -1"));
+    for seconds in [-1, -7] {
+        let id = create(&daemon, "/v2/sandboxes", &json!({ "timeout": 60 }));
+        let path = |action: &str| format!("/sandboxes/{id}/{action}");
+        let wish = json!({ "timeout": seconds });
+        of_e2b(&daemon, &path("connect"), &wish).error(400);
+        let set = of_e2b(&daemon, &path("timeout"), &wish);
+        assert_eq!(set.status, 204, "{set:?}");
+        eventually("its time is over", || daemon.get(&id).status == 404);
+    }
+}
+
 #[test]
 fn one_that_lives_by_its_requests_ends_when_they_stay_away_also_after_a_restart() {
     let mut daemon = Daemon::start();

@@ -32,6 +32,33 @@ fn a_closed_port_and_a_missing_sandbox_are_told_apart() {
 }
 
 #[test]
+fn a_browser_is_shown_a_page_and_a_program_what_it_matches() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let path = format!("/sandbox/{id}/1/");
+    let ask = |target: &str, host: &str, accept: &str| {
+        let head = format!("GET {target} HTTP/1.1\r\nhost: {host}\r\naccept: {accept}\r\n\r\n");
+        daemon.connect().send(head).reply()
+    };
+    let own = format!("1-{id}.any.example");
+    for (target, host) in [("/", own.as_str()), (path.as_str(), "localhost")] {
+        let page = ask(target, host, "text/html,application/xhtml+xml,*/*;q=0.8");
+        assert_eq!((page.status, page.headers["should-retry"].as_str()), (502, "false"));
+        assert_eq!(page.headers["content-type"], "text/html; charset=utf-8");
+        let text = String::from_utf8_lossy(&page.body).into_owned();
+        assert!(text.starts_with("<!doctype html>"), "{text}");
+        assert!(text.contains("port is not open") && text.contains(&id), "{text}");
+        for accept in ["*/*", "application/json", "application/json, text/html"] {
+            let reply = ask(target, host, accept);
+            assert!(reply.error(502).contains("port is not open"), "{accept}");
+            assert_eq!(reply.headers["content-type"], "application/json; charset=utf-8");
+        }
+    }
+    let control = ask("/sandboxes", "localhost", "text/html");
+    assert!(control.error(401).contains("API key"), "the control plane has no pages");
+}
+
+#[test]
 fn a_stopped_vm_process_holds_up_nobody_else_and_dies_when_told() {
     let daemon = Daemon::start_with(&NO_POOL);
     let id = daemon.create();

@@ -134,6 +134,31 @@ fn of_several_snapshots_of_a_name_the_newest_is_meant() {
 }
 
 #[test]
+fn a_snapshot_is_deleted_by_any_of_its_names_the_newest_first() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let key = daemon.key();
+    let other = daemon.make_key(&["--tenant", "other"]);
+    let first = named(&daemon, key, &id, "app:v1").0;
+    for (name, asked) in [
+        ("app:v1", "default%2Fapp%3Av1"),
+        ("App", "app"),
+        ("app", "default%2Fapp%3Adefault"),
+        ("before the test", "before%20the%20test"),
+    ] {
+        named(&daemon, key, &id, name);
+        let path = format!("/templates/{asked}");
+        daemon.ask_as(&other, "DELETE", &path, None).error(404);
+        assert_eq!(delete(&daemon, asked).status, 204, "{name}");
+        assert_eq!(ids(&daemon.ask("GET", "/snapshots", None)), std::slice::from_ref(&first));
+    }
+    assert_eq!(delete(&daemon, "default%2Fapp%3Av1").status, 204, "the one before it");
+    for gone in ["default%2Fapp%3Av1", "app", "other%2Fapp"] {
+        delete(&daemon, gone).error(404);
+    }
+}
+
+#[test]
 fn names_of_snapshots_are_their_tenants_own_and_no_templates() {
     let daemon = Daemon::start();
     let (one, two) = (daemon.make_key(&["--tenant", "one"]), daemon.make_key(&["--tenant", "two"]));

@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::builds::{announce, build, daemon, once, run, start, step};
+use crate::builds::{announce, build, create, daemon, once, run, start, step};
 use crate::daemon::Daemon;
 
 #[test]
@@ -46,6 +46,42 @@ fn tags_move_and_templates_build_on_templates() {
         daemon.ask("GET", &path, None).json()["exists"].clone()
     };
     assert_eq!((exists("default"), exists("v1")), (json!(true), json!(false)));
+}
+
+#[test]
+fn what_is_made_of_a_template_is_counted_and_a_snapshot_beside_it_is_deleted_alone() {
+    let (daemon, _) = daemon(&[]);
+    let ((template, _), done) = build(&daemon, "app", &json!([run("true")]));
+    assert_eq!(done["status"], "ready", "{done}");
+    let path = format!("/templates/{template}");
+    let shown = || {
+        let listed = daemon.ask("GET", "/templates", None).json();
+        let mut listed = listed.as_array().expect("a list").iter();
+        let listed = listed.find(|entry| entry["templateID"] == *template).expect("it").clone();
+        let mut one = daemon.ask("GET", &path, None).json();
+        one.as_object_mut().expect("an object").remove("builds");
+        assert_eq!(one, listed);
+        listed
+    };
+    let fresh = shown();
+    assert_eq!((&fresh["spawnCount"], &fresh["lastSpawnedAt"]), (&json!(0), &Value::Null));
+    assert_eq!((&fresh["buildCount"], &fresh["status"]), (&json!(1), &json!("READY")));
+    let made = create(&daemon, "app").json();
+    let sandbox = made["sandboxID"].as_str().expect("an id");
+    let (_, done) = build(&daemon, "app", &json!([run("true")]));
+    assert_eq!(done["status"], "ready", "{done}");
+    let used = shown();
+    assert_eq!((&used["spawnCount"], &used["buildCount"]), (&json!(1), &json!(2)));
+    assert!(used["lastSpawnedAt"].is_string(), "{used}");
+
+    let named = daemon.act_with(sandbox, "snapshots", &json!({ "name": "app:v9" }));
+    assert_eq!(named.json()["names"], json!(["default/app:v9"]), "{named:?}");
+    let delete = || daemon.ask("DELETE", "/templates/default%2Fapp%3Av9", None);
+    assert_eq!(delete().status, 204);
+    assert_eq!(daemon.ask("GET", "/snapshots", None).json(), json!([]));
+    // Who asks again must not have the template deleted.
+    delete().error(404);
+    assert_eq!(shown(), used);
 }
 
 /// `default` stands for the second build, `old` and `v1` for the first.

@@ -41,9 +41,9 @@ pub struct NewSandbox {
     /// The id or the name of a template or of a snapshot.
     #[serde(rename = "templateID")]
     pub template_id: String,
-    /// Life time in seconds; -1: without an end. Absent: what the host gives, 300 unless its operator
-    /// says otherwise, and without an end where `lifecycle` is there. With `lifecycle` each request to
-    /// the sandbox starts it again.
+    /// Life time in seconds; -1: without an end, except for E2B's clients. Absent: what the host gives, 300
+    /// unless its operator says otherwise. With one of CubeSandbox's own fields, `lifecycle` say, each request
+    /// to the sandbox starts it again, and an absent one is without an end.
     pub timeout: Option<i64>,
     /// Whether envd demands the access token. Absent: no on v1, yes on v2.
     pub secure: Option<bool>,
@@ -248,7 +248,7 @@ pub struct RefreshSandbox {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SetTimeout {
-    /// Seconds from now; -1: without an end.
+    /// Seconds from now; -1: without an end, except for E2B's clients, to whom all below 0 is 0.
     pub timeout: i64,
 }
 
@@ -316,6 +316,9 @@ pub struct ErrorBody {
     pub code: u16,
     /// What to do about it.
     pub message: String,
+    /// A word for programs, where clients tell this error from others of its status.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<String>,
 }
 
 /// The answer to `GET /health`.

@@ -11,6 +11,7 @@ use mica_units::{IdError, TenantId};
 use mica_wire::api::{NewSandbox, OnTimeoutWish};
 use serde::Deserialize;
 
+use super::spelling::{CubeFields, Spelling};
 use super::{json, life, network};
 use crate::config::Limits;
 use crate::error::ApiError;
@@ -40,13 +41,15 @@ const HOST_MOUNT: &str = "host-mount";
 /// 400, naming the field and what to write in it; 501 for what this host does not have.
 pub fn create_request(
     version: Version,
+    spelling: Spelling,
     body: &[u8],
     limits: &Limits,
 ) -> Result<CreateRequest, ApiError> {
     let wanted: NewSandbox = json::read(body)?;
     refuse_unsupported(&json::read(body)?, wanted.metadata.as_ref())?;
     let template = template(&wanted.template_id)?;
-    let life = life::of_create(wanted.timeout, wanted.lifecycle.is_some(), limits)?;
+    let spelling = spelling.with(&json::read::<CubeFields>(body)?);
+    let life = life::of_create(wanted.timeout, spelling, limits)?;
     let (on_timeout, auto_resume) = at_its_end(&wanted)?;
     Ok(CreateRequest {
         // Clients of the first version that do not ask for a token do not send one to every service.
@@ -140,7 +143,7 @@ mod tests {
     use std::time::Duration;
 
     fn create(body: &str) -> Result<CreateRequest, ApiError> {
-        create_request(Version::V2, body.as_bytes(), &Limits::default())
+        create_request(Version::V2, Spelling::Either, body.as_bytes(), &Limits::default())
     }
 
     #[test]
@@ -161,12 +164,12 @@ mod tests {
     #[test]
     fn versions_differ_in_who_needs_a_token_and_not_in_the_life() {
         let body = br#"{"templateID":"base"}"#;
-        let life = |version| create_request(version, body, &Limits::default()).unwrap().timeout;
-        assert_eq!(life(Version::V1), Duration::from_secs(300));
-        assert_eq!(life(Version::V2), Duration::from_secs(300));
-        let secure = |version| create_request(version, body, &Limits::default()).unwrap().secure;
-        assert!(!secure(Version::V1));
-        assert!(secure(Version::V2));
+        let create =
+            |version| create_request(version, Spelling::E2b, body, &Limits::default()).unwrap();
+        for (version, secure) in [(Version::V1, false), (Version::V2, true)] {
+            let request = create(version);
+            assert_eq!((request.timeout, request.secure), (Duration::from_secs(300), secure));
+        }
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! Called by [`super`] with every sandbox of the host. Refuses a filter it does not understand: a
 //! list that silently ignores one would show sandboxes that were not asked for.
 //!
-//! The metadata filter is encoded three times over, as E2B's SDKs send it: the query value is a
-//! query string of its own, whose keys and values are encoded once more.
+//! The metadata filter is a query string in one parameter. E2B's SDKs encode its keys and values once more
+//! than CubeSandbox's clients do, and nothing else tells the two apart: so it is read both ways, and what
+//! fits either is shown.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,10 +21,14 @@ use crate::route::Version;
 /// Most entries of one page, and how many there are unless fewer are asked for.
 pub const PAGE_ENTRIES_MAX: usize = 100;
 
+/// Keys and values.
+type Labels = Vec<(String, String)>;
+
 /// What a list was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListQuery {
-    metadata: Vec<(String, String)>,
+    /// The labels that are wanted, in every way the filter can be read. Empty: no filter.
+    metadata: Vec<Labels>,
     /// Whether running sandboxes are wanted.
     running: bool,
     /// Whether paused ones are.
@@ -131,6 +136,8 @@ impl ListQuery {
                 _ => return Err(form("`asc` or `desc`")),
             },
             "limit" => self.limit = Some(page_limit(value)?),
+            // An empty one is what some clients send for none.
+            "nextToken" if value.is_empty() => {}
             "nextToken" => {
                 let cursor = Cursor::from_token(value);
                 self.after = Some(cursor.ok_or_else(|| form("an `x-next-token` of this host"))?);
@@ -172,6 +179,7 @@ impl ListQuery {
 
     fn wants(&self, info: &SandboxInfo) -> bool {
         let labelled = |(key, value): &(String, String)| info.metadata.get(key) == Some(value);
+        let has = |labels: &Labels| labels.iter().all(labelled);
         let of_template =
             |wanted: &String| info.template_id == *wanted || info.template_name.as_str() == wanted;
         let state = match info.state {
@@ -179,7 +187,7 @@ impl ListQuery {
             Lifecycle::Paused => self.paused,
         };
         state
-            && self.metadata.iter().all(labelled)
+            && (self.metadata.is_empty() || self.metadata.iter().any(has))
             && self.template.as_ref().is_none_or(of_template)
             && self.started_after.is_none_or(|instant| info.started_at > instant)
     }
@@ -194,16 +202,17 @@ pub fn page_limit(text: &str) -> Result<usize, ApiError> {
     limit.ok_or_else(|| ApiError::bad_request(format!("`limit` must be 1 to {PAGE_ENTRIES_MAX}")))
 }
 
-fn metadata(value: &str) -> Result<Vec<(String, String)>, ApiError> {
-    let read = || {
-        percent::query_pairs(value)?
-            .into_iter()
-            .map(|(key, value)| Ok((percent::decode_query(&key)?, percent::decode_query(&value)?)))
-            .collect::<Result<Vec<_>, percent::PercentError>>()
-    };
-    read().map_err(|error| {
+/// Both readings: as CubeSandbox's clients encode it, and as E2B's do, where it can be read so.
+fn metadata(value: &str) -> Result<Vec<Labels>, ApiError> {
+    let once = percent::query_pairs(value).map_err(|error| {
         ApiError::bad_request(format!("`metadata` must be `key=value&key=value`: {error}"))
-    })
+    })?;
+    let again = |(key, value): &(String, String)| {
+        Some((percent::decode_query(key).ok()?, percent::decode_query(value).ok()?))
+    };
+    let twice: Option<Labels> = once.iter().map(again).collect();
+    let twice = twice.filter(|twice| *twice != once);
+    Ok(std::iter::once(once).chain(twice).collect())
 }
 
 #[cfg(test)]
@@ -243,13 +252,31 @@ mod tests {
     #[test]
     fn the_captured_metadata_filter_of_the_sdk() {
         let parsed = query("metadata=a%252520b%3Dc%252526d&state=running%2Cpaused&limit=5");
-        assert_eq!(parsed.metadata, [("a b".to_owned(), "c&d".to_owned())]);
+        assert!(parsed.metadata.contains(&vec![("a b".to_owned(), "c&d".to_owned())]));
         assert_eq!(parsed.limit, Some(5));
         assert!(parsed.running && parsed.paused);
         let all = vec![sandbox(1, &[("a b", "c&d")]), sandbox(2, &[("a b", "c")])];
         let page = parsed.page(all);
         assert_eq!(page.entries.len(), 1);
         assert_eq!(page.entries[0].id, SandboxId::from_random([1; 20]));
+    }
+
+    #[test]
+    fn a_filter_of_either_family_finds_every_label() {
+        for value in ["a+b", "50%", "a b", "c&d=e", "%25", "a%20b", "\u{e9}"] {
+            let encoded = |text: &str| -> String {
+                text.bytes().map(|byte| format!("%{byte:02X}")).collect()
+            };
+            let all = || vec![sandbox(1, &[("k", value)]), sandbox(2, &[("k", "other")])];
+            let of_cube = encoded(&format!("k={}", encoded(value)));
+            let of_e2b = encoded(&format!("k={}", encoded(&encoded(value))));
+            for filter in [of_cube, of_e2b] {
+                let page = query(&format!("metadata={filter}")).page(all());
+                assert_eq!(page.entries, [sandbox(1, &[("k", value)])], "{value}: {filter}");
+            }
+        }
+        let both = query("metadata=k%3Dv%26k2%3Dv2");
+        assert!(both.page(vec![sandbox(1, &[("k", "v")])]).entries.is_empty(), "all of them");
     }
 
     #[test]
@@ -280,6 +307,7 @@ mod tests {
         assert_eq!(query("template=other").page(all()).entries.len(), 0);
         assert_eq!(query("startedAfter=1970-01-01T00:17:00Z").page(all()).entries.len(), 1);
         assert_eq!(query("").page(all()).next_token, None);
+        assert_eq!(query("nextToken="), query(""));
     }
 
     #[test]
@@ -313,6 +341,7 @@ mod tests {
             "nextToken=zz",
             "startedAfter=yesterday",
             "metadata=%25zz",
+            "metadata=k%3D%25zz",
             "limit=%zz",
         ] {
             assert!(ListQuery::parse(Version::V2, bad).is_err(), "{bad}");

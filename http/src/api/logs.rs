@@ -20,6 +20,13 @@ use crate::{percent, rfc3339};
 /// Entries of one answer, also where the client does not say.
 const ENTRIES_MAX: usize = 1000;
 
+/// What the agent's lines begin with.
+const AGENT: &str = "mica-guest";
+
+/// What a kernel's lines begin with when it gives up a program, or itself.
+const KERNEL_ERRORS: [&str; 3] =
+    ["Out of memory: Killed process", "Memory cgroup out of memory: Killed", "Kernel panic - "];
+
 /// Longest text that is looked for.
 const SEARCH_CHARS_MAX: usize = 256;
 
@@ -141,9 +148,51 @@ fn entry(line: LogLine) -> LogEntry {
     };
     LogEntry {
         timestamp: rfc3339::format(line.at),
-        level: LogLevel::Info,
+        level: level(&line),
         message: line.text,
         fields: BTreeMap::from([("source".to_owned(), source.to_owned())]),
+    }
+}
+
+/// How much a line matters, as far as it says: the priority that whoever writes to `/dev/kmsg` may put before
+/// a line, the agent's own complaints (it writes nothing else), and what the kernel says when it kills. Of
+/// what else a guest writes nobody knows. What the host notes is what was asked of it, and went well.
+fn level(line: &LogLine) -> LogLevel {
+    if line.source == LogSource::Host {
+        return LogLevel::Info;
+    }
+    let text = line.text.trim_start();
+    if let Some(priority) = priority(text) {
+        return match priority {
+            0..=3 => LogLevel::Error,
+            4 => LogLevel::Warn,
+            5 | 6 => LogLevel::Info,
+            _ => LogLevel::Debug,
+        };
+    }
+    let text = without_time(text);
+    if KERNEL_ERRORS.iter().any(|error| text.starts_with(error)) {
+        LogLevel::Error
+    } else if text.starts_with(AGENT) {
+        LogLevel::Warn
+    } else {
+        LogLevel::Info
+    }
+}
+
+/// The priority of `<N>`, without the facility that N may also hold.
+fn priority(text: &str) -> Option<u16> {
+    let (number, _) = text.strip_prefix('<')?.split_once('>')?;
+    let is_number = matches!(number.len(), 1..=3) && number.bytes().all(|b| b.is_ascii_digit());
+    is_number.then(|| number.parse::<u16>().ok()).flatten().map(|number| number % 8)
+}
+
+/// What follows the kernel's `[  seconds.micros] `.
+fn without_time(text: &str) -> &str {
+    let is_time = |inner: &str| inner.bytes().all(|b| b.is_ascii_digit() || b" .".contains(&b));
+    match text.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
+        Some((inner, rest)) if is_time(inner) => rest,
+        _ => text,
     }
 }
 
@@ -192,6 +241,36 @@ mod tests {
             assert_eq!(texts(Version::V2, query), expected, "{query}");
         }
         assert_eq!(texts(Version::V1, "start=2001&cursor=5000"), ["three"]);
+    }
+
+    #[test]
+    fn lines_have_the_level_that_they_say() {
+        use LogLevel::{Debug, Error, Info, Warn};
+        for (text, expected) in [
+            ("<0>gone", Error),
+            ("<3>systemd[1]: failed", Error),
+            ("<4>slow", Warn),
+            ("<30>of a daemon, informational", Info),
+            ("<7>detail", Debug),
+            ("<8x>", Info),
+            ("<>", Info),
+            ("<1234>", Info),
+            ("[   12.345678] Out of memory: Killed process 7 (python)", Error),
+            ("Kernel panic - not syncing: Attempted to kill init!", Error),
+            ("[    0.000000] Linux version 6", Info),
+            ("[error] of a program", Info),
+            ("mica-guest: cannot start the Python kernel: no such file", Warn),
+            ("hello", Info),
+        ] {
+            let line = |source| LogLine { at: UNIX_EPOCH, text: text.to_owned(), source };
+            assert_eq!(level(&line(LogSource::Console)), expected, "{text}");
+            assert_eq!(level(&line(LogSource::Host)), Info, "{text}");
+        }
+        let mut all = lines();
+        all[1].text = "<4>two".to_owned();
+        let picked = LogQuery::parse(Version::V2, "level=warn").unwrap().pick(all);
+        let messages: Vec<_> = picked.into_iter().map(|entry| entry.message).collect();
+        assert_eq!(messages, ["<4>two"], "as it was written");
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod operate;
 mod sandbox;
 pub mod show;
 mod snapshots;
+mod spelling;
 mod templates;
 mod usage;
 
@@ -43,6 +44,7 @@ use crate::{openapi, ops, ui};
 use list::ListQuery;
 pub use list::{Cursor, PAGE_ENTRIES_MAX, page_limit};
 use snapshots::{Of, SnapshotQuery};
+use spelling::Spelling;
 
 /// Answers one request, and says at `served` what it was for.
 pub async fn answer(
@@ -78,6 +80,8 @@ pub struct Call<'a> {
     /// The host as the caller may see it. There is no way from here to what is another tenant's.
     pub host: &'a TenantHost<'a>,
     pub config: &'a HttpConfig,
+    /// What its numbers mean.
+    spelling: Spelling,
     /// Taken where the route has one.
     pub body: &'a mut Option<Incoming>,
 }
@@ -126,7 +130,8 @@ async fn handle(
         return operators(host, config, &caller, &route, &request.uri).await;
     }
     let host = TenantHost::new(host, &caller);
-    let call = &mut Call { host: &host, config, body };
+    let spelling = Spelling::of(&request.headers);
+    let call = &mut Call { host: &host, config, spelling, body };
     let query = request.uri.query().unwrap_or_default();
     match route {
         // Answered above.
@@ -159,10 +164,15 @@ async fn handle(
                 None => templates::set_alias(call.host, &id, &body).await,
             }
         }
-        Route::DeleteTemplate(id) => match builds::delete(call.host.builder(), &id).await? {
-            Some(deleted) => Ok(deleted),
-            None => templates::delete(call.host, &id).await,
-        },
+        Route::DeleteTemplate(id) => {
+            if let Some(deleted) = templates::delete_beside_build(call.host, &id).await? {
+                return Ok(deleted);
+            }
+            match builds::delete(call.host.builder(), &id).await? {
+                Some(deleted) => Ok(deleted),
+                None => templates::delete(call.host, &id).await,
+            }
+        }
         Route::Build(route) => Box::pin(builds::answer(call, request, route)).await,
         Route::NotOffered(what) => Err(ApiError::not_offered(what)),
     }

@@ -31,7 +31,7 @@ pub async fn create(
 ) -> Result<Response<Body>, ApiError> {
     let name = name(headers)?;
     let body = call.read().await?;
-    let mut wanted = create::create_request(version, &body, &call.config.limits)?;
+    let mut wanted = create::create_request(version, call.spelling, &body, &call.config.limits)?;
     // In the sandbox's record it outlives the daemon.
     wanted.once = name.map(|name| OnceName { name, digest: digest(version, &body) });
     let doing = match wanted.once.clone() {

@@ -14,6 +14,7 @@ use mica_wire::api::{
 
 use super::json;
 use super::life::{self, CONNECT_SECONDS};
+use super::spelling::Spelling;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::snapshot_name::SnapshotName;
@@ -66,9 +67,9 @@ pub struct Copies {
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn timeout(body: &[u8], limits: &Limits) -> Result<Duration, ApiError> {
+pub fn timeout(body: &[u8], spelling: Spelling, limits: &Limits) -> Result<Duration, ApiError> {
     let SetTimeout { timeout: seconds } = json::read(body)?;
-    life::remaining(seconds, limits)
+    life::remaining(seconds, spelling, limits)
 }
 
 /// Reads the body of a refresh: how long the sandbox is to live at the least.
@@ -84,9 +85,9 @@ pub fn refresh(body: &[u8]) -> Result<Duration, ApiError> {
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn connect(body: &[u8], limits: &Limits) -> Result<Connect, ApiError> {
+pub fn connect(body: &[u8], spelling: Spelling, limits: &Limits) -> Result<Connect, ApiError> {
     let ConnectSandbox { timeout, memory } = json::read_or_default(body)?;
-    let life = life::of_new(timeout.unwrap_or(CONNECT_SECONDS), limits)?;
+    let life = life::of_new(timeout.unwrap_or(CONNECT_SECONDS), spelling, limits)?;
     Ok(Connect { life, keeps_memory: memory.unwrap_or(true) })
 }
 
@@ -94,13 +95,13 @@ pub fn connect(body: &[u8], limits: &Limits) -> Result<Connect, ApiError> {
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn resume(body: &[u8], limits: &Limits) -> Result<Resume, ApiError> {
+pub fn resume(body: &[u8], spelling: Spelling, limits: &Limits) -> Result<Resume, ApiError> {
     let ResumeSandbox { timeout, auto_pause, memory } = json::read_or_default(body)?;
     let on_timeout = auto_pause.map(|pause| match pause {
         true => OnTimeout::Pause,
         false => OnTimeout::Kill,
     });
-    let life = timeout.map(|seconds| life::of_new(seconds, limits)).transpose()?;
+    let life = timeout.map(|seconds| life::of_new(seconds, spelling, limits)).transpose()?;
     Ok(Resume { life, on_timeout, keeps_memory: memory.unwrap_or(true) })
 }
 
@@ -167,26 +168,31 @@ pub fn shown(id: &str) -> String {
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn clones(body: &[u8], limits: &Limits) -> Result<Copies, ApiError> {
-    copies(body, CLONES_MAX, limits)
+pub fn clones(body: &[u8], spelling: Spelling, limits: &Limits) -> Result<Copies, ApiError> {
+    copies(body, CLONES_MAX, spelling, limits)
 }
 
 /// Reads the body of a fork.
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn forks(body: &[u8], limits: &Limits) -> Result<Copies, ApiError> {
-    copies(body, FORKS_MAX, limits)
+pub fn forks(body: &[u8], spelling: Spelling, limits: &Limits) -> Result<Copies, ApiError> {
+    copies(body, FORKS_MAX, spelling, limits)
 }
 
-fn copies(body: &[u8], most: usize, limits: &Limits) -> Result<Copies, ApiError> {
+fn copies(
+    body: &[u8],
+    most: usize,
+    spelling: Spelling,
+    limits: &Limits,
+) -> Result<Copies, ApiError> {
     let CopySandbox { count, timeout } = json::read_or_default(body)?;
     let wanted = count.unwrap_or(1);
     let count = usize::try_from(wanted).ok().filter(|count| (1..=most).contains(count));
     let count = count.ok_or_else(|| {
         ApiError::bad_request(format!("`count` is {wanted}; it must be 1 to {most}"))
     })?;
-    let timeout = timeout.map(|seconds| life::of_new(seconds, limits)).transpose()?;
+    let timeout = timeout.map(|seconds| life::of_new(seconds, spelling, limits)).transpose()?;
     Ok(Copies { count, timeout })
 }
 
@@ -204,7 +210,7 @@ mod tests {
 
     #[test]
     fn timeouts() {
-        let read = |body: &str| status(timeout(body.as_bytes(), &limits()));
+        let read = |body: &str| status(timeout(body.as_bytes(), Spelling::Either, &limits()));
         assert_eq!(read(r#"{"timeout":0}"#), Ok(Duration::ZERO));
         assert_eq!(read(r#"{"timeout":-1}"#), Ok(mica_shards::NEVER));
         assert_eq!(read(r#"{"timeout":86400}"#), Ok(Duration::from_secs(86_400)));
@@ -216,9 +222,18 @@ mod tests {
     }
 
     #[test]
+    fn nothing_of_e2bs_is_without_an_end() {
+        let (body, spelling, limits) = (br#"{"timeout":-1}"#, Spelling::E2b, &limits());
+        assert_eq!(status(timeout(body, spelling, limits)), Ok(Duration::ZERO));
+        assert_eq!(status(connect(body, spelling, limits)).err(), Some(400));
+        assert_eq!(status(resume(body, spelling, limits)).err(), Some(400));
+        assert_eq!(status(forks(body, spelling, limits)).err(), Some(400));
+    }
+
+    #[test]
     fn a_connect_is_for_five_minutes_unless_told() {
         let read = |body: &str| {
-            let wish = connect(body.as_bytes(), &limits());
+            let wish = connect(body.as_bytes(), Spelling::Either, &limits());
             status(wish.map(|wish| (wish.life.as_secs(), wish.keeps_memory)))
         };
         assert_eq!(read(r#"{"timeout":7,"memory":true}"#), Ok((7, true)));
@@ -241,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_resume_lives_and_ends_as_wished_before_unless_told() {
-        let read = |body: &str| status(resume(body.as_bytes(), &limits()));
+        let read = |body: &str| status(resume(body.as_bytes(), Spelling::Either, &limits()));
         let wish = |seconds: Option<u64>, on_timeout| {
             let life = seconds.map(Duration::from_secs);
             Ok(Resume { life, on_timeout, keeps_memory: true })
@@ -314,7 +329,9 @@ mod tests {
 
     #[test]
     fn counts_of_copies() {
-        let count = |body: &str| status(clones(body.as_bytes(), &limits()).map(|c| c.count));
+        let count = |body: &str| {
+            status(clones(body.as_bytes(), Spelling::Either, &limits()).map(|c| c.count))
+        };
         assert_eq!(count(""), Ok(1));
         assert_eq!(count(r#"{"count":1000}"#), Ok(1000));
         for bad in [
@@ -329,7 +346,7 @@ mod tests {
         ] {
             assert_eq!(count(bad), Err(400), "{bad}");
         }
-        let fork = |body: &str| status(forks(body.as_bytes(), &limits()));
+        let fork = |body: &str| status(forks(body.as_bytes(), Spelling::Either, &limits()));
         let timeout = Some(Duration::from_secs(9));
         assert_eq!(fork(r#"{"count":20,"timeout":9}"#), Ok(Copies { count: 20, timeout }));
         assert_eq!(fork(r#"{"count":21}"#), Err(400));

@@ -19,8 +19,11 @@ use crate::ids;
 use crate::route::Action;
 use crate::tenant::TenantHost;
 
-/// How long a guest may take to show that it is healthy.
+/// How long a guest may take to show that it is healthy, for who demands that it is.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The same for who did not ask about its health: a guest that is slow is not refused.
+const AGENT_DEADLINE: Duration = Duration::from_secs(10);
 
 type Answer = Result<Response<Body>, ApiError>;
 
@@ -34,7 +37,8 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         Action::Get | Action::Kill | Action::Usage | Action::Logs(_) => Vec::new(),
         _ => call.read().await?,
     };
-    let Call { host, config, .. } = call;
+    let Call { host, config, spelling, .. } = call;
+    let spelling = *spelling;
     let limits = &config.limits;
     match action {
         Action::Get => json::answer(StatusCode::OK, &show::detail(config, host.get(id).await?)),
@@ -43,7 +47,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             Ok(status(StatusCode::NO_CONTENT))
         }
         Action::SetTimeout => {
-            let life = operate::timeout(&body, limits)?;
+            let life = operate::timeout(&body, spelling, limits)?;
             // As E2B answers, and its old clients wait for: they set a time first, and resume a sandbox
             // that is not there to have one.
             if host.get(id).await?.state == Lifecycle::Paused {
@@ -64,7 +68,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         Action::Usage => usage::of_one(host, id, query).await,
         Action::Logs(version) => logs::answer(host, id, version, query).await,
         Action::Connect(_) => {
-            let wish = operate::connect(&body, limits)?;
+            let wish = operate::connect(&body, spelling, limits)?;
             let (info, was_paused) = match wish.keeps_memory {
                 true => host.ensure_running(id, wish.life).await?,
                 false => host.ensure_booted(id, wish.life).await?,
@@ -74,7 +78,7 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         }
         Action::Pause => pause(host, id, operate::pause(&body)?).await,
         Action::Resume => {
-            let wish = operate::resume(&body, limits)?;
+            let wish = operate::resume(&body, spelling, limits)?;
             let info = match wish.keeps_memory {
                 true => host.resume(id, wish.life, wish.on_timeout).await?,
                 false => host.boot(id, wish.life, wish.on_timeout).await?,
@@ -87,14 +91,16 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             json::answer(StatusCode::CREATED, &show::snapshot(info))
         }
         Action::Rollback => rollback(host, id, operate::rollback(&body)?).await,
-        Action::Clone => clone(call, id, operate::clones(&body, limits)?).await,
-        Action::Fork => fork(call, id, operate::forks(&body, limits)?).await,
+        Action::Clone => clone(call, id, operate::clones(&body, spelling, limits)?).await,
+        Action::Fork => fork(call, id, operate::forks(&body, spelling, limits)?).await,
     }
 }
 
 async fn pause(host: &TenantHost<'_>, id: SandboxId, wish: Pause) -> Answer {
-    if wish.must_be_healthy {
-        let answered = time::timeout(HEALTH_DEADLINE, host.connect(id, GuestPort::ENVD)).await;
+    // Without its agent the disk would not have what the guest has not written yet.
+    if wish.must_be_healthy || !wish.keeps_memory {
+        let patience = if wish.must_be_healthy { HEALTH_DEADLINE } else { AGENT_DEADLINE };
+        let answered = time::timeout(patience, host.connect(id, GuestPort::ENVD)).await;
         // A port that is closed is an answer as well. What else is wrong, the pause says better.
         if matches!(answered, Err(_) | Ok(Err(ConnectError::Unreachable))) {
             return Err(ApiError::guest_unresponsive(id));

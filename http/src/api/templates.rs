@@ -6,9 +6,9 @@
 use std::time::UNIX_EPOCH;
 
 use hyper::{Response, StatusCode};
-use mica_shards::TemplateInfo;
+use mica_shards::{Reference, TemplateInfo};
 use mica_wire::api::{
-    SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
+    READY, SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
     UpdateTemplate,
 };
 
@@ -19,7 +19,7 @@ use crate::error::ApiError;
 use crate::ids::uuid_of;
 use crate::route::Version;
 use crate::tenant::TenantHost;
-use crate::{percent, rfc3339};
+use crate::{builds, percent, rfc3339, snapshot_name};
 
 /// What clients use unless they are told another.
 const DEFAULTS: [&str; 3] = ["base", "code-interpreter-v1", "mcp-gateway"];
@@ -140,22 +140,47 @@ async fn find(host: &TenantHost<'_>, id: &str) -> Result<TemplateInfo, ApiError>
     found.ok_or_else(|| ApiError::no_such_template(&operate::shown(id)))
 }
 
-/// Forgets a snapshot. Sandboxes made from it go on, so the answer comes at once. Templates are the
-/// operator's, and no client of this version may delete one.
+/// Forgets a snapshot, by its id or by a name that a create takes for it. Sandboxes made from it go on, so the
+/// answer comes at once. Templates are the operator's, and no client of this version may delete one.
 ///
 /// # Errors
 /// 404 for what is neither, 403 for a template.
 pub async fn delete(host: &TenantHost<'_>, id: &str) -> Answer {
-    let unknown = || ApiError::no_such_template(&operate::shown(id));
-    if !operate::is_store_id(id) {
-        return Err(unknown());
-    }
-    if host.delete_snapshot(id).await? {
+    if operate::is_store_id(id) && host.delete_snapshot(id).await? {
         return Ok(status(StatusCode::NO_CONTENT));
     }
-    match host.template(id).await? {
-        Some(template) => Err(ApiError::template_is_kept(template.name.as_str())),
-        None => Err(unknown()),
+    if let Some(template) = host.template(id).await? {
+        return Err(ApiError::template_is_kept(template.name.as_str()));
+    }
+    delete_named(host, id).await
+}
+
+/// Forgets the snapshot that stands beside a template which the tenant built: a name with a tag that no build
+/// of that template has means the snapshot, as for a create, and never takes the template with it. `None`:
+/// the name means something else.
+///
+/// # Errors
+/// 404 when there is no such snapshot either.
+pub async fn delete_beside_build(
+    host: &TenantHost<'_>,
+    name: &str,
+) -> Result<Option<Response<Body>>, ApiError> {
+    let reference = Reference::parse(name).filter(|reference| reference.tag.is_some());
+    let Some(reference) = reference else { return Ok(None) };
+    let (all, tenant) = host.builder();
+    let template = builds::find_template(all, tenant, &reference).await?;
+    if template.is_none_or(|template| template.tagged(reference.tag()).is_some()) {
+        return Ok(None);
+    }
+    delete_named(host, name).await.map(Some)
+}
+
+/// Forgets the snapshot that a name stands for.
+async fn delete_named(host: &TenantHost<'_>, name: &str) -> Answer {
+    let all = host.snapshots(None).await?;
+    match snapshot_name::newest(&all, name, host.tenant()) {
+        Some(found) if host.delete_snapshot(&found.id).await? => Ok(status(StatusCode::NO_CONTENT)),
+        _ => Err(ApiError::no_such_template(&operate::shown(name))),
     }
 }
 
@@ -175,9 +200,10 @@ fn shown(info: TemplateInfo) -> Template {
         created_by: None,
         last_spawned_at: info.last_spawned_at.map(rfc3339::format),
         spawn_count: info.spawn_count,
-        build_count: 1,
+        build_count: info.build_count.into(),
         envd_version: info.envd_version,
         build_status: "ready".to_owned(),
+        status: READY.to_owned(),
     }
 }
 
@@ -208,6 +234,7 @@ mod tests {
             created_at: UNIX_EPOCH + Duration::from_secs(1),
             spawn_count: 0,
             last_spawned_at: None,
+            build_count: 1,
             public: true,
             build_id: None,
         }

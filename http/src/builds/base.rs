@@ -164,6 +164,7 @@ pub fn info_of(template: &BuiltTemplate) -> Option<TemplateInfo> {
         created_at: UNIX_EPOCH + Duration::from_millis(template.created_unix_ms),
         spawn_count: 0,
         last_spawned_at: None,
+        build_count: template.build_count,
         public: template.public,
         build_id: Some(built.build_id.clone()),
     })

@@ -38,8 +38,11 @@ impl From<ShardError> for ApiError {
             | ShardError::ForeignSnapshot { .. }
             | ShardError::AlreadyPaused(_)
             | ShardError::AlreadyRunning(_)
-            | ShardError::IsPaused(_)
-            | ShardError::CannotBoot { .. } => Self::new(StatusCode::CONFLICT, text),
+            | ShardError::IsPaused(_) => Self::new(StatusCode::CONFLICT, text),
+            // No 409: to a pause that would say that it is paused already, and to a resume that it runs.
+            ShardError::CannotBoot { .. } => {
+                Self::bad_request(format!("{text}; leave out `memory: false`"))
+            }
             ShardError::Conflict { .. } => Self::soon(StatusCode::CONFLICT, text),
             ShardError::NoSpace => Self::new(StatusCode::INSUFFICIENT_STORAGE, text),
             ShardError::OperationFailed { .. } => {
@@ -172,7 +175,6 @@ mod tests {
             (ShardError::AlreadyRunning(id()), 409, None),
             (ShardError::IsPaused(id()), 409, None),
             (foreign, 409, None),
-            (ShardError::CannotBoot { sandbox: id(), why: "it has no disk" }, 409, None),
             (ShardError::TemplateNotWarm("base".to_owned()), 409, None),
             (ShardError::NoSuchSnapshot("s".to_owned()), 404, None),
             (ShardError::NoSpace, 507, Some("false")),
@@ -186,6 +188,10 @@ mod tests {
             let after = (retry == Some("true")).then_some("1");
             assert_eq!(header("retry-after"), after, "{text}");
         }
+        let diskless = ShardError::CannotBoot { sandbox: id(), why: "it has no disk" };
+        let diskless = ApiError::from(diskless);
+        assert_eq!(diskless.status().as_u16(), 400);
+        assert!(diskless.message().ends_with("no disk; leave out `memory: false`"), "{diskless:?}");
         let twice = ApiError::from(ShardError::AlreadyPaused(id()));
         assert_eq!(
             json(&twice),

@@ -32,7 +32,7 @@ const ERRORS: [(u16, &str); 16] = [
     (429, "Too many requests, or as many sandboxes as this key may have."),
     (500, "The host, or a guest, failed."),
     (501, "This host does not offer it."),
-    (503, "The host is too busy; with `Retry-After`, for a moment."),
+    (503, "The host is too busy, or a guest does not answer; with `Retry-After`, for a moment."),
     (504, "A guest did not come up in time."),
     (507, "The host's disk is full."),
 ];

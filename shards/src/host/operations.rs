@@ -3,7 +3,6 @@
 //! Called by `http` through [`Host`]. Routes to the owner like the rest. Refuses to delete what is no
 //! snapshot of a client's.
 
-use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
@@ -13,7 +12,7 @@ use mica_storage::{LayerId, SnapshotKind, SnapshotManifest, StorageError, Templa
 use mica_units::{Mebibytes, SandboxId, TenantId};
 
 use super::{Host, out_of_form};
-use crate::event::{IfRunning, Keeps, Operation, Purpose, Reply, Spawned, Wake};
+use crate::event::{IfRunning, Keeps, Operation, Purpose, Reply, Wake};
 use crate::replicas::NoCopy;
 use crate::{
     HostCounters, LogLine, OnTimeout, SandboxInfo, ShardError, SnapshotInfo, TemplateInfo, Usage,
@@ -278,15 +277,28 @@ impl Host {
         let listed = rt::blocking(move || store.templates()).await;
         let templates =
             listed.map_err(|_| ShardError::Busy)?.map_err(storage("listing templates"))?;
-        let mut spawns: BTreeMap<String, Spawned> = BTreeMap::new();
+        let mut templates: Vec<_> = templates.iter().map(template_info).collect();
+        self.count_spawns(&mut templates).await?;
+        Ok(templates)
+    }
+
+    /// Says of templates what this host made of each, by its id.
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn count_spawns(&self, templates: &mut [TemplateInfo]) -> Result<(), ShardError> {
+        if templates.is_empty() {
+            return Ok(());
+        }
         for reply in self.ask_all(|| Operation::Spawns).await? {
             let Reply::Spawns(some) = reply else { return Err(out_of_form(&reply)) };
-            for (template_id, new) in some {
-                let sum = spawns.entry(template_id).or_insert(Spawned { count: 0, ..new });
-                *sum = Spawned { count: sum.count + new.count, last: sum.last.max(new.last) };
+            for template in &mut *templates {
+                let Some(spawned) = some.get(&template.id) else { continue };
+                template.spawn_count += spawned.count;
+                template.last_spawned_at = template.last_spawned_at.max(Some(spawned.last));
             }
         }
-        Ok(templates.iter().map(|template| template_info(template, &spawns)).collect())
+        Ok(())
     }
 }
 
@@ -308,9 +320,8 @@ pub(crate) fn snapshot_info(manifest: &SnapshotManifest) -> SnapshotInfo {
     }
 }
 
-fn template_info(template: &Template, spawns: &BTreeMap<String, Spawned>) -> TemplateInfo {
+fn template_info(template: &Template) -> TemplateInfo {
     let manifest = template.manifest();
-    let spawned = spawns.get(&manifest.id);
     TemplateInfo {
         id: manifest.id.clone(),
         name: manifest.name.clone(),
@@ -319,8 +330,9 @@ fn template_info(template: &Template, spawns: &BTreeMap<String, Spawned>) -> Tem
         disk: Mebibytes::covering_bytes(manifest.disk_bytes()).unwrap_or(Mebibytes::new(0)),
         envd_version: manifest.envd_version.clone(),
         created_at: UNIX_EPOCH + Duration::from_millis(manifest.created_unix_ms),
-        spawn_count: spawned.map_or(0, |spawned| spawned.count),
-        last_spawned_at: spawned.map(|spawned| spawned.last),
+        spawn_count: 0,
+        last_spawned_at: None,
+        build_count: 1,
         public: true,
         build_id: None,
     }

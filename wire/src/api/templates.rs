@@ -45,6 +45,8 @@ pub struct Template {
     pub envd_version: String,
     /// `ready`: a template that is not cannot be seen.
     pub build_status: String,
+    /// Always [`READY`](super::READY), which is the same in CubeSandbox's words.
+    pub status: String,
 }
 
 /// The answer to `GET /templates/{id}`.
