@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use mica_numa::mailbox::Post;
 use mica_storage::LayerId;
-use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
+use mica_units::{GuestPort, Mebibytes, SandboxId, ShardId, TenantId, VcpuCount};
 
 use crate::memo::{Digest, Memo, MemoKey, MemoTicket};
 use crate::metrics::{Asked, Measured};
@@ -152,6 +152,9 @@ pub(crate) struct Wake {
     pub(crate) if_running: IfRunning,
     /// What of a paused one is wanted: of one that has its disk alone, that is all there is.
     pub(crate) from: Keeps,
+    /// The size that it is to boot in, where that is not its own. Only of one that boots: in a memory that
+    /// is kept there are as many vCPUs and pages as there were.
+    pub(crate) size: Option<(VcpuCount, Mebibytes)>,
 }
 
 /// What a pause keeps, and what a resume goes on from.

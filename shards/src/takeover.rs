@@ -67,7 +67,7 @@ pub(crate) async fn take_over(shard: &Rc<Shard>, survivor: Survivor) {
         (RecordedState::RollingBack { .. }, _) => {
             let life = Some(left(&record));
             let (if_running, from) = (IfRunning::Refuse, Keeps::All);
-            let wake = Wake { life, on_timeout: None, if_running, from };
+            let wake = Wake { life, on_timeout: None, if_running, from, size: None };
             let (sender, _nobody) = oneshot::channel();
             sandbox.ask(Request::Resume(wake, sender));
             Start::Paused(Box::new(record), None)

@@ -81,7 +81,8 @@ impl Shard {
     async fn resume_for_visitors(&self, sandbox: &Sandbox) -> Woken {
         let life = sandbox.life_when_woken(WOKEN_LIFE_MIN);
         let (life, from) = (Some(life), Keeps::All);
-        let wake = Wake { life, on_timeout: None, if_running: IfRunning::Extend, from };
+        let if_running = IfRunning::Extend;
+        let wake = Wake { life, on_timeout: None, if_running, from, size: None };
         loop {
             match self.resume(sandbox.id, wake).await {
                 Ok(_) => return Ok(()),

@@ -165,3 +165,15 @@ fn what_is_paused_without_memory_outlives_a_daemon_that_is_killed_and_its_templa
     assert_eq!(daemon.get(id).json()["lifecycle"]["onTimeout"], "pause");
     assert_eq!(daemon.delete(id).status, 204);
 }
+
+#[test]
+fn a_snapshot_without_memory_is_refused_with_the_word_that_sdks_know() {
+    let daemon = Daemon::start();
+    let id = daemon.create();
+    let refused = daemon.act_with(&id, "snapshots", &json!({ "memory": false }));
+    assert!(refused.error(400).contains("keeps the memory"), "{refused:?}");
+    assert_eq!(refused.json()["error_code"], "snapshot_filesystem_only_disabled");
+    let snapshots = daemon.ask("GET", "/snapshots", None).json();
+    assert_eq!(snapshots, json!([]), "none was made");
+    assert_eq!(daemon.state(&id), "running");
+}

@@ -51,6 +51,7 @@ mod renaming;
 mod required;
 mod resources;
 mod series;
+mod sizes;
 mod snapshots;
 mod tags;
 mod template;

@@ -1,7 +1,6 @@
 //! The bodies of requests about one sandbox: checked, and turned into what the host understands.
 //!
-//! Called by [`super::sandbox`]. Refuses wrong types, numbers out of bounds, and the wishes this
-//! version cannot keep: whoever asks for a snapshot of the disk alone must not get the memory as well.
+//! Called by [`super::sandbox`]. Refuses wrong types and numbers out of bounds.
 
 use std::time::Duration;
 
@@ -51,6 +50,15 @@ pub struct Pause {
     /// Whether the guest has to be healthy.
     pub must_be_healthy: bool,
     /// Whether its memory is kept, and not its disk alone.
+    pub keeps_memory: bool,
+}
+
+/// What a snapshot asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotWish {
+    /// Its name.
+    pub name: Option<String>,
+    /// Whether it keeps the memory, and not the disk alone.
     pub keeps_memory: bool,
 }
 
@@ -115,23 +123,19 @@ pub fn pause(body: &[u8]) -> Result<Pause, ApiError> {
     Ok(Pause { must_be_healthy, keeps_memory: memory.unwrap_or(true) })
 }
 
-/// Reads the body of a snapshot: its name.
+/// Reads the body of a snapshot.
 ///
 /// # Errors
 /// 400, naming what to write instead.
-pub fn snapshot(body: &[u8], tenant: &TenantId) -> Result<Option<String>, ApiError> {
+pub fn snapshot(body: &[u8], tenant: &TenantId) -> Result<SnapshotWish, ApiError> {
     let NewSnapshot { name, memory } = json::read_or_default(body)?;
-    if memory == Some(false) {
-        let message = "`memory` is false, but a snapshot always keeps the memory; leave it out";
-        return Err(ApiError::bad_request(message));
-    }
     if name.as_ref().is_some_and(|name| !SnapshotName::may_be(name, tenant)) {
         return Err(ApiError::bad_request(format!(
             "`name` must be 1 to 128 printable ASCII characters; with `/` or `:` in it, the form is \
              `{tenant}/name:tag` or a part of that"
         )));
     }
-    Ok(name)
+    Ok(SnapshotWish { name, keeps_memory: memory.unwrap_or(true) })
 }
 
 /// Reads the body of a rollback: the id of the snapshot.
@@ -295,7 +299,10 @@ mod tests {
 
     #[test]
     fn names_of_snapshots() {
-        let read = |body: &str| status(snapshot(body.as_bytes(), &"ns".parse().unwrap()));
+        let wish = |body: &str| status(snapshot(body.as_bytes(), &"ns".parse().unwrap()));
+        assert!(wish("").unwrap().keeps_memory && wish(r#"{"memory":true}"#).unwrap().keeps_memory);
+        assert!(!wish(r#"{"memory":false}"#).unwrap().keeps_memory);
+        let read = |body: &str| wish(body).map(|wish| wish.name);
         assert_eq!(read(""), Ok(None));
         assert_eq!(read(r#"{"name":null}"#), Ok(None));
         for good in ["ns/app:v1", "ns/app", "app:v1", "App", "a b", "it's #1 (really)"] {
@@ -305,7 +312,6 @@ mod tests {
         let long = format!(r#"{{"name":"{}"}}"#, "x".repeat(129));
         for bad in [
             r#"{"name":""}"#,
-            r#"{"memory":false}"#,
             r#"{"name":7}"#,
             r#"{"name":"a\nb"}"#,
             "{\"name\":\"\u{e9}\"}",

@@ -1,7 +1,8 @@
 //! Everything that is asked of one sandbox.
 //!
 //! Called by [`super`] once the client has shown its key. Refuses to hold anything between two
-//! requests: which operations may meet, the sandbox's own state machine knows.
+//! requests: which operations may meet, the sandbox's own state machine knows. Refuses snapshots of the disk
+//! alone.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -86,14 +87,36 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
             json::answer(StatusCode::CREATED, &show::sandbox(config, info))
         }
         Action::Snapshot => {
-            let name = operate::snapshot(&body, host.tenant())?;
-            let info = host.snapshot(id, name).await?;
+            let wish = operate::snapshot(&body, host.tenant())?;
+            if !wish.keeps_memory {
+                return no_disk_alone();
+            }
+            let info = host.snapshot(id, wish.name).await?;
             json::answer(StatusCode::CREATED, &show::snapshot(info))
         }
         Action::Rollback => rollback(host, id, operate::rollback(&body)?).await,
         Action::Clone => clone(call, id, operate::clones(&body, spelling, limits)?).await,
         Action::Fork => fork(call, id, operate::forks(&body, spelling, limits)?).await,
     }
+}
+
+/// That there are no snapshots of the disk alone: who asks for one must not get the memory as well. In the form
+/// in which E2B says that they are not enabled, which its SDKs know.
+fn no_disk_alone() -> Answer {
+    let refused = NoDiskAlone {
+        code: StatusCode::BAD_REQUEST.as_u16(),
+        message: "`memory` is false, but a snapshot always keeps the memory; leave it out, or pause the sandbox \
+                  with `memory` false",
+        error_code: "snapshot_filesystem_only_disabled",
+    };
+    json::answer(StatusCode::BAD_REQUEST, &refused)
+}
+
+#[derive(serde::Serialize)]
+struct NoDiskAlone {
+    code: u16,
+    message: &'static str,
+    error_code: &'static str,
 }
 
 async fn pause(host: &TenantHost<'_>, id: SandboxId, wish: Pause) -> Answer {

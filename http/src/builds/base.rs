@@ -12,6 +12,7 @@ use mica_shards::{
 use mica_units::{Mebibytes, TenantId, VcpuCount};
 use mica_wire::guest::Defaults;
 
+use super::size::{self, Asked};
 use super::steps::StepError;
 use super::wish::From;
 use crate::error::ApiError;
@@ -33,6 +34,8 @@ pub struct Base {
     pub template: String,
     /// What its own build set, if it had one.
     pub defaults: Option<BuiltDefaults>,
+    /// The size that it is to boot in, where that is not the one in which it runs.
+    pub boots_in: Option<(VcpuCount, Mebibytes)>,
 }
 
 /// Makes a sandbox of what a client calls a template. `seat` counts it, anew for every try. However many
@@ -178,7 +181,7 @@ pub async fn of_build(
     host: &Host,
     tenant: &TenantId,
     from: &From,
-    size: (Option<u32>, Option<u32>),
+    asked: Asked,
 ) -> Result<Base, StepError> {
     let templates = host.templates().await?;
     let wanted = match from {
@@ -188,7 +191,7 @@ pub async fn of_build(
     if let Some(name) = plain(&wanted)
         && let Some(found) = templates.iter().find(|t| t.name.as_str() == name || t.id == name)
     {
-        return of_operator(found, size, &templates);
+        return of_operator(found, asked, &templates);
     }
     let found =
         find(host, tenant, &wanted).await.map_err(|error| StepError(error.to_body().message))?;
@@ -199,45 +202,28 @@ pub async fn of_build(
             names(&templates)
         )));
     };
-    if !fits(size, built.vcpus, built.memory_mib) {
-        return Err(wrong_size(&wanted, size, (built.vcpus, built.memory_mib)));
-    }
-    Ok(Base { template: built.snapshot_id, defaults: Some(built.defaults) })
+    let boots_in = size::to_boot_in(asked, (built.vcpus, built.memory_mib))?;
+    Ok(Base { template: built.snapshot_id, defaults: Some(built.defaults), boots_in })
 }
 
-/// A template of the operator's in this size: itself, or the variant whose name says it.
+/// A template of the operator's in this size: itself, or the variant whose name says it, or itself booted so.
 fn of_operator(
     found: &TemplateInfo,
-    size: (Option<u32>, Option<u32>),
+    asked: Asked,
     templates: &[TemplateInfo],
 ) -> Result<Base, StepError> {
     let size_of = |t: &TemplateInfo| (u32::from(t.vcpus.get()), t.memory.count());
-    let (vcpus, memory) = size_of(found);
-    let base = |t: &TemplateInfo| Base { template: t.name.to_string(), defaults: None };
-    if fits(size, vcpus, memory) {
-        return Ok(base(found));
-    }
-    let wanted = (size.0.unwrap_or(vcpus), size.1.unwrap_or(memory));
+    let base = |t: &TemplateInfo, boots_in| {
+        let template = t.name.to_string();
+        Base { template, defaults: None, boots_in }
+    };
+    let wanted = size::completed(asked, size_of(found));
     let variant = format!("{}-{}x{}", found.name, wanted.0, wanted.1);
     let variant = templates.iter().find(|t| t.name.as_str() == variant && size_of(t) == wanted);
-    match variant {
-        Some(variant) => Ok(base(variant)),
-        None => Err(wrong_size(found.name.as_str(), size, (vcpus, memory))),
+    match variant.filter(|_| !size::fits(asked, size_of(found))) {
+        Some(variant) => Ok(base(variant, None)),
+        None => Ok(base(found, size::to_boot_in(asked, size_of(found))?)),
     }
-}
-
-fn fits(size: (Option<u32>, Option<u32>), vcpus: u32, memory_mib: u32) -> bool {
-    size.0.is_none_or(|wanted| wanted == vcpus) && size.1.is_none_or(|wanted| wanted == memory_mib)
-}
-
-fn wrong_size(name: &str, size: (Option<u32>, Option<u32>), has: (u32, u32)) -> StepError {
-    let wanted = (size.0.unwrap_or(has.0), size.1.unwrap_or(has.1));
-    StepError(format!(
-        "`{name}` is a running machine with cpuCount {} and memoryMB {}, and what is built on it has the \
-         same size; asked for were {} and {}. Ask for its size, or have the operator make a template \
-         `{name}-{}x{}` of the size wanted",
-        has.0, has.1, wanted.0, wanted.1, wanted.0, wanted.1
-    ))
 }
 
 /// The template that an image stands for.
@@ -311,14 +297,34 @@ mod tests {
         assert_eq!((plain("a label"), plain("..")), (None, None));
     }
 
+    fn template(name: &str, vcpus: u32, memory_mib: u32) -> TemplateInfo {
+        TemplateInfo {
+            id: String::new(),
+            name: name.parse().unwrap(),
+            vcpus: VcpuCount::new(vcpus).unwrap(),
+            memory: Mebibytes::new(memory_mib),
+            disk: Mebibytes::new(0),
+            envd_version: String::new(),
+            created_at: UNIX_EPOCH,
+            spawn_count: 0,
+            last_spawned_at: None,
+            public: true,
+            build_id: None,
+        }
+    }
+
     #[test]
-    fn sizes() {
-        assert!(fits((None, None), 2, 512) && fits((Some(2), Some(512)), 2, 512));
-        assert!(!fits((Some(1), None), 2, 512) && !fits((None, Some(1024)), 2, 512));
-        let said = wrong_size("base", (Some(4), None), (2, 512)).0;
-        assert!(
-            said.contains("cpuCount 2 and memoryMB 512") && said.contains("base-4x512"),
-            "{said}"
-        );
+    fn a_variant_spares_the_boot() {
+        let base = template("base", 2, 512);
+        // One that is not what its name says is none.
+        let all = [base.clone(), template("base-4x1024", 4, 1024), template("base-1x512", 2, 512)];
+        let of = |asked| of_operator(&base, asked, &all).unwrap();
+        let as_it_runs =
+            |name: &str| Base { template: name.to_owned(), defaults: None, boots_in: None };
+        assert_eq!(of((None, None)), as_it_runs("base"));
+        assert_eq!(of((Some(2), Some(512))), as_it_runs("base"));
+        assert_eq!(of((Some(4), Some(1024))), as_it_runs("base-4x1024"));
+        let boots_in = Some((VcpuCount::new(1).unwrap(), Mebibytes::new(512)));
+        assert_eq!(of((Some(1), None)), Base { boots_in, ..as_it_runs("base") });
     }
 }

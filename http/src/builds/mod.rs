@@ -20,6 +20,7 @@ mod log;
 pub mod route;
 mod run;
 mod show;
+mod size;
 mod steps;
 mod upload;
 pub mod wish;
@@ -30,7 +31,7 @@ use http::request::Parts;
 use hyper::{Response, StatusCode};
 use mica_shards::rt::{self, oneshot};
 use mica_shards::{
-    BuildPhase, BuildRecord, BuildStore, BuiltTemplate, DEFAULT_TAG, Host, Reference,
+    BuildPhase, BuildRecord, BuildStore, BuiltTemplate, DEFAULT_TAG, Host, Reference, TemplateInfo,
 };
 use mica_units::TenantId;
 use mica_wire::api::{
@@ -106,7 +107,9 @@ pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> 
 
 async fn announce(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
     let wanted = wish::announced(body, tenant.as_str())?;
-    refuse_operators_name(host, &wanted.name).await?;
+    let theirs = host.templates().await?;
+    refuse_name_of(&theirs, &wanted.name)?;
+    size::check(&wanted, &theirs)?;
     let tenant = tenant.clone();
     let record = host.with_builds(move |builds| {
         let template = builds.template_for(&tenant, &wanted.name)?;
@@ -127,7 +130,10 @@ async fn announce(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
 }
 
 async fn refuse_operators_name(host: &Host, name: &str) -> Result<(), ApiError> {
-    let theirs = host.templates().await?;
+    refuse_name_of(&host.templates().await?, name)
+}
+
+fn refuse_name_of(theirs: &[TemplateInfo], name: &str) -> Result<(), ApiError> {
     if theirs.iter().any(|template| template.name.as_str() == name) {
         return Err(ApiError::conflict(format!(
             "`{name}` is a template of this host's operator; give yours another name"

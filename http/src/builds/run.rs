@@ -170,8 +170,16 @@ impl Build {
             defaults: Some(defaults_for_agent(&defaults)),
             ..CreateRequest::new(&base.template, SANDBOX_LIFE)
         };
-        let info = self.host.create(request).await?;
+        let mut info = self.host.create(request).await?;
         self.sandbox.set(Some(info.id));
+        if let Some(size) = base.boots_in {
+            let (vcpus, memory) = size;
+            let text = format!(
+                "Booting it with {vcpus} vCPUs and {memory}; what ran in the base does not run there"
+            );
+            log.say(Level::Info, &text).await;
+            info = self.host.boot_resized(info.id, size).await?;
+        }
         Ok((info, defaults))
     }
 

@@ -26,6 +26,7 @@ pub struct AnnounceBody {
     cpu_count: Option<u32>,
     #[serde(rename = "memoryMB")]
     memory_mb: Option<u32>,
+    min_free_disk_mb: Option<u32>,
 }
 
 /// A build that is announced.
@@ -39,6 +40,8 @@ pub struct Announced {
     pub vcpus: Option<u32>,
     /// Memory, when the client minds.
     pub memory_mib: Option<u32>,
+    /// Room on the disk, when the client minds.
+    pub free_disk_mib: Option<u32>,
 }
 
 /// Reads the body of an announcement. `tenant` may stand in front of the name.
@@ -46,7 +49,8 @@ pub struct Announced {
 /// # Errors
 /// 400, saying what to change.
 pub fn announced(body: &[u8], tenant: &str) -> Result<Announced, ApiError> {
-    let AnnounceBody { name, alias, tags, cpu_count, memory_mb } = json::read(body)?;
+    let body: AnnounceBody = json::read(body)?;
+    let AnnounceBody { name, alias, tags, cpu_count, memory_mb, min_free_disk_mb } = body;
     let text = name.or(alias).ok_or_else(|| ApiError::bad_request("`name` is missing"))?;
     let reference = reference(&text, "name")?;
     refuse_other_namespace(&reference, "name", tenant)?;
@@ -57,7 +61,13 @@ pub fn announced(body: &[u8], tenant: &str) -> Result<Announced, ApiError> {
     }
     tags.sort();
     tags.dedup();
-    Ok(Announced { name: reference.name, tags, vcpus: cpu_count, memory_mib: memory_mb })
+    Ok(Announced {
+        name: reference.name,
+        tags,
+        vcpus: cpu_count,
+        memory_mib: memory_mb,
+        free_disk_mib: min_free_disk_mb,
+    })
 }
 
 /// Reads a template's name in any form.

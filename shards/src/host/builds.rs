@@ -5,13 +5,13 @@
 
 use mica_numa::rt::{self, oneshot};
 use mica_storage::{BuildStore, BuildStoreError, BuiltDefaults, SnapshotKind, StorageError};
-use mica_units::SandboxId;
+use mica_units::{Mebibytes, SandboxId, VcpuCount};
 use mica_wire::guest::Defaults;
 
 use super::Host;
 use super::operations::storage;
-use crate::event::{Operation, Purpose};
-use crate::{BuiltFor, ShardError, SnapshotInfo};
+use crate::event::{IfRunning, Keeps, Operation, Purpose, Wake};
+use crate::{BuiltFor, SandboxInfo, ShardError, SnapshotInfo};
 
 impl Host {
     /// Does something with what the store keeps of builds, on a thread that may block.
@@ -50,6 +50,24 @@ impl Host {
         built: BuiltFor,
     ) -> Result<SnapshotInfo, ShardError> {
         self.snapshot_for(id, Purpose::Built(built)).await
+    }
+
+    /// Boots a running sandbox again from its disk in another size, with all services of its template up. Its
+    /// agent writes to the disk first what is to stay; what else ran in it is gone. It lives as long from
+    /// then on as it was made for.
+    ///
+    /// # Errors
+    /// [`ShardError::CannotBoot`] where it has no disk, or its kernel is not there any more; see
+    /// [`ShardError`]. After any error it is of no use: it may be paused.
+    pub async fn boot_resized(
+        &self,
+        id: SandboxId,
+        size: (VcpuCount, Mebibytes),
+    ) -> Result<SandboxInfo, ShardError> {
+        self.pause_to_disk(id).await?;
+        let (if_running, from) = (IfRunning::Refuse, Keeps::Disk);
+        let wake = Wake { life: None, on_timeout: None, if_running, from, size: Some(size) };
+        Ok(self.wake(id, wake).await?.0)
     }
 
     /// Deletes a snapshot that no template names any more. Sandboxes made from it go on.

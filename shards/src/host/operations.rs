@@ -80,7 +80,7 @@ impl Host {
         on_timeout: Option<OnTimeout>,
     ) -> Result<SandboxInfo, ShardError> {
         let (life, if_running) = (life.into(), IfRunning::Refuse);
-        let wake = Wake { life, on_timeout, if_running, from: Keeps::All };
+        let wake = Wake { life, on_timeout, if_running, from: Keeps::All, size: None };
         Ok(self.wake(id, wake).await?.0)
     }
 
@@ -95,7 +95,7 @@ impl Host {
         on_timeout: Option<OnTimeout>,
     ) -> Result<SandboxInfo, ShardError> {
         let (life, if_running) = (life.into(), IfRunning::Refuse);
-        let wake = Wake { life, on_timeout, if_running, from: Keeps::Disk };
+        let wake = Wake { life, on_timeout, if_running, from: Keeps::Disk, size: None };
         Ok(self.wake(id, wake).await?.0)
     }
 
@@ -109,7 +109,8 @@ impl Host {
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
         let (life, if_running) = (Some(life), IfRunning::Extend);
-        self.wake(id, Wake { life, on_timeout: None, if_running, from: Keeps::All }).await
+        let wake = Wake { life, on_timeout: None, if_running, from: Keeps::All, size: None };
+        self.wake(id, wake).await
     }
 
     /// The same; a paused one boots from its disk alone.
@@ -122,10 +123,15 @@ impl Host {
         life: Duration,
     ) -> Result<(SandboxInfo, bool), ShardError> {
         let (life, if_running) = (Some(life), IfRunning::Extend);
-        self.wake(id, Wake { life, on_timeout: None, if_running, from: Keeps::Disk }).await
+        let wake = Wake { life, on_timeout: None, if_running, from: Keeps::Disk, size: None };
+        self.wake(id, wake).await
     }
 
-    async fn wake(&self, id: SandboxId, wake: Wake) -> Result<(SandboxInfo, bool), ShardError> {
+    pub(super) async fn wake(
+        &self,
+        id: SandboxId,
+        wake: Wake,
+    ) -> Result<(SandboxInfo, bool), ShardError> {
         match self.ask(self.owner(id), Operation::Resume(id, wake)).await? {
             Reply::Resumed(result) => result.map(|(info, was_paused)| (*info, was_paused)),
             other => Err(out_of_form(&other)),

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use mica_numa::rt::oneshot;
 use mica_numa::rt::time::Instant;
-use mica_units::{GuestPort, SandboxId, TenantId};
+use mica_units::{GuestPort, Mebibytes, SandboxId, TenantId, VcpuCount};
 
 use crate::placement::Whereabouts;
 use crate::shell::Held;
@@ -351,6 +351,12 @@ impl Sandbox {
         let (sender, receiver) = oneshot::channel();
         self.mourners.borrow_mut().push(sender);
         receiver
+    }
+
+    fn show_size(&self, vcpus: VcpuCount, memory: Mebibytes) {
+        if let Some(info) = self.info.borrow_mut().as_mut() {
+            (info.vcpus, info.memory) = (vcpus, memory);
+        }
     }
 
     fn show(&self, state: Lifecycle, disk_alone: bool) {

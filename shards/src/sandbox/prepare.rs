@@ -7,13 +7,14 @@ use std::fs::File;
 use std::sync::Arc;
 
 use mica_storage::{BootFiles, Layer, SnapshotKind, SnapshotManifest, Stamp, StorageError, Store};
-use mica_units::{SandboxId, TenantId, frames_of};
+use mica_units::{Mebibytes, SandboxId, TenantId, VcpuCount, frames_of};
 
 use super::chain;
 use super::image::Opened;
 use super::state::Cause;
 use crate::HostConfig;
 use crate::rounds::MachineNodes;
+use crate::shell::Size;
 
 /// What a shard needs of the host. Cheap to clone and to send to a blocking thread.
 #[derive(Clone, Debug)]
@@ -67,6 +68,17 @@ pub(crate) struct Found {
     pub(crate) has_directory: bool,
     /// What it boots from, where it goes on from its disk alone.
     pub(crate) boot: Option<Boot>,
+    /// The VM process it needs: of the image's size, but for one that boots in another.
+    pub(crate) size: Size,
+}
+
+/// How a paused sandbox is to boot.
+#[derive(Debug)]
+pub(crate) struct BootWish {
+    /// By what its kernel can be found, the best first, if it was not paused with one of its own.
+    pub(crate) kernel_of: Vec<String>,
+    /// vCPUs and memory, where not those it had.
+    pub(crate) size: Option<(VcpuCount, Mebibytes)>,
 }
 
 /// What a guest boots from.
@@ -86,7 +98,8 @@ pub(crate) const NO_KERNEL: &str =
 impl Found {
     /// Of an image that needs nothing made: one without a disk.
     pub(crate) fn without_disk(image: Arc<Opened>) -> Option<Self> {
-        let made = Self { image, stamp: None, disk: None, has_directory: false, boot: None };
+        let (size, stamp, disk, boot) = (image.size(), None, None, None);
+        let made = Self { image, stamp, disk, has_directory: false, boot, size };
         made.image.disk.is_none().then_some(made)
     }
 }
@@ -112,7 +125,8 @@ impl Workshop {
             None => Ok(None),
         };
         let disk = disk.map_err(|error| cause("making its disk", &error))?.map(Arc::new);
-        Ok(Found { image, stamp, disk, has_directory, boot: None })
+        let size = image.size();
+        Ok(Found { image, stamp, disk, has_directory, boot: None, size })
     }
 
     /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record where that
@@ -132,27 +146,30 @@ impl Workshop {
         self.store.write_record(id, record, false)
     }
 
-    /// The same for a sandbox that was paused: its directory is there. `kernel_of`: it is to boot, with the
-    /// kernel of the first of these that has one, if it was not paused with one of its own.
+    /// The same for a sandbox that was paused: its directory is there. `wish`: it is to boot.
     pub(crate) fn prepare_resume(
         &self,
         id: &SandboxId,
         snapshot: &str,
         known: Option<Arc<Opened>>,
-        kernel_of: Option<Vec<String>>,
+        wish: Option<BootWish>,
     ) -> Result<Found, Cause> {
         let (image, stamp) = self.find(snapshot, known)?;
-        let files = match (image.manifest.has_memory(), kernel_of) {
+        let mut size = image.size();
+        if let Some((vcpus, memory)) = wish.as_ref().and_then(|wish| wish.size) {
+            size = Size { vcpus, memory, ..size };
+        }
+        let files = match (image.manifest.has_memory(), wish) {
             (false, _) => {
                 let opened = image.snapshot.open_boot();
                 Some(opened.map_err(|error| cause("opening its kernel", &error))?)
             }
             (true, Some(_)) if image.disk.is_none() => return Err(Cause::CannotBoot(NO_DISK)),
-            (true, Some(ids)) => Some(self.find_boot(&ids)?),
+            (true, Some(wish)) => Some(self.find_boot(&wish.kernel_of)?),
             (true, None) => None,
         };
         let boot = |files| -> Result<Boot, StorageError> {
-            let memory = self.store.make_empty_layer(id, frames_of(image.manifest.memory))?;
+            let memory = self.store.make_empty_layer(id, frames_of(size.memory))?;
             Ok(Boot { files, memory })
         };
         let boot = files.map(boot).transpose();
@@ -165,7 +182,7 @@ impl Workshop {
             Ok(Some(Arc::new(disk)))
         };
         let disk = reopen().map_err(|error| cause("putting its disk back", &error))?;
-        Ok(Found { image, stamp, disk, has_directory: true, boot })
+        Ok(Found { image, stamp, disk, has_directory: true, boot, size })
     }
 
     /// The kernel of the first of these that has one.
@@ -256,7 +273,6 @@ pub(crate) fn cause(step: &str, error: &StorageError) -> Cause {
 mod tests {
     use super::*;
     use mica_storage::ReadyWhen;
-    use mica_units::{Mebibytes, VcpuCount};
 
     fn manifest(kind: SnapshotKind, tenant: Option<&str>) -> SnapshotManifest {
         SnapshotManifest {

@@ -162,6 +162,11 @@ impl Pool {
     ) -> Result<Shell, NoShell> {
         self.demand.borrow_mut().record(template, now_s());
         self.want(size, template);
+        self.take_once(size).await
+    }
+
+    /// The same where no other guest of this size is to be expected: no shell is kept for one.
+    pub(crate) async fn take_once(self: &Rc<Self>, size: Size) -> Result<Shell, NoShell> {
         let mut counts = self.counts.get();
         loop {
             let waiting = self.ready.borrow_mut().get_mut(&size).and_then(VecDeque::pop_front);

@@ -24,6 +24,9 @@ impl Driver {
         // record cannot be written it stays on disk too.
         let written = self.paused_in.is_none() || self.write_record(Links::AsRecorded).await;
         (self.boots, self.disk_alone) = (false, false);
+        if let Some(shape) = &self.shape {
+            self.sandbox.show_size(shape.vcpus, shape.memory);
+        }
         self.sandbox.show(Lifecycle::Running, false);
         self.sandbox.note("resumed".to_owned());
         self.sandbox.paused_at.set(None);

@@ -14,7 +14,7 @@ use mica_units::SandboxId;
 use mica_wire::guest::ControlRequest;
 
 use super::super::capture::CaptureError;
-use super::super::prepare::{NO_DISK, Workshop};
+use super::super::prepare::{BootWish, NO_DISK, Workshop};
 use super::super::state::{Cause, Event, State, Terms, UpBy};
 use super::super::{Request, chain, link};
 use super::Driver;
@@ -45,9 +45,22 @@ impl Driver {
         }
     }
 
-    /// Whether whoever resumes it wants nothing of its memory.
-    pub(super) fn is_to_boot(&self) -> bool {
-        matches!(self.request, Some(Request::Resume(Wake { from: Keeps::Disk, .. }, _)))
+    /// How it is to boot, where whoever resumes it wants nothing of its memory.
+    pub(super) fn boot_wish(&self) -> Option<BootWish> {
+        match self.request {
+            Some(Request::Resume(Wake { from: Keeps::Disk, size, .. }, _)) => {
+                Some(BootWish { kernel_of: self.boot_ids(), size })
+            }
+            _ => None,
+        }
+    }
+
+    /// How long its services may take to be up before it counts as resumed. `None`: nobody waits for them.
+    /// Of a boot in another size a template is made, whose sandboxes are to find them up.
+    pub(super) fn services_wait(&self) -> Option<Duration> {
+        let resized = matches!(self.request, Some(Request::Resume(Wake { size: Some(_), .. }, _)));
+        let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
+        (resized && self.boots && has_agent).then_some(self.shard.workshop.config.boot_deadline)
     }
 
     /// By what its kernel can be found, the best first: its template; what it was made from; what else has
@@ -153,6 +166,13 @@ async fn tell_to_sync(held: &Held, patience: Duration) -> Result<(), Cause> {
             Err(Cause::Failed(format!("its agent did not write its disk within {seconds} s")))
         }
     }
+}
+
+/// Has its agent start every service of the template.
+pub(super) async fn warm(held: &Held, patience: Duration) -> Result<(), String> {
+    let deadline_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+    let told = link::tell_agent(&held.control, &ControlRequest::Warm { deadline_ms }).await;
+    told.map(drop).map_err(|why| format!("its services: {why}"))
 }
 
 /// Why there is no pause, for who asked for it.

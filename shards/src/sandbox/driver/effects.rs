@@ -19,6 +19,7 @@ use super::super::prepare::{Found, cause};
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{Request, chain, from_now};
 use super::super::{link, paging, rollback};
+use super::cold::warm;
 use super::keep::{Keeper, Links};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver, Settling};
@@ -69,7 +70,7 @@ impl Driver {
         let asked =
             paused_in.clone().unwrap_or_else(|| self.sandbox.identity.request.template.clone());
         let (sandbox, origin) = (Rc::clone(&self.sandbox), self.sandbox.origin());
-        let kernel_of = self.is_to_boot().then(|| self.boot_ids());
+        let wish = self.boot_wish();
         let watch = self.watch.clone();
         self.work = Some(Box::pin(async move {
             let unchanged = match paused_in {
@@ -86,7 +87,7 @@ impl Driver {
                     let known = shard.images.get(&asked);
                     let name = asked.clone();
                     let make = move || match paused_in {
-                        Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known, kernel_of),
+                        Some(snapshot) => workshop.prepare_resume(&id, &snapshot, known, wish),
                         None => workshop.prepare(&id, &name, &origin, known),
                     };
                     let mut found = match super::work::blocking(make).await {
@@ -109,7 +110,11 @@ impl Driver {
             }
             let template = found.image.manifest.template_id.clone();
             watch.lap(Phase::Layers);
-            let shell = pool.take(found.image.size(), &template).await;
+            let shell = match found.size == found.image.size() {
+                true => pool.take(found.size, &template).await,
+                // Nobody else wants one like it.
+                false => pool.take_once(found.size).await,
+            };
             Done::Prepared(shell.map(|shell| (found, shell)).map_err(|error| match error {
                 crate::shell::NoShell::Busy => Cause::Busy,
                 error => Cause::Failed(error.to_string()),
@@ -137,7 +142,7 @@ impl Driver {
             self.settle();
         }
         let outcome = self.settling.as_mut().and_then(|settling| settling.outcome.take());
-        let request = self.init_request(new_sandbox);
+        let (request, services_wait) = (self.init_request(new_sandbox), self.services_wait());
         self.work = Some(Box::pin(async move {
             let settled = async {
                 match outcome {
@@ -146,10 +151,14 @@ impl Driver {
                 }
             };
             let told = async {
-                match has_agent {
-                    true => tell_agent(&held, &request).await.map(Some),
-                    false => Ok(None),
+                if !has_agent {
+                    return Ok::<_, String>(None);
                 }
+                let version = tell_agent(&held, &request).await?;
+                if let Some(patience) = services_wait {
+                    warm(&held, patience).await?;
+                }
+                Ok(Some(version))
             };
             let (settled, told) = futures_lite::future::zip(settled, told).await;
             Done::Initialised(match settled {

@@ -27,7 +27,8 @@ use crate::event::Purpose;
 use crate::shell::Held;
 use crate::{Lifecycle, NEVER, SandboxInfo};
 
-/// What does not change in the life of a sandbox: from the snapshot it was made of, or its record.
+/// What does not change in the life of a sandbox: from the snapshot it was made of, or its record. Its size
+/// alone does, where it boots in another.
 #[derive(Clone, Debug)]
 pub(super) struct Shape {
     pub(super) template_id: String,
@@ -170,6 +171,14 @@ impl Keeper {
     }
 }
 
+/// The snapshot that another can be said to come from: one of a pause goes with that.
+fn lasting_id(manifest: &SnapshotManifest) -> Option<String> {
+    match manifest.kind {
+        SnapshotKind::Pause => manifest.parent.clone(),
+        _ => Some(manifest.id.clone()),
+    }
+}
+
 fn unix_ms(at: SystemTime) -> u64 {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -208,7 +217,7 @@ impl Driver {
             name,
             template_id: template.0,
             template_name: template.1,
-            parent: self.image.as_ref().map(|image| image.manifest.id.clone()),
+            parent: self.image.as_ref().and_then(|image| lasting_id(&image.manifest)),
             sandbox: Some(self.sandbox.id),
             tenant: Some(tenant),
             created_unix_ms: unix_ms(SystemTime::now()),

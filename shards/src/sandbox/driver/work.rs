@@ -145,7 +145,9 @@ impl Driver {
             self.watch.is_rather(Operation::Restore);
         }
         self.image = Some(Arc::clone(&found.image));
-        self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
+        let shape = self.shape.get_or_insert_with(|| Shape::of(&found.image.manifest));
+        // Also back from another size, where a boot in that came to nothing.
+        (shape.vcpus, shape.memory) = (found.size.vcpus, found.size.memory);
         self.disk = found.disk;
         self.has_directory = found.has_directory;
         self.boots = found.boot.is_some();
