@@ -237,7 +237,9 @@ fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
     assert_eq!(read("etc/hostname").as_deref(), Some("mica\n"));
 
     // What the image's programs find in their environment, those of a sandbox do.
-    let settings = self::root(&place, "rootfs-").join("etc/mica/template.json");
+    // They lie where a link of the image's leads to, within it.
+    let settings = self::root(&place, "rootfs-").join(outside.strip_prefix("/").unwrap());
+    let settings = settings.join("template.json");
     let settings: Value = serde_json::from_slice(&fs::read(settings).unwrap()).unwrap();
     assert_eq!(settings["env"], json!({ "PATH": "/opt/bin:/usr/bin", "LANG": "C.UTF-8" }));
     assert_eq!(settings["default_user"], "user");

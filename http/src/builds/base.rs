@@ -226,26 +226,49 @@ fn of_operator(
     }
 }
 
-/// The template that an image stands for.
+/// The template that an image stands for: one of ours, or the operator's that has its name.
 fn of_image(image: &str, templates: &[TemplateInfo]) -> Result<String, StepError> {
-    let path = image.strip_prefix("docker.io/").unwrap_or(image);
+    let (path, tag) = parts(image);
+    if let Some((_, template)) = IMAGES.iter().find(|(known, _)| *known == path) {
+        return Ok((*template).to_owned());
+    }
+    let wanted = named_after(path, tag);
+    if templates.iter().any(|template| template.name.as_str() == wanted) {
+        return Ok(wanted);
+    }
+    let images: Vec<&str> = IMAGES.iter().map(|(image, _)| *image).collect();
+    Err(StepError(format!(
+        "image `{}` is not pulled: this host builds on templates. Have the operator make one of it (`mica \
+         template build --name {wanted} --image FILE`), or use `fromTemplate` with one of {}, or one of the \
+         images {}, and install what is missing in a RUN step",
+        image.chars().take(100).collect::<String>(),
+        names(templates),
+        images.join(", ")
+    )))
+}
+
+/// An image's name without what every image of Docker's own has before it, and its tag.
+fn parts(image: &str) -> (&str, &str) {
+    let path = ["docker.io/", "index.docker.io/"].iter().find_map(|own| image.strip_prefix(own));
+    let path = path.unwrap_or(image);
+    let path = path.strip_prefix("library/").unwrap_or(path);
     let path = path.split('@').next().unwrap_or(path);
     // A colon before the last slash belongs to the registry's port.
-    let (path, _) = match path.rsplit_once(':') {
+    match path.rsplit_once(':') {
         Some((path, tag)) if !tag.contains('/') => (path, tag),
         _ => (path, ""),
+    }
+}
+
+/// The name of the template that an operator makes of an image: the image's, with a dash for each character that
+/// a template's name cannot have. `latest` goes without saying.
+fn named_after(path: &str, tag: &str) -> String {
+    let whole = if matches!(tag, "" | "latest") { path.to_owned() } else { format!("{path}-{tag}") };
+    let allowed = |c: char| match c.to_ascii_lowercase() {
+        c @ ('a'..='z' | '0'..='9' | '_') => c,
+        _ => '-',
     };
-    let known = IMAGES.iter().find(|(known, _)| *known == path);
-    known.map(|(_, template)| (*template).to_owned()).ok_or_else(|| {
-        let images: Vec<&str> = IMAGES.iter().map(|(image, _)| *image).collect();
-        StepError(format!(
-            "image `{}` is not pulled: this host builds on templates. Use `fromTemplate` with one of {}, or \
-             one of the images {}, and install what is missing in a RUN step",
-            image.chars().take(100).collect::<String>(),
-            names(templates),
-            images.join(", ")
-        ))
-    })
+    whole.chars().map(allowed).take(63).collect()
 }
 
 fn names(templates: &[TemplateInfo]) -> String {
@@ -285,6 +308,23 @@ mod tests {
         for image in ["python:3.12", "ubuntu", "localhost:5000/e2bdev", "evil/e2bdev/base"] {
             let said = of_image(image, &[]).unwrap_err().0;
             assert!(said.contains(image) && said.contains("fromTemplate"), "{said}");
+        }
+        let said = of_image("python:3.12", &[]).unwrap_err().0;
+        assert!(said.contains("--name python-3-12 --image"), "{said}");
+    }
+
+    #[test]
+    fn an_image_has_the_template_that_is_named_after_it() {
+        for (image, name) in [
+            ("python:3.12", "python-3-12"),
+            ("docker.io/library/python:3.12@sha256:00", "python-3-12"),
+            ("node:latest", "node"),
+            ("debian", "debian"),
+            ("ghcr.io:443/Some/App_1:v2.0", "ghcr-io-443-some-app_1-v2-0"),
+        ] {
+            let (path, tag) = parts(image);
+            assert_eq!(named_after(path, tag), name, "{image}");
+            assert!(name.parse::<mica_units::TemplateName>().is_ok());
         }
     }
 
