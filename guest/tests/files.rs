@@ -381,60 +381,91 @@ async fn a_full_disk_is_507() {
     assert_eq!(left, Vec::<String>::new());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_user_gets_no_further_than_the_kernel_lets_it() {
+/// A directory of root's that nobody else may even look into.
+async fn closed() -> Server {
     let server = server().await;
+    std::fs::set_permissions(&server.base, std::fs::Permissions::from_mode(0o700)).unwrap();
+    server
+}
+
+/// Checks whose things are.
+fn belong(server: &Server, user: &str, paths: &[&str]) {
+    let user = users::find(user).unwrap();
+    for path in paths {
+        let found = std::fs::symlink_metadata(server.base.join(path)).unwrap();
+        assert_eq!((found.uid(), found.gid()), (user.uid, user.gid), "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_reads_and_writes_everywhere_and_what_is_made_is_theirs() {
     if !is_root() {
         return;
     }
-    let nobody = users::find("nobody").unwrap();
-    std::fs::set_permissions(&server.base, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let server = closed().await;
+    let as_nobody = |path: &str| format!("path={}&username=nobody", server.at(path));
+    let secret = server.base.join("secret");
+    std::fs::write(&secret, "old and longer").unwrap();
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o640)).unwrap();
+    std::os::unix::fs::symlink("secret", server.base.join("link")).unwrap();
+
+    let read = server.ask(&format!("GET /files?{}", as_nobody("link")), &[], b"").await;
+    assert_eq!((read.status, read.text()), (200, "old and longer"));
+    // What was there keeps its permissions and becomes the user's; a link stays and is root's.
+    assert_eq!(server.put(&as_nobody("link"), b"new").await.status, 200);
+    assert_eq!(std::fs::read_to_string(&secret).unwrap(), "new");
+    assert_eq!(std::fs::metadata(&secret).unwrap().mode() & 0o777, 0o640);
+    belong(&server, "nobody", &["secret"]);
+    belong(&server, "root", &["link"]);
+
+    std::fs::create_dir(server.base.join("of-root")).unwrap();
+    assert_eq!(server.put(&as_nobody("of-root/a/b/c"), b"mine").await.status, 200);
+    belong(&server, "nobody", &["of-root/a", "of-root/a/b", "of-root/a/b/c"]);
+    // Directories that were there before do not change hands.
+    belong(&server, "root", &["", "of-root"]);
+    let sources = json!([server.at("secret"), server.at("of-root/a/b/c")]);
+    let together =
+        json!({"source_paths": sources, "destination": server.at("x/all"), "username": "nobody"});
+    let kind = [("content-type", "application/json")];
+    let composed = server.ask("POST /files/compose", &kind, together.to_string().as_bytes()).await;
+    assert_eq!(composed.status, 200, "{}", composed.text());
+    assert_eq!(std::fs::read_to_string(server.base.join("x/all")).unwrap(), "newmine");
+    belong(&server, "nobody", &["x", "x/all"]);
+    // What the agent has open is nobody's business all the same.
+    for method in ["GET", "POST"] {
+        let line = format!("{method} /files?path=/proc/self/fd/0&username=nobody");
+        let octets = [("content-type", "application/octet-stream")];
+        assert_eq!(server.ask(&line, &octets, b"").await.status, 400, "{method}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_works_everywhere_for_a_user() {
+    if !is_root() {
+        return;
+    }
+    let server = closed().await;
     let secret = server.base.join("secret");
     std::fs::write(&secret, "s").unwrap();
     std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let own = server.base.join("own");
-    std::fs::create_dir(&own).unwrap();
-    std::os::unix::fs::chown(&own, Some(nobody.uid), Some(nobody.gid)).unwrap();
-    std::os::unix::fs::symlink(&secret, own.join("link")).unwrap();
-    let as_nobody = |path: &str| format!("path={}&username=nobody", server.at(path));
-
-    for path in ["secret", "own/link", "own/../secret"] {
-        let line = format!("GET /files?{}", as_nobody(path));
-        assert_eq!(server.ask(&line, &[], b"").await.status, 403, "{path}");
-        assert_eq!(server.put(&as_nobody(path), b"x").await.status, 403, "{path}");
-    }
-    assert_eq!(server.put(&as_nobody("new"), b"x").await.status, 403);
-    assert_eq!(server.put(&as_nobody("new/deep/er"), b"x").await.status, 403);
-    let own_agent = server.ask("GET /files?path=/proc/self/environ&username=nobody", &[], b"");
-    assert_eq!(own_agent.await.status, 403);
-    let descriptor = server.ask("GET /files?path=/proc/self/fd/0&username=nobody", &[], b"");
-    assert!(matches!(descriptor.await.status, 400 | 403));
-    assert_eq!(std::fs::read_to_string(&secret).unwrap(), "s");
-
-    assert_eq!(server.put(&as_nobody("own/a/b"), b"mine").await.status, 200);
-    for path in ["own/a", "own/a/b"] {
-        let found = std::fs::metadata(server.base.join(path)).unwrap();
-        assert_eq!((found.uid(), found.gid()), (nobody.uid, nobody.gid), "{path}");
-    }
-    // A file that others may write to, in a directory that they may not.
-    let shared = server.base.join("shared");
-    std::fs::write(&shared, "old and longer").unwrap();
-    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o666)).unwrap();
-    assert_eq!(server.put(&as_nobody("shared"), b"new").await.status, 200);
-    assert_eq!(std::fs::read_to_string(&shared).unwrap(), "new");
-
-    for (method, message) in [
-        ("MakeDir", json!({"path": server.at("dir")})),
-        ("Remove", json!({"path": server.at("secret")})),
-        ("Move", json!({"source": server.at("secret"), "destination": server.at("own/s")})),
-    ] {
-        let (status, error) = server.rpc(method, "nobody", &message).await;
-        assert_eq!((status, &error["code"]), (403, &json!("permission_denied")), "{method}");
-    }
-    assert!(secret.exists());
-    let (status, made) =
-        server.rpc("MakeDir", "nobody", &json!({"path": server.at("own/dir")})).await;
-    assert_eq!((status, &made["entry"]["owner"]), (200, &json!("nobody")));
+    let call = async |method: &str, message: &Value| {
+        let (status, reply) = server.rpc(method, "nobody", message).await;
+        assert_eq!(status, 200, "{method}: {reply}");
+        reply
+    };
+    let made = call("MakeDir", &json!({"path": server.at("p/q")})).await;
+    assert_eq!(made["entry"]["owner"], "nobody");
+    let moved = json!({"source": server.at("secret"), "destination": server.at("r/s/moved")});
+    let moved = call("Move", &moved).await["entry"].clone();
+    assert_eq!((&moved["owner"], &moved["mode"]), (&json!("root"), &json!(0o600)));
+    belong(&server, "nobody", &["p", "p/q", "r", "r/s"]);
+    assert_eq!(call("Stat", &json!({"path": server.at("r/s/moved")})).await["entry"]["size"], "1");
+    let listed = call("ListDir", &json!({"path": server.at(""), "depth": 3})).await;
+    let paths = listed["entries"].as_array().unwrap().iter();
+    let paths: Vec<&str> = paths.map(|entry| entry["path"].as_str().unwrap()).collect();
+    assert_eq!(paths, ["p", "p/q", "r", "r/s", "r/s/moved"].map(|path| server.at(path)));
+    call("Remove", &json!({"path": server.at("r")})).await;
+    assert_eq!(names(&server.base), ["p"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

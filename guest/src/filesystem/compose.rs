@@ -100,7 +100,7 @@ impl ComposeError {
     }
 }
 
-/// Blocks. As the user.
+/// Blocks. On a thread of `identity`.
 fn compose(sources: &[PathBuf], destination: &Path) -> Result<(), ComposeError> {
     for source in sources {
         open(source)?;

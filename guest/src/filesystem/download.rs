@@ -1,8 +1,8 @@
 //! A file on its way to a client.
 //!
-//! Called by [`super::files`] on a thread that is the user. Reads in chunks and waits for the
-//! client between them. Refuses what is not a regular file (a pipe would wait for ever), and links
-//! like `/proc/self/fd/3`, which would be the agent's own files and not the user's.
+//! Called by [`super::files`] on a thread of `identity`. Reads in chunks and waits for the client
+//! between them. Refuses what is not a regular file (a pipe would wait for ever), and links like
+//! `/proc/self/fd/3`, which would be what the agent has open and not what the user means.
 
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::Path;
@@ -40,7 +40,7 @@ pub enum DownloadError {
     Directory(String),
     #[error("path '{0}' is not a regular file")]
     NotAFile(String),
-    #[error("the user may not read '{0}'")]
+    #[error("'{0}' may not be read")]
     Denied(String),
     #[error("'{0}' is not as the request's conditions want it")]
     Condition(String),

@@ -1,7 +1,7 @@
 //! One file, directory or link as clients see it.
 //!
-//! Called by [`super::operations`] on a thread that is the user. Refuses nothing: a link that
-//! leads nowhere has no type, and an id without a name is shown as its number.
+//! Called by [`super::operations`] on a thread of `identity`. Refuses nothing: a link that leads
+//! nowhere has no type, and an id without a name is shown as its number.
 
 use std::collections::HashMap;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};

@@ -1,18 +1,22 @@
-//! Runs file operations as the user that asked for them.
+//! Runs file operations with root's reach and in the user's name, as E2B's envd does them.
 //!
 //! Called by every operation of this module. Each piece of work gets a thread that lives as long
-//! as the work does and whose *effective* ids are the user's. A thread, not a helper process: it
-//! costs tens of microseconds, and Linux keeps ids and capabilities per thread. Effective ids only:
-//! they are what file permission checks look at, and setting them drops the effective
-//! capabilities, while the real and the saved uid stay root, so that the user can neither signal
-//! nor trace the thread and through it the agent. The thread is never used again, so no identity
-//! can leak into other work, not even by a panic. Refuses to act for another user when the agent
-//! is not root.
+//! as the work does, whose *effective* ids are the user's and whose capabilities stay root's. So
+//! nothing is refused to the user, and what is made is the user's from its first moment: there is
+//! no file of root's to be handed over, and so no path for a process in the sandbox to swap in
+//! between. A thread, not a helper process: it costs tens of microseconds, and Linux keeps ids and
+//! capabilities per thread. Effective ids only: the real and the saved uid stay root, so that the
+//! user can neither signal nor trace the thread and through it the agent. The thread is never used
+//! again, so no identity can leak into other work, not even by a panic. Refuses to act for another
+//! user when the agent is not root.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::process::{Gid, Uid, geteuid};
-use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use rustix::thread::{
+    CapabilitySets, capabilities, set_capabilities, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::users::User;
@@ -35,10 +39,10 @@ pub enum Kind {
     Transfer,
 }
 
-/// Why work could not be done as a user
+/// Why work could not be done for a user.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    #[error("cannot become the user {user}; the agent must run as root for that")]
+    #[error("cannot work in the name of {user}; the agent must run as root for that")]
     Become {
         user: String,
         #[source]
@@ -50,7 +54,7 @@ pub enum IdentityError {
     Stopped,
 }
 
-/// Runs `work` as `user` on a thread of its own and waits for what it returns. Waits for a free
+/// Runs `work` for `user` on a thread of its own and waits for what it returns. Waits for a free
 /// place first. When the caller gives up waiting, the work still runs to its end.
 pub async fn run<T, F>(user: &User, kind: Kind, work: F) -> Result<T, IdentityError>
 where
@@ -78,7 +82,7 @@ where
     answered.await.map_err(|_| IdentityError::Stopped)?
 }
 
-/// Makes the current thread the user's, for good.
+/// Gives the current thread the user's name, for good.
 fn put_on(user: &User) -> Result<(), IdentityError> {
     let fail = |source| IdentityError::Become { user: user.name.clone(), source };
     let uid = Uid::from_raw(user.uid);
@@ -88,7 +92,11 @@ fn put_on(user: &User) -> Result<(), IdentityError> {
     let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     set_thread_groups(&groups).map_err(fail)?;
     set_thread_res_gid(None, Some(Gid::from_raw(user.gid)), None).map_err(fail)?;
-    set_thread_res_uid(None, Some(uid), None).map_err(fail)
+    set_thread_res_uid(None, Some(uid), None).map_err(fail)?;
+    // The kernel takes what is effective from whoever stops being root, and leaves what is permitted
+    // while another of the three uids is.
+    let own = capabilities(None).map_err(fail)?;
+    set_capabilities(None, CapabilitySets { effective: own.permitted, ..own }).map_err(fail)
 }
 
 #[cfg(test)]
@@ -97,7 +105,7 @@ mod tests {
     use crate::users;
 
     #[tokio::test]
-    async fn work_runs_as_the_user_and_others_do_not() {
+    async fn work_has_the_users_name_and_others_do_not() {
         if !geteuid().is_root() {
             eprintln!("skipped: only root can become somebody else");
             return;
@@ -116,19 +124,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_user_has_no_capabilities_and_no_way_into_the_agent() {
+    async fn nothing_is_refused_and_what_is_made_is_the_users() {
+        use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
         if !geteuid().is_root() {
             eprintln!("skipped: only root can become somebody else");
             return;
         }
         let nobody = users::find("nobody").unwrap();
-        let seen = run(&nobody, Kind::Operation, || {
-            let own = rustix::thread::capabilities(None).unwrap();
-            let read = |path: &str| std::fs::read(path).map(drop).map_err(|error| error.kind());
-            (own.effective.is_empty(), read("/proc/self/environ"), read("/proc/self/mem"))
+        let base = std::env::temp_dir().join(format!("mica-identity-{}", std::process::id()));
+        std::fs::create_dir(&base).unwrap();
+        std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let at = base.clone();
+        let made = run(&nobody, Kind::Operation, move || {
+            std::fs::create_dir(at.join("d"))?;
+            std::fs::write(at.join("d/f"), "x")?;
+            let of = |name: &str| std::fs::metadata(at.join(name)).map(|of| (of.uid(), of.gid()));
+            Ok::<_, std::io::Error>([of("d")?, of("d/f")?])
         });
-        let denied = Err(std::io::ErrorKind::PermissionDenied);
-        assert_eq!(seen.await.unwrap(), (true, denied, denied));
+        assert_eq!(made.await.unwrap().unwrap(), [(nobody.uid, nobody.gid); 2]);
+        assert_eq!(std::fs::metadata(&base).unwrap().uid(), 0);
+        std::fs::remove_dir_all(base).unwrap();
     }
 
     #[tokio::test]

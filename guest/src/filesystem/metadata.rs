@@ -1,7 +1,7 @@
 //! What a client says about a file besides its content: extended attributes below `user.e2b.`.
 //!
-//! Called by [`super::entry`] to show them and by [`super::upload`] to set them, on a thread that is
-//! the user. Refuses keys and values that are not printable ASCII, and more of them than a file
+//! Called by [`super::entry`] to show them and by [`super::upload`] to set them, on a thread of
+//! `identity`. Refuses keys and values that are not printable ASCII, and more of them than a file
 //! system keeps beside a file.
 
 use std::collections::BTreeMap;

@@ -1,9 +1,9 @@
 //! Files of the sandbox: the RPC service `filesystem.Filesystem` and the route `/files`.
 //!
 //! Called by the agent, which adds the routes to the router of port 49983. Every file operation
-//! runs on a thread of its own that has become the requesting user ([`identity`]), so the kernel
-//! decides what that user may do; nothing here checks permissions itself. Refuses what would grow
-//! without bound: listings, watchers, queued events.
+//! runs on a thread of its own ([`identity`]) that may do what root may, and whose new files and
+//! directories are the requesting user's; nothing here checks permissions itself. Refuses what would
+//! grow without bound: listings, watchers, queued events.
 //!
 //! ```text
 //!  rpc ─────▶ operations ─▶ entry      unary: stat, list, make, move, remove

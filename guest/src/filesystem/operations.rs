@@ -1,11 +1,13 @@
 //! What the filesystem service does, as plain functions on paths.
 //!
-//! Called by [`super::rpc`] on a thread that is the user. Refuses a listing of more than
-//! [`LISTED_MAX`] entries.
+//! Called by [`super::rpc`] on a thread of `identity`, which makes what is made the user's. Refuses a
+//! listing of more than [`LISTED_MAX`] entries.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD};
+use rustix::fs::{AtFlags, CWD, OFlags};
 
 use super::entry::{EntryInfo, Names};
 use super::upload::{Upload, temporary_name};
@@ -25,7 +27,7 @@ pub fn stat(path: &Path) -> Outcome<EntryInfo> {
         .map_err(|error| ConnectError::io(&format!("cannot look at '{}'", path.display()), &error))
 }
 
-/// Makes a directory and its parents; they belong to the user because the user makes them.
+/// Makes a directory and its parents; they belong to the user, whose name the thread has.
 pub fn make_dir(path: &Path) -> Outcome<EntryInfo> {
     let shown = path.display();
     match std::fs::metadata(path) {
@@ -88,13 +90,25 @@ fn move_across(from: &Path, to: &Path) -> std::io::Result<()> {
     }
     let upload = if to.exists() { Upload::Over } else { Upload::New };
     let temporary = temporary_name(to, upload)?;
-    let copied = std::fs::copy(from, &temporary).and_then(|_| std::fs::rename(&temporary, to));
+    let copied = copy(from, &temporary).and_then(|()| std::fs::rename(&temporary, to));
     if let Err(error) = copied {
         // The first error is the one to tell; the copy may not even have begun.
         std::fs::remove_file(&temporary).unwrap_or_default();
         return Err(error);
     }
     std::fs::remove_file(from)
+}
+
+/// A file that is moved stays whose it was, and as it was.
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    // What it is, was looked at; what stands there now may be a link or a pipe.
+    let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or(0);
+    let mut source = OpenOptions::new().read(true).custom_flags(flags).open(from)?;
+    let found = source.metadata()?;
+    let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    std::io::copy(&mut source, &mut target)?;
+    fchown(&target, Some(found.uid()), Some(found.gid()))?;
+    target.set_permissions(found.permissions())
 }
 
 /// Removes a file, a link, or a whole directory; what is not there is no error.
@@ -148,7 +162,7 @@ pub fn list(path: &Path, depth: u32) -> Outcome<Vec<EntryInfo>> {
         }
         let is_dir = std::fs::symlink_metadata(&at).is_ok_and(|found| found.is_dir());
         if is_dir && below.components().count() < depth {
-            // One that the user may not read is shown without what is in it.
+            // One that cannot be read is shown without what is in it.
             waiting.extend(children(&at).unwrap_or_default());
         }
     }
@@ -178,7 +192,7 @@ fn children(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Whether the thread's user may write to an existing file.
+/// Whether an existing file can be written to: not on a read-only disk, and not an immutable one.
 pub fn may_write(path: &Path) -> rustix::io::Result<()> {
     rustix::fs::accessat(CWD, path, rustix::fs::Access::WRITE_OK, AtFlags::EACCESS)
 }
@@ -186,6 +200,7 @@ pub fn may_write(path: &Path) -> rustix::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
 
     fn base(name: &str) -> PathBuf {
         let base = std::env::temp_dir().join(format!("mica-ops-{name}-{}", std::process::id()));
@@ -251,9 +266,19 @@ mod tests {
             eprintln!("skipped: there is no /dev/shm here");
             return;
         }
+        std::fs::set_permissions(&shm, std::fs::Permissions::from_mode(0o751)).unwrap();
+        let (uid, gid) = if rustix::process::geteuid().is_root() {
+            (65_533, 65_532)
+        } else {
+            let found = std::fs::metadata(&shm).unwrap();
+            (found.uid(), found.gid())
+        };
+        std::os::unix::fs::chown(&shm, Some(uid), Some(gid)).unwrap();
         let base = base("across");
         assert_eq!(rename(&shm, &base.join("near")).unwrap().name, "near");
         assert_eq!(std::fs::read_to_string(base.join("near")).unwrap(), "far");
+        let found = std::fs::metadata(base.join("near")).unwrap();
+        assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (uid, gid, 0o751));
         assert!(!shm.exists());
         assert_eq!(std::fs::read_dir(&base).unwrap().count(), 1, "no temporary file is left");
         std::fs::remove_dir_all(base).unwrap();

@@ -1,7 +1,7 @@
 //! Paths as clients write them, made absolute and clean.
 //!
 //! Called by every operation of this module. Pure. Refuses a NUL and a path longer than the
-//! kernel takes; everything else is for the kernel to judge, as the requesting user.
+//! kernel takes; everything else is for the kernel to judge.
 
 use std::path::{Component, Path, PathBuf};
 

@@ -65,7 +65,7 @@ pub fn add_methods(router: &mut Router) {
         "filesystem.Filesystem/Stat",
         |context: Context, request: PathRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
-            let entry = as_user(&user, move || operations::stat(&path)).await?;
+            let entry = for_user(&user, move || operations::stat(&path)).await?;
             Ok(EntryReply { entry: Some(entry.for_client(context.is_legacy_sdk())) })
         },
     );
@@ -74,7 +74,7 @@ pub fn add_methods(router: &mut Router) {
         "filesystem.Filesystem/MakeDir",
         |context: Context, request: PathRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
-            let entry = as_user(&user, move || operations::make_dir(&path)).await?;
+            let entry = for_user(&user, move || operations::make_dir(&path)).await?;
             Ok(EntryReply { entry: Some(entry.for_client(context.is_legacy_sdk())) })
         },
     );
@@ -85,7 +85,7 @@ pub fn add_methods(router: &mut Router) {
             let user = context.user()?;
             let from = target(&context, &request.source)?;
             let to = target(&context, &request.destination)?;
-            let entry = as_user(&user, move || operations::rename(&from, &to)).await?;
+            let entry = for_user(&user, move || operations::rename(&from, &to)).await?;
             Ok(EntryReply { entry: Some(entry.for_client(context.is_legacy_sdk())) })
         },
     );
@@ -94,7 +94,7 @@ pub fn add_methods(router: &mut Router) {
         "filesystem.Filesystem/ListDir",
         |context: Context, request: ListRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
-            let listed = as_user(&user, move || operations::list(&path, request.depth)).await?;
+            let listed = for_user(&user, move || operations::list(&path, request.depth)).await?;
             let is_legacy = context.is_legacy_sdk();
             let entries = listed.into_iter().map(|entry| entry.for_client(is_legacy)).collect();
             Ok(ListReply { entries })
@@ -105,7 +105,7 @@ pub fn add_methods(router: &mut Router) {
         "filesystem.Filesystem/Remove",
         |context: Context, request: PathRequest| async move {
             let (user, path) = (context.user()?, target(&context, &request.path)?);
-            as_user(&user, move || operations::remove(&path)).await?;
+            for_user(&user, move || operations::remove(&path)).await?;
             Ok(Nothing {})
         },
     );
@@ -118,7 +118,7 @@ pub(super) fn target(context: &Context, given: &str) -> Result<PathBuf, ConnectE
         .map_err(|error| ConnectError::invalid_argument(error.to_string()))
 }
 
-pub(super) async fn as_user<T, F>(user: &User, work: F) -> Result<T, ConnectError>
+pub(super) async fn for_user<T, F>(user: &User, work: F) -> Result<T, ConnectError>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T, ConnectError> + Send + 'static,

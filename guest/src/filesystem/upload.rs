@@ -1,17 +1,21 @@
 //! A file on its way from a client.
 //!
-//! Called by [`super::files`] on a thread that is the user. Writes under a temporary name beside
-//! the target and renames at the end, so an upload that is cut off leaves what was there before.
-//! Refuses directories and special files as targets, and files that the user may not write to.
+//! Called by [`super::files`] on a thread of `identity`, which makes the file and the parents that it
+//! lacked the user's. Writes under a temporary name beside the target and renames at the end, so an
+//! upload that is cut off leaves what was there before. A file that was there keeps its mode and
+//! becomes the user's. Refuses directories and special files as targets, links like
+//! `/proc/self/fd/3`, which lead to what the agent has open, and what not even root may write.
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::Write as _;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
+use rustix::process::{getegid, geteuid};
 use tokio::sync::mpsc;
 
 use super::metadata::{self, Metadata};
@@ -32,7 +36,7 @@ pub enum UploadError {
     Directory(String),
     #[error("path is not a regular file: {0}")]
     NotAFile(String),
-    #[error("the user may not write '{0}'")]
+    #[error("'{0}' may not be written")]
     Denied(String),
     #[error("not enough disk space available to write '{0}'")]
     NoSpace(String),
@@ -130,16 +134,16 @@ pub fn put(
     // Through a link, the file that it leads to is replaced, not the link.
     let target = existing.as_ref().map_or(path, |(real, _)| real);
     let upload = if existing.is_some() { Upload::Over } else { Upload::New };
+    let mode = existing.as_ref().map(|(_, mode)| *mode);
     let temporary = temporary_name(target, upload).map_err(fail)?;
     let created = OpenOptions::new()
         .write(true)
         .create_new(true)
-        .mode(0o666)
+        .mode(mode.unwrap_or(0o666))
         .custom_flags(nofollow())
         .open(&temporary);
     match created {
         Ok(mut file) => {
-            let mode = existing.as_ref().map(|(_, mode)| *mode);
             let kept = fill(&mut file)
                 .and_then(|()| keep_metadata(&file, path, metadata))
                 .and_then(|()| put_in_place(&file, mode, &temporary, target).map_err(fail));
@@ -149,16 +153,27 @@ pub fn put(
             }
             kept
         }
-        // A file that the user may write to in a directory that they may not: it can only be
-        // written where it is.
-        Err(error) if existing.is_some() && is_refusal(&error) => {
-            let file = OpenOptions::new().write(true).truncate(true).open(target);
-            let mut file = file.map_err(fail)?;
+        // Some directories let nobody make a file, but those in them be written: the kernel's own.
+        Err(error) if existing.is_some() && makes_no_files(&error) => {
+            let mut file = open_in_place(target).map_err(fail)?;
             fill(&mut file)?;
             keep_metadata(&file, path, metadata)
         }
         Err(error) => Err(fail(error)),
     }
+}
+
+/// A file emptied to be written where it is, and the user's as if it had been made anew.
+fn open_in_place(path: &Path) -> std::io::Result<File> {
+    let file = OpenOptions::new().write(true).custom_flags(nofollow()).open(path)?;
+    let found = file.metadata()?;
+    let (owner, group) = (geteuid().as_raw(), getegid().as_raw());
+    // Some of the kernel's own files refuse a change of hands that changes nothing.
+    if (found.uid(), found.gid()) != (owner, group) {
+        fchown(&file, Some(owner), Some(group))?;
+    }
+    file.set_len(0)?;
+    Ok(file)
 }
 
 fn keep_metadata(file: &File, path: &Path, metadata: &Metadata) -> Result<(), UploadError> {
@@ -169,20 +184,24 @@ fn keep_metadata(file: &File, path: &Path, metadata: &Metadata) -> Result<(), Up
 }
 
 fn nofollow() -> i32 {
-    i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0)
+    i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or(0)
 }
 
-fn is_refusal(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::PermissionDenied
+/// Whether that is what a directory says in which no file can be made: one of `/sys`, or of `/proc`.
+fn makes_no_files(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::NotFound)
 }
 
 /// The real path and the permissions of the file that is to be replaced, if there is one.
 fn existing(path: &Path) -> Result<Option<(PathBuf, u32)>, UploadError> {
     let shown = || path.display().to_string();
-    let metadata = match std::fs::metadata(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(|error| UploadError::of(path, error))?,
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let metadata = match openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS) {
+        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP) => return Err(UploadError::NotAFile(shown())),
+        other => other.map_err(std::io::Error::from).and_then(|file| File::from(file).metadata()),
     };
+    let metadata = metadata.map_err(|error| UploadError::of(path, error))?;
     if metadata.is_dir() {
         return Err(UploadError::Directory(shown()));
     }
@@ -228,6 +247,7 @@ fn put_in_place(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsRawFd as _;
 
     fn base(name: &str) -> PathBuf {
         let base = std::env::temp_dir().join(format!("mica-up-{name}-{}", std::process::id()));
@@ -285,15 +305,24 @@ mod tests {
     #[test]
     fn odd_targets_are_refused() {
         let base = base("odd");
-        std::fs::write(base.join("f"), "").unwrap();
+        let file = File::create(base.join("f")).unwrap();
         let odd = |path: &Path| upload(path, &["x"], true).unwrap_err();
         assert!(matches!(odd(&base), UploadError::Directory(_)));
         assert!(matches!(odd(Path::new("/")), UploadError::Directory(_)));
         assert!(matches!(odd(Path::new("/dev/null")), UploadError::NotAFile(_)));
+        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+        assert!(matches!(odd(Path::new(&own)), UploadError::NotAFile(_)));
         assert!(matches!(odd(&base.join("f/g")), UploadError::Path(_)));
         assert!(matches!(odd(&base.join("n".repeat(300))), UploadError::Path(_)));
         upload(&base.join("new/deep/file"), &["x"], true).unwrap();
         std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn a_file_of_the_kernels_is_written_where_it_is() {
+        let own = Path::new("/proc/self/comm");
+        upload(own, &["mica-named"], true).unwrap();
+        assert_eq!(std::fs::read_to_string(own).unwrap(), "mica-named\n");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::required;
 use crate::support::{Agent, Answer, PATIENCE, TOKEN, encode};
 
 const WATCH: &str = "filesystem.Filesystem/WatchDir";
@@ -179,14 +180,30 @@ fn what_cannot_be_watched_is_told_so() {
         assert_eq!(agent.stream(WATCH, &about(&path)).error()["code"], code, "{path:?}");
         assert_eq!(agent.call(CREATE, &about(&path)).1["code"], code, "{path:?}");
     }
+}
+
+#[test]
+fn what_the_user_may_not_read_is_watched_all_the_same() {
+    if !rustix::process::geteuid().is_root() {
+        return required::skip("ROOT", "only root's agent can work for another user");
+    }
+    let _some = some();
+    let agent = Agent::start();
+    let secret = watched(&agent).join("secret");
+    std::fs::create_dir_all(secret.join("below")).unwrap();
+    for path in [&secret, &secret.join("below")] {
+        rustix::fs::chmod(path, rustix::fs::Mode::from(0o700)).unwrap();
+    }
     // `nobody:` in base64.
     let nobody = "\r\nauthorization: Basic bm9ib2R5Og==";
-    let secret = path.join("secret");
-    std::fs::create_dir(&secret).unwrap();
-    let mode = rustix::fs::Mode::from(0o700);
-    rustix::fs::chmod(&secret, mode).unwrap();
-    let error = agent.stream_with(WATCH, nobody, &about(&secret)).error();
-    assert_eq!(error["code"], "permission_denied");
+    let message =
+        json!({"path": secret.display().to_string(), "recursive": true, "includeEntry": true});
+    let mut told = agent.stream_with(WATCH, nobody, &message);
+    assert_eq!(told.event().unwrap(), json!({"start": {}}));
+    std::fs::write(secret.join("below/f"), "").unwrap();
+    let event = told.event().unwrap()["filesystem"].clone();
+    assert_eq!(pair(&event), ("CREATE".to_owned(), "below/f".to_owned()));
+    assert_eq!(event["entry"]["owner"], "root");
 }
 
 #[test]

@@ -66,6 +66,28 @@ const listed = (metadata) => all(Sandbox.list({ query: { metadata }, limit: 1, .
 const sha256 = (data) => createHash('sha256').update(data).digest('hex')
 const plain = (text) => text.replace(/\x1b\[[0-9;]*m/g, '')
 
+// What the user could not make, read or remove: done all the same, and what is made is the user's.
+async function whereOnlyRootMay(sandbox) {
+  const { files } = sandbox
+  // The root of the stand-in's disk is that of this machine.
+  const where = `${ISOLATED ? '' : '/tmp'}/${unique('matrix')}`
+  await files.write(`${where}/deep/a.txt`, 'a', SLOW)
+  assert.equal(await files.makeDir(`${where}/made/below`, SLOW), true)
+  const made = ['', '/deep', '/deep/a.txt', '/made', '/made/below'].map((path) => where + path)
+  const owners = (await run(sandbox, `stat -c %U:%G ${made.join(' ')}`)).trim().split('\n')
+  assert.deepEqual(owners, made.map(() => `${DEFAULT_USER}:${DEFAULT_USER}`))
+  const root = { user: 'root' }
+  await run(sandbox, `chown -R root:root ${where}; chmod 700 ${where}; chmod 600 ${where}/deep/a.txt`, root)
+  assert.equal(await files.read(`${where}/deep/a.txt`, SLOW), 'a')
+  assert.deepEqual((await files.list(where, SLOW)).map((entry) => entry.name).sort(), ['deep', 'made'])
+  assert.equal((await files.rename(`${where}/deep/a.txt`, `${where}/b.txt`, SLOW)).path, `${where}/b.txt`)
+  assert.equal(await run(sandbox, `stat -c '%U %a' ${where}/b.txt`, root), 'root 600\n')
+  await files.write(`${where}/b.txt`, 'b', SLOW)
+  assert.equal(await run(sandbox, `stat -c '%U %a' ${where}/b.txt`, root), `${DEFAULT_USER} 600\n`)
+  await files.remove(where, SLOW)
+  assert.equal(await files.exists(where, SLOW), false)
+}
+
 // The copy has what was written before, and neither sees what the other writes after.
 async function differsFromThenOn(source, copy, where) {
   assert.notEqual(copy.sandboxId, source.sandboxId)
@@ -212,8 +234,9 @@ const features = {
   },
 
   async text() {
-    const { files } = await shared()
-    const where = await folder({ files })
+    const sandbox = await shared()
+    const { files } = sandbox
+    const where = await folder(sandbox)
     assert.equal((await files.write(`${where}/deep/a.txt`, 'line\nünï €\n', SLOW)).path, `${where}/deep/a.txt`)
     assert.equal(await files.read(`${where}/deep/a.txt`, SLOW), 'line\nünï €\n')
     assert.equal((await files.write(`${where}/empty`, '', SLOW)).name, 'empty')
@@ -228,6 +251,7 @@ const features = {
     assert.equal(await files.exists(where, SLOW), false)
     const missing = await rejects(NotFoundError, files.read(`${where}/b.txt`, SLOW))
     assert.match(missing.message, /does not exist/)
+    await whereOnlyRootMay(sandbox)
   },
 
   async bytes() {

@@ -42,6 +42,7 @@ from cells import (
     unique,
     wait_until,
 )
+from owners import check_owners
 
 PtySize = getattr(e2b, "PtySize", None)
 if PtySize is None:
@@ -216,6 +217,7 @@ def check_text():
     assert sandbox.files.exists(where, **SLOW) is False
     missing = raises(e2b.NotFoundException, sandbox.files.read, f"{where}/b.txt", **SLOW)
     assert "does not exist" in str(missing), missing
+    check_owners(sandbox, DEFAULT_USER, write)
 
 
 @feature

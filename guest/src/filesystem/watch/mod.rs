@@ -1,4 +1,4 @@
-//! Watching directories: one inotify instance for each watcher, read as the user who watches.
+//! Watching directories: one inotify instance for each watcher, which counts against the user who watches.
 //!
 //! Called by [`super::rpc`]. Refuses more than [`WATCHERS_MAX`] watchers, files, network file systems
 //! unless they are asked for, and to leave out an event in silence: a watcher that falls behind ends
@@ -26,7 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use self::messages::{EventType, FilesystemEvent, WatchRequest};
 use self::tree::{Happened, Tree};
 use super::entry::{EntryInfo, Names};
-use super::rpc::{as_user, target};
+use super::rpc::{for_user, target};
 use crate::connect::{Code, ConnectError, Context};
 use crate::users::User;
 
@@ -64,13 +64,13 @@ impl Watch {
         let user = context.user()?;
         let path = target(context, &request.path)?;
         let (recursive, network) = (request.recursive, request.allow_network_mounts);
-        let tree = as_user(&user, move || {
+        let tree = for_user(&user, move || {
             check(&path, network)?;
             Tree::open(&path, recursive)
         })
         .await?;
         let failed = |error: std::io::Error| ConnectError::io("cannot wait for events", &error);
-        // A second descriptor of the same instance: waiting for it needs no user.
+        // A second descriptor of the same instance: waiting for it needs no thread.
         let waited = tree.descriptor().try_clone_to_owned().map_err(failed)?;
         Ok(Self {
             user,
@@ -91,7 +91,7 @@ impl Watch {
             let over = || ConnectError::internal("the watcher is over");
             let mut tree = self.tree.take().ok_or_else(over)?;
             let with_entries = self.with_entries;
-            let (tree, events, is_drained) = as_user(&self.user, move || {
+            let (tree, events, is_drained) = for_user(&self.user, move || {
                 let (happened, is_drained) = tree.read()?;
                 let events = describe(tree.root(), happened, with_entries);
                 Ok((tree, events, is_drained))
@@ -116,7 +116,7 @@ fn wait_for(descriptor: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(descriptor, Interest::READABLE)
 }
 
-/// Refuses what cannot be watched, as the user.
+/// Refuses what cannot be watched.
 fn check(path: &Path, allow_network_mounts: bool) -> Result<(), ConnectError> {
     let shown = path.display();
     let found = std::fs::metadata(path)

@@ -1,6 +1,6 @@
 //! A watched directory, and with `recursive` all directories below it: inotify's events as E2B's.
 //!
-//! Called by [`super::Watch`] on a thread that is the user, so that it sees only what the user may.
+//! Called by [`super::Watch`] on a thread of `identity`, because it blocks.
 //! Refuses more than [`DIRECTORIES_MAX`] directories, and to go on once the kernel has lost events.
 //!
 //! ```text
@@ -82,7 +82,7 @@ impl Tree {
     /// Watches `root`, which may be reached through a link.
     ///
     /// # Errors
-    /// When the user may not, or a limit is reached.
+    /// When there is nothing to watch, or a limit is reached.
     pub fn open(root: &Path, is_recursive: bool) -> Result<Self, ConnectError> {
         let flags = CreateFlags::CLOEXEC | CreateFlags::NONBLOCK;
         let inotify = inotify::init(flags).map_err(|errno| match errno {
@@ -255,7 +255,7 @@ impl Tree {
             }
             let descriptor = match inotify::add_watch(&self.inotify, &at, flags) {
                 Ok(descriptor) => descriptor,
-                // It has gone since, or the user may not see what is in it.
+                // It has gone since, or its file system lets even root not see what is in it.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS) => continue,
                 Err(errno) => return Err(watch_error(&at, errno)),
             };
