@@ -145,8 +145,7 @@ where
             left.into_iter().for_each(|left| shard.memos.remember(left));
             let watching = watch(&shard, watchdog);
             let answers = answers.attach();
-            let host =
-                Host::new(Rc::clone(&shard), addresses.clone(), answers.lookout(), stop.clone());
+            let host = Host::new(Rc::clone(&shard), addresses.clone(), answers.lookout(), &stop);
             shard.set_host(Some(host.clone()));
             for survivor in survivors {
                 takeover::take_over(&shard, survivor).await;

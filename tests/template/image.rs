@@ -168,6 +168,19 @@ fn root(place: &Place, stage: &str) -> PathBuf {
     stages.join(name).join("root")
 }
 
+/// Who owns what, what may be done with it, and what is left out.
+fn check_kinds(root: &Path) {
+    let of = |name: &str| fs::symlink_metadata(root.join(name)).unwrap();
+    assert_eq!(of("usr/bin/su").permissions().mode() & 0o7777, 0o4755);
+    let owned = of("a/owned");
+    assert_eq!(
+        (owned.uid(), owned.gid(), owned.mode() & 0o777, owned.mtime()),
+        (1234, 1234, 0o640, 1_000_000_000)
+    );
+    assert!(!root.join("dev/null").exists(), "a sandbox has its own");
+    assert_eq!(fs::read_to_string(root.join("etc/hostname")).unwrap(), "mica\n");
+}
+
 #[test]
 fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
     if !is_root() {
@@ -226,15 +239,7 @@ fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
     let inside = root.join(outside.strip_prefix("/").unwrap()).join("file");
     assert_eq!(fs::read_to_string(inside).unwrap(), "kept inside");
     assert_eq!(fs::read_link(root.join("bin")).unwrap(), Path::new("usr/bin"));
-    let of = |name: &str| fs::symlink_metadata(root.join(name)).unwrap();
-    assert_eq!(of("usr/bin/su").permissions().mode() & 0o7777, 0o4755);
-    let owned = of("a/owned");
-    assert_eq!(
-        (owned.uid(), owned.gid(), owned.mode() & 0o777, owned.mtime()),
-        (1234, 1234, 0o640, 1_000_000_000)
-    );
-    assert!(!root.join("dev/null").exists(), "a sandbox has its own");
-    assert_eq!(read("etc/hostname").as_deref(), Some("mica\n"));
+    check_kinds(&root);
 
     // What the image's programs find in their environment, those of a sandbox do.
     // They lie where a link of the image's leads to, within it.

@@ -263,7 +263,8 @@ fn parts(image: &str) -> (&str, &str) {
 /// The name of the template that an operator makes of an image: the image's, with a dash for each character that
 /// a template's name cannot have. `latest` goes without saying.
 fn named_after(path: &str, tag: &str) -> String {
-    let whole = if matches!(tag, "" | "latest") { path.to_owned() } else { format!("{path}-{tag}") };
+    let whole =
+        if matches!(tag, "" | "latest") { path.to_owned() } else { format!("{path}-{tag}") };
     let allowed = |c: char| match c.to_ascii_lowercase() {
         c @ ('a'..='z' | '0'..='9' | '_') => c,
         _ => '-',
@@ -324,7 +325,7 @@ mod tests {
         ] {
             let (path, tag) = parts(image);
             assert_eq!(named_after(path, tag), name, "{image}");
-            assert!(name.parse::<mica_units::TemplateName>().is_ok());
+            assert_eq!(of_image(image, &[template(name, 2, 512)]).unwrap(), name);
         }
     }
 
@@ -348,6 +349,7 @@ mod tests {
             created_at: UNIX_EPOCH,
             spawn_count: 0,
             last_spawned_at: None,
+            build_count: 1,
             public: true,
             build_id: None,
         }

@@ -98,6 +98,7 @@ mod tests {
             created_at: UNIX_EPOCH,
             spawn_count: 0,
             last_spawned_at: None,
+            build_count: 1,
             public: true,
             build_id: None,
         }

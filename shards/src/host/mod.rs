@@ -75,9 +75,10 @@ impl Host {
         shard: Rc<Shard>,
         addresses: PerShard<Address>,
         lookout: Lookout<Answer>,
-        stop: StopSignal,
+        stop: &StopSignal,
     ) -> Self {
         let (waiting, next_ticket) = (RefCell::default(), Cell::new(0));
+        let stop = stop.clone();
         Self(Rc::new(Inner { shard, addresses, lookout, waiting, next_ticket, stop }))
     }
 
