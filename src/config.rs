@@ -130,6 +130,9 @@ pub struct ServeArgs {
     /// Builds of templates that one tenant may run at once.
     #[arg(long, value_name = "N", default_value_t = 2)]
     builds_at_once: u16,
+    /// Most memory that a build of a template may ask for, in MiB, unless one of the operator's templates has more.
+    #[arg(long, value_name = "MIB", default_value_t = 8192)]
+    build_memory_mib: u32,
     /// Whether operations and requests are counted and timed, and stuck shards noticed.
     #[arg(long, value_name = "off|on", value_enum, default_value_t = Switch::On)]
     metrics: Switch,
@@ -209,6 +212,7 @@ impl ServeArgs {
             upload_bytes_max: u64::from(self.upload_mib) << 20,
             upload_tenant_bytes_max: u64::from(self.uploads_mib) << 20,
             builds_at_once: usize::from(self.builds_at_once.max(1)),
+            build_memory_mib_max: self.build_memory_mib,
             ..Limits::default()
         };
         if limits.sandbox_timeout_default > limits.sandbox_timeout_max

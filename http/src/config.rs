@@ -99,6 +99,8 @@ pub struct Limits {
     pub upload_tenant_bytes_max: u64,
     /// Builds of one tenant that run at once. Others wait.
     pub builds_at_once: usize,
+    /// Memory that a build may have its guest booted with, where no template of the operator's has more.
+    pub build_memory_mib_max: u32,
 }
 
 impl Default for Limits {
@@ -119,6 +121,7 @@ impl Default for Limits {
             upload_bytes_max: 1 << 30,
             upload_tenant_bytes_max: 8 << 30,
             builds_at_once: 2,
+            build_memory_mib_max: 8192,
         }
     }
 }

@@ -53,7 +53,7 @@ fn occupied(group: &Path) -> Finding {
         .mend(format!(
             "mkdir {at}/init && for p in $(cat {at}/cgroup.procs); do echo $p > {at}/init/cgroup.procs; done; \
              in a unit file: Delegate=yes and DelegateSubgroup=init; or give --cgroup-root a directory below \
-             /sys/fs/cgroup"
+             /sys/fs/cgroup, other than this one"
         ))
 }
 

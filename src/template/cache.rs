@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -96,6 +97,10 @@ impl Cache {
             fs::create_dir_all(&dir)
                 .with_context(|| format!("could not make the cache directory {}", dir.display()))?;
         }
+        // There are root's programs in it that a user of this machine is not to find, setuid ones of images among
+        // them.
+        fs::set_permissions(root, fs::Permissions::from_mode(0o700))
+            .with_context(|| format!("could not close {} to others", root.display()))?;
         let path = root.join("lock");
         let lock =
             File::create(&path).with_context(|| format!("could not open {}", path.display()))?;

@@ -24,6 +24,8 @@ use super::runner::Runner;
 const GONE: &[u8] = b".wh.";
 const ALL_GONE: &[u8] = b".wh..wh..opq";
 const XATTR: &str = "SCHILY.xattr.";
+/// The last second that ext4 keeps, in 2446.
+const MTIME_MAX: u64 = (1 << 34) - (1 << 31) - 1;
 
 /// A directory that layers are applied to, and what the layer at hand has put there.
 #[derive(Debug)]
@@ -138,19 +140,27 @@ impl Root {
         if fs::symlink_metadata(place.path()).is_ok_and(|there| there.is_symlink()) {
             bail!("`/{}` is a link that leads nowhere in the image", path.display());
         }
-        DirBuilder::new().mode(0o755).create(place.path())?;
+        fs::create_dir(place.path())?;
+        // Whatever the umask of who builds: others than root are to come by here.
+        fs::set_permissions(place.path(), Permissions::from_mode(0o755))?;
         Ok(openat2(&self.dir, here, flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
     }
 
     /// Removes from a directory what lower layers had put there.
     fn empty(&self, path: &Path, dir: &OwnedFd) -> Result<()> {
         let here = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
-        for entry in fs::read_dir(&here)? {
-            let name = entry?.file_name();
-            let own = path.join(&name);
-            let is_new = |one: &PathBuf| one.starts_with(&own);
-            if !self.of_this_layer.iter().any(is_new) {
-                remove(&here.join(&name))?;
+        self.empty_of_lower(path, &here)
+    }
+
+    /// `path` is the directory's name in the image, `here` where it is.
+    fn empty_of_lower(&self, path: &Path, here: &Path) -> Result<()> {
+        for entry in fs::read_dir(here)? {
+            let entry = entry?;
+            let (own, there) = (path.join(entry.file_name()), here.join(entry.file_name()));
+            if !self.of_this_layer.iter().any(|new| new.starts_with(&own)) {
+                remove(&there)?;
+            } else if entry.file_type()?.is_dir() {
+                self.empty_of_lower(&own, &there)?;
             }
         }
         Ok(())
@@ -203,7 +213,9 @@ fn own<R: Read>(entry: &mut Entry<R>, path: &Path, mode: u32) -> Result<()> {
     }
     fs::set_permissions(path, Permissions::from_mode(mode))?;
     attributes(entry, path)?;
-    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(entry.header().mtime()?);
+    // One before 1970, or long after us, is none that a file system keeps.
+    let seconds = entry.header().mtime().unwrap_or(0).min(MTIME_MAX);
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
     let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW;
     let mut options = OpenOptions::new();
     let file = options.read(true).custom_flags(flags.bits().cast_signed()).open(path)?;
@@ -214,7 +226,12 @@ fn own<R: Read>(entry: &mut Entry<R>, path: &Path, mode: u32) -> Result<()> {
 fn attributes<R: Read>(entry: &mut Entry<R>, path: &Path) -> Result<()> {
     let Some(extensions) = entry.pax_extensions()? else { return Ok(()) };
     for extension in extensions {
-        let extension = extension?;
+        // What has a line's end in its value is taken for two by who read it.
+        let Ok(extension) = extension else {
+            bail!(
+                "an attribute is not in form, or has a line's end in its value, which is not read here"
+            );
+        };
         let Some(name) = extension.key()?.strip_prefix(XATTR) else { continue };
         rustix::fs::setxattr(path, name, extension.value_bytes(), XattrFlags::empty())
             .with_context(|| format!("the attribute {name}"))?;

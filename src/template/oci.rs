@@ -132,24 +132,52 @@ fn layer(path: &Path) -> Result<Box<dyn Read>> {
     Ok(Box::new(file))
 }
 
-/// Takes the plain files out of the archive. Links among them would be an older form, of which the blobs are all
-/// there is.
+/// Takes the plain files out of the archive, and the links of its older form: a layer that is the same as
+/// another is a link to that one's file.
 fn unpack(runner: &Runner, archive: &Path, into: &Path) -> Result<()> {
     let file = BufReader::with_capacity(1 << 20, File::open(archive)?);
+    let mut links = Vec::new();
     for entry in tar::Archive::new(file).entries()? {
         runner.check()?;
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
-        if !entry.header().entry_type().is_file() {
+        let kind = entry.header().entry_type();
+        if !kind.is_file() && !kind.is_symlink() {
             continue;
         }
-        let target = into.join(within(&path)?);
+        let name = within(&path)?;
+        let target = into.join(&name);
+        if kind.is_symlink() {
+            let to = entry.link_name()?.unwrap_or_default().into_owned();
+            links.push((target, into.join(beside(&name, &to)?)));
+            continue;
+        }
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent)?;
         }
         std::io::copy(&mut entry, &mut File::create(&target)?)?;
     }
+    for (link, to) in links {
+        if let Some(parent) = link.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::hard_link(&to, &link).with_context(|| format!("the link {}", link.display()))?;
+    }
     Ok(())
+}
+
+/// What a link at `name` leads to, by names alone. Refuses one that steps out of the archive.
+fn beside(name: &Path, to: &Path) -> Result<PathBuf> {
+    let mut path = name.parent().unwrap_or(Path::new("")).to_path_buf();
+    for part in to.components() {
+        match part {
+            Component::ParentDir if path.pop() => {}
+            Component::Normal(part) => path.push(part),
+            Component::CurDir => {}
+            _ => bail!("`{}` leads out of where it belongs", to.display()),
+        }
+    }
+    Ok(path)
 }
 
 /// A name of the archive without what may stand before it. Refuses one that steps out.
@@ -208,7 +236,9 @@ fn for_us(index: &Index) -> Result<&Descriptor> {
             is_known(of) && (of.os.as_str(), of.architecture.as_str()) == ("linux", "amd64")
         })
     };
-    let ours: Vec<&Descriptor> = index.manifests.iter().filter(is_ours).collect();
+    let mut ours: Vec<&Descriptor> = index.manifests.iter().filter(is_ours).collect();
+    // One image may have several tags.
+    ours.dedup_by_key(|one| &one.digest);
     match ours[..] {
         [one] => Ok(one),
         [] => bail!("it has no image for linux/amd64"),

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -92,7 +93,9 @@ pub struct Base {
 pub fn image(runner: &Runner, cache: &Cache, key: &Key, archive: &Path) -> Result<Base> {
     let stage = cache.stage(runner, "image", key, |out| {
         let root = out.join("root");
-        fs::create_dir(&root).with_context(|| format!("could not make {}", root.display()))?;
+        fs::create_dir(&root)
+            .and_then(|()| fs::set_permissions(&root, fs::Permissions::from_mode(0o755)))
+            .with_context(|| format!("could not make {}", root.display()))?;
         let image = Image::open(runner, cache, archive)?;
         let mut applied = Root::open(&root)?;
         for (number, layer) in (1..).zip(image.layers()) {

@@ -40,6 +40,18 @@ impl Layer {
         self
     }
 
+    /// A file with a time that no file system keeps.
+    fn late(mut self, name: &str, seconds: u64) -> Self {
+        let mut header = Header::new_gnu();
+        header.set_mtime(seconds);
+        header.set_size(0);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        self.0.append_data(&mut header, name, &b""[..]).unwrap();
+        self
+    }
+
     fn dir(self, name: &str) -> Self {
         self.entry(EntryType::Directory, name, (0o755, 0), b"")
     }
@@ -86,7 +98,7 @@ fn small_debian() -> Layer {
     }
     // All packages are there.
     let layer = layer.program("usr/bin/dpkg-query", b"#!/bin/sh\necho installed\n");
-    layer.dir("etc/sudoers.d/")
+    layer.dir("etc/sudoers.d/").dir("usr/share/doc/mica/")
 }
 
 fn digest(bytes: &[u8]) -> String {
@@ -206,6 +218,7 @@ fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
         .entry(EntryType::Regular, "a/owned", (0o640, 1234), b"o")
         .entry(EntryType::Link, "a/again", (0o644, 0), b"a/two")
         .entry(EntryType::Char, "dev/null", (0o666, 0), b"")
+        .late("late", u64::MAX)
         .file("kind", "a file")
         .link("etc/resolv.conf", outside.join("resolv.conf").to_str().unwrap())
         .link("etc/mica", outside.to_str().unwrap());
@@ -232,7 +245,8 @@ fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
     assert_eq!((read("a/one"), read("a/three").as_deref()), (None, Some("3")));
     assert_eq!((read("a/two").as_deref(), read("a/again").as_deref()), (Some("2b"), Some("2")));
     assert!(!root.join("a/sub").exists());
-    assert_eq!((read("gone/low"), read("gone/kept/high").as_deref()), (None, Some("high")));
+    let gone = (read("gone/low"), read("gone/kept/low"), read("gone/kept/high"));
+    assert_eq!(gone, (None, None, Some("high".to_owned())));
     assert_eq!(read("kind/inner").as_deref(), Some("i"));
     // A link to the machine's files is one to the image's own.
     assert_eq!(names(&outside), [""; 0]);
@@ -284,11 +298,20 @@ fn the_older_form_of_docker_save_is_read() {
     let mut archive = Archive::new();
     archive.add("c.json", br#"{"os":"linux","architecture":"amd64","config":{"Env":null}}"#);
     archive.add("1/layer.tar", &small_debian().file("old", "x").plain());
-    let saved = json!([{ "Config": "c.json", "RepoTags": ["a:b"], "Layers": ["1/layer.tar"] }]);
+    // The same layer once more.
+    let mut link = Header::new_gnu();
+    link.set_entry_type(EntryType::Symlink);
+    link.set_size(0);
+    archive.0.append_link(&mut link, "2/layer.tar", "../1/layer.tar").unwrap();
+    let layers = ["1/layer.tar", "2/layer.tar"];
+    let saved = json!([{ "Config": "c.json", "RepoTags": ["a:b"], "Layers": layers }]);
     archive.add("manifest.json", saved.to_string().as_bytes());
     let (built, said) = build(&place, &archive.end(&place));
     assert!(built, "{said}");
     assert!(root(&place, "image-").join("old").exists());
+    // There are root's programs in it.
+    let mode = fs::metadata(place.path("cache/templates")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
 }
 
 #[test]

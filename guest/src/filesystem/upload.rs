@@ -165,12 +165,23 @@ pub fn put(
 
 /// A file emptied to be written where it is, and the user's as if it had been made anew.
 fn open_in_place(path: &Path) -> std::io::Result<File> {
-    let file = OpenOptions::new().write(true).custom_flags(nofollow()).open(path)?;
+    // What it was may be a pipe by now, which would wait for a reader.
+    let flags = nofollow() | nonblock();
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(std::io::Error::other("it is no file any more"));
+    }
     let (owner, group) = (geteuid().as_raw(), getegid().as_raw());
     // Some of the kernel's own files refuse a change of hands that changes nothing.
     if (found.uid(), found.gid()) != (owner, group) {
-        fchown(&file, Some(owner), Some(group))?;
+        match fchown(&file, Some(owner), Some(group)) {
+            // Files of `/proc/sys` are nobody's to give.
+            Err(error) if error.kind() != std::io::ErrorKind::PermissionDenied => {
+                return Err(error);
+            }
+            _ => {}
+        }
     }
     file.set_len(0)?;
     Ok(file)
@@ -181,6 +192,10 @@ fn keep_metadata(file: &File, path: &Path, metadata: &Metadata) -> Result<(), Up
         Errno::OPNOTSUPP => UploadError::NoMetadata(path.display().to_string()),
         other => UploadError::of(path, other.into()),
     })
+}
+
+fn nonblock() -> i32 {
+    i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0)
 }
 
 fn nofollow() -> i32 {

@@ -120,8 +120,10 @@ struct NoDiskAlone {
 }
 
 async fn pause(host: &TenantHost<'_>, id: SandboxId, wish: Pause) -> Answer {
-    // Without its agent the disk would not have what the guest has not written yet.
-    if wish.must_be_healthy || !wish.keeps_memory {
+    // Without its agent the disk would not have what the guest has not written yet. One that never had an agent
+    // is asked for none.
+    let needs_agent = !wish.keeps_memory && !host.get(id).await?.envd_version.is_empty();
+    if wish.must_be_healthy || needs_agent {
         let patience = if wish.must_be_healthy { HEALTH_DEADLINE } else { AGENT_DEADLINE };
         let answered = time::timeout(patience, host.connect(id, GuestPort::ENVD)).await;
         // A port that is closed is an answer as well. What else is wrong, the pause says better.

@@ -182,8 +182,10 @@ pub async fn of_build(
     tenant: &TenantId,
     from: &From,
     asked: Asked,
+    limit_mib: u32,
 ) -> Result<Base, StepError> {
     let templates = host.templates().await?;
+    let most_mib = size::most_memory(&templates, limit_mib);
     let wanted = match from {
         From::Template(name) => name.clone(),
         From::Image(image) => of_image(image, &templates)?,
@@ -191,7 +193,7 @@ pub async fn of_build(
     if let Some(name) = plain(&wanted)
         && let Some(found) = templates.iter().find(|t| t.name.as_str() == name || t.id == name)
     {
-        return of_operator(found, asked, &templates);
+        return of_operator(found, asked, &templates, most_mib);
     }
     let found =
         find(host, tenant, &wanted).await.map_err(|error| StepError(error.to_body().message))?;
@@ -202,7 +204,7 @@ pub async fn of_build(
             names(&templates)
         )));
     };
-    let boots_in = size::to_boot_in(asked, (built.vcpus, built.memory_mib))?;
+    let boots_in = size::to_boot_in(asked, (built.vcpus, built.memory_mib), most_mib)?;
     Ok(Base { template: built.snapshot_id, defaults: Some(built.defaults), boots_in })
 }
 
@@ -211,6 +213,7 @@ fn of_operator(
     found: &TemplateInfo,
     asked: Asked,
     templates: &[TemplateInfo],
+    most_mib: u32,
 ) -> Result<Base, StepError> {
     let size_of = |t: &TemplateInfo| (u32::from(t.vcpus.get()), t.memory.count());
     let base = |t: &TemplateInfo, boots_in| {
@@ -222,7 +225,7 @@ fn of_operator(
     let variant = templates.iter().find(|t| t.name.as_str() == variant && size_of(t) == wanted);
     match variant.filter(|_| !size::fits(asked, size_of(found))) {
         Some(variant) => Ok(base(variant, None)),
-        None => Ok(base(found, size::to_boot_in(asked, size_of(found))?)),
+        None => Ok(base(found, size::to_boot_in(asked, size_of(found), most_mib)?)),
     }
 }
 
@@ -360,7 +363,7 @@ mod tests {
         let base = template("base", 2, 512);
         // One that is not what its name says is none.
         let all = [base.clone(), template("base-4x1024", 4, 1024), template("base-1x512", 2, 512)];
-        let of = |asked| of_operator(&base, asked, &all).unwrap();
+        let of = |asked| of_operator(&base, asked, &all, 8192).unwrap();
         let as_it_runs =
             |name: &str| Base { template: name.to_owned(), defaults: None, boots_in: None };
         assert_eq!(of((None, None)), as_it_runs("base"));

@@ -47,6 +47,7 @@ pub use upload::take as upload;
 
 use crate::api::{Call, json};
 use crate::body::Body;
+use crate::config::Limits;
 use crate::conn::UnderTls;
 use crate::error::ApiError;
 use crate::percent;
@@ -64,7 +65,9 @@ pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> 
         BuildRoute::Upload(token) => {
             upload::take(host, &call.config.limits, request, &token, call.body).await
         }
-        BuildRoute::Announce => announce(host, tenant, &call.read().await?).await,
+        BuildRoute::Announce => {
+            announce(host, tenant, &call.read().await?, &call.config.limits).await
+        }
         BuildRoute::Files(template, hash) => files(host, tenant, request, &template, &hash).await,
         BuildRoute::Start(template, build) => start(call, tenant, &template, &build).await,
         BuildRoute::Status(template, build) => {
@@ -105,11 +108,11 @@ pub async fn answer(call: &mut Call<'_>, request: &Parts, route: BuildRoute) -> 
     }
 }
 
-async fn announce(host: &Host, tenant: &TenantId, body: &[u8]) -> Answer {
+async fn announce(host: &Host, tenant: &TenantId, body: &[u8], limits: &Limits) -> Answer {
     let wanted = wish::announced(body, tenant.as_str())?;
     let theirs = host.templates().await?;
     refuse_name_of(&theirs, &wanted.name)?;
-    size::check(&wanted, &theirs)?;
+    size::check(&wanted, &theirs, limits.build_memory_mib_max)?;
     let tenant = tenant.clone();
     let record = host.with_builds(move |builds| {
         let template = builds.template_for(&tenant, &wanted.name)?;
@@ -384,7 +387,8 @@ pub async fn delete(
     let Some(found) = if_built(host, tenant, id).await? else { return Ok(None) };
     let template = owned(found, tenant, id)?;
     let removed = host.with_builds(move |builds| Ok(builds.remove_built(&template.id)?)).await??;
-    let Some(freed) = removed else { return Ok(None) };
+    // Somebody else deleted it meanwhile: what else has its name is not meant.
+    let Some(freed) = removed else { return Err(ApiError::no_such_template(id)) };
     forget_snapshots(host, freed).await;
     Ok(Some(no_content()))
 }

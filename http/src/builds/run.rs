@@ -48,9 +48,9 @@ impl Failure {
 
 /// Lets a build run on its own.
 pub fn spawn(host: Host, limits: &Limits, record: BuildRecord, wanted: Started) {
-    let at_once = limits.builds_at_once;
+    let (at_once, memory_mib_max) = (limits.builds_at_once, limits.build_memory_mib_max);
     rt::spawn(async move {
-        let build = Build { host, record, sandbox: Cell::new(None) };
+        let build = Build { host, record, memory_mib_max, sandbox: Cell::new(None) };
         build.carry_out(at_once, &wanted).await;
     })
     .detach();
@@ -59,6 +59,7 @@ pub fn spawn(host: Host, limits: &Limits, record: BuildRecord, wanted: Started) 
 struct Build {
     host: Host,
     record: BuildRecord,
+    memory_mib_max: u32,
     sandbox: Cell<Option<SandboxId>>,
 }
 
@@ -161,7 +162,8 @@ impl Build {
         log: &mut Log,
     ) -> Result<(SandboxInfo, BuiltDefaults), StepError> {
         let size = (self.record.vcpus, self.record.memory_mib);
-        let base = base::of_build(&self.host, tenant, &wanted.from, size).await?;
+        let base =
+            base::of_build(&self.host, tenant, &wanted.from, size, self.memory_mib_max).await?;
         log.say(Level::Info, "Starting a sandbox of the base").await;
         let defaults = base.defaults.unwrap_or_default();
         let request = CreateRequest {

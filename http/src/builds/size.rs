@@ -10,10 +10,8 @@ use super::steps::StepError;
 use super::wish::Announced;
 use crate::error::ApiError;
 
-/// Memory that a client may have a guest booted with, in MiB: with less a stock kernel does not come up, and
-/// more is the operator's to give, with a template that has it.
+/// Memory that a guest is booted with at least, in MiB: with less a stock kernel does not come up.
 const MEMORY_MIB_MIN: u32 = 128;
-const MEMORY_MIB_MAX: u32 = 8192;
 
 /// vCPUs and MiB of memory, as far as the client minds.
 pub type Asked = (Option<u32>, Option<u32>);
@@ -23,14 +21,17 @@ pub type Asked = (Option<u32>, Option<u32>);
 ///
 /// # Errors
 /// 400, saying what to change.
-pub fn check(wanted: &Announced, templates: &[TemplateInfo]) -> Result<(), ApiError> {
+pub fn check(
+    wanted: &Announced,
+    templates: &[TemplateInfo],
+    limit_mib: u32,
+) -> Result<(), ApiError> {
     if let Some(count) = wanted.vcpus.filter(|count| VcpuCount::new(*count).is_err()) {
         return Err(ApiError::bad_request(format!(
             "`cpuCount` is {count}; ask for 1 to {VCPUS_MAX}"
         )));
     }
-    let largest = templates.iter().map(|template| template.memory.count()).max();
-    let most = largest.unwrap_or_default().max(MEMORY_MIB_MAX);
+    let most = most_memory(templates, limit_mib);
     if let Some(memory) = wanted.memory_mib.filter(|memory| !(1..=most).contains(memory)) {
         return Err(ApiError::bad_request(format!(
             "`memoryMB` is {memory}; ask for {MEMORY_MIB_MIN} to {most}"
@@ -45,6 +46,13 @@ pub fn check(wanted: &Announced, templates: &[TemplateInfo]) -> Result<(), ApiEr
         )));
     }
     Ok(())
+}
+
+/// Memory that a build may ask for, in MiB: what the operator said, or what the largest of the operator's
+/// templates has.
+pub fn most_memory(templates: &[TemplateInfo], limit_mib: u32) -> u32 {
+    let largest = templates.iter().map(|template| template.memory.count()).max();
+    largest.unwrap_or_default().max(limit_mib)
 }
 
 /// Whether what has this size is what was asked for.
@@ -65,6 +73,7 @@ pub fn completed(asked: Asked, has: (u32, u32)) -> (u32, u32) {
 pub fn to_boot_in(
     asked: Asked,
     has: (u32, u32),
+    most_mib: u32,
 ) -> Result<Option<(VcpuCount, Mebibytes)>, StepError> {
     if fits(asked, has) {
         return Ok(None);
@@ -75,6 +84,12 @@ pub fn to_boot_in(
             "a guest does not boot in {memory_mib} MiB; ask for a memoryMB of {MEMORY_MIB_MIN} or more, or of \
              the base's {}",
             has.1
+        )));
+    }
+    // A build may have been announced when more was allowed.
+    if memory_mib > most_mib {
+        return Err(StepError(format!(
+            "a build here has at most {most_mib} MiB of memory, and {memory_mib} were asked for"
         )));
     }
     let vcpus = VcpuCount::new(vcpus)
@@ -109,7 +124,7 @@ mod tests {
         let said = |(vcpus, memory_mib): Asked, free_disk_mib, templates: &[TemplateInfo]| {
             let (name, tags) = ("app".to_owned(), Vec::new());
             let wanted = Announced { name, tags, vcpus, memory_mib, free_disk_mib };
-            check(&wanted, templates).err().map(|error| error.message())
+            check(&wanted, templates, 8192).err().map(|error| error.message())
         };
         let small = [template(1024, 4096)];
         let fine = [(None, None), (Some(8), Some(8192)), (Some(1), Some(16))];
@@ -130,13 +145,13 @@ mod tests {
     fn only_another_size_is_booted() {
         let has = (2, 512);
         for same in [(None, None), (Some(2), Some(512)), (None, Some(512))] {
-            assert_eq!(to_boot_in(same, has), Ok(None));
+            assert_eq!(to_boot_in(same, has, 2048), Ok(None));
         }
         let size =
             |vcpus, memory| Ok(Some((VcpuCount::new(vcpus).unwrap(), Mebibytes::new(memory))));
-        assert_eq!(to_boot_in((Some(1), None), has), size(1, 512));
-        assert_eq!(to_boot_in((None, Some(1024)), has), size(2, 1024));
-        assert!(to_boot_in((None, Some(127)), has).unwrap_err().0.contains("128"));
-        assert!(to_boot_in((Some(9), None), has).unwrap_err().0.contains("cpuCount"));
+        assert_eq!(to_boot_in((Some(1), None), has, 2048), size(1, 512));
+        assert_eq!(to_boot_in((None, Some(1024)), has, 2048), size(2, 1024));
+        assert!(to_boot_in((None, Some(127)), has, 2048).unwrap_err().0.contains("128"));
+        assert!(to_boot_in((Some(9), None), has, 2048).unwrap_err().0.contains("cpuCount"));
     }
 }

@@ -81,7 +81,9 @@ impl Tree<'_> {
 
     /// The whole device that a mounted one is, or is a part of.
     fn mounted(&self, mount: &Mount) -> Option<String> {
-        let source = mount.source.rsplit('/').next().unwrap_or_default();
+        // A share's name may be a disk's.
+        let device = mount.source.strip_prefix("/dev/").unwrap_or_default();
+        let source = device.rsplit('/').next().unwrap_or_default();
         self.names("sys/block").into_iter().find(|disk| {
             let at = format!("sys/block/{disk}");
             let is = |dir: &str| self.text(&format!("{dir}/dev")).as_ref() == Some(&mount.device);

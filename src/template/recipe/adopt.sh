@@ -26,6 +26,13 @@ if ! getent passwd user >/dev/null; then
     # shellcheck disable=SC2086
     useradd --create-home --home-dir /home/user --shell /bin/bash $uid --user-group user
 fi
+if [ ! -d /home/user ]; then
+    mkdir -p /home/user
+    chown user: /home/user
+fi
+# The clean-up that follows goes through the documents, and takes an empty directory away.
+mkdir -p /usr/share/doc/mica
+printf 'This system was made of an image of containers by mica template build.\n' >/usr/share/doc/mica/copyright
 mkdir -p /etc/sudoers.d /usr/local/bin /usr/local/lib /code
 printf 'user ALL=(ALL:ALL) NOPASSWD: ALL\n' >/etc/sudoers.d/user
 chmod 440 /etc/sudoers.d/user

@@ -4,6 +4,7 @@
 
 use serde_json::Value;
 
+use super::super::super::engine::machine;
 use super::super::document::Document;
 use super::super::phases::FAMILY;
 use super::super::seeds::whose;
@@ -112,18 +113,9 @@ fn facts(document: &Value) -> String {
     } else if target["is_local"] == false {
         row("where it runs", "on another machine than the clients".to_owned());
     }
-    let host = &document["host"];
-    let memory = host["memory_bytes"].as_f64().map(|bytes| bytes / 1_073_741_824.0);
-    let memory = memory.map(|gib| format!("{} GiB", scale::label(gib))).unwrap_or_default();
-    let machine = [text(&host["cpu"]), format!("{} threads", text(&host["cores"])), memory];
-    if !host.is_null() {
-        row("machine of the clients", machine.join(", "));
-        row("kernel", text(&host["kernel"]));
-        row("source", text(&host["commit"]));
-        row("file system", text(&host["filesystem"]));
-        if host["assertions"] == true {
-            row("build", "with assertions, which cost time".to_owned());
-        }
+    for (name, line) in machine::lines(&document["host"]) {
+        let name = if name == "machine" { "machine of the clients" } else { name };
+        row(name, escape(&line));
     }
     row("options", text(&document["options"]));
     let mut out = format!("<table class=\"facts\">\n{rows}</table>\n");
@@ -241,7 +233,7 @@ mod tests {
     fn a_page_is_well_formed_and_shows_every_row_and_failure() {
         let document = Document::of(json!({
             "command": "create", "notes": ["a <note>"], "complete": false,
-            "host": { "filesystem": "xfs on /dev/a", "assertions": true, "cpu": "A & B", "cores": 2, "memory_bytes": 8_589_934_592u64, "kernel": "6.1" },
+            "host": { "filesystem": "xfs on /dev/a", "assertions": true, "cpu": "A & B", "cores": 2, "memory_bytes": 8_589_934_592u64, "kernel": "6.1", "kvm": "vmx" },
             "target": { "url": "http://a:1", "template": "\"><script>", "is_local": true },
             "results": [
                 { "op": "create", "case": "c=1", "concurrency": 1, "n": 2, "failed": 1, "p50_us": 1500.0,
@@ -260,7 +252,7 @@ mod tests {
         for part in [
             "c=10",
             "A &amp; B",
-            "8 GiB",
+            "8.0 GiB",
             "a &lt;note&gt;",
             "&lt;b&gt; 503",
             "47.8 avg ms",
@@ -272,6 +264,7 @@ mod tests {
             "SoulBox (stated target, not measured; other hardware): 120 p95 ms, 25 stddev ms",
             "<td>none published</td><td>batch: 2,000</td>",
             "xfs on /dev/a",
+            "6.1, KVM: vmx",
             "with assertions",
             "did not come to its end",
             "counts no phases",

@@ -24,6 +24,10 @@ use crate::event::{Keeps, Wake};
 use crate::shell::Held;
 use crate::{OnTimeout, ShardError};
 
+/// How long the services of a template may take to be up after a boot in another size: what a template's own
+/// warming gives them.
+const SERVICES_DEADLINE: Duration = Duration::from_secs(600);
+
 impl Driver {
     /// What the state machine has to know beside the state.
     pub(super) fn terms(&self) -> Terms {
@@ -60,7 +64,15 @@ impl Driver {
     pub(super) fn services_wait(&self) -> Option<Duration> {
         let resized = matches!(self.request, Some(Request::Resume(Wake { size: Some(_), .. }, _)));
         let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
-        (resized && self.boots && has_agent).then_some(self.shard.workshop.config.boot_deadline)
+        (resized && self.boots && has_agent).then_some(SERVICES_DEADLINE)
+    }
+
+    /// How long the step that begins may take.
+    pub(super) fn step_patience(&self) -> Duration {
+        let usual = self.shard.workshop.config.boot_deadline;
+        let waits = matches!(*self.sandbox.state.borrow(), State::Initialising(_));
+        // Longer than the agent waits, whose words say what was not up.
+        usual + self.services_wait().filter(|_| waits).unwrap_or_default()
     }
 
     /// By what its kernel can be found, the best first: its template; what it was made from; what else has

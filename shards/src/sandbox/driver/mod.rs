@@ -145,7 +145,7 @@ pub(crate) async fn drive(shard: Rc<Shard>, sandbox: Rc<Sandbox>, start: Start) 
         if *driver.sandbox.state.borrow() != before {
             // With times of microseconds, these lines say where an operation spends them.
             tracing::trace!(id = %driver.sandbox.id, from = ?before, to = ?driver.sandbox.state.borrow());
-            driver.step_deadline = Instant::now() + driver.shard.workshop.config.boot_deadline;
+            driver.step_deadline = Instant::now() + driver.step_patience();
             driver.sandbox.state_changed();
             driver.time(&before);
         }
