@@ -30,6 +30,8 @@ const FINISH: &str = include_str!("recipe/finish.sh");
 const VERSION: &str = "2";
 /// Where a recipe mounts what it needs; an image may lack them.
 const MOUNTED_ON: [&str; 6] = ["proc", "run", "tmp", "dev", "etc", "sys"];
+/// Read by login shells, which commands run in.
+const PROFILE: &str = "etc/profile.d/00-image-path.sh";
 /// Beside the root of an image.
 const ENV_FILE: &str = "env.json";
 /// The machine's certificates, with those of its own proxies.
@@ -110,6 +112,11 @@ pub fn image(runner: &Runner, cache: &Cache, key: &Key, archive: &Path) -> Resul
         recipe::<&str>(runner, cache, "image adoption", &root, ADOPT, &[])?;
         recipe::<&str>(runner, cache, "image clean-up", &root, FINISH, &[])?;
         neutral_network_files(&root)?;
+        if let Some(path) = image.env.get("PATH") {
+            // A login shell sets it anew, before it reads this.
+            let line = format!("export PATH='{}'\n", path.replace('\'', r"'\''"));
+            Root::open(&root)?.write(Path::new(PROFILE), &line)?;
+        }
         let env = serde_json::to_vec(&image.env).context("could not write its environment")?;
         fs::write(out.join(ENV_FILE), env).context("could not write its environment")
     })?;

@@ -132,7 +132,7 @@ impl Archive {
     fn manifest(&mut self, architecture: &str, layers: &[Vec<u8>]) -> Value {
         let config = json!({
             "os": "linux", "architecture": architecture,
-            "config": { "Env": ["PATH=/opt/bin:/usr/bin", "LANG=C.UTF-8"], "User": "nobody" },
+            "config": { "Env": ["PATH=/opt/it's/bin:/usr/bin", "LANG=C.UTF-8"], "User": "nobody" },
         });
         let config = self.blob("config.v1+json", config.to_string().as_bytes());
         let layers: Vec<Value> =
@@ -260,8 +260,10 @@ fn layers_lie_on_one_another_and_nothing_leads_out_of_them() {
     let settings = self::root(&place, "rootfs-").join(outside.strip_prefix("/").unwrap());
     let settings = settings.join("template.json");
     let settings: Value = serde_json::from_slice(&fs::read(settings).unwrap()).unwrap();
-    assert_eq!(settings["env"], json!({ "PATH": "/opt/bin:/usr/bin", "LANG": "C.UTF-8" }));
+    assert_eq!(settings["env"], json!({ "PATH": "/opt/it's/bin:/usr/bin", "LANG": "C.UTF-8" }));
     assert_eq!(settings["default_user"], "user");
+    let profile = read("etc/profile.d/00-image-path.sh");
+    assert_eq!(profile.as_deref(), Some("export PATH='/opt/it'\\''s/bin:/usr/bin'\n"));
 
     // From the cache the second time; a changed agent changes nothing of it.
     let mut agent = static_program();
