@@ -88,9 +88,9 @@ bench:
 	target/bench/mica bench engine -o target/bench/engine.json
 	target/bench/mica bench registry -o target/bench/registry.json
 	target/bench/mica bench scale -o target/bench/scale.json
-	target/bench/mica bench check target/bench/registry.json target/bench/scale.json
 	target/bench/bench-proxy --mica target/bench/mica --standin target/bench/standin-vm --added-us-max 100 \
 	  --idle-streams 5000 --idle-bytes-max 20000
+	target/bench/mica bench check target/bench/registry.json target/bench/scale.json
 
 # The daemon killed a hundred times under load, power that is cut, two hundred sandboxes whose memory is bound:
 # long, and not part of `make test`.

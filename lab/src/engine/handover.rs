@@ -41,7 +41,11 @@ pub fn p50() -> Result<Option<Duration>> {
     Ok(Some(percentile(&times, 50) / 2))
 }
 
-fn pin(cpu: usize) -> Result<()> {
+/// Binds the calling thread to a core.
+///
+/// # Errors
+/// When this process may not run there.
+pub fn pin(cpu: usize) -> Result<()> {
     let mut only = CpuSet::new();
     only.set(cpu);
     sched_setaffinity(None, &only).context("cannot pin a thread")

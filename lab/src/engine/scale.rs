@@ -15,7 +15,7 @@ use mica_units::{SandboxId, ShardCount, ShardId};
 
 use super::client::Client;
 use super::figures::Figures;
-use super::handover;
+use super::handover::{self, pin};
 use super::series::percentile;
 use super::standin::{Daemon, create};
 use crate::bench::bootstrap::median;
@@ -202,7 +202,22 @@ fn compare(names: [&'static str; 3], turns: &[[Duration; 2]], found: &mut Figure
     }
 }
 
-/// What one shard's sandboxes cost a client whose connection is another's.
+/// How long a client waited for the sandbox of its connection's shard, and for the other's, in turns.
+fn waits(client: &mut Client, [own, other]: [&str; 2], pairs: usize) -> Result<[Vec<Duration>; 2]> {
+    let mut times = [Vec::with_capacity(pairs), Vec::with_capacity(pairs)];
+    for pair in 0..pairs {
+        for is_own in if pair % 2 == 0 { [true, false] } else { [false, true] } {
+            let began = Instant::now();
+            client.call("GET", if is_own { own } else { other }, b"", 200)?;
+            times[usize::from(!is_own)].push(began.elapsed());
+        }
+    }
+    Ok(times)
+}
+
+/// What one shard's sandboxes cost a client whose connection is another's. The client is on the core of its
+/// connection's shard, which waits for nobody while the client works: left to the scheduler it would be on the other
+/// shard's, where there are but two, in some rounds and not in others, and keep that shard waiting.
 fn crossing(daemon: &Daemon, pairs: usize, found: &mut Figures) -> Result<()> {
     let shards = ShardCount::new(2).context("two is not zero")?;
     let mut clients =
@@ -224,14 +239,17 @@ fn crossing(daemon: &Daemon, pairs: usize, found: &mut Figures) -> Result<()> {
     let (mut local, mut crossed) = (Vec::new(), Vec::new());
     for client in &mut clients {
         let home = home_of(daemon, client)?;
-        for pair in 0..pairs {
-            for is_local in if pair % 2 == 0 { [true, false] } else { [false, true] } {
-                let path = &paths[if is_local { home } else { 1 - home }];
-                let began = Instant::now();
-                client.call("GET", path, b"", 200)?;
-                if is_local { &mut local } else { &mut crossed }.push(began.elapsed());
-            }
-        }
+        let core = daemon.core_of_shard(home)?;
+        let asked = thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                pin(core)?;
+                waits(client, [&paths[home], &paths[1 - home]], pairs)
+            });
+            asking.join().ok().context("a client panicked")?
+        });
+        let [own, other] = asked?;
+        local.extend(own);
+        crossed.extend(other);
     }
     // The next round's other figures are of a daemon without sandboxes.
     for id in made {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use mica_storage::{
     BlockingFile, FlatWriter, Part, ReadyWhen, SnapshotKind, SnapshotManifest, Store, TemplateSpec,
     run_blocking,
@@ -121,6 +121,25 @@ impl Daemon {
             kib.map(|kib| kib * 1024).context(name)
         };
         Ok((bytes("VmRSS:")?, bytes("RssAnon:")?))
+    }
+
+    /// The one core that a shard's thread may run on.
+    ///
+    /// # Errors
+    /// When there is no such thread, or several cores are its.
+    pub fn core_of_shard(&self, shard: usize) -> Result<usize> {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.served.process().pid));
+        for task in fs::read_dir(tasks)?.flatten() {
+            let Ok(status) = fs::read_to_string(task.path().join("status")) else { continue };
+            let field = |name: &str| {
+                status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
+            };
+            if field("Name:") == Some(format!("shard-{shard}")) {
+                let cores = field("Cpus_allowed_list:").context("no list of cores")?;
+                return cores.parse().with_context(|| format!("shard {shard} has cores {cores}"));
+            }
+        }
+        bail!("there is no thread shard-{shard}")
     }
 
     /// The time that its threads have run, with their names. Finer than what its process says, which is
