@@ -27,7 +27,7 @@ const XATTR: &str = "SCHILY.xattr.";
 /// The last second that ext4 keeps, in 2446.
 const MTIME_MAX: u64 = (1 << 34) - (1 << 31) - 1;
 
-/// A directory that layers are applied to, and what the layer at hand has put there.
+/// A directory that layers are applied to, and what the layer at hand has put there, with what that lies in.
 #[derive(Debug)]
 pub struct Root {
     dir: OwnedFd,
@@ -122,7 +122,7 @@ impl Root {
         }
         let place = Place { parent, name: name.to_owned() };
         self.make(entry, &place)?;
-        self.of_this_layer.insert(path.to_path_buf());
+        self.of_this_layer.extend(path.ancestors().map(Path::to_path_buf));
         Ok(())
     }
 
@@ -157,7 +157,7 @@ impl Root {
         for entry in fs::read_dir(here)? {
             let entry = entry?;
             let (own, there) = (path.join(entry.file_name()), here.join(entry.file_name()));
-            if !self.of_this_layer.iter().any(|new| new.starts_with(&own)) {
+            if !self.of_this_layer.contains(&own) {
                 remove(&there)?;
             } else if entry.file_type()?.is_dir() {
                 self.empty_of_lower(&own, &there)?;
