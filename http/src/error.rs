@@ -263,13 +263,13 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, message)
     }
 
-    /// The agent of a sandbox has to answer before a pause, and does not. SDKs take every 409 of a pause for
+    /// The agent of a sandbox has to answer before what is kept, and does not. SDKs take every 409 of a pause for
     /// one that is paused already, and E2B's word for such an agent for a resume that was refused.
     #[must_use]
     pub fn guest_unresponsive(id: SandboxId) -> Self {
         let message = format!(
-            "the agent in sandbox '{id}' does not answer, so it was not paused and goes on; pause it \
-             with its memory and without `requireHealthyGuest`, or end what keeps it busy"
+            "the agent in sandbox '{id}' does not answer, so nothing was kept and it goes on; keep its \
+             memory, without `requireHealthyGuest`, or end what keeps it busy"
         );
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }

@@ -225,6 +225,18 @@ impl<'a> TenantHost<'a> {
         }
     }
 
+    /// [`Host::snapshot_disk`].
+    ///
+    /// # Errors
+    /// See [`ShardError`].
+    pub async fn snapshot_disk(
+        &self,
+        id: SandboxId,
+        name: Option<String>,
+    ) -> Result<SnapshotInfo, ShardError> {
+        self.of(id).await?.snapshot_disk(id, name).await
+    }
+
     /// [`Host::pause`].
     ///
     /// # Errors

@@ -73,6 +73,7 @@ async fn obey(host: &Host, line: &str) -> Result<String, Box<dyn std::error::Err
     match words[..] {
         ["create", template] => Ok(host.create(request(template)).await?.id.to_string()),
         ["snapshot", sandbox] => Ok(host.snapshot(id(sandbox)?, None).await?.id),
+        ["snapshot-disk", sandbox] => Ok(host.snapshot_disk(id(sandbox)?, None).await?.id),
         ["rollback", sandbox, to] => Ok(done(host.rollback(id(sandbox)?, to.to_owned()).await?)),
         ["pause", sandbox] => Ok(done(host.pause(id(sandbox)?).await?)),
         ["pause-to-disk", sandbox] => Ok(done(host.pause_to_disk(id(sandbox)?).await?)),

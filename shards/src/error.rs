@@ -35,6 +35,11 @@ pub enum ShardError {
         /// Who cannot go there.
         sandbox: SandboxId,
     },
+    /// A sandbox cannot go back in place to a snapshot that would have to boot.
+    #[error(
+        "snapshot {0:?} is of a disk alone, and a rollback needs the memory as well; make a sandbox from it"
+    )]
+    SnapshotOfDisk(String),
     /// Another operation has the sandbox just now.
     #[error("sandbox {sandbox} is busy: {doing}; try again when that is done")]
     Conflict {

@@ -62,8 +62,8 @@ pub(crate) enum Operation {
     Connect(SandboxId, GuestPort, Visitor, Option<Epoch>),
     /// Replace what its network is.
     SetNetwork(SandboxId, Box<NetworkPolicy>),
-    /// Make a snapshot of it.
-    Snapshot(SandboxId, Purpose),
+    /// Make a snapshot of it, of all or of its disk alone.
+    Snapshot(SandboxId, Purpose, Keeps),
     /// Put it back to this snapshot of its own.
     Rollback(SandboxId, String),
     /// Pause it, keeping that.
@@ -157,7 +157,7 @@ pub(crate) struct Wake {
     pub(crate) size: Option<(VcpuCount, Mebibytes)>,
 }
 
-/// What a pause keeps, and what a resume goes on from.
+/// What a pause or a snapshot keeps, and what a resume goes on from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Keeps {
     /// Memory and disk.

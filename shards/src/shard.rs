@@ -15,7 +15,7 @@ use mica_numa::rt::{self, oneshot};
 use mica_units::{GuestPort, SandboxId, ShardCount, ShardId, TenantId};
 
 use crate::choice::{Choice, share};
-use crate::event::{Counts, Entry, Operation, Purpose, Reply, Spawned, Wake};
+use crate::event::{Counts, Entry, Keeps, Operation, Purpose, Reply, Spawned, Wake};
 use crate::memo::Memos;
 use crate::metrics::{self, Asked, Metrics};
 use crate::placement;
@@ -181,7 +181,9 @@ impl Shard {
                 Reply::Stream(self.connect(id, port, &visitor, kept).await)
             }
             Operation::SetNetwork(id, policy) => Reply::Done(self.set_network(id, *policy).await),
-            Operation::Snapshot(id, purpose) => Reply::Snapshot(self.snapshot(id, purpose).await),
+            Operation::Snapshot(id, purpose, keeps) => {
+                Reply::Snapshot(self.snapshot(id, purpose, keeps).await)
+            }
             Operation::Rollback(id, to) => {
                 Reply::Done(self.ask(id, |sender| Request::Rollback(to, sender)).await)
             }
@@ -328,8 +330,9 @@ impl Shard {
         &self,
         id: SandboxId,
         purpose: Purpose,
+        keeps: Keeps,
     ) -> Result<Box<SnapshotInfo>, ShardError> {
-        self.ask(id, |sender| Request::Snapshot(purpose, sender)).await
+        self.ask(id, |sender| Request::Snapshot(purpose, keeps, sender)).await
     }
 
     pub(crate) async fn resume(

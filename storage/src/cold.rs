@@ -1,9 +1,9 @@
-//! What a sandbox goes on from that was paused without its memory: a kernel, and an empty memory.
+//! What a sandbox starts or goes on from where the memory was not kept: a kernel, and an empty memory.
 //!
-//! Called by shards, on threads that may block. Such a pause is a snapshot without layers and without a
-//! state: the disk, the kernel and the initial RAM file system as hard links, so that it depends on no
-//! template, and the command line in the manifest's record. Refuses to guess a kernel: a template that
-//! is gone is said to be.
+//! Called by shards, on threads that may block. Such a pause or snapshot has no layers and no state: the
+//! disk, the kernel and the initial RAM file system as hard links, so that it depends on no template, and
+//! the command line in the manifest's record. Refuses to guess a kernel: where all that had one is gone, it
+//! says so.
 
 use std::fs::File;
 use std::io;
@@ -32,7 +32,7 @@ pub struct BootFiles {
 }
 
 impl SnapshotManifest {
-    /// Whether a sandbox goes on from its memory, and not from its disk alone.
+    /// Whether a sandbox goes on from memory, and not from a disk alone.
     #[must_use]
     pub const fn has_memory(&self) -> bool {
         !self.layers.is_empty()
@@ -62,10 +62,11 @@ impl SnapshotStaging {
 }
 
 impl Snapshot {
-    /// What its sandbox boots from: of a pause without memory.
+    /// What a sandbox of it boots from: of one without memory.
     ///
     /// # Errors
-    /// When a file is not there, or the command line is none.
+    /// [`StorageError::SnapshotGone`] when it was deleted since it was looked up; when a file is not there, or
+    /// the command line is none.
     pub fn open_boot(&self) -> Result<BootFiles> {
         let open = |part: Part| {
             let path = self.dir().join(part.file_name());
@@ -76,7 +77,10 @@ impl Snapshot {
             }
         };
         let part = Part::Kernel.file_name();
-        let missing = || StorageError::Part { part, what: "not there".to_owned() };
+        let missing = || match self.dir().exists() {
+            true => StorageError::Part { part, what: "not there".to_owned() },
+            false => StorageError::SnapshotGone { id: self.manifest().id.clone() },
+        };
         let cmdline = String::from_utf8(self.manifest().record.clone()).map_err(|_| {
             StorageError::Part { part, what: "without a command line in form".to_owned() }
         })?;
@@ -86,20 +90,24 @@ impl Snapshot {
 }
 
 impl Store {
-    /// The template whose kernel runs in a sandbox: one of `ids`, or what a snapshot among them comes
-    /// from in the end. None where all of that is gone.
+    /// The kernel that runs in a sandbox: that of a template among `ids`, or of what a snapshot among them
+    /// comes from in the end; or one that a snapshot has with it. None where all of that is gone.
     ///
     /// # Errors
-    /// When the store cannot be read.
-    pub fn boot_template(&self, ids: &[String]) -> Result<Option<Template>> {
+    /// When the store cannot be read; [`StorageError::TemplateGone`] where it was replaced meanwhile.
+    pub fn find_boot(&self, ids: &[String]) -> Result<Option<BootFiles>> {
         for id in ids {
             let mut next = Some(id.clone());
             for _ in 0..ANCESTORS_MAX {
                 let Some(id) = next.take() else { break };
                 if let Some(template) = self.find_template(&id)? {
-                    return Ok(Some(template));
+                    return template.open_boot().map(Some);
                 }
-                next = self.find_snapshot(&id)?.and_then(|found| found.manifest().parent.clone());
+                let Some(found) = self.find_snapshot(&id)? else { break };
+                if !found.manifest().has_memory() {
+                    return found.open_boot().map(Some);
+                }
+                next.clone_from(&found.manifest().parent);
             }
         }
         Ok(None)

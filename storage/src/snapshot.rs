@@ -7,7 +7,7 @@
 //! snapshots/<id>/manifest          THE commit: renamed to this name, last
 //! snapshots/<id>/memory.<layer>    hard links to its layers; the manifest has their order
 //! snapshots/<id>/disk              a reflink clone, where there is a disk
-//! snapshots/<id>/kernel, initramfs  hard links: of a pause without memory, which has no layers
+//! snapshots/<id>/kernel, initramfs  hard links: of one without memory, which has no layers
 //! snapshots/<id>/working-set       what to read first; may be missing, and is not part of the commit
 //! snapshots/.gone-<id>             deleted, and being removed
 //! ```

@@ -1,5 +1,5 @@
-//! Pauses that keep the disk alone: who may ask for one, what it is while it lasts, and that what comes back
-//! has booted.
+//! Pauses and snapshots that keep the disk alone: who may ask for one, what it is while it lasts, and that
+//! what comes of it has booted.
 //!
 //! The stand-in VM writes to its console when it boots, and only then: so a boot shows in the logs.
 
@@ -166,14 +166,73 @@ fn what_is_paused_without_memory_outlives_a_daemon_that_is_killed_and_its_templa
     assert_eq!(daemon.delete(id).status, 204);
 }
 
+/// A snapshot of the disk alone.
+fn snapshot_disk(daemon: &Daemon, id: &str) -> String {
+    let made = daemon.act_with(id, "snapshots", &json!({ "memory": false }));
+    assert_eq!(made.status, 201, "{made:?}");
+    made.json()["snapshotID"].as_str().expect("an id").to_owned()
+}
+
 #[test]
-fn a_snapshot_without_memory_is_refused_with_the_word_that_sdks_know() {
+fn what_is_made_from_a_snapshot_without_memory_boots() {
+    let mut daemon = Daemon::start();
+    let id = daemon.create();
+    let before = daemon.vm_of(&id);
+    let named = json!({ "memory": false, "name": "of-its-disk" });
+    let made = daemon.act_with(&id, "snapshots", &named);
+    assert_eq!(made.status, 201, "{made:?}");
+    let snapshot = made.json()["snapshotID"].as_str().expect("an id").to_owned();
+    let kept = stored(&daemon, &format!("snapshots/{snapshot}"));
+    assert!(kept.iter().any(|name| name == "kernel"), "{kept:?}");
+    assert!(!kept.iter().any(|name| name.starts_with("memory.")), "{kept:?}");
+    // What it was made of goes on as it was, and is not to be put back to it.
+    assert_eq!((daemon.state(&id).as_str(), daemon.vm_of(&id)), ("running", before));
+    let refused = daemon.act_with(&id, "rollback", &json!({ "snapshotID": snapshot }));
+    assert!(refused.error(409).contains("make a sandbox from it"), "{refused:?}");
+    let memory = daemon.snapshot(&id);
+    let back = daemon.act_with(&id, "rollback", &json!({ "snapshotID": memory }));
+    assert_eq!(back.status, 200, "{back:?}");
+    assert!(!has_booted(&daemon, &id));
+    // Another daemon knows it, and its template need not be there.
+    daemon.crash();
+    let store = mica_storage::Store::open(&daemon.directory().join("store")).expect("a store");
+    assert!(store.delete_template(&TEMPLATE.parse().expect("a name")).expect("a deletion"));
+    drop(store);
+    daemon.restart();
+    let listed = daemon.ask("GET", &format!("/snapshots?sandboxID={id}"), None).json();
+    let ids: Vec<_> =
+        listed.as_array().expect("a list").iter().map(|one| &one["snapshotID"]).collect();
+    assert_eq!(ids, [&json!(memory), &json!(snapshot)]);
+    for name in [snapshot.as_str(), "of-its-disk"] {
+        let created = create(&daemon, &json!({ "templateID": name }));
+        let copy = id_of(&created);
+        assert!(has_booted(&daemon, copy), "{name}");
+        let got = daemon.get(copy).json();
+        assert_eq!((&got["state"], &got["metadata"]), (&json!("running"), &json!({ "a": "b" })));
+        // It is one like any other: it is forked, and goes on from its memory and from its disk.
+        assert_eq!(daemon.act(copy, "fork").status, 201);
+        daemon.pause(copy);
+        assert_eq!(daemon.act(copy, "resume").status, 201);
+        pause_to_disk(&daemon, copy);
+        assert_eq!(daemon.act(copy, "resume").status, 201);
+        snapshot_disk(&daemon, copy);
+        assert_eq!(daemon.delete(copy).status, 204);
+    }
+    let deleted = daemon.ask("DELETE", &format!("/templates/{snapshot}"), None);
+    assert_eq!(deleted.status, 204, "{deleted:?}");
+    let gone = json!({ "templateID": snapshot });
+    assert_eq!(daemon.ask("POST", "/v2/sandboxes", Some(&gone)).status, 404);
+}
+
+#[test]
+fn a_snapshot_that_could_not_boot_is_not_made() {
     let daemon = Daemon::start();
     let id = daemon.create();
-    let refused = daemon.act_with(&id, "snapshots", &json!({ "memory": false }));
-    assert!(refused.error(400).contains("keeps the memory"), "{refused:?}");
-    assert_eq!(refused.json()["error_code"], "snapshot_filesystem_only_disabled");
-    let snapshots = daemon.ask("GET", "/snapshots", None).json();
-    assert_eq!(snapshots, json!([]), "none was made");
+    let store = mica_storage::Store::open(&daemon.directory().join("store")).expect("a store");
+    assert!(store.delete_template(&TEMPLATE.parse().expect("a name")).expect("a deletion"));
+    let refused = daemon.act_with(&id, "snapshots", &json!({ "memory": false })).error(400);
+    assert!(refused.contains("cannot go on from its disk alone"), "{refused}");
+    assert_eq!(daemon.ask("GET", "/snapshots", None).json(), json!([]), "none was made");
     assert_eq!(daemon.state(&id), "running");
+    daemon.snapshot(&id);
 }

@@ -1,4 +1,4 @@
-"""Pauses that keep the disk alone: a real Linux guest boots again from what it had written."""
+"""Pauses and snapshots that keep the disk alone: a real Linux guest boots from what was written."""
 
 import pytest
 from conftest import PATIENCE_S, api, lab, make, run, wait_until
@@ -95,6 +95,38 @@ def test_what_is_paused_without_memory_boots_with_its_files(sandbox):
     assert len(set(boots)) == len(boots)
     for each in (kept, second):
         assert Sandbox.delete_snapshot(each["snapshotID"], **SLOW) is True
+
+
+def test_what_is_made_from_a_snapshot_without_memory_boots_with_its_files(sandbox):
+    first = boot_id(sandbox)
+    write(sandbox, "word")
+    status, made = api("POST", f"/sandboxes/{sandbox.sandbox_id}/snapshots", {"memory": False})
+    assert status == 201, made
+    assert lab(f"find {STORE}/snapshots/{made['snapshotID']} -name 'memory.*'") == ""
+    # What it is of goes on with all that it has.
+    assert boot_id(sandbox) == first
+    assert run(sandbox, "cat ~/file /dev/shm/m") == "word\nword\n"
+    assert "sleep 98765" in processes(sandbox)
+    copies = [make(made["snapshotID"], envs={"COLOUR": "red"}) for _ in range(2)]
+    boots = {first}
+    for copy in copies:
+        assert run(copy, "cat ~/file") == "word\n"
+        assert run(copy, "ls /dev/shm") == ""
+        assert "sleep 98765" not in processes(copy)
+        about = run(copy, 'hostname; echo "$COLOUR $E2B_SANDBOX_ID"')
+        assert about == f"{copy.sandbox_id}\nred {copy.sandbox_id}\n"
+        boots.add(boot_id(copy))
+        run(copy, "echo of-the-copy > ~/file")
+    assert len(boots) == 3
+    assert run(sandbox, "cat ~/file") == "word\n"
+    # A copy is one like any other.
+    pause(copies[0], memory=True)
+    copies[0].connect(timeout=3600, **SLOW)
+    assert run(copies[0], "cat ~/file") == "of-the-copy\n"
+    assert boot_id(copies[0]) in boots
+    for copy in copies:
+        assert copy.kill(**SLOW) is True
+    assert Sandbox.delete_snapshot(made["snapshotID"], **SLOW) is True
 
 
 def test_a_memory_that_is_not_wanted_is_dropped(sandbox):

@@ -88,10 +88,13 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
         }
         Action::Snapshot => {
             let wish = operate::snapshot(&body, host.tenant())?;
-            if !wish.keeps_memory {
-                return no_disk_alone();
-            }
-            let info = host.snapshot(id, wish.name).await?;
+            let info = match wish.keeps_memory {
+                true => host.snapshot(id, wish.name).await?,
+                false => {
+                    agent_answers(host, id).await?;
+                    host.snapshot_disk(id, wish.name).await?
+                }
+            };
             json::answer(StatusCode::CREATED, &show::snapshot(info))
         }
         Action::Rollback => rollback(host, id, operate::rollback(&body)?).await,
@@ -100,42 +103,39 @@ pub async fn act(call: &mut Call<'_>, id: &str, action: Action, query: &str) -> 
     }
 }
 
-/// That there are no snapshots of the disk alone: who asks for one must not get the memory as well. In the form
-/// in which E2B says that they are not enabled, which its SDKs know.
-fn no_disk_alone() -> Answer {
-    let refused = NoDiskAlone {
-        code: StatusCode::BAD_REQUEST.as_u16(),
-        message: "`memory` is false, but a snapshot always keeps the memory; leave it out, or pause the sandbox \
-                  with `memory` false",
-        error_code: "snapshot_filesystem_only_disabled",
-    };
-    json::answer(StatusCode::BAD_REQUEST, &refused)
-}
-
-#[derive(serde::Serialize)]
-struct NoDiskAlone {
-    code: u16,
-    message: &'static str,
-    error_code: &'static str,
-}
-
 async fn pause(host: &TenantHost<'_>, id: SandboxId, wish: Pause) -> Answer {
-    // Without its agent the disk would not have what the guest has not written yet. One that never had an agent
-    // is asked for none.
-    let needs_agent = !wish.keeps_memory && !host.get(id).await?.envd_version.is_empty();
-    if wish.must_be_healthy || needs_agent {
-        let patience = if wish.must_be_healthy { HEALTH_DEADLINE } else { AGENT_DEADLINE };
-        let answered = time::timeout(patience, host.connect(id, GuestPort::ENVD)).await;
-        // A port that is closed is an answer as well. What else is wrong, the pause says better.
-        if matches!(answered, Err(_) | Ok(Err(ConnectError::Unreachable))) {
-            return Err(ApiError::guest_unresponsive(id));
-        }
+    match (wish.must_be_healthy, wish.keeps_memory) {
+        (true, _) => must_answer(host, id, HEALTH_DEADLINE).await?,
+        (false, false) => agent_answers(host, id).await?,
+        (false, true) => {}
     }
     match wish.keeps_memory {
         true => host.pause(id).await?,
         false => host.pause_to_disk(id).await?,
     }
     Ok(status(StatusCode::NO_CONTENT))
+}
+
+/// Makes sure that its agent answers, where it has one: without it the disk would not have what the guest has
+/// not written yet.
+async fn agent_answers(host: &TenantHost<'_>, id: SandboxId) -> Result<(), ApiError> {
+    match host.get(id).await?.envd_version.is_empty() {
+        true => Ok(()),
+        false => must_answer(host, id, AGENT_DEADLINE).await,
+    }
+}
+
+async fn must_answer(
+    host: &TenantHost<'_>,
+    id: SandboxId,
+    patience: Duration,
+) -> Result<(), ApiError> {
+    let answered = time::timeout(patience, host.connect(id, GuestPort::ENVD)).await;
+    // A port that is closed is an answer as well. What else is wrong, the operation says better.
+    match answered {
+        Err(_) | Ok(Err(ConnectError::Unreachable)) => Err(ApiError::guest_unresponsive(id)),
+        Ok(_) => Ok(()),
+    }
 }
 
 async fn rollback(host: &TenantHost<'_>, id: SandboxId, snapshot: String) -> Answer {

@@ -36,6 +36,7 @@ impl From<ShardError> for ApiError {
             ShardError::KilledDuringCreate(_)
             | ShardError::TemplateNotWarm(_)
             | ShardError::ForeignSnapshot { .. }
+            | ShardError::SnapshotOfDisk(_)
             | ShardError::AlreadyPaused(_)
             | ShardError::AlreadyRunning(_)
             | ShardError::IsPaused(_) => Self::new(StatusCode::CONFLICT, text),

@@ -49,7 +49,7 @@ impl Host {
         id: SandboxId,
         built: BuiltFor,
     ) -> Result<SnapshotInfo, ShardError> {
-        self.snapshot_for(id, Purpose::Built(built)).await
+        self.snapshot_for(id, Purpose::Built(built), Keeps::All).await
     }
 
     /// Boots a running sandbox again from its disk in another size, with all services of its template up. Its

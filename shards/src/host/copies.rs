@@ -15,7 +15,7 @@ use mica_storage::{SnapshotKind, SnapshotManifest};
 use mica_units::SandboxId;
 
 use super::{Host, out_of_form};
-use crate::event::{Operation, Purpose, Reply};
+use crate::event::{Keeps, Operation, Purpose, Reply};
 use crate::metrics::{self, Phase, Stopwatch};
 use crate::{CreateRequest, SandboxInfo, Seat, ShardError};
 
@@ -159,7 +159,7 @@ impl Host {
             Reply::Request(result) => *result?,
             other => return Err(out_of_form(&other)),
         };
-        let snapshot = self.snapshot_for(source, Purpose::Copies).await?.id;
+        let snapshot = self.snapshot_for(source, Purpose::Copies, Keeps::All).await?.id;
         watch.lap(Phase::Snapshot);
         request.template.clone_from(&snapshot);
         request.timeout = timeout.unwrap_or(request.timeout);

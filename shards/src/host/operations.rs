@@ -29,15 +29,29 @@ impl Host {
         id: SandboxId,
         name: Option<String>,
     ) -> Result<SnapshotInfo, ShardError> {
-        self.snapshot_for(id, Purpose::Client(name)).await
+        self.snapshot_for(id, Purpose::Client(name), Keeps::All).await
+    }
+
+    /// The same of its disk alone: its agent is told to write to it what is to stay, and what is made from
+    /// it boots.
+    ///
+    /// # Errors
+    /// [`ShardError::CannotBoot`] where nothing could boot from it; see [`ShardError`].
+    pub async fn snapshot_disk(
+        &self,
+        id: SandboxId,
+        name: Option<String>,
+    ) -> Result<SnapshotInfo, ShardError> {
+        self.snapshot_for(id, Purpose::Client(name), Keeps::Disk).await
     }
 
     pub(super) async fn snapshot_for(
         &self,
         id: SandboxId,
         purpose: Purpose,
+        keeps: Keeps,
     ) -> Result<SnapshotInfo, ShardError> {
-        match self.ask(self.owner(id), Operation::Snapshot(id, purpose)).await? {
+        match self.ask(self.owner(id), Operation::Snapshot(id, purpose, keeps)).await? {
             Reply::Snapshot(result) => result.map(|info| *info),
             other => Err(out_of_form(&other)),
         }

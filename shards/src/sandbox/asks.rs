@@ -14,8 +14,8 @@ pub(crate) type Resumed = Result<(Box<SandboxInfo>, bool), ShardError>;
 /// One request.
 #[derive(Debug)]
 pub(crate) enum Request {
-    /// A snapshot.
-    Snapshot(Purpose, Sender<Result<Box<SnapshotInfo>, ShardError>>),
+    /// A snapshot, of all or of the disk alone.
+    Snapshot(Purpose, Keeps, Sender<Result<Box<SnapshotInfo>, ShardError>>),
     /// To go back to a snapshot.
     Rollback(String, Sender<Result<(), ShardError>>),
     /// To be paused.
@@ -28,7 +28,8 @@ impl Request {
     /// As the state machine knows it.
     pub(crate) fn kind(&self) -> Ask {
         match self {
-            Self::Snapshot(..) => Ask::Snapshot,
+            Self::Snapshot(_, Keeps::All, _) => Ask::Snapshot,
+            Self::Snapshot(_, Keeps::Disk, _) => Ask::SnapshotDisk,
             Self::Rollback(..) => Ask::Rollback,
             Self::Pause(Keeps::All, _) => Ask::Pause,
             Self::Pause(Keeps::Disk, _) => Ask::PauseToDisk,
@@ -50,7 +51,7 @@ impl Request {
     /// Answers that it did not happen.
     pub(crate) fn fail(self, error: ShardError) {
         let heard = match self {
-            Self::Snapshot(_, sender) => sender.send(Err(error)).is_ok(),
+            Self::Snapshot(.., sender) => sender.send(Err(error)).is_ok(),
             Self::Rollback(_, sender) | Self::Pause(_, sender) => sender.send(Err(error)).is_ok(),
             Self::Resume(_, sender) => sender.send(Err(error)).is_ok(),
         };

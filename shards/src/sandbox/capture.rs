@@ -12,6 +12,8 @@
 //!                └─▶ thaw ─▶ precopy: pages into the file ─▶ freeze ─▶ copy what changed since
 //! ```
 
+mod disk;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -35,6 +37,7 @@ use super::chain;
 use super::memory::{Memory, Place, difference, pages, union};
 use super::ring_file::{Chunk, RingFile};
 use crate::metrics::{Phase, Stopwatch};
+pub(crate) use disk::DiskCapture;
 
 /// Times a guest is let run while the most is copied. One that writes faster than it is copied is
 /// stopped for what is left then.
@@ -107,6 +110,10 @@ pub(crate) struct Capture {
 struct Staged(Option<Arc<SnapshotStaging>>);
 
 impl Staged {
+    fn id(&self) -> Option<String> {
+        self.0.as_ref().map(|staging| staging.id().to_owned())
+    }
+
     fn share(&self) -> Result<Arc<SnapshotStaging>, CaptureError> {
         self.0.clone().ok_or(CaptureError::Shared)
     }
@@ -299,7 +306,7 @@ impl Capture {
 
     /// The id of what it makes.
     pub(crate) fn id(&self) -> Option<String> {
-        self.staging.0.as_ref().map(|staging| staging.id().to_owned())
+        self.staging.id()
     }
 
     /// Brings everything to the device and makes the snapshot exist. `describe` makes its manifest of

@@ -66,7 +66,7 @@ pub(crate) struct Found {
     pub(crate) disk: Option<Arc<File>>,
     /// Whether its directory is there already.
     pub(crate) has_directory: bool,
-    /// What it boots from, where it goes on from its disk alone.
+    /// What it boots from, where it starts or goes on from a disk alone.
     pub(crate) boot: Option<Boot>,
     /// The VM process it needs: of the image's size, but for one that boots in another.
     pub(crate) size: Size,
@@ -126,7 +126,18 @@ impl Workshop {
         };
         let disk = disk.map_err(|error| cause("making its disk", &error))?.map(Arc::new);
         let size = image.size();
-        Ok(Found { image, stamp, disk, has_directory, boot: None, size })
+        let boot = match image.manifest.has_memory() {
+            true => None,
+            false => Some(self.boot(id, own_kernel(&image)?, size)?),
+        };
+        Ok(Found { image, stamp, disk, has_directory, boot, size })
+    }
+
+    /// What a sandbox boots from, whose directory is there: with an empty memory.
+    fn boot(&self, id: &SandboxId, files: BootFiles, size: Size) -> Result<Boot, Cause> {
+        let memory = self.store.make_empty_layer(id, frames_of(size.memory));
+        let memory = memory.map_err(|error| cause("making its memory", &error))?;
+        Ok(Boot { files, memory })
     }
 
     /// What the next daemon needs of a sandbox: links to the layers it runs on, and its record where that
@@ -160,20 +171,12 @@ impl Workshop {
             size = Size { vcpus, memory, ..size };
         }
         let files = match (image.manifest.has_memory(), wish) {
-            (false, _) => {
-                let opened = image.snapshot.open_boot();
-                Some(opened.map_err(|error| cause("opening its kernel", &error))?)
-            }
+            (false, _) => Some(own_kernel(&image)?),
             (true, Some(_)) if image.disk.is_none() => return Err(Cause::CannotBoot(NO_DISK)),
             (true, Some(wish)) => Some(self.find_boot(&wish.kernel_of)?),
             (true, None) => None,
         };
-        let boot = |files| -> Result<Boot, StorageError> {
-            let memory = self.store.make_empty_layer(id, frames_of(size.memory))?;
-            Ok(Boot { files, memory })
-        };
-        let boot = files.map(boot).transpose();
-        let boot = boot.map_err(|error| cause("making its memory", &error))?;
+        let boot = files.map(|files| self.boot(id, files, size)).transpose()?;
         let reopen = || -> Result<Option<Arc<File>>, StorageError> {
             let Some(disk) = self.store.open_sandbox_disk(id)? else { return Ok(None) };
             if let Some(from) = &image.disk {
@@ -187,12 +190,13 @@ impl Workshop {
 
     /// The kernel of the first of these that has one.
     pub(crate) fn find_boot(&self, ids: &[String]) -> Result<BootFiles, Cause> {
-        let found = self.store.boot_template(ids);
-        let found = found.map_err(|error| cause("finding its template", &error))?;
-        match found.ok_or(Cause::CannotBoot(NO_KERNEL))?.open_boot() {
+        match self.store.find_boot(ids) {
             // Replaced since it was found.
             Err(StorageError::TemplateGone { .. }) => Err(Cause::Busy),
-            opened => opened.map_err(|error| cause("opening its kernel", &error)),
+            found => {
+                let found = found.map_err(|error| cause("finding its kernel", &error))?;
+                found.ok_or(Cause::CannotBoot(NO_KERNEL))
+            }
         }
     }
 
@@ -257,6 +261,12 @@ impl Workshop {
         }
         Ok(())
     }
+}
+
+/// The kernel that an image without memory has with it.
+fn own_kernel(image: &Opened) -> Result<BootFiles, Cause> {
+    let opened = image.snapshot.open_boot();
+    opened.map_err(|error| cause("opening its kernel", &error))
 }
 
 /// A step in the store that failed.

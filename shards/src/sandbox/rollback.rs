@@ -43,6 +43,9 @@ pub(crate) enum BackError {
     /// Of another sandbox.
     #[error("snapshot {0:?} is of another sandbox")]
     Foreign(String),
+    /// Of the disk alone.
+    #[error("snapshot {0:?} has no memory")]
+    NoMemory(String),
     /// The store.
     #[error("the store failed")]
     Storage(#[from] StorageError),
@@ -87,6 +90,7 @@ impl BackError {
         match self {
             Self::Missing(snapshot) => ShardError::NoSuchSnapshot(snapshot),
             Self::Foreign(snapshot) => ShardError::ForeignSnapshot { snapshot, sandbox },
+            Self::NoMemory(snapshot) => ShardError::SnapshotOfDisk(snapshot),
             Self::Storage(StorageError::NoSpace { .. }) => ShardError::NoSpace,
             Self::Draining => ShardError::ShuttingDown,
             // Not `NoSpace`, which says that nothing was changed.
@@ -203,6 +207,9 @@ fn find(
     }
     if manifest.sandbox != Some(*id) {
         return Err(BackError::Foreign(snapshot.to_owned()));
+    }
+    if !manifest.has_memory() {
+        return Err(BackError::NoMemory(snapshot.to_owned()));
     }
     Ok(image)
 }

@@ -158,6 +158,8 @@ pub(crate) enum Cause {
 pub(crate) enum Ask {
     /// A snapshot.
     Snapshot,
+    /// The same, of nothing but its disk.
+    SnapshotDisk,
     /// To go back to one.
     Rollback,
     /// To wait.
@@ -231,7 +233,7 @@ pub(crate) enum Effect {
     Initialise,
     /// Start its time, and tell whoever made it.
     Announce,
-    /// Have the guest bring to its disk what is to stay, for a pause that keeps that alone.
+    /// Have the guest bring to its disk what is to stay, where that alone is kept.
     Sync,
     /// Ask the guest to stop.
     Freeze,
@@ -347,6 +349,9 @@ fn asked(state: State, ask: Ask) -> Stepped {
     match (state, ask) {
         (State::Running, Ask::Snapshot) => {
             (State::Snapshotting(Step::Freezing), vec![Effect::Freeze])
+        }
+        (State::Running, Ask::SnapshotDisk) => {
+            (State::Snapshotting(Step::Syncing), vec![Effect::Sync])
         }
         (State::Running, Ask::Pause) => (State::Pausing(Step::Freezing), vec![Effect::Freeze]),
         (State::Running, Ask::PauseToDisk) => (State::Pausing(Step::Syncing), vec![Effect::Sync]),

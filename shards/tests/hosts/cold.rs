@@ -1,4 +1,4 @@
-//! Pauses that keep the disk alone, and going on from there: a boot, in memory that is empty.
+//! Pauses and snapshots that keep the disk alone, and going on from there: a boot, in memory that is empty.
 //!
 //! Against the double, whose kernel fills a few frames and whose agent writes what is `cached` to its disk
 //! when it is told to.
@@ -283,6 +283,136 @@ fn it_waits_on_its_disk_for_the_next_daemon() {
         assert_eq!(now[700..703], [5; 3]);
         host.delete_snapshot(&snapshot).await.unwrap();
         for id in [paused, running, copy] {
+            host.kill(id).await.unwrap();
+        }
+        eventually("nothing is left", async || places.leftovers() == Leftovers::default()).await;
+    });
+}
+
+#[test]
+fn a_snapshot_of_the_disk_takes_nothing_from_its_sandbox() {
+    for log_writes in [false, true] {
+        takes_nothing(log_writes);
+    }
+}
+
+fn takes_nothing(log_writes: bool) {
+    let bench = Bench::new();
+    bench.set_mood("good");
+    let places = bench.clone();
+    let config = HostConfig { log_writes, ..bench.config() };
+    let ended = bench.host_with(config, move |host| async move {
+        let id = written(&host, request("agent")).await;
+        let first = host.snapshot(id, None).await.unwrap().id;
+        tell(&host, id, "fill 100 20 6").await;
+        let of_disk = host.snapshot_disk(id, Some("d".to_owned())).await.unwrap();
+        assert_eq!((of_disk.name.as_deref(), of_disk.sandbox), (Some("d"), Some(id)));
+        let info = host.get(id).await.unwrap();
+        assert_eq!((info.state, info.disk_alone), (Lifecycle::Running, false));
+        // What was written before it and after it is in what is kept of the memory later.
+        tell(&host, id, "fill 300 5 7").await;
+        tell(&host, id, "disk newer").await;
+        let now = memory(&host, id).await;
+        let second = host.snapshot(id, None).await.unwrap().id;
+        let copy = host.create(request(&second)).await.unwrap().id;
+        assert_memory(&memory(&host, copy).await, &now, "in a copy");
+        let refused = host.rollback(id, of_disk.id.clone()).await.unwrap_err();
+        assert!(matches!(refused, ShardError::SnapshotOfDisk(_)), "{refused:?}");
+        assert_memory(&memory(&host, id).await, &now, "after a rollback that was refused");
+        host.rollback(id, first.clone()).await.unwrap();
+        host.pause(id).await.unwrap();
+        assert!(!host.get(id).await.unwrap().disk_alone);
+        host.resume(id, LIFE, None).await.unwrap();
+        assert_eq!(tell(&host, id, "register").await, "21");
+
+        let made = host.create(request(&of_disk.id)).await.unwrap();
+        has_booted(&host, made.id, "written").await;
+        assert_eq!((made.state, made.disk_alone), (Lifecycle::Running, false));
+        for id in [id, copy] {
+            host.kill(id).await.unwrap();
+        }
+        goes_on_as_any_other(&host, made.id, &places).await;
+        for snapshot in [first, second, of_disk.id] {
+            assert!(host.delete_snapshot(&snapshot).await.unwrap());
+        }
+        host.kill(made.id).await.unwrap();
+        assert_eq!(places.leftovers(), Leftovers::default());
+    });
+    ended.unwrap();
+}
+
+#[test]
+fn a_snapshot_of_the_disk_that_fails_leaves_nothing() {
+    let bench = Bench::new();
+    bench.set_mood("good");
+    let places = bench.clone();
+    let config = HostConfig { boot_deadline: Duration::from_secs(3), ..bench.config() };
+    let ended = bench.host_with(config, move |host| async move {
+        let id = written(&host, request("agent")).await;
+        let now = memory(&host, id).await;
+        for mood in ["sync-error", "sync-silent"] {
+            places.set_mood(mood);
+            let error = host.snapshot_disk(id, None).await.unwrap_err();
+            let ShardError::OperationFailed { operation, reason, .. } = &error else {
+                panic!("{error:?}")
+            };
+            assert_eq!(*operation, "a snapshot");
+            assert!(reason.contains("its agent did not write its disk"), "{reason}");
+            places.set_mood("good");
+            assert_memory(&memory(&host, id).await, &now, "it runs on");
+        }
+        assert_eq!(places.leftovers().snapshots, 0);
+        let of_disk = host.snapshot_disk(id, None).await.unwrap().id;
+        // A create that does not come up leaves nothing of itself, and the snapshot as it was.
+        for mood in ["bad-boot", "never-rings", "init-error"] {
+            places.set_mood(mood);
+            let error = host.create(request(&of_disk)).await.unwrap_err();
+            let told =
+                matches!(error, ShardError::BootFailed { .. } | ShardError::BootTimedOut { .. });
+            assert!(told, "{mood}: {error:?}");
+        }
+        places.set_mood("good");
+        let made = host.create(request(&of_disk)).await.unwrap().id;
+        has_booted(&host, made, "written").await;
+        assert!(host.delete_snapshot(&of_disk).await.unwrap());
+        for id in [id, made] {
+            host.kill(id).await.unwrap();
+        }
+        assert_eq!(places.leftovers(), Leftovers::default());
+    });
+    ended.unwrap();
+}
+
+#[test]
+fn a_snapshot_of_the_disk_outlives_its_daemon_and_what_was_made_from_it_too() {
+    let bench = Bench::new();
+    let mut daemon = Daemon::start(&bench, false);
+    let source = daemon.tell("create agent");
+    for line in ["register 21", "disk old", "cached written"] {
+        daemon.tell(&format!("tell {source} {line}"));
+    }
+    let of_disk = daemon.tell(&format!("snapshot-disk {source}"));
+    let made = daemon.tell(&format!("create {of_disk}"));
+    daemon.tell(&format!("tell {made} fill 700 3 5"));
+    daemon.kill();
+    let places = bench.clone();
+    bench.host("good", move |host| async move {
+        let [source, made]: [SandboxId; 2] = [&source, &made].map(|id| id.parse().unwrap());
+        for id in [source, made] {
+            eventually("it is taken over", async || host.connect(id, port(7)).await.is_ok()).await;
+        }
+        assert_eq!(tell(&host, source, "register").await, "21");
+        assert_eq!(memory(&host, made).await[700..703], [5; 3]);
+        // The kernel of what was made from it is the snapshot's, once there is no template.
+        let store = Store::open(&places.store()).unwrap();
+        assert!(store.delete_template(&"agent".parse().unwrap()).unwrap());
+        host.pause_to_disk(made).await.unwrap();
+        host.resume(made, LIFE, None).await.unwrap();
+        has_booted(&host, made, "written").await;
+        let again = host.create(request(&of_disk)).await.unwrap().id;
+        has_booted(&host, again, "written").await;
+        assert!(host.delete_snapshot(&of_disk).await.unwrap());
+        for id in [source, made, again] {
             host.kill(id).await.unwrap();
         }
         eventually("nothing is left", async || places.leftovers() == Leftovers::default()).await;

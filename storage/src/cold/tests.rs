@@ -1,4 +1,4 @@
-//! A pause without memory depends on nothing but itself, and an empty memory is one.
+//! What keeps the disk alone depends on nothing but itself, and an empty memory is one.
 
 use std::io::Read;
 
@@ -9,7 +9,7 @@ use crate::snapshot::SnapshotKind;
 use crate::snapshot::tests::{FRAMES, base, image, manifest, memory_of};
 use crate::testing::{TempDir, names_in, put};
 
-const PAUSE: &str = "pppppppppppppppppppp";
+const KEPT: &str = "pppppppppppppppppppp";
 const MADE: &str = "mmmmmmmmmmmmmmmmmmmm";
 
 fn read(mut file: File) -> Vec<u8> {
@@ -18,34 +18,40 @@ fn read(mut file: File) -> Vec<u8> {
     bytes
 }
 
-/// A pause without memory of a sandbox of this template.
-fn pause(store: &Store, template: &Template) -> Snapshot {
+/// What is kept of a sandbox of this template: its disk alone.
+fn kept(store: &Store, template: &Template, kind: SnapshotKind) -> Snapshot {
     let files = template.open_boot().unwrap();
-    let staging = store.stage_snapshot(PAUSE).unwrap();
+    let staging = store.stage_snapshot(KEPT).unwrap();
     staging.clone_disk(&template.open_disk().unwrap().unwrap()).unwrap();
     staging.link_boot(&files).unwrap();
     let manifest = SnapshotManifest {
-        kind: SnapshotKind::Pause,
+        kind,
         memory: Mebibytes::new(1),
         disk_bytes: 4096,
         state: Vec::new(),
         record: files.cmdline.into_bytes(),
-        ..manifest(PAUSE, Vec::new())
+        ..manifest(KEPT, Vec::new())
     };
     staging.seal(manifest).unwrap()
 }
 
 #[test]
-fn a_pause_without_memory_outlives_its_template_and_a_start() {
+fn a_disk_that_is_kept_outlives_its_template_and_a_start() {
+    for kind in [SnapshotKind::Pause, SnapshotKind::Snapshot] {
+        outlives_its_template_and_a_start(kind);
+    }
+}
+
+fn outlives_its_template_and_a_start(kind: SnapshotKind) {
     let dir = TempDir::new();
     let store = Store::open(dir.path()).unwrap();
     let template = put(&store, "base", 7, false).unwrap();
     let cmdline = template.manifest().cmdline.clone();
-    pause(&store, &template);
+    kept(&store, &template, kind);
     assert!(store.delete_template(&template.manifest().name).unwrap());
     drop(store);
     let store = Store::open(dir.path()).unwrap();
-    let open = store.open_snapshot(PAUSE).unwrap().unwrap();
+    let open = store.open_snapshot(KEPT).unwrap().unwrap();
     assert!(!open.snapshot.manifest().has_memory());
     assert!(open.layers.is_empty());
     let files = open.snapshot.open_boot().unwrap();
@@ -56,6 +62,9 @@ fn a_pause_without_memory_outlives_its_template_and_a_start() {
     std::fs::remove_file(open.snapshot.dir().join("kernel")).unwrap();
     let error = open.snapshot.open_boot().unwrap_err();
     assert!(matches!(error, StorageError::Part { part: "kernel", .. }), "{error}");
+    assert!(store.delete_snapshot(KEPT).unwrap());
+    let error = open.snapshot.open_boot().unwrap_err();
+    assert!(matches!(error, StorageError::SnapshotGone { .. }), "{error}");
 }
 
 #[test]
@@ -66,9 +75,9 @@ fn a_kernel_is_found_through_what_a_sandbox_was_made_from() {
     let id = template.manifest().id.clone();
     let found = |ids: &[&str]| {
         let ids: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
-        store.boot_template(&ids).unwrap().map(|template| template.manifest().id.clone())
+        store.find_boot(&ids).unwrap().map(|files| read(files.kernel)[0])
     };
-    assert_eq!(found(&[&id]), Some(id.clone()));
+    assert_eq!(found(&[&id]), Some(1));
     assert_eq!(found(&[MADE]), None);
     let made = base(&store, MADE, &image(1), None);
     assert_eq!(found(&[MADE]), None, "it has no parent");
@@ -84,7 +93,15 @@ fn a_kernel_is_found_through_what_a_sandbox_was_made_from() {
         ..made.manifest().clone()
     };
     staging.seal(manifest).unwrap();
-    assert_eq!(found(&["gone", MADE]), Some(id));
+    assert_eq!(found(&["gone", MADE]), Some(1));
+    // What has a kernel with it is as good as its template, and stays when that goes.
+    let of_disk = put(&store, "other", 2, false).unwrap();
+    kept(&store, &of_disk, SnapshotKind::Snapshot);
+    for name in [&template.manifest().name, &of_disk.manifest().name] {
+        assert!(store.delete_template(name).unwrap());
+    }
+    assert_eq!(found(&[MADE]), None, "its template is gone");
+    assert_eq!(found(&[MADE, KEPT]), Some(2));
 }
 
 #[test]

@@ -78,13 +78,13 @@ pub struct SnapshotManifest {
     pub envd_version: String,
     /// When a sandbox of it counts as started.
     pub ready: ReadyWhen,
-    /// Its memory, the base first. The base is flat, all others are packed. None of a pause without memory.
+    /// Its memory, the base first. The base is flat, all others are packed. None where the disk alone is kept.
     pub layers: Vec<LayerInfo>,
     /// Length of the disk; 0 where there is none.
     pub disk_bytes: u64,
     /// The saved state of vCPUs and devices, opaque to the store.
     pub state: Vec<u8>,
-    /// What the shard keeps of the sandbox, opaque to the store. Of a pause without memory: the command
+    /// What the shard keeps of the sandbox, opaque to the store. Where the disk alone is kept: the command
     /// line of its kernel.
     pub record: Vec<u8>,
 }
@@ -236,7 +236,8 @@ impl SnapshotManifest {
         if self.record.len() > RECORD_BYTES_MAX {
             return Err(field("record", format!("longer than {RECORD_BYTES_MAX} bytes")));
         }
-        let disk_alone = self.kind == SnapshotKind::Pause && self.state.is_empty();
+        let of_sandbox = matches!(self.kind, SnapshotKind::Pause | SnapshotKind::Snapshot);
+        let disk_alone = of_sandbox && self.state.is_empty();
         if self.layers.is_empty() && disk_alone && self.has_disk() {
             return Ok(());
         }

@@ -387,6 +387,13 @@ def check_pause_disk():
 
 
 @feature
+def check_snapshot_disk():
+    if "mode" not in inspect.signature(Sandbox.create_snapshot).parameters:
+        absent("the client has no snapshot of the disk alone")
+    raise NotImplementedError("the client has such a snapshot now, and the matrix no test of it")
+
+
+@feature
 def check_file_urls():
     require(Sandbox, "download_url", "URLs of files")
 

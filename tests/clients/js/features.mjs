@@ -392,6 +392,11 @@ const features = {
       assert.equal(await Sandbox.deleteSnapshot(snapshotId, SLOW), true)
     }),
 
+  async snapshot_disk() {
+    // It sends of its options those that it knows, and no other.
+    absent('the client has no snapshot of the disk alone')
+  },
+
   fork: () =>
     own(async (source) => {
       const where = await folder(source)

@@ -104,3 +104,26 @@ def check_pause_disk():
         assert again.commands.run("echo back", **RUN).stdout == "back\n"
         assert counter.pid not in pids(again)
         raises(Exception, counter.wait)
+
+
+@feature
+def check_snapshot_disk():
+    with Own() as source:
+        snapshot = require(source, "create_snapshot")
+        if not takes(snapshot, "mode"):
+            absent("the client has no snapshot of the disk alone")
+        counter = start(source, "sleep 3600")
+        kept = f"{'/home/user' if ISOLATED else '/tmp'}/{unique('kept')}"
+        write(source, kept, "on the disk")
+        made = snapshot(mode="filesystem", **SLOW)
+        # The source goes on with all that it has.
+        assert counter.pid in pids(source)
+        with Own(made.snapshot_id) as copy:
+            assert copy.sandbox_id != source.sandbox_id
+            assert copy.files.read(kept, **SLOW) == "on the disk"
+            if ISOLATED:
+                assert counter.pid not in pids(copy)
+                boot = "cat /proc/sys/kernel/random/boot_id"
+                boots = {one.commands.run(boot, **RUN).stdout for one in (source, copy)}
+                assert len(boots) == 2, boots
+        assert Sandbox.delete_snapshot(made.snapshot_id, **SLOW) is True

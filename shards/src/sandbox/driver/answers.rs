@@ -65,10 +65,13 @@ impl Driver {
         if matches!(&made, Some(made) if made.kind == SnapshotKind::Pause) {
             self.paused_in = made.as_ref().map(|made| made.id.clone());
         }
+        // After a snapshot of its disk it has its memory.
+        self.disk_alone &= self.paused_in.is_some();
         let heard = match (self.request.take(), made) {
-            (Some(Request::Snapshot(purpose, sender)), Some(made)) => {
+            (Some(Request::Snapshot(purpose, _, sender)), Some(made)) => {
                 if matches!(purpose, Purpose::Client(_)) {
-                    self.sandbox.note(format!("snapshot {} made", made.id));
+                    let how = if made.has_memory() { "" } else { " of its disk" };
+                    self.sandbox.note(format!("snapshot {}{how} made", made.id));
                 }
                 sender.send(Ok(Box::new(snapshot_info(&made)))).is_ok()
             }

@@ -1,25 +1,24 @@
-//! Pauses that keep the disk alone, and what a boot from it needs.
+//! Pauses and snapshots that keep the disk alone, and what a boot from it needs.
 //!
-//! Called by the driver. Such a pause is a snapshot of the disk, with a kernel of its own, so that it does
-//! not depend on a template; nothing of the memory is looked at. Refuses to begin where no boot could
-//! follow: the guest goes on then.
+//! Called by the driver. What is kept is the disk, with a kernel of its own, so that it does not depend on a
+//! template; nothing of the memory is looked at. Refuses to begin where no boot could follow: the guest goes
+//! on then.
 
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use mica_numa::rt::{self, time};
+use mica_numa::rt::time;
 use mica_storage::{BootFiles, Store};
 use mica_units::SandboxId;
 use mica_wire::guest::ControlRequest;
 
-use super::super::capture::CaptureError;
+use super::super::capture::{CaptureError, DiskCapture};
 use super::super::prepare::{BootWish, NO_DISK, Workshop};
 use super::super::state::{Cause, Event, State, Terms, UpBy};
 use super::super::{Request, chain, link};
 use super::Driver;
-use super::keep::{Committed, Keeper};
-use super::work::{Done, blocking, capture_error};
+use super::keep::{Committed, Draft, Keeper};
+use super::work::{Done, blocking};
 use crate::event::{Keeps, Wake};
 use crate::shell::Held;
 use crate::{OnTimeout, ShardError};
@@ -97,54 +96,47 @@ impl Driver {
         let agent = has_agent.then_some(held);
         let (workshop, ids) = (self.shard.workshop.clone(), self.boot_ids());
         let (sandbox, has_disk) = (self.sandbox.id, self.disk.is_some());
+        let operation = self.operation_name();
         self.work = Some(Box::pin(async move {
             let synced = match has_disk {
                 true => sync(workshop, ids, agent).await,
                 false => Err(Cause::CannotBoot(NO_DISK)),
             };
-            Done::Synced(synced.map_err(|cause| failed(cause, sandbox)))
+            Done::Synced(synced.map_err(|cause| failed(cause, operation, sandbox)))
         }));
     }
 
-    /// Makes the snapshot that it waits in: its disk, and what it boots from. It stands still, and stays so.
-    pub(super) fn commit_disk(&mut self) {
-        let store = self.shard.workshop.store.clone();
-        let (Some(draft), Some(paused), Some(disk), Some(files), Ok(snapshot)) = (
-            self.manifest_draft(true),
-            self.paused_record(),
-            self.disk.clone(),
-            self.boot.take(),
-            store.new_snapshot_id(),
-        ) else {
-            self.caused.push_back(Event::CommitFailed);
+    /// Copies the disk, while the guest stands still.
+    pub(super) fn copy_disk(&mut self) {
+        let (Some(disk), Some(files)) = (self.disk.clone(), self.boot.take()) else {
+            self.caused.push_back(Event::CopyFailed);
             return;
         };
-        self.committing = Some(snapshot.clone());
-        let id = self.sandbox.id;
-        let operation = self.request.as_ref().map_or("a pause", Request::name);
-        let mut manifest = draft.finish(snapshot, Vec::new(), Vec::new());
-        manifest.record = files.cmdline.clone().into_bytes();
-        self.work = Some(Box::pin(async move {
-            let keeper = Keeper { store: store.clone(), sandbox: id, paused: Some(paused) };
-            // Lives as long as this future.
-            let heard = Arc::new(());
-            let hearing = Arc::downgrade(&heard);
-            let commit = move || -> Result<Committed, CaptureError> {
-                let staging = store.stage_snapshot(&manifest.id)?;
-                staging.clone_disk(&disk)?;
-                staging.link_boot(&files)?;
-                let snapshot = staging.seal(manifest)?;
-                let unheard = || hearing.strong_count() == 0;
-                let committed = keeper.keep(snapshot, Ok(Vec::new()), &unheard)?;
-                drop_memory(&store, &id);
-                Ok(committed)
-            };
-            let committed = rt::blocking(commit).await.map_err(CaptureError::from);
-            drop(heard);
-            let committed = committed.and_then(|committed| committed).map(Box::new);
-            Done::Committed(committed.map_err(|error| capture_error(&error, operation, id)))
-        }));
+        let store = self.shard.workshop.store.clone();
+        self.work =
+            Some(Box::pin(
+                async move { Done::DiskCopied(DiskCapture::copy(store, disk, files).await) },
+            ));
     }
+}
+
+/// Makes the snapshot exist, and what it means for its sandbox last.
+pub(super) async fn commit(
+    capture: DiskCapture,
+    draft: Draft,
+    keeper: Keeper,
+) -> Result<Box<Committed>, CaptureError> {
+    let describe = |id| draft.finish(id, Vec::new(), Vec::new());
+    let keep = move |snapshot, unheard: &dyn Fn() -> bool| {
+        let (store, id) = (keeper.store.clone(), keeper.sandbox);
+        let is_pause = keeper.paused.is_some();
+        let committed = keeper.keep(snapshot, Ok(Vec::new()), unheard)?;
+        if is_pause {
+            drop_memory(&store, &id);
+        }
+        Ok(Box::new(committed))
+    };
+    capture.commit(describe, keep).await
 }
 
 /// Lets go of the layers that its memory lay on. Its record names none by now.
@@ -187,18 +179,16 @@ pub(super) async fn warm(held: &Held, patience: Duration) -> Result<(), String> 
     told.map(drop).map_err(|why| format!("its services: {why}"))
 }
 
-/// Why there is no pause, for who asked for it.
-fn failed(cause: Cause, sandbox: SandboxId) -> ShardError {
+/// Why the disk is not kept, for who asked for it.
+fn failed(cause: Cause, operation: &'static str, sandbox: SandboxId) -> ShardError {
     match cause {
         Cause::CannotBoot(why) => ShardError::CannotBoot { sandbox, why },
         Cause::Busy => ShardError::Busy,
         Cause::NoSpace => ShardError::NoSpace,
-        Cause::Failed(reason) => {
-            ShardError::OperationFailed { operation: "a pause", sandbox, reason }
-        }
+        Cause::Failed(reason) => ShardError::OperationFailed { operation, sandbox, reason },
         other => {
             let reason = format!("{other:?}");
-            ShardError::OperationFailed { operation: "a pause", sandbox, reason }
+            ShardError::OperationFailed { operation, sandbox, reason }
         }
     }
 }

@@ -19,8 +19,8 @@ use super::super::prepare::{Found, cause};
 use super::super::state::{Birth, Cause, Effect, Event, State};
 use super::super::{Request, chain, from_now};
 use super::super::{link, paging, rollback};
-use super::cold::warm;
-use super::keep::{Keeper, Links};
+use super::cold::{self, warm};
+use super::keep::{Committed, Draft, Keeper, Links};
 use super::work::{Done, capture_error};
 use super::{Begun, Driver, Settling};
 use crate::metrics::Phase;
@@ -231,6 +231,8 @@ impl Driver {
         let life = self.sandbox.identity.request.timeout;
         self.sandbox.goes_on_for(life, life);
         *self.sandbox.info.borrow_mut() = Some(info.clone());
+        // From now on it is one that runs, however it came up.
+        self.boots = false;
         self.sandbox.note(format!("created from template {}", shape.template_id));
         self.shard.count_spawn(&shape.template_id, info.started_at);
         self.shape = Some(shape);
@@ -268,8 +270,7 @@ impl Driver {
 
     fn copy(&mut self) {
         if self.disk_alone {
-            // The commit does it: the guest does not go on.
-            self.caused.push_back(Event::Copied);
+            self.copy_disk();
             return;
         }
         let (Some(held), Some(begun)) = (self.held(), self.capture.take()) else { return };
@@ -283,6 +284,7 @@ impl Driver {
                     .join()
                     .await
                     .unwrap_or(Err(super::CaptureError::Blocking(BlockingError::NoSeat))),
+                Begun::OfDisk(_) => Err(super::CaptureError::Shared),
             };
             let copied = match (capture, place(&held, frames)) {
                 (Ok(capture), Some(place)) => {
@@ -314,36 +316,36 @@ impl Driver {
     }
 
     fn commit(&mut self) {
-        if self.disk_alone {
-            self.commit_disk();
-            return;
-        }
         let pausing = matches!(*self.sandbox.state.borrow(), State::Pausing(_));
         let paused = if pausing { self.paused_record().map(Some) } else { Some(None) };
-        let (Some(Begun::Here(capture)), Some(draft), Some(paused)) =
+        let (Some(begun), Some(draft), Some(paused)) =
             (self.capture.take(), self.manifest_draft(pausing), paused)
         else {
             self.caused.push_back(Event::CommitFailed);
             return;
         };
-        self.committing = capture.id();
+        self.committing = begun.id();
         let (store, id) = (self.shard.workshop.store.clone(), self.sandbox.id);
         let shard = Rc::clone(&self.shard);
-        let operation = self.request.as_ref().map_or("a pause", Request::name);
+        let operation = self.operation_name();
         self.work = Some(Box::pin(async move {
             let keeper = Keeper { store, sandbox: id, paused };
-            let committed = capture.commit(
-                |id, layers, state| draft.finish(id, layers, state),
-                move |snapshot, layers, unheard| {
-                    keeper.keep(snapshot, layers, unheard).map(Box::new)
-                },
-            );
-            let committed = committed.await.map_err(|error| capture_error(&error, operation, id));
+            let committed = match begun {
+                Begun::Here(capture) => commit(*capture, draft, keeper).await,
+                Begun::OfDisk(capture) => cold::commit(capture, draft, keeper).await,
+                Begun::Beginning(_) => Err(super::CaptureError::Shared),
+            };
+            let committed = committed.map_err(|error| capture_error(&error, operation, id));
             if let Ok(made) = &committed {
                 upkeep::look_at(&shard, &made.manifest.id, &made.layers);
             }
             Done::Committed(committed)
         }));
+    }
+
+    /// A word for the errors of the operation at hand: where nobody asked, it is the pause at its end.
+    pub(super) fn operation_name(&self) -> &'static str {
+        self.request.as_ref().map_or("a pause", Request::name)
     }
 
     fn replace(&mut self) {
@@ -369,6 +371,19 @@ impl Driver {
             Done::Replaced(memory, back)
         }));
     }
+}
+
+/// Makes the snapshot exist, and what it means for its sandbox last.
+async fn commit(
+    capture: Capture,
+    draft: Draft,
+    keeper: Keeper,
+) -> Result<Box<Committed>, super::CaptureError> {
+    let describe = |id, layers, state| draft.finish(id, layers, state);
+    let keep = move |snapshot, layers, unheard: &dyn Fn() -> bool| {
+        keeper.keep(snapshot, layers, unheard).map(Box::new)
+    };
+    capture.commit(describe, keep).await
 }
 
 /// Sees to it that writes can be told, where the kernel can do that: while the guest is frozen, before

@@ -200,12 +200,12 @@ impl Driver {
         let mut tenant = self.sandbox.identity.request.tenant.clone();
         let (kind, name) = match &self.request {
             _ if pausing => (SnapshotKind::Pause, None),
-            Some(Request::Snapshot(Purpose::Built(built), _)) => {
+            Some(Request::Snapshot(Purpose::Built(built), ..)) => {
                 template = (built.template_id.clone(), built.template_name.clone());
                 tenant = built.tenant.clone();
                 (SnapshotKind::Built, None)
             }
-            Some(Request::Snapshot(Purpose::Client(name), _)) => {
+            Some(Request::Snapshot(Purpose::Client(name), ..)) => {
                 (SnapshotKind::Snapshot, name.clone())
             }
             _ => (SnapshotKind::Copies, None),

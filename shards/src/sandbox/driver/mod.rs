@@ -25,7 +25,7 @@ use mica_numa::rt::oneshot;
 use mica_numa::rt::time::{self, Instant};
 use mica_wire::vm;
 
-use super::capture::{Capture, CaptureError};
+use super::capture::{Capture, CaptureError, DiskCapture};
 use super::image::Opened;
 use super::link::Events;
 use super::log::read_log;
@@ -102,9 +102,9 @@ struct Driver {
     made: Option<mica_storage::SnapshotManifest>,
     /// The snapshot it is paused in.
     paused_in: Option<String>,
-    /// Whether that has its disk alone; or will have, of a pause that is at hand.
+    /// Whether that has its disk alone; or will have, of a pause that is at hand, or a snapshot.
     disk_alone: bool,
-    /// What it boots from: when it does, or after a pause that is at hand.
+    /// What it boots from: when it does, or what is made of its disk just now.
     boot: Option<mica_storage::BootFiles>,
     /// Whether its coming up is a boot.
     boots: bool,
@@ -122,6 +122,19 @@ enum Begun {
     Beginning(mica_numa::rt::Task<Result<Capture, CaptureError>>),
     /// It is at hand.
     Here(Box<Capture>),
+    /// The same, of one that has no memory.
+    OfDisk(DiskCapture),
+}
+
+impl Begun {
+    /// The id of what it makes, as soon as it is at hand.
+    fn id(&self) -> Option<String> {
+        match self {
+            Self::Beginning(_) => None,
+            Self::Here(capture) => capture.id(),
+            Self::OfDisk(capture) => capture.id(),
+        }
+    }
 }
 
 /// Links and record on their way. A task of its own: an end waits for it, before it removes them.
@@ -338,7 +351,9 @@ impl Driver {
             State::Paused(
                 Process::Frozen | Process::None | Process::Ending | Process::Unwanted,
             )
-            | State::Snapshotting(Step::Precopying | Step::Copying | Step::Finishing)
+            | State::Snapshotting(
+                Step::Syncing | Step::Precopying | Step::Copying | Step::Finishing,
+            )
             | State::Pausing(Step::Syncing | Step::Precopying | Step::Copying | Step::Committing)
             | State::Cancelling(_)
             | State::Stopping(_)

@@ -10,7 +10,7 @@ use crate::metrics::{Operation, Phase};
 /// The operation that a client asks for.
 pub(super) fn operation_of(ask: Ask) -> Operation {
     match ask {
-        Ask::Snapshot => Operation::Snapshot,
+        Ask::Snapshot | Ask::SnapshotDisk => Operation::Snapshot,
         Ask::Rollback => Operation::Rollback,
         Ask::Pause | Ask::PauseToDisk => Operation::Pause,
         Ask::Resume | Ask::Boot => Operation::Resume,

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use mica_numa::rt::{self, BlockingError};
 use mica_storage::SnapshotKind;
 
-use super::super::capture::{Capture, CaptureError, Copied};
+use super::super::capture::{Capture, CaptureError, Copied, DiskCapture};
 use super::super::memory::Memory;
 use super::super::prepare::{Boot, Found};
 use super::super::rollback::{Back, BackError};
@@ -33,6 +33,8 @@ pub(super) enum Done {
     Synced(Result<mica_storage::BootFiles, ShardError>),
     /// Memory and disk.
     Copied(Memory, Result<Copied, CaptureError>),
+    /// The disk alone.
+    DiskCopied(Result<DiskCapture, CaptureError>),
     /// The most of the memory.
     Precopied(Memory, Result<Capture, CaptureError>),
     /// It exists, and what its layers are.
@@ -94,6 +96,11 @@ impl Driver {
                 self.memory = memory;
                 self.take_copied(copied)
             }
+            Done::DiskCopied(Ok(capture)) => {
+                self.capture = Some(Begun::OfDisk(capture));
+                Event::Copied
+            }
+            Done::DiskCopied(Err(error)) => self.copy_failed(&error),
             Done::Precopied(memory, copied) => {
                 self.memory = memory;
                 match copied {
@@ -105,19 +112,7 @@ impl Driver {
                 }
             }
             Done::Committed(Ok(made)) => {
-                self.committing = None;
-                let Committed { manifest, layers, image } = *made;
-                if let Some(image) = image {
-                    self.shard.images.keep(&manifest.id, &image, None);
-                }
-                let stays = |old: &mica_storage::Layer| {
-                    layers.iter().any(|new| new.info().id == old.info().id)
-                };
-                // The record of a pause is written already.
-                self.record_is_old |= manifest.kind != mica_storage::SnapshotKind::Pause
-                    && !self.memory.layers.iter().all(stays);
-                self.memory.committed(layers);
-                self.made = Some(manifest);
+                self.take_committed(*made);
                 Event::Committed
             }
             Done::Committed(Err(error)) => {
@@ -171,6 +166,24 @@ impl Driver {
         Event::Prepared
     }
 
+    fn take_committed(&mut self, made: Committed) {
+        self.committing = None;
+        let Committed { manifest, layers, image } = made;
+        if let Some(image) = image {
+            self.shard.images.keep(&manifest.id, &image, None);
+        }
+        let is_pause = manifest.kind == SnapshotKind::Pause;
+        // One that goes on after a snapshot of its disk has the memory that it had.
+        if is_pause || manifest.has_memory() {
+            let stays =
+                |old: &mica_storage::Layer| layers.iter().any(|new| new.info().id == old.info().id);
+            // The record of a pause is written already.
+            self.record_is_old |= !is_pause && !self.memory.layers.iter().all(stays);
+            self.memory.committed(layers);
+        }
+        self.made = Some(manifest);
+    }
+
     fn take_copied(&mut self, copied: Result<Copied, CaptureError>) -> Event {
         match copied {
             Ok(Copied::All(capture)) => {
@@ -187,7 +200,7 @@ impl Driver {
 
     fn copy_failed(&mut self, error: &CaptureError) -> Event {
         self.memory.gave_up();
-        let name = self.request.as_ref().map_or("a pause", Request::name);
+        let name = self.operation_name();
         self.failure = Some(capture_error(error, name, self.sandbox.id));
         Event::CopyFailed
     }

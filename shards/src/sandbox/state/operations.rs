@@ -10,8 +10,8 @@
 //!     │ Precopied        ▼                                              ▼
 //!     └── Precopying ◀─ Releasing                                    Running
 //! ```
-//! A pause that keeps the disk alone begins with `Syncing`, while the guest still runs, and its process ends
-//! with it. Refuses what is not its turn, by handing it to the common end.
+//! What keeps the disk alone begins with `Syncing`, while the guest still runs; with a pause of that kind its
+//! process ends. Refuses what is not its turn, by handing it to the common end.
 
 use mica_wire::vm;
 
@@ -35,8 +35,6 @@ pub(super) fn snapshotting(step: Step, event: Event) -> Stepped {
 pub(super) fn pausing(terms: Terms, step: Step, event: Event) -> Stepped {
     let at = State::Pausing;
     match (step, event) {
-        (Step::Syncing, Event::Synced) => (at(Step::Freezing), vec![Effect::Freeze]),
-        (Step::Syncing, Event::SyncFailed) => (State::Running, vec![Effect::AnswerFailure]),
         (Step::Copying, Event::Copied) => (at(Step::Committing), vec![Effect::Commit]),
         // Nothing of its memory is to go on.
         (Step::Committing, Event::Committed) if terms.disk_alone => {
@@ -53,6 +51,8 @@ pub(super) fn pausing(terms: Terms, step: Step, event: Event) -> Stepped {
 
 fn capturing(at: fn(Step) -> State, step: Step, event: Event) -> Stepped {
     match (step, event) {
+        (Step::Syncing, Event::Synced) => (at(Step::Freezing), vec![Effect::Freeze]),
+        (Step::Syncing, Event::SyncFailed) => (State::Running, vec![Effect::AnswerFailure]),
         (Step::Freezing, Event::Vm(vm::Event::Frozen { .. })) => {
             (at(Step::Copying), vec![Effect::Copy])
         }

@@ -28,7 +28,9 @@ pub(super) fn of(state: &State, ask: Ask) -> Refusal {
         (State::Paused(process), Ask::Pause | Ask::PauseToDisk) if !waits_to_run(*process) => {
             Refusal::AlreadyPaused
         }
-        (State::Paused(process), Ask::Snapshot | Ask::Rollback) if !waits_to_run(*process) => {
+        (State::Paused(process), Ask::Snapshot | Ask::SnapshotDisk | Ask::Rollback)
+            if !waits_to_run(*process) =>
+        {
             Refusal::IsPaused
         }
         (State::Running, _) => Refusal::AlreadyRunning,

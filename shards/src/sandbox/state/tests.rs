@@ -42,8 +42,15 @@ fn said() -> Vec<Event> {
     ]
 }
 
-const ASKS: [Ask; 6] =
-    [Ask::Snapshot, Ask::Rollback, Ask::Pause, Ask::PauseToDisk, Ask::Resume, Ask::Boot];
+const ASKS: [Ask; 7] = [
+    Ask::Snapshot,
+    Ask::SnapshotDisk,
+    Ask::Rollback,
+    Ask::Pause,
+    Ask::PauseToDisk,
+    Ask::Resume,
+    Ask::Boot,
+];
 
 /// What others do.
 fn done_to_it() -> Vec<Event> {

@@ -130,7 +130,11 @@ fn fields_out_of_bounds_are_not_written() {
         disk_bytes: 512,
         ..layers(&[])
     };
-    assert!(disk_alone.encode().is_ok(), "a pause may have no memory");
+    for kind in [SnapshotKind::Pause, SnapshotKind::Snapshot] {
+        let kept = SnapshotManifest { kind, ..disk_alone.clone() };
+        assert!(kept.encode().is_ok(), "{kind:?} may have no memory");
+    }
+    let of = |kind| SnapshotManifest { kind, ..disk_alone.clone() };
     let cases = [
         ("id", SnapshotManifest { id: "../../../../../../etc".to_owned(), ..sample() }),
         ("id", SnapshotManifest { kind: SnapshotKind::Template, ..sample() }),
@@ -147,6 +151,8 @@ fn fields_out_of_bounds_are_not_written() {
         ("layers", layers(&[])),
         ("layers", SnapshotManifest { kind: SnapshotKind::Pause, ..layers(&[]) }),
         ("layers", SnapshotManifest { state: Vec::new(), ..layers(&[]) }),
+        ("layers", of(SnapshotKind::Copies)),
+        ("layers", of(SnapshotKind::Built)),
         ("layers", SnapshotManifest { disk_bytes: 0, ..disk_alone.clone() }),
         ("layers", layers(&[packed])),
         ("layers", layers(&[flat, flat])),

@@ -163,6 +163,7 @@ fn a_vm_process_that_behaves_loses_no_sandbox() {
     // No deaths, no silence, and no work that fails: what was asked for happens.
     for (state, ask, end) in [
         (State::Running, Ask::Snapshot, State::Running),
+        (State::Running, Ask::SnapshotDisk, State::Running),
         (State::Running, Ask::Rollback, State::Running),
         (State::Running, Ask::Pause, State::Paused(Process::Frozen)),
         (State::Paused(Process::Frozen), Ask::Resume, State::Running),
@@ -191,9 +192,13 @@ fn work_that_fails_leaves_the_sandbox_as_it_was() {
     for (ask, failing) in [
         (Ask::Snapshot, Event::CopyFailed),
         (Ask::Snapshot, Event::CommitFailed),
+        (Ask::SnapshotDisk, Event::SyncFailed),
+        (Ask::SnapshotDisk, Event::CopyFailed),
+        (Ask::SnapshotDisk, Event::CommitFailed),
         (Ask::Pause, Event::CopyFailed),
         (Ask::Pause, Event::CommitFailed),
         (Ask::PauseToDisk, Event::SyncFailed),
+        (Ask::PauseToDisk, Event::CopyFailed),
         (Ask::PauseToDisk, Event::CommitFailed),
         (Ask::Rollback, Event::CopyFailed),
     ] {
