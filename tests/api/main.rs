@@ -27,6 +27,7 @@ mod h2_client;
 mod idempotency;
 mod keys;
 mod lifecycle;
+mod listed;
 mod metrics;
 mod observe;
 mod openapi;

@@ -109,7 +109,10 @@ const ROWS: &[Row] = &[
         let operators = text(&operators["templateID"]);
         for path in ["/templates", "/v2/templates"] {
             let own = world.listed(&world.owner, path);
-            assert!(own.contains(&operators) && own.contains(&world.built), "{path}: {own:?}");
+            // Also the one of which no build is done.
+            for id in [&operators, &world.built, &world.template] {
+                assert!(own.contains(id), "{path}: {own:?}");
+            }
             assert_eq!(
                 world.listed(&world.other, path),
                 std::slice::from_ref(&operators),
@@ -143,9 +146,13 @@ const ROWS: &[Row] = &[
         let (own, other) = ("/default-templates", "/default-templates");
         assert_eq!(world.owner("GET", own, None).json(), world.other("GET", other, None).json());
     }),
-    ("GET /templates/{id}", |world| world.hidden_built("GET", "/templates/{id}", None, 200)),
+    ("GET /templates/{id}", |world| {
+        world.hidden_built("GET", "/templates/{id}", None, 200);
+        world.hidden_build("GET", "/templates/{id}", None);
+    }),
     ("GET /templates/aliases/{alias}", |world| {
         world.hidden_built("GET", "/templates/aliases/{id}", None, 200);
+        world.hidden_build("GET", "/templates/aliases/{id}", None);
         assert_eq!(world.other("GET", &format!("/templates/aliases/{TEMPLATE}"), None).status, 200);
     }),
     ("PATCH /templates/{id}", |world| {

@@ -148,7 +148,7 @@ async fn handle(
         Route::Snapshots => snapshots(call.host, SnapshotQuery::parse(query)?).await,
         Route::Templates(version) => templates::list(call.host, version, query).await,
         Route::DefaultTemplates => templates::defaults(call.host).await,
-        Route::Template(id) => templates::get(call.host, &id).await,
+        Route::Template(id) => templates::get(call.host, &id, query).await,
         Route::TemplateAlias(alias) => templates::find_alias(call.host, &alias).await,
         Route::UpdateTemplate(id) => {
             let body = call.read().await?;

@@ -8,8 +8,8 @@ use std::time::UNIX_EPOCH;
 use hyper::{Response, StatusCode};
 use mica_shards::{Reference, TemplateInfo};
 use mica_wire::api::{
-    READY, SetAlias, Template, TemplateAlias, TemplateBuild, TemplateNames, TemplateWithBuilds,
-    UpdateTemplate,
+    READY, SetAlias, Template, TemplateAlias, TemplateBuild, TemplateBuildStatus, TemplateNames,
+    TemplateWithBuilds, UpdateTemplate,
 };
 
 use super::list::{PAGE_ENTRIES_MAX, page_limit};
@@ -33,21 +33,24 @@ type Answer = Result<Response<Body>, ApiError>;
 pub async fn list(host: &TenantHost<'_>, version: Version, query: &str) -> Answer {
     let (limit, after) = match version {
         Version::V1 => (usize::MAX, None),
-        Version::V2 => page(query)?,
+        Version::V2 => page(query, operate::is_store_id)?,
     };
-    let mut templates = host.templates().await?;
+    let mut templates: Vec<_> = host.templates().await?.into_iter().map(shown).collect();
+    let (all, tenant) = host.builder();
+    templates.extend(builds::unfinished(all, tenant).await?);
     if version == Version::V2 {
-        templates.sort_by(|a, b| a.id.cmp(&b.id));
-        templates.retain(|template| after.as_ref().is_none_or(|after| template.id > *after));
+        templates.sort_by(|a, b| a.template_id.cmp(&b.template_id));
+        templates
+            .retain(|template| after.as_ref().is_none_or(|after| template.template_id > *after));
     }
     let cut = templates.len() > limit;
     templates.truncate(limit);
-    let next = templates.last().filter(|_| cut).map(|last| last.id.clone());
-    let shown: Vec<_> = templates.into_iter().map(shown).collect();
-    Ok(with_next(json::answer(StatusCode::OK, &shown)?, next))
+    let next = templates.last().filter(|_| cut).map(|last| last.template_id.clone());
+    Ok(with_next(json::answer(StatusCode::OK, &templates)?, next))
 }
 
-fn page(query: &str) -> Result<(usize, Option<String>), ApiError> {
+/// Entries of a page, and the entry before it.
+fn page(query: &str, is_token: impl Fn(&str) -> bool) -> Result<(usize, Option<String>), ApiError> {
     let (mut limit, mut after) = (PAGE_ENTRIES_MAX, None);
     let pairs = percent::query_pairs(query)
         .map_err(|error| ApiError::bad_request(format!("the query is not valid: {error}")))?;
@@ -55,7 +58,7 @@ fn page(query: &str) -> Result<(usize, Option<String>), ApiError> {
         match key.as_str() {
             "limit" => limit = page_limit(&value)?,
             "nextToken" if value.is_empty() => {}
-            "nextToken" if operate::is_store_id(&value) => after = Some(value),
+            "nextToken" if is_token(&value) => after = Some(value),
             "nextToken" => {
                 let message = "`nextToken` must be an `x-next-token` of this host";
                 return Err(ApiError::bad_request(message));
@@ -77,24 +80,51 @@ pub async fn defaults(host: &TenantHost<'_>) -> Answer {
     json::answer(StatusCode::OK, &shown)
 }
 
-/// `GET /templates/{id}`.
+/// `GET /templates/{id}`, its builds in pages.
 ///
 /// # Errors
 /// What to answer instead.
-pub async fn get(host: &TenantHost<'_>, id: &str) -> Answer {
-    let template = shown(find(host, id).await?);
-    let build = TemplateBuild {
+pub async fn get(host: &TenantHost<'_>, id: &str, query: &str) -> Answer {
+    let (limit, after) = page(query, is_build_id)?;
+    let (all, tenant) = host.builder();
+    let template = match host.template(id).await? {
+        Some(info) => shown(info),
+        None => match builds::find_unfinished(all, tenant, id).await? {
+            Some(template) => template,
+            None => return Err(ApiError::no_such_template(&operate::shown(id))),
+        },
+    };
+    let mut builds = match builds::builds_of(all, tenant, &template.template_id).await? {
+        Some(builds) => builds,
+        None => vec![only_build(&template)],
+    };
+    if let Some(after) = after {
+        let at = builds.iter().position(|build| build.build_id == after);
+        builds.drain(..at.map_or(builds.len(), |at| at + 1));
+    }
+    let cut = builds.len() > limit;
+    builds.truncate(limit);
+    let next = builds.last().filter(|_| cut).map(|last| last.build_id.clone());
+    Ok(with_next(json::answer(StatusCode::OK, &TemplateWithBuilds { template, builds })?, next))
+}
+
+/// Of one of the operator's.
+fn only_build(template: &Template) -> TemplateBuild {
+    TemplateBuild {
         build_id: template.build_id.clone(),
-        status: template.build_status.clone(),
+        status: template.build_status,
         created_at: template.created_at.clone(),
         updated_at: template.updated_at.clone(),
-        finished_at: template.updated_at.clone(),
+        finished_at: Some(template.updated_at.clone()),
         cpu_count: template.cpu_count,
         memory_mib: template.memory_mib,
-        disk_size_mib: template.disk_size_mib,
-        envd_version: template.envd_version.clone(),
-    };
-    json::answer(StatusCode::OK, &TemplateWithBuilds { template, builds: vec![build] })
+        disk_size_mib: Some(template.disk_size_mib),
+        envd_version: Some(template.envd_version.clone()),
+    }
+}
+
+fn is_build_id(text: &str) -> bool {
+    text.len() == 36 && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }
 
 /// `GET /templates/aliases/{alias}`.
@@ -102,7 +132,15 @@ pub async fn get(host: &TenantHost<'_>, id: &str) -> Answer {
 /// # Errors
 /// 404 where nothing has that name.
 pub async fn find_alias(host: &TenantHost<'_>, alias: &str) -> Answer {
-    json::answer(StatusCode::OK, &alias_of(find(host, alias).await?))
+    if let Some(template) = host.template(alias).await? {
+        return json::answer(StatusCode::OK, &alias_of(template));
+    }
+    let (all, tenant) = host.builder();
+    let Some(template) = builds::find_unfinished(all, tenant, alias).await? else {
+        return Err(ApiError::no_such_template(&operate::shown(alias)));
+    };
+    let Template { template_id, public, .. } = template;
+    json::answer(StatusCode::OK, &TemplateAlias { template_id, public })
 }
 
 /// `PATCH /templates/{id}`: a template is everybody's, and stays so.
@@ -202,7 +240,7 @@ fn shown(info: TemplateInfo) -> Template {
         spawn_count: info.spawn_count,
         build_count: info.build_count.into(),
         envd_version: info.envd_version,
-        build_status: "ready".to_owned(),
+        build_status: TemplateBuildStatus::Ready,
         status: READY.to_owned(),
     }
 }
@@ -251,10 +289,16 @@ mod tests {
 
     #[test]
     fn pages() {
-        assert_eq!(page("").unwrap(), (100, None));
-        assert_eq!(page("limit=2&nextToken=a&teamID=x").unwrap(), (2, Some("a".to_owned())));
+        let of_templates = |query| page(query, operate::is_store_id);
+        assert_eq!(of_templates("").unwrap(), (100, None));
+        let read = of_templates("limit=2&nextToken=a&teamID=x").unwrap();
+        assert_eq!(read, (2, Some("a".to_owned())));
         for bad in ["limit=0", "limit=101", "nextToken=..%2f"] {
-            assert!(page(bad).is_err(), "{bad}");
+            assert!(of_templates(bad).is_err(), "{bad}");
         }
+        let id = uuid_of([1, 2, 3]);
+        let read = page(&format!("nextToken={id}"), is_build_id).unwrap();
+        assert_eq!(read, (100, Some(id)));
+        assert!(page("nextToken=a", is_build_id).is_err());
     }
 }

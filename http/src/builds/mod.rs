@@ -16,6 +16,7 @@ mod connect;
 #[cfg(test)]
 mod copy_tests;
 mod guest;
+mod listed;
 mod log;
 pub mod route;
 mod run;
@@ -40,6 +41,7 @@ use mica_wire::api::{
 };
 
 pub use base::{create, find_template, info_of, listed};
+pub use listed::{builds_of, find_unfinished, unfinished};
 use log::Level;
 use route::BuildRoute;
 use show::{ENTRIES_MAX, PageQuery, TagOrder, TagQuery};

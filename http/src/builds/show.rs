@@ -89,7 +89,7 @@ pub fn logs(
 }
 
 /// A build's phase in E2B's words.
-fn word(phase: &BuildPhase) -> TemplateBuildStatus {
+pub fn word(phase: &BuildPhase) -> TemplateBuildStatus {
     match phase {
         BuildPhase::Announced | BuildPhase::Waiting => TemplateBuildStatus::Waiting,
         BuildPhase::Building => TemplateBuildStatus::Building,

@@ -443,10 +443,12 @@ pub static OPERATIONS: [Operation; crate::route::ENDPOINT_COUNT] = [
         .json(200, of::<TemplateAlias>)
         .about("templates")
         .fails(TEMPLATE_ERRORS),
-    op("GET", "/templates/{templateID}", "One template.")
+    op("GET", "/templates/{templateID}", "One template, and its builds.")
+        .asks(&PAGE)
         .json(200, of::<TemplateWithBuilds>)
         .about("templates")
-        .fails(TEMPLATE_ERRORS),
+        .fails(TEMPLATE_ERRORS)
+        .pages(),
     none("POST", "/templates/{templateID}"),
     op("PATCH", "/templates/{templateID}", "Says whether others may use a template.")
         .may_take(of::<UpdateTemplate>)

@@ -127,6 +127,17 @@ impl BuildStore {
         Ok(bytes)
     }
 
+    /// The builds of a tenant that are kept, the newest first.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn runs_of(&self, tenant: &TenantId) -> Result<Vec<BuildRecord>> {
+        let mut runs = self.all_runs()?;
+        runs.retain(|run| run.tenant == tenant.as_str());
+        runs.sort_by(|a, b| (b.created_unix_ms, &b.id).cmp(&(a.created_unix_ms, &a.id)));
+        Ok(runs)
+    }
+
     fn runs_dir(&self) -> PathBuf {
         self.store.root().join("builds/runs")
     }

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::builds::TemplateBuildStatus;
+
 /// One entry of `GET /templates`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -12,15 +14,15 @@ pub struct Template {
     /// Its id.
     #[serde(rename = "templateID")]
     pub template_id: String,
-    /// The id of the build it came from.
+    /// The id of the build it came from; of one that has none yet, of its newest.
     #[serde(rename = "buildID")]
     pub build_id: String,
-    /// Number of vCPUs of its sandboxes.
+    /// Number of vCPUs of its sandboxes; 0 while that is not known.
     pub cpu_count: u32,
-    /// Memory of its sandboxes, in MiB.
+    /// Memory of its sandboxes, in MiB; 0 while that is not known.
     #[serde(rename = "memoryMB")]
     pub memory_mib: u32,
-    /// Root disk of its sandboxes, in MiB.
+    /// Root disk of its sandboxes, in MiB; 0 while that is not known.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mib: u32,
     /// Always true: an operator's template is everybody's.
@@ -41,11 +43,11 @@ pub struct Template {
     pub spawn_count: u64,
     /// Builds under this name.
     pub build_count: u64,
-    /// See [`crate::guest::ENVD_VERSION`].
+    /// See [`crate::guest::ENVD_VERSION`]; empty while no build is done.
     pub envd_version: String,
-    /// `ready`: a template that is not cannot be seen.
-    pub build_status: String,
-    /// Always [`READY`](super::READY), which is the same in CubeSandbox's words.
+    /// `ready` as soon as one of its builds is; until then, that of its newest.
+    pub build_status: TemplateBuildStatus,
+    /// The same in CubeSandbox's words: [`READY`](super::READY), `BUILDING` or `FAILED`.
     pub status: String,
 }
 
@@ -56,11 +58,11 @@ pub struct TemplateWithBuilds {
     /// The template.
     #[serde(flatten)]
     pub template: Template,
-    /// What it came from.
+    /// Its builds that are known, the newest first.
     pub builds: Vec<TemplateBuild>,
 }
 
-/// What a template came from.
+/// One build of a template.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
@@ -68,24 +70,26 @@ pub struct TemplateBuild {
     /// A UUID.
     #[serde(rename = "buildID")]
     pub build_id: String,
-    /// `ready`.
-    pub status: String,
+    /// How far it is.
+    pub status: TemplateBuildStatus,
     /// RFC 3339.
     pub created_at: String,
     /// RFC 3339.
     pub updated_at: String,
-    /// RFC 3339.
-    pub finished_at: String,
-    /// Number of vCPUs of its sandboxes.
+    /// RFC 3339, once it is over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+    /// Number of vCPUs of its sandboxes; 0 where that is not known.
     pub cpu_count: u32,
-    /// Memory of its sandboxes, in MiB.
+    /// Memory of its sandboxes, in MiB; 0 where that is not known.
     #[serde(rename = "memoryMB")]
     pub memory_mib: u32,
     /// Root disk of its sandboxes, in MiB.
-    #[serde(rename = "diskSizeMB")]
-    pub disk_size_mib: u32,
+    #[serde(rename = "diskSizeMB", skip_serializing_if = "Option::is_none")]
+    pub disk_size_mib: Option<u32>,
     /// See [`crate::guest::ENVD_VERSION`].
-    pub envd_version: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub envd_version: Option<String>,
 }
 
 /// The answer to `GET /templates/aliases/{alias}` and `PUT /templates/{id}/alias`.
