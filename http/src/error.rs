@@ -269,7 +269,7 @@ impl ApiError {
     pub fn guest_unresponsive(id: SandboxId) -> Self {
         let message = format!(
             "the agent in sandbox '{id}' does not answer, so nothing was kept and it goes on; keep its \
-             memory, without `requireHealthyGuest`, or end what keeps it busy"
+             memory and do not ask for a healthy guest, or end what keeps it busy"
         );
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use mica_shards::{
     ConnectError, CreateRequest, GuestStream, Host, LogLine, MemoKey, NetworkPolicy, OnTimeout,
-    Once, OnceName, Reference, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo, Usage,
+    Once, OnceName, SandboxInfo, Seat, ShardError, SnapshotInfo, TemplateInfo, Usage,
 };
 use mica_units::{GuestPort, SandboxId, ShardId, TenantId};
+use mica_wire::api::TemplateBuild;
 
 use crate::builds;
+use crate::builds::listed::{self, Listed};
 use crate::error::ApiError;
 use crate::keys::Caller;
 
@@ -225,18 +227,6 @@ impl<'a> TenantHost<'a> {
         }
     }
 
-    /// [`Host::snapshot_disk`].
-    ///
-    /// # Errors
-    /// See [`ShardError`].
-    pub async fn snapshot_disk(
-        &self,
-        id: SandboxId,
-        name: Option<String>,
-    ) -> Result<SnapshotInfo, ShardError> {
-        self.of(id).await?.snapshot_disk(id, name).await
-    }
-
     /// [`Host::pause`].
     ///
     /// # Errors
@@ -312,11 +302,28 @@ impl<'a> TenantHost<'a> {
         id: SandboxId,
         name: Option<String>,
     ) -> Result<SnapshotInfo, ApiError> {
+        Ok(self.to_name(id, name.as_deref()).await?.snapshot(id, name).await?)
+    }
+
+    /// [`Host::snapshot_disk`].
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`].
+    pub async fn snapshot_disk(
+        &self,
+        id: SandboxId,
+        name: Option<String>,
+    ) -> Result<SnapshotInfo, ApiError> {
+        Ok(self.to_name(id, name.as_deref()).await?.snapshot_disk(id, name).await?)
+    }
+
+    /// The host of a sandbox, of which something is to have this name.
+    async fn to_name(&self, id: SandboxId, name: Option<&str>) -> Result<&Host, ApiError> {
         let host = self.of(id).await?;
-        if let Some(name) = &name {
+        if let Some(name) = name {
             builds::refuse_templates_name(self.builder(), name).await?;
         }
-        Ok(host.snapshot(id, name).await?)
+        Ok(host)
     }
 
     /// [`Host::rollback`]. The owner's shard sees to it that the snapshot is the same tenant's.
@@ -345,33 +352,45 @@ impl<'a> TenantHost<'a> {
         self.host.delete_snapshot_of(self.caller.tenant.clone(), id).await
     }
 
-    /// [`Host::templates`], which are the operator's and all tenants see, and those that this tenant
-    /// built.
+    /// [`Host::templates`], which are the operator's and all tenants see, and those that this tenant built.
     ///
     /// # Errors
     /// See [`ShardError`].
-    pub async fn templates(&self) -> Result<Vec<TemplateInfo>, ApiError> {
-        let mut all = self.host.templates().await?;
-        let mut built = builds::listed(self.host, &self.caller.tenant).await?;
+    pub async fn templates(&self) -> Result<Vec<Listed>, ApiError> {
+        let mut ready = self.host.templates().await?;
+        let mut unfinished = Vec::new();
+        let mut built = Vec::new();
+        for template in listed::all(self.host, &self.caller.tenant).await? {
+            match template {
+                Listed::Ready(info) => built.push(*info),
+                Listed::Unfinished(_) => unfinished.push(template),
+            }
+        }
         self.host.count_spawns(&mut built).await?;
-        all.append(&mut built);
-        Ok(all)
+        ready.append(&mut built);
+        let ready = ready.into_iter().map(|info| Listed::Ready(Box::new(info)));
+        Ok(ready.chain(unfinished).collect())
     }
 
-    /// The template of this id or name, in any form that a create takes.
+    /// The template of this id or name, in any form that a create takes, and its builds; `None` of those: it
+    /// is the operator's.
     ///
     /// # Errors
     /// See [`ShardError`].
-    pub async fn template(&self, id: &str) -> Result<Option<TemplateInfo>, ApiError> {
+    pub async fn template(
+        &self,
+        id: &str,
+    ) -> Result<Option<(Listed, Option<Vec<TemplateBuild>>)>, ApiError> {
         let operators = self.host.templates().await?;
         let named = |template: &TemplateInfo| template.id == id || template.name.as_str() == id;
         if let Some(found) = operators.into_iter().find(named) {
-            return Ok(Some(found));
+            return Ok(Some((Listed::Ready(Box::new(found)), None)));
         }
-        let Some(reference) = Reference::parse(id) else { return Ok(None) };
-        let found = builds::find_template(self.host, &self.caller.tenant, &reference).await?;
-        let mut found: Vec<_> = found.as_ref().and_then(builds::info_of).into_iter().collect();
-        self.host.count_spawns(&mut found).await?;
-        Ok(found.pop())
+        let found = listed::find(self.host, &self.caller.tenant, id).await?;
+        let Some((mut template, builds)) = found else { return Ok(None) };
+        if let Listed::Ready(info) = &mut template {
+            self.host.count_spawns(std::slice::from_mut(&mut **info)).await?;
+        }
+        Ok(Some((template, Some(builds))))
     }
 }

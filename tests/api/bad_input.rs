@@ -48,7 +48,7 @@ fn bodies_out_of_form_say_what_to_change() {
         (snapshots.as_str(), r#"{"name":7}"#, "`name`"),
         (snapshots.as_str(), r#"{"name":""}"#, "`name`"),
         (snapshots.as_str(), &long, "`name`"),
-        (snapshots.as_str(), r#"{"memory":false}"#, "`memory`"),
+        (snapshots.as_str(), r#"{"memory":1}"#, "`memory`"),
         (snapshots.as_str(), "[]", "JSON"),
         (snapshots.as_str(), "{", "JSON"),
         (rollback.as_str(), "", "JSON"),

@@ -185,6 +185,12 @@ fn what_is_made_from_a_snapshot_without_memory_boots() {
     let kept = stored(&daemon, &format!("snapshots/{snapshot}"));
     assert!(kept.iter().any(|name| name == "kernel"), "{kept:?}");
     assert!(!kept.iter().any(|name| name.starts_with("memory.")), "{kept:?}");
+    // A template's name is none for it, whatever it keeps.
+    for memory in [true, false] {
+        let taken = json!({ "memory": memory, "name": TEMPLATE });
+        let refused = daemon.act_with(&id, "snapshots", &taken).error(409);
+        assert!(refused.contains("another name"), "{refused}");
+    }
     // What it was made of goes on as it was, and is not to be put back to it.
     assert_eq!((daemon.state(&id).as_str(), daemon.vm_of(&id)), ("running", before));
     let refused = daemon.act_with(&id, "rollback", &json!({ "snapshotID": snapshot }));

@@ -113,8 +113,8 @@ def test_what_is_made_from_a_snapshot_without_memory_boots_with_its_files(sandbo
         assert run(copy, "cat ~/file") == "word\n"
         assert run(copy, "ls /dev/shm") == ""
         assert "sleep 98765" not in processes(copy)
-        about = run(copy, 'hostname; echo "$COLOUR $E2B_SANDBOX_ID"')
-        assert about == f"{copy.sandbox_id}\nred {copy.sandbox_id}\n"
+        about = run(copy, 'hostname; echo "$COLOUR $E2B_SANDBOX_ID"; grep ^127.0.1.1 /etc/hosts')
+        assert about == f"{copy.sandbox_id}\nred {copy.sandbox_id}\n127.0.1.1 {copy.sandbox_id}\n"
         boots.add(boot_id(copy))
         run(copy, "echo of-the-copy > ~/file")
     assert len(boots) == 3

@@ -129,8 +129,8 @@ pub enum ControlRequest {
     /// Take on an identity: after every restore, rollback and resume, before anyone else may talk
     /// to the sandbox. The last one counts.
     Init(InitRequest),
-    /// Bring to the disk all that is to be there when the memory is gone: before a pause that keeps the
-    /// disk alone. What is written after the answer may be lost.
+    /// Bring to the disk all that is to be there when the memory is gone: before a pause or a
+    /// snapshot that keeps the disk alone. What is written after the answer may be lost.
     Sync,
 }
 

@@ -1,6 +1,6 @@
 //! What the agent's memory alone has of a sandbox, kept on its disk for a boot without that memory.
 //!
-//! Called by the control exchange before a pause that keeps the disk alone, and when the agent starts.
+//! Called by the control exchange before the disk alone is kept, and when the agent starts.
 //! Refuses to read more than a control line could have brought.
 
 use std::fs::OpenOptions;

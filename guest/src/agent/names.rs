@@ -8,6 +8,7 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use mica_units::SandboxId;
 use mica_wire::guest::InitRequest;
 
 /// The host name before there is a sandbox.
@@ -21,6 +22,9 @@ const HOSTS_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Characters of a machine id.
 const MACHINE_ID_BYTES: usize = 32;
+
+/// What the line of a host name begins with.
+const OWN_ADDRESS: &str = "127.0.1.1 ";
 
 /// What a system without `/etc/hosts` gets.
 const HOSTS: &str = "127.0.0.1 localhost\n::1 localhost\n";
@@ -110,13 +114,16 @@ fn read_hosts(path: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The entry of the former name is the line that was written for it. One that the user has edited
-/// since is the user's.
+/// The entry of the former name is the line that was written for it; where the memory that knew that name is
+/// gone, its form tells. One that the user has edited since is the user's.
 fn with_host(held: &str, former: &str, name: &str) -> String {
-    let entry = |name: &str| format!("127.0.1.1 {name}");
+    let entry = |name: &str| format!("{OWN_ADDRESS}{name}");
     let (stale, new) = (entry(former), entry(name));
+    let of_sandbox = |line: &str| {
+        line.strip_prefix(OWN_ADDRESS).is_some_and(|name| name.parse::<SandboxId>().is_ok())
+    };
     let mut text = String::with_capacity(held.len() + new.len() + 2);
-    for line in held.lines().filter(|line| *line != stale && *line != new) {
+    for line in held.lines().filter(|line| *line != stale && *line != new && !of_sandbox(line)) {
         text.push_str(line);
         text.push('\n');
     }
@@ -193,6 +200,16 @@ mod tests {
         }
         assert_eq!(root.read("run/e2b/.E2B_SANDBOX"), "true");
         assert_eq!(root.read("run/e2b/.E2B_TEMPLATE_ID"), "template");
+    }
+
+    #[test]
+    fn of_a_disk_whose_memory_is_gone_no_name_stays() {
+        let root = Root::new("names-booted");
+        let held = "127.0.0.1 localhost\n127.0.1.1 i0123456789abcdefghij\n127.0.1.1 mine\n";
+        std::fs::write(root.0.join("etc/hosts"), held).unwrap();
+        write(&root.0, &request("box", 'f'), None).unwrap();
+        let expected = "127.0.0.1 localhost\n127.0.1.1 mine\n127.0.1.1 box\n";
+        assert_eq!(root.read("etc/hosts"), expected);
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! Everything that is asked of one sandbox.
 //!
 //! Called by [`super`] once the client has shown its key. Refuses to hold anything between two
-//! requests: which operations may meet, the sandbox's own state machine knows. Refuses snapshots of the disk
-//! alone.
+//! requests: which operations may meet, the sandbox's own state machine knows.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

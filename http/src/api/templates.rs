@@ -6,7 +6,7 @@
 use std::time::UNIX_EPOCH;
 
 use hyper::{Response, StatusCode};
-use mica_shards::{Reference, TemplateInfo};
+use mica_shards::{BuildStore, Reference, TemplateInfo};
 use mica_wire::api::{
     READY, SetAlias, Template, TemplateAlias, TemplateBuild, TemplateBuildStatus, TemplateNames,
     TemplateWithBuilds, UpdateTemplate,
@@ -15,6 +15,7 @@ use mica_wire::api::{
 use super::list::{PAGE_ENTRIES_MAX, page_limit};
 use super::{json, operate, status, with_next};
 use crate::body::Body;
+use crate::builds::listed::Listed;
 use crate::error::ApiError;
 use crate::ids::uuid_of;
 use crate::route::Version;
@@ -36,8 +37,6 @@ pub async fn list(host: &TenantHost<'_>, version: Version, query: &str) -> Answe
         Version::V2 => page(query, operate::is_store_id)?,
     };
     let mut templates: Vec<_> = host.templates().await?.into_iter().map(shown).collect();
-    let (all, tenant) = host.builder();
-    templates.extend(builds::unfinished(all, tenant).await?);
     if version == Version::V2 {
         templates.sort_by(|a, b| a.template_id.cmp(&b.template_id));
         templates
@@ -74,10 +73,12 @@ fn page(query: &str, is_token: impl Fn(&str) -> bool) -> Result<(usize, Option<S
 /// # Errors
 /// What to answer instead.
 pub async fn defaults(host: &TenantHost<'_>) -> Answer {
-    let all = host.templates().await?.into_iter();
-    let shown: Vec<_> =
-        all.filter(|template| DEFAULTS.contains(&template.name.as_str())).map(shown).collect();
-    json::answer(StatusCode::OK, &shown)
+    let mut all: Vec<_> = host.templates().await?.into_iter().map(shown).collect();
+    all.retain(|template| {
+        let is_default = |name: &String| DEFAULTS.contains(&name.as_str());
+        template.build_status == TemplateBuildStatus::Ready && template.names.iter().any(is_default)
+    });
+    json::answer(StatusCode::OK, &all)
 }
 
 /// `GET /templates/{id}`, its builds in pages.
@@ -85,22 +86,17 @@ pub async fn defaults(host: &TenantHost<'_>) -> Answer {
 /// # Errors
 /// What to answer instead.
 pub async fn get(host: &TenantHost<'_>, id: &str, query: &str) -> Answer {
-    let (limit, after) = page(query, is_build_id)?;
-    let (all, tenant) = host.builder();
-    let template = match host.template(id).await? {
-        Some(info) => shown(info),
-        None => match builds::find_unfinished(all, tenant, id).await? {
-            Some(template) => template,
-            None => return Err(ApiError::no_such_template(&operate::shown(id))),
-        },
-    };
-    let mut builds = match builds::builds_of(all, tenant, &template.template_id).await? {
-        Some(builds) => builds,
-        None => vec![only_build(&template)],
-    };
+    let (limit, after) = page(query, BuildStore::is_run_id)?;
+    let (template, builds) = find(host, id).await?;
+    let template = shown(template);
+    let mut builds = builds.unwrap_or_else(|| vec![only_build(&template)]);
     if let Some(after) = after {
-        let at = builds.iter().position(|build| build.build_id == after);
-        builds.drain(..at.map_or(builds.len(), |at| at + 1));
+        let Some(at) = builds.iter().position(|build| build.build_id == after) else {
+            let message =
+                "the build of this `nextToken` is not kept any more; ask for the first page again";
+            return Err(ApiError::bad_request(message));
+        };
+        builds.drain(..=at);
     }
     let cut = builds.len() > limit;
     builds.truncate(limit);
@@ -123,24 +119,12 @@ fn only_build(template: &Template) -> TemplateBuild {
     }
 }
 
-fn is_build_id(text: &str) -> bool {
-    text.len() == 36 && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
-}
-
 /// `GET /templates/aliases/{alias}`.
 ///
 /// # Errors
 /// 404 where nothing has that name.
 pub async fn find_alias(host: &TenantHost<'_>, alias: &str) -> Answer {
-    if let Some(template) = host.template(alias).await? {
-        return json::answer(StatusCode::OK, &alias_of(template));
-    }
-    let (all, tenant) = host.builder();
-    let Some(template) = builds::find_unfinished(all, tenant, alias).await? else {
-        return Err(ApiError::no_such_template(&operate::shown(alias)));
-    };
-    let Template { template_id, public, .. } = template;
-    json::answer(StatusCode::OK, &TemplateAlias { template_id, public })
+    json::answer(StatusCode::OK, &alias_of(shown(find(host, alias).await?.0)))
 }
 
 /// `PATCH /templates/{id}`: a template is everybody's, and stays so.
@@ -149,11 +133,11 @@ pub async fn find_alias(host: &TenantHost<'_>, alias: &str) -> Answer {
 /// 403 for a template that is to be nobody else's.
 pub async fn update(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     let UpdateTemplate { public } = json::read_or_default(body)?;
-    let template = find(host, id).await?;
+    let template = shown(find(host, id).await?.0);
     if public == Some(false) {
-        return Err(ApiError::template_stays(template.name.as_str()));
+        return Err(ApiError::template_stays(name_of(&template)));
     }
-    json::answer(StatusCode::OK, &TemplateNames { names: vec![template.name.to_string()] })
+    json::answer(StatusCode::OK, &TemplateNames { names: template.names })
 }
 
 /// `PUT /templates/{id}/alias`: a template of the operator's keeps the one name it has.
@@ -162,18 +146,27 @@ pub async fn update(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
 /// 403 for another.
 pub async fn set_alias(host: &TenantHost<'_>, id: &str, body: &[u8]) -> Answer {
     let SetAlias { alias } = json::read_or_default(body)?;
-    let template = find(host, id).await?;
-    if alias.as_deref() != Some(template.name.as_str()) {
-        return Err(ApiError::template_stays(template.name.as_str()));
+    let template = shown(find(host, id).await?.0);
+    if alias.as_deref() != Some(name_of(&template)) {
+        return Err(ApiError::template_stays(name_of(&template)));
     }
     json::answer(StatusCode::OK, &alias_of(template))
 }
 
-fn alias_of(template: TemplateInfo) -> TemplateAlias {
-    TemplateAlias { template_id: template.id, public: template.public }
+fn alias_of(template: Template) -> TemplateAlias {
+    TemplateAlias { template_id: template.template_id, public: template.public }
 }
 
-async fn find(host: &TenantHost<'_>, id: &str) -> Result<TemplateInfo, ApiError> {
+/// It has one.
+fn name_of(template: &Template) -> &str {
+    template.names.first().map_or("", String::as_str)
+}
+
+/// A template, and its builds where a client built it.
+async fn find(
+    host: &TenantHost<'_>,
+    id: &str,
+) -> Result<(Listed, Option<Vec<TemplateBuild>>), ApiError> {
     let found = host.template(id).await?;
     found.ok_or_else(|| ApiError::no_such_template(&operate::shown(id)))
 }
@@ -187,8 +180,8 @@ pub async fn delete(host: &TenantHost<'_>, id: &str) -> Answer {
     if operate::is_store_id(id) && host.delete_snapshot(id).await? {
         return Ok(status(StatusCode::NO_CONTENT));
     }
-    if let Some(template) = host.template(id).await? {
-        return Err(ApiError::template_is_kept(template.name.as_str()));
+    if let Some((template, _)) = host.template(id).await? {
+        return Err(ApiError::template_is_kept(name_of(&shown(template))));
     }
     delete_named(host, id).await
 }
@@ -222,7 +215,14 @@ async fn delete_named(host: &TenantHost<'_>, name: &str) -> Answer {
     }
 }
 
-fn shown(info: TemplateInfo) -> Template {
+fn shown(listed: Listed) -> Template {
+    match listed {
+        Listed::Ready(info) => ready(*info),
+        Listed::Unfinished(template) => *template,
+    }
+}
+
+fn ready(info: TemplateInfo) -> Template {
     let created_at = rfc3339::format(info.created_at);
     Template {
         build_id: build_id(&info),
@@ -297,8 +297,8 @@ mod tests {
             assert!(of_templates(bad).is_err(), "{bad}");
         }
         let id = uuid_of([1, 2, 3]);
-        let read = page(&format!("nextToken={id}"), is_build_id).unwrap();
+        let read = page(&format!("nextToken={id}"), BuildStore::is_run_id).unwrap();
         assert_eq!(read, (100, Some(id)));
-        assert!(page("nextToken=a", is_build_id).is_err());
+        assert!(page("nextToken=a", BuildStore::is_run_id).is_err());
     }
 }

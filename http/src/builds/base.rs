@@ -144,16 +144,6 @@ pub async fn find_template(
     Ok(host.with_builds(move |builds| Ok(builds.find_built(&tenant, &reference)?)).await??)
 }
 
-/// The templates that a tenant built, and whose builds are done.
-///
-/// # Errors
-/// When the store cannot be read.
-pub async fn listed(host: &Host, tenant: &TenantId) -> Result<Vec<TemplateInfo>, ApiError> {
-    let tenant = tenant.clone();
-    let built = host.with_builds(move |builds| Ok(builds.built_templates(&tenant)?)).await??;
-    Ok(built.iter().filter_map(info_of).collect())
-}
-
 /// As it is listed beside the operator's. `None` until a build of it is done.
 pub fn info_of(template: &BuiltTemplate) -> Option<TemplateInfo> {
     let built = template.tagged(DEFAULT_TAG).or(template.builds.last())?;

@@ -1,12 +1,13 @@
 //! Templates that clients built, with all of their builds, as lists show them.
 //!
-//! Called by the API's templates. Refuses to show the builds of another tenant that came to nothing.
+//! Called by the API's templates. What is known of a template is read once for each answer, so that it never
+//! falls between "not done" and "done". Refuses to show the builds of another tenant that came to nothing.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, UNIX_EPOCH};
 
 use mica_shards::{
-    BuildRecord, BuildStore, BuildStoreError, Built, BuiltTemplate, Host, Reference,
+    BuildRecord, BuildStore, BuildStoreError, Built, BuiltTemplate, Host, Reference, TemplateInfo,
 };
 use mica_units::TenantId;
 use mica_wire::api::{READY, Template, TemplateBuild, TemplateBuildStatus};
@@ -14,86 +15,99 @@ use mica_wire::api::{READY, Template, TemplateBuild, TemplateBuildStatus};
 use super::base::info_of;
 use super::show::word;
 use crate::error::ApiError;
+use crate::ids::uuid_of;
 use crate::rfc3339;
 
-/// A template of which no build is done.
+/// A template that a client built.
 #[derive(Debug)]
-struct Unfinished {
-    template: BuiltTemplate,
-    /// The newest build of it that is kept.
-    run: BuildRecord,
+pub enum Listed {
+    /// A build of it is done.
+    Ready(Box<TemplateInfo>),
+    /// None is; as clients see it.
+    Unfinished(Box<Template>),
 }
 
-/// Those of a tenant's templates of which no build is done.
+/// Every template of a tenant's.
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn unfinished(host: &Host, tenant: &TenantId) -> Result<Vec<Template>, ApiError> {
+pub async fn all(host: &Host, tenant: &TenantId) -> Result<Vec<Listed>, ApiError> {
     let owner = tenant.clone();
     let found = host.with_builds(move |builds| {
-        let mut open = builds.built_templates(&owner)?;
-        open.retain(|template| info_of(template).is_none());
-        if open.is_empty() {
-            return Ok(Vec::new());
-        }
-        let runs = builds.runs_of(&owner)?;
-        let newest = |template: BuiltTemplate| {
-            let run = runs.iter().find(|run| run.template_id == template.id)?.clone();
-            Some(Unfinished { template, run })
+        let templates = builds.built_templates(&owner)?;
+        let runs = match templates.iter().all(|template| info_of(template).is_some()) {
+            true => Vec::new(),
+            false => builds.runs_of(&owner)?,
         };
-        Ok(open.into_iter().filter_map(newest).collect())
+        Ok(templates.iter().map(|template| listed(template, &runs)).collect())
     });
-    Ok(found.await??.into_iter().map(Unfinished::shown).collect())
+    Ok(found.await??)
 }
 
-/// The template that a tenant means by this id or name, where no build of it is done.
+/// The template that a tenant means by this id or name, and every build of it that is known, the newest
+/// first: of one of its own, also those that are not done.
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn find_unfinished(
+pub async fn find(
     host: &Host,
     tenant: &TenantId,
     name: &str,
-) -> Result<Option<Template>, ApiError> {
+) -> Result<Option<(Listed, Vec<TemplateBuild>)>, ApiError> {
     let Some(reference) = Reference::parse(name) else { return Ok(None) };
     let owner = tenant.clone();
-    let found = host.with_builds(move |builds| {
-        let found = builds.find_built(&owner, &reference)?;
-        let own = |template: &BuiltTemplate| template.tenant == owner.as_str();
-        let Some(template) = found.filter(|found| own(found) && info_of(found).is_none()) else {
-            return Ok(None);
-        };
-        let runs = builds.runs_of(&owner)?;
-        let run = runs.into_iter().find(|run| run.template_id == template.id);
-        Ok(run.map(|run| Unfinished { template, run }))
-    });
-    Ok(found.await??.map(Unfinished::shown))
+    let found = host.with_builds(move |builds| look(builds, &owner, &reference));
+    Ok(found.await??)
 }
 
-impl Unfinished {
-    fn shown(self) -> Template {
-        let Self { template, run } = self;
-        let build_status = word(&run.phase);
-        Template {
-            template_id: template.id,
-            // Not known before its base is looked at.
-            cpu_count: run.vcpus.unwrap_or_default(),
-            memory_mib: run.memory_mib.unwrap_or_default(),
-            disk_size_mib: 0,
-            public: template.public,
-            aliases: vec![template.name.clone()],
-            names: vec![template.name],
-            created_at: time(template.created_unix_ms),
-            updated_at: time(run.updated_unix_ms),
-            created_by: None,
-            last_spawned_at: None,
-            spawn_count: 0,
-            build_count: template.build_count.into(),
-            envd_version: String::new(),
-            build_id: run.id,
-            status: word_of_cube(build_status).to_owned(),
-            build_status,
+fn look(
+    builds: &BuildStore,
+    owner: &TenantId,
+    reference: &Reference,
+) -> Result<Option<(Listed, Vec<TemplateBuild>)>, BuildStoreError> {
+    let Some(template) = builds.find_built(owner, reference)? else { return Ok(None) };
+    let is_own = template.tenant == owner.as_str();
+    if !is_own && info_of(&template).is_none() {
+        return Ok(None);
+    }
+    let mut runs = if is_own { builds.runs_of(owner)? } else { Vec::new() };
+    runs.retain(|run| run.template_id == template.id);
+    Ok(Some((listed(&template, &runs), builds_of(&template, &runs))))
+}
+
+/// `runs`: at least those of this template, the newest first, where no build of it is done.
+fn listed(template: &BuiltTemplate, runs: &[BuildRecord]) -> Listed {
+    match info_of(template) {
+        Some(info) => Listed::Ready(Box::new(info)),
+        None => {
+            let run = runs.iter().find(|run| run.template_id == template.id);
+            Listed::Unfinished(Box::new(unfinished(template, run)))
         }
+    }
+}
+
+/// Without a run its builds are so long ago that nothing of them is kept.
+fn unfinished(template: &BuiltTemplate, run: Option<&BuildRecord>) -> Template {
+    let build_status = run.map_or(TemplateBuildStatus::Error, |run| word(&run.phase));
+    Template {
+        template_id: template.id.clone(),
+        // Not known before its base is looked at.
+        cpu_count: run.and_then(|run| run.vcpus).unwrap_or_default(),
+        memory_mib: run.and_then(|run| run.memory_mib).unwrap_or_default(),
+        disk_size_mib: 0,
+        public: template.public,
+        aliases: vec![template.name.clone()],
+        names: vec![template.name.clone()],
+        created_at: time(template.created_unix_ms),
+        updated_at: time(run.map_or(template.updated_unix_ms, |run| run.updated_unix_ms)),
+        created_by: None,
+        last_spawned_at: None,
+        spawn_count: 0,
+        build_count: template.build_count.into(),
+        envd_version: String::new(),
+        build_id: run.map_or_else(|| uuid_of(template.id.bytes()), |run| run.id.clone()),
+        status: word_of_cube(build_status).to_owned(),
+        build_status,
     }
 }
 
@@ -105,33 +119,7 @@ fn word_of_cube(status: TemplateBuildStatus) -> &'static str {
     }
 }
 
-/// Every build of a template that is known, the newest first: of one of the tenant's own, also those that are
-/// not done. `None` where nobody built it.
-///
-/// # Errors
-/// When the store cannot be read.
-pub async fn builds_of(
-    host: &Host,
-    tenant: &TenantId,
-    template: &str,
-) -> Result<Option<Vec<TemplateBuild>>, ApiError> {
-    let Some(reference) = Reference::parse(template) else { return Ok(None) };
-    let owner = tenant.clone();
-    let found = host.with_builds(move |builds| all_of(builds, &owner, &reference));
-    Ok(found.await??)
-}
-
-fn all_of(
-    builds: &BuildStore,
-    owner: &TenantId,
-    reference: &Reference,
-) -> Result<Option<Vec<TemplateBuild>>, BuildStoreError> {
-    let Some(template) = builds.find_built(owner, reference)? else { return Ok(None) };
-    let mut runs = match template.tenant == owner.as_str() {
-        true => builds.runs_of(owner)?,
-        false => Vec::new(),
-    };
-    runs.retain(|run| run.template_id == template.id);
+fn builds_of(template: &BuiltTemplate, runs: &[BuildRecord]) -> Vec<TemplateBuild> {
     let kept: BTreeSet<&str> = runs.iter().map(|run| run.id.as_str()).collect();
     // What a tag stands for is there longer than what is written of its build.
     let older = template.builds.iter().filter(|built| !kept.contains(built.build_id.as_str()));
@@ -142,7 +130,7 @@ fn all_of(
         (run.created_unix_ms, built.map_or_else(|| of_run(run), of_built))
     }));
     all.sort_by(|(at, a), (bt, b)| (bt, &b.build_id).cmp(&(at, &a.build_id)));
-    Ok(Some(all.into_iter().map(|(_, build)| build).collect()))
+    all.into_iter().map(|(_, build)| build).collect()
 }
 
 fn of_built(built: &Built) -> TemplateBuild {

@@ -16,7 +16,7 @@ mod connect;
 #[cfg(test)]
 mod copy_tests;
 mod guest;
-mod listed;
+pub mod listed;
 mod log;
 pub mod route;
 mod run;
@@ -40,8 +40,7 @@ use mica_wire::api::{
     TemplateTagExistsResponse, TemplateTagsCountResponse,
 };
 
-pub use base::{create, find_template, info_of, listed};
-pub use listed::{builds_of, find_unfinished, unfinished};
+pub use base::{create, find_template};
 use log::Level;
 use route::BuildRoute;
 use show::{ENTRIES_MAX, PageQuery, TagOrder, TagQuery};

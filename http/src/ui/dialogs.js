@@ -82,7 +82,8 @@ function metadataOf(text) {
 }
 
 export function askCreate(templates, make) {
-  const names = templates.map((one) => one.aliases?.[0] ?? one.templateID);
+  // One is listed from its first announcement on.
+  const names = templates.filter((one) => one.buildStatus === "ready").map((one) => one.aliases?.[0] ?? one.templateID);
   const template = el("input", { id: "template", list: "template-names", required: true, autocomplete: "off", spellcheck: "false", value: names.includes("base") ? "base" : (names[0] ?? "") });
   const timeout = el("input", { id: "timeout", type: "number", min: "-1", step: "1", value: "300", required: true });
   const metadata = el("textarea", { id: "metadata", rows: "3", spellcheck: "false", placeholder: "owner=me" });

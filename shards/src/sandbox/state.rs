@@ -8,7 +8,7 @@
 //!  Starting ─────────▶ Restoring ───────▶ Initialising ───────▶ Running ◀────────────┐
 //!     │ ▲                  ▲                   ▲  ▲               │ │ │              │
 //!     │ │ Resume (on disk) │                   │  │ Thawed        │ │ └ Snapshot ▶ Snapshotting
-//!     │ │                  │ RolledBack        │  │               │ │      Freezing ▶ Copying ▶ Committing
+//!     │ │                  │ RolledBack        │  │               │ │      (Syncing ▶) Freezing ▶ Copying ▶ Committing
 //!     │ └──── Paused ──────┼───────────────────┼──┘               │ └ Rollback ▶ RollingBack
 //!     │        ▲  ▲        └── RollingBack ◀───┼──────────────────┘        Freezing ▶ Replacing
 //!     │        │  └── Pausing ◀────────────────┼─ Pause

@@ -17,7 +17,7 @@ use crate::common::{
     tell,
 };
 use crate::daemon::Daemon;
-use crate::wait::eventually;
+use crate::wait::{eventually, until};
 
 const LIFE: Duration = Duration::from_secs(600);
 
@@ -412,9 +412,46 @@ fn a_snapshot_of_the_disk_outlives_its_daemon_and_what_was_made_from_it_too() {
         let again = host.create(request(&of_disk)).await.unwrap().id;
         has_booted(&host, again, "written").await;
         assert!(host.delete_snapshot(&of_disk).await.unwrap());
+        // With that its kernel is gone as well.
+        let error = host.snapshot_disk(again, None).await.unwrap_err();
+        assert!(matches!(error, ShardError::CannotBoot { .. }), "{error:?}");
+        assert_eq!(tell(&host, again, "disk").await, "written", "it runs on");
         for id in [source, made, again] {
             host.kill(id).await.unwrap();
         }
         eventually("nothing is left", async || places.leftovers() == Leftovers::default()).await;
+    });
+}
+
+/// Whether a VM process was handed the disk of another sandbox: then it was told to boot.
+fn has_a_disk_beside(places: &Places, sandbox: &str) -> bool {
+    places.pids().into_iter().any(|pid| {
+        let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+        let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+        let mut disks = links.filter(|link| link.ends_with("disk"));
+        disks.any(|disk| !disk.to_string_lossy().contains(sandbox))
+    })
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_one_boots_leaves_nothing_of_it() {
+    let bench = Bench::new();
+    let mut daemon = Daemon::start(&bench, false);
+    let source = daemon.tell("create agent");
+    let of_disk = daemon.tell(&format!("snapshot-disk {source}"));
+    bench.set_mood("never-rings");
+    daemon.begin(&format!("create {of_disk}"));
+    let places = bench.clone();
+    until("it boots", || has_a_disk_beside(&places, &source));
+    daemon.kill();
+    bench.host("good", move |host| async move {
+        let source: SandboxId = source.parse().unwrap();
+        eventually("it is taken over", async || host.connect(source, port(7)).await.is_ok()).await;
+        let running: Vec<_> = host.list().await.unwrap().into_iter().map(|info| info.id).collect();
+        assert_eq!(running, [source]);
+        let alone = Leftovers { cgroups: 1, sandboxes: 1, snapshots: 1 };
+        eventually("nothing is left of the other", async || places.leftovers() == alone).await;
+        host.delete_snapshot(&of_disk).await.unwrap();
+        host.kill(source).await.unwrap();
     });
 }

@@ -85,7 +85,7 @@ fn a_step_that_takes_too_long_is_given_up_where_it_was() {
         ("silent", "its process"),
         ("deaf", "its process"),
         ("never-built", "its process"),
-        ("never-starts", "restore it"),
+        ("never-starts", "bring the guest up"),
         ("init-silent", "agent in the guest"),
     ] {
         match failure(mood, DEADLINE) {

@@ -16,15 +16,19 @@ use crate::wait::eventually;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
     Snapshot,
+    SnapshotDisk,
     Pause,
     Rollback,
 }
 
-const WISHES: [Wish; 3] = [Wish::Snapshot, Wish::Pause, Wish::Rollback];
+const WISHES: [Wish; 4] = [Wish::Snapshot, Wish::SnapshotDisk, Wish::Pause, Wish::Rollback];
+/// Those after which a snapshot is a client's.
+const SNAPSHOTS: [Wish; 2] = [Wish::Snapshot, Wish::SnapshotDisk];
 
 async fn ask(host: &Host, id: SandboxId, wish: Wish, back: &str) -> Result<(), ShardError> {
     match wish {
         Wish::Snapshot => host.snapshot(id, None).await.map(drop),
+        Wish::SnapshotDisk => host.snapshot_disk(id, None).await.map(drop),
         Wish::Pause => host.pause(id).await,
         Wish::Rollback => host.rollback(id, back.to_owned()).await,
     }
@@ -50,9 +54,9 @@ fn a_vm_process_that_breaks_off_an_operation_takes_its_sandbox_and_nothing_else(
         ("frozen-twice", &WISHES),
         ("thaws-unasked", &WISHES),
         ("garbage-when-frozen", &WISHES),
-        ("never-thaws", &[Wish::Snapshot]),
-        ("dies-at-thaw", &[Wish::Snapshot]),
-        ("thaws-twice", &[Wish::Snapshot]),
+        ("never-thaws", &SNAPSHOTS),
+        ("dies-at-thaw", &SNAPSHOTS),
+        ("thaws-twice", &SNAPSHOTS),
         ("bad-rollback", &[Wish::Rollback]),
         ("dies-at-rollback", &[Wish::Rollback]),
         ("never-rolls-back", &[Wish::Rollback]),
@@ -172,7 +176,7 @@ fn a_kill_in_the_middle_of_an_operation_leaves_nothing() {
                 let outcome = asking.join().await.unwrap();
                 let mut left = host.snapshots(Some(id)).await.unwrap();
                 left.retain(|snapshot| snapshot.id != back);
-                let told = outcome.is_ok() && wish == Wish::Snapshot;
+                let told = outcome.is_ok() && SNAPSHOTS.contains(&wish);
                 assert_eq!(left.len(), usize::from(told), "{wish:?} after {wait_ms} ms");
                 for snapshot in left.iter().map(|snapshot| &snapshot.id).chain([&back]) {
                     host.delete_snapshot(snapshot).await.unwrap();

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! builds/templates/<template id>       a name of a tenant's, its tags and the snapshots they stand for
-//! builds/tenants/<tenant>/<template id> which templates are a tenant's: empty, and made again by each start
+//! builds/tenants/<tenant>/<template id>  which templates are a tenant's: empty, and made again by each start
+//! builds/histories/<tenant>/<build id>   the same of builds
 //! builds/runs/<build id>/state         how far a build is
 //! builds/runs/<build id>/log           its log, whose form the API knows
 //! builds/uploads/<tenant>/<hash>       files for COPY, as they were uploaded
@@ -19,6 +20,7 @@
 //! the kind `Built` lives as long as a template names it; the next start removes one that none does.
 
 mod format;
+mod index;
 mod runs;
 mod templates;
 #[cfg(test)]
@@ -87,6 +89,12 @@ impl Store {
 }
 
 impl BuildStore {
+    /// Whether this can be the id of a build.
+    #[must_use]
+    pub fn is_run_id(text: &str) -> bool {
+        runs::is_uuid(text)
+    }
+
     /// One of the `most` builds that a tenant may run at once. `None` while all of them run.
     ///
     /// # Errors

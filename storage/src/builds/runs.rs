@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use mica_units::TenantId;
 use rustix::fs::OFlags;
 
+use super::index::Index;
 use super::{
     BuildPhase, BuildRecord, BuildStore, BuildStoreError, encoded, names, now_unix_ms, random_hex,
     read,
@@ -51,6 +52,7 @@ impl BuildStore {
         let id = draw_uuid()?;
         let record = BuildRecord { id, created_unix_ms: now, updated_unix_ms: now, ..record };
         self.dir(&format!("runs/{}", record.id))?;
+        self.enter(Index::Runs, &record.tenant, &record.id)?;
         self.store_run(&record)?;
         Ok(record)
     }
@@ -132,7 +134,7 @@ impl BuildStore {
     /// # Errors
     /// When the directory cannot be read.
     pub fn runs_of(&self, tenant: &TenantId) -> Result<Vec<BuildRecord>> {
-        let mut runs = self.all_runs()?;
+        let mut runs = self.read_runs(self.entries_of(Index::Runs, tenant)?);
         runs.retain(|run| run.tenant == tenant.as_str());
         runs.sort_by(|a, b| (b.created_unix_ms, &b.id).cmp(&(a.created_unix_ms, &a.id)));
         Ok(runs)
@@ -148,21 +150,32 @@ impl BuildStore {
 
     /// Every build. What cannot be read is left out, and logged.
     fn all_runs(&self) -> Result<Vec<BuildRecord>> {
+        Ok(self.read_runs(names(&self.runs_dir())?))
+    }
+
+    fn read_runs(&self, ids: Vec<String>) -> Vec<BuildRecord> {
         let mut runs = Vec::new();
-        for id in names(&self.runs_dir())? {
+        for id in ids {
             match read(&self.runs_dir().join(&id).join(STATE_FILE), BuildRecord::decode) {
                 Ok(Some(run)) if run.id == id => runs.push(run),
                 Ok(_) => {}
                 Err(error) => tracing::error!(id, error = chain(&error), "a build left out"),
             }
         }
-        Ok(runs)
+        runs
+    }
+
+    /// Makes the index of tenants' builds what the builds say, also where an earlier version kept none.
+    fn index_runs_again(&self, all: &[BuildRecord]) -> Result<()> {
+        let known = names(&self.runs_dir())?.into_iter().collect();
+        let entries = all.iter().map(|run| (run.tenant.as_str(), run.id.as_str()));
+        self.index_again(Index::Runs, entries, &known)
     }
 
     /// Lets the oldest builds of a tenant go that are over or were given up.
     fn make_room(&self, tenant: &str) -> std::result::Result<(), BuildStoreError> {
-        let mut runs = self.all_runs()?;
-        runs.retain(|run| run.tenant == tenant);
+        let Ok(tenant) = tenant.parse::<TenantId>() else { return Ok(()) };
+        let runs = self.runs_of(&tenant)?;
         let given_up = now_unix_ms().saturating_sub(ANNOUNCED_MS_MAX);
         let is_done = |run: &BuildRecord| {
             run.phase.is_over()
@@ -177,13 +190,15 @@ impl BuildStore {
         }
         for run in &done[..excess] {
             self.store.disk.remove_tree(&self.runs_dir().join(&run.id))?;
+            self.leave(Index::Runs, &run.tenant, &run.id);
         }
         Ok(())
     }
 
     /// Ends the builds that ran when the daemon before this one ended.
     pub(super) fn end_interrupted(&self) -> Result<()> {
-        self.end_running(INTERRUPTED)
+        self.end_running(INTERRUPTED)?;
+        self.index_runs_again(&self.all_runs()?)
     }
 
     /// Ends the builds that run, for a daemon whose shards have ended: nobody works on them any more, and who
@@ -222,7 +237,7 @@ fn draw_uuid() -> Result<String> {
 }
 
 /// Whether it has the form of a UUID as we write it, so that it is safe as a part of a path.
-fn is_uuid(text: &str) -> bool {
+pub(super) fn is_uuid(text: &str) -> bool {
     text.len() == 36
         && text.bytes().enumerate().all(|(at, byte)| match at {
             8 | 13 | 18 | 23 => byte == b'-',

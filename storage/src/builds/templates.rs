@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use mica_units::{TemplateName, TenantId};
 
+use super::index::Index;
 use super::{
     BuildStore, BuildStoreError, Built, BuiltTag, BuiltTemplate, encoded, names, now_unix_ms, read,
 };
@@ -104,7 +105,7 @@ impl BuildStore {
             tags: Vec::new(),
             builds: Vec::new(),
         };
-        self.enter(&template)?;
+        self.enter(Index::Templates, &template.tenant, &template.id)?;
         self.store_template(&template)?;
         Ok(template)
     }
@@ -241,18 +242,16 @@ impl BuildStore {
         let _alone = self.lock()?;
         let Some(template) = self.read_template(template_id)? else { return Ok(None) };
         self.store.disk.remove_name(&self.templates_dir(), template_id)?;
-        let entry = self.index_of(&template.tenant).join(template_id);
-        if let Err(error) = self.store.disk.remove_file_if_there(&entry) {
-            // An entry without a template is none.
-            tracing::warn!(error = chain(&error), "a deleted template stays in the index");
-        }
+        self.leave(Index::Templates, &template.tenant, template_id);
         Ok(Some(template.builds.into_iter().map(|built| built.snapshot_id).collect()))
     }
 
     /// The snapshots that templates name, with the index made again. `None` when one of them cannot be read.
     pub(super) fn named_snapshots(&self) -> Result<Option<BTreeSet<String>>> {
         let (all, unreadable) = self.all_templates()?;
-        self.index_again(&all)?;
+        let known = names(&self.templates_dir())?.into_iter().collect();
+        let entries = all.iter().map(|template| (template.tenant.as_str(), template.id.as_str()));
+        self.index_again(Index::Templates, entries, &known)?;
         let named = all.into_iter().flat_map(|template| template.builds);
         let named = named.map(|built| built.snapshot_id).collect();
         Ok((unreadable == 0).then_some(named))
@@ -270,41 +269,9 @@ impl BuildStore {
         Ok(found.filter(|template| template.id == id))
     }
 
-    /// The entries of a tenant in the index.
-    fn index_of(&self, tenant: &str) -> PathBuf {
-        self.store.root().join("builds/tenants").join(tenant)
-    }
-
-    /// Puts a template into the index.
-    fn enter(&self, template: &BuiltTemplate) -> Result<()> {
-        // A name that is a part of a path: what is out of form was never one of a tenant's.
-        let Ok(tenant) = template.tenant.parse::<TenantId>() else { return Ok(()) };
-        let entry = self.dir(&format!("tenants/{tenant}"))?.join(&template.id);
-        match self.store.disk.create_file(&entry) {
-            Err(error) if !error.is_already_there() => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Makes the index what the templates say, also where an earlier version kept none.
-    fn index_again(&self, all: &[BuiltTemplate]) -> Result<()> {
-        for template in all {
-            self.enter(template)?;
-        }
-        let known: BTreeSet<String> = names(&self.templates_dir())?.into_iter().collect();
-        let tenants = self.store.root().join("builds/tenants");
-        for tenant in names(&tenants)? {
-            let index = tenants.join(tenant);
-            for id in names(&index)?.iter().filter(|id| !known.contains(*id)) {
-                self.store.disk.remove_file_if_there(&index.join(id))?;
-            }
-        }
-        Ok(())
-    }
-
     /// A tenant's templates. What cannot be read is left out, and logged.
     fn templates_of(&self, tenant: &TenantId) -> Result<Vec<BuiltTemplate>> {
-        let (mut found, _) = self.read_templates(names(&self.index_of(tenant.as_str()))?);
+        let (mut found, _) = self.read_templates(self.entries_of(Index::Templates, tenant)?);
         found.retain(|template| template.tenant == tenant.as_str());
         Ok(found)
     }

@@ -193,6 +193,34 @@ fn a_restart_ends_builds_that_ran() {
 }
 
 #[test]
+fn builds_are_found_by_their_tenant_the_newest_first() {
+    let (directory, builds) = store();
+    let [ours, theirs] = ["a", "b"].map(tenant);
+    let [app, other] = [&ours, &theirs].map(|owner| builds.template_for(owner, "app").unwrap());
+    let made: Vec<String> = (0..3).map(|_| builds.announce(announced(&app)).unwrap().id).collect();
+    builds.announce(announced(&other)).unwrap();
+    let ids = |owner: &TenantId| -> Vec<String> {
+        builds.runs_of(owner).unwrap().into_iter().map(|run| run.id).collect()
+    };
+    let found = ids(&ours);
+    assert!(found.len() == 3 && made.iter().all(|id| found.contains(id)), "{found:?}");
+    assert_eq!(ids(&theirs).len(), 1);
+    assert!(ids(&tenant("nobody")).is_empty());
+    let times = builds.runs_of(&ours).unwrap();
+    assert!(times.is_sorted_by(|a, b| a.created_unix_ms >= b.created_unix_ms));
+    // The index is a hint: what it lacks, or has too much, a start puts right.
+    let histories = directory.path().join("store/builds/histories");
+    fs::remove_dir_all(&histories).unwrap();
+    assert!(ids(&ours).is_empty());
+    builds.recover().unwrap();
+    assert_eq!(ids(&ours), found);
+    fs::remove_dir_all(directory.path().join("store/builds/runs").join(&found[0])).unwrap();
+    assert_eq!(ids(&ours), found[1..]);
+    builds.recover().unwrap();
+    assert_eq!(fs::read_dir(histories.join("a")).unwrap().count(), 2);
+}
+
+#[test]
 fn slots_are_a_tenants_own() {
     let (_directory, builds) = store();
     let first = builds.take_slot(&tenant("a"), 2).unwrap();

@@ -41,7 +41,7 @@ pub struct Template {
     pub last_spawned_at: Option<String>,
     /// Sandboxes made from it since the daemon started.
     pub spawn_count: u64,
-    /// Builds under this name.
+    /// Builds of it that are done.
     pub build_count: u64,
     /// See [`crate::guest::ENVD_VERSION`]; empty while no build is done.
     pub envd_version: String,

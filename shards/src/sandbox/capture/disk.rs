@@ -28,10 +28,10 @@ impl DiskCapture {
             let staging = store.stage_snapshot(&store.new_snapshot_id()?)?;
             staging.clone_disk(&disk)?;
             staging.link_boot(&files)?;
-            let staging = Staged(Some(Arc::new(staging)));
-            Ok(Self { staging, files })
+            Ok::<_, CaptureError>((staging, files))
         };
-        rt::blocking(copy).await?
+        let (staging, files) = rt::blocking(copy).await??;
+        Ok(Self { staging: Staged(Some(Arc::new(staging))), files })
     }
 
     /// The id of what it makes.

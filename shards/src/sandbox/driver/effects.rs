@@ -137,7 +137,7 @@ impl Driver {
         let new_sandbox =
             matches!(*self.sandbox.state.borrow(), State::Initialising(Birth::Create));
         let has_agent = self.shape.as_ref().is_some_and(|shape| shape.has_agent);
-        // One that was thawed, and not restored, is only running again.
+        // One that was thawed, and not restored, is only running again; one that booted is new by now.
         if self.settling.as_ref().is_none_or(|settling| settling.outcome.is_none()) {
             self.settle();
         }
@@ -173,7 +173,11 @@ impl Driver {
 
     /// Starts to write what the next daemon needs.
     pub(super) fn settle(&mut self) {
-        if matches!(*self.sandbox.state.borrow(), State::Restoring(Birth::Create)) {
+        let is_new = matches!(
+            *self.sandbox.state.borrow(),
+            State::Restoring(Birth::Create) | State::Initialising(Birth::Create)
+        );
+        if is_new {
             let now = SystemTime::now();
             self.born = Some((now, from_now(self.sandbox.identity.request.timeout).1));
         }

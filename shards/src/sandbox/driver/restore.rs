@@ -38,8 +38,11 @@ impl Driver {
             },
         };
         self.watch.lap(Phase::State);
-        // While the VM process restores: what only the next daemon needs.
-        self.settle();
+        // While the VM process restores: what only the next daemon needs. Of what boots for the first time
+        // that daemon could not tell how far it is, and it takes long: it is written down when it is up.
+        if !self.boots || self.paused_in.is_some() {
+            self.settle();
+        }
         if let Err(error) = sent {
             tracing::warn!(id = %self.sandbox.id, error, "a restore was not sent");
             self.caused.push_back(Event::VmLost("its state could not be handed over"));
@@ -128,6 +131,8 @@ impl Driver {
         let disk = self.disk.clone().ok_or("its disk is not there")?;
         roles.push(FdRole::Disk);
         fds.push(disk.as_fd());
+        // It comes up in seconds: the pool does not wait for that.
+        self.claim = None;
         let config = BootConfig { cmdline, disk_read_only: false, fds: roles };
         let sent = link::send(&held.control, &Command::Boot(config), &fds).await;
         sent.map_err(|error| chain(&error))

@@ -65,7 +65,7 @@ pub(crate) fn doing(state: &State) -> &'static str {
         State::Restoring(Birth::Rollback)
         | State::Initialising(Birth::Rollback)
         | State::RollingBack(_) => "it is being rolled back",
-        State::Restoring(Birth::Create) => "waiting for the VM process to restore it",
+        State::Restoring(Birth::Create) => "waiting for its VM process to bring the guest up",
         State::Initialising(Birth::Create) => "waiting for the agent in the guest",
         State::Adopting | State::Paused(Process::Asked) => {
             "the daemon has just started and takes it over"

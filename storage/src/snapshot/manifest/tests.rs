@@ -150,7 +150,6 @@ fn fields_out_of_bounds_are_not_written() {
         ("record", SnapshotManifest { record: vec![0; RECORD_BYTES_MAX + 1], ..sample() }),
         ("layers", layers(&[])),
         ("layers", SnapshotManifest { kind: SnapshotKind::Pause, ..layers(&[]) }),
-        ("layers", SnapshotManifest { state: Vec::new(), ..layers(&[]) }),
         ("layers", of(SnapshotKind::Copies)),
         ("layers", of(SnapshotKind::Built)),
         ("layers", SnapshotManifest { disk_bytes: 0, ..disk_alone.clone() }),

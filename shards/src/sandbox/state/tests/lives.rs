@@ -40,7 +40,7 @@ fn a_kill_while_starting_waits_for_what_is_being_made() {
 fn a_deadline_names_the_step() {
     let events = [Event::Prepared, Event::TimeOver];
     let (state, _) = life(State::Starting(Birth::Create), TERMS, &events);
-    let cause = Cause::TimedOut("waiting for the VM process to restore it");
+    let cause = Cause::TimedOut("waiting for its VM process to bring the guest up");
     assert_eq!(state, State::Stopping(cause));
 }
 
