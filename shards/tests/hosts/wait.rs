@@ -1,6 +1,6 @@
 //! Waiting for what happens outside a host, where there is nothing to wait on.
 //!
-//! Called by the tests of this folder, on a shard or on the thread of a test. Refuses to wait for ever.
+//! Called by the tests of this folder, on a shard. Refuses to wait for ever.
 
 use std::time::{Duration, Instant};
 
@@ -10,14 +10,5 @@ pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     while !condition().await {
         assert!(begun.elapsed() < Duration::from_secs(20), "never: {what}");
         mica_shards::rt::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
-/// The same where there is no shard.
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !condition() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "never: {what}");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
