@@ -8,7 +8,7 @@ use std::sync::Arc;
 use mica_numa::rt;
 use mica_storage::{BootFiles, Snapshot, SnapshotManifest, Store};
 
-use super::{CaptureError, Staged};
+use super::{CaptureError, Staged, sync};
 
 /// A snapshot in the making that has no memory.
 #[derive(Debug)]
@@ -47,14 +47,18 @@ impl DiskCapture {
         keep: impl FnOnce(Snapshot, &dyn Fn() -> bool) -> Result<T, CaptureError> + Send + 'static,
     ) -> Result<T, CaptureError> {
         let Self { mut staging, files } = self;
-        let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
-        let mut manifest = describe(whole.id().to_owned());
+        let preparing = staging.share()?;
+        let mut manifest = describe(preparing.id().to_owned());
         manifest.record = files.cmdline.into_bytes();
+        // Each a piece of its own: should nobody wait any more, what is left of them is not begun.
+        let prepare = move || preparing.prepare(&manifest).map(|jobs| (jobs, manifest));
+        let (manifest, synced) = sync(prepare).await?;
+        let whole = staging.0.take().and_then(Arc::into_inner).ok_or(CaptureError::Shared)?;
         // Lives as long as this future.
         let heard = Arc::new(());
         let hearing = Arc::downgrade(&heard);
         let commit = move || {
-            let snapshot = whole.seal(manifest)?;
+            let snapshot = whole.commit(manifest, synced)?;
             keep(snapshot, &|| hearing.strong_count() == 0)
         };
         let kept = rt::blocking(commit).await;
