@@ -1,5 +1,5 @@
 """Features of the Python `e2b` clients that stand apart from the calls of one sandbox: the asynchronous client, URLs
-of files, and pauses that keep the disk alone.
+of files, and pauses and snapshots that keep the disk alone.
 
 Imported by features.py, whose rules hold here.
 """
@@ -13,7 +13,7 @@ import urllib.request
 from common import RUN, SLOW, Own, Sandbox, pause_call, pids, start, takes, write
 
 import e2b
-from cells import ISOLATED, PATIENCE_S, TEMPLATE, absent, feature, raises, unique
+from cells import ISOLATED, PATIENCE_S, TEMPLATE, absent, feature, raises, require, unique
 
 try:
     from e2b_code_interpreter import AsyncSandbox
