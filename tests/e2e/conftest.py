@@ -147,10 +147,12 @@ def tiny():
     warm = f"test -e /var/lib/mica/snapshots/{known.get(name, {}).get('templateId')}/manifest && echo warm || true"
     if name not in known or not lab(warm):
         template_variant(name, vcpus=1, memory_mib=256)
-    # From its first create on a shard keeps processes of this size ready: so that every shard does at
-    # every count of a test, each gets a share of these.
-    for sandbox in [make(name) for _ in range(12)]:
-        sandbox.kill(request_timeout=PATIENCE_S)
+    # From its first create on a shard keeps processes of this size ready, and from its start on those of all
+    # templates that are there: so that every shard does at every count of a test, also after a restart, each
+    # gets a share of these.
+    for known_name in (name, "base"):
+        for sandbox in [make(known_name) for _ in range(12)]:
+            sandbox.kill(request_timeout=PATIENCE_S)
     return name
 
 
